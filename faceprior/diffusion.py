@@ -1,0 +1,247 @@
+"""A base model and what the methods need of it: latents, prompt embeddings, the prediction of x_0.
+
+Stable Diffusion 1.5 and SDXL architectures go through the same functions; a folder, a single `.safetensors` file and a
+hub id load alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+def load_pipeline(base: str, dtype: torch.dtype = torch.float32, vae: str | None = None) -> DiffusionPipeline:
+    """Load a text-to-image pipeline from a diffusers folder, a single `.safetensors` file or a hub id.
+
+    The local path is looked at first. `vae`: folder or id of a VAE that replaces the base's own (Realistic Vision is
+    published without one). Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's overflows in float16).
+
+    Raises FileNotFoundError when there is no such model here nor on the hub, ValueError for a file of another kind.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        pipeline = _load_folder(path, dtype)
+    elif path.is_file():
+        pipeline = _load_single_file(path, dtype)
+    elif looks_like_path(base):
+        raise FileNotFoundError(
+            f"no base model at {base}: it is neither a diffusers folder nor a .safetensors file"
+        )
+    else:
+        pipeline = _load_from_hub(base, dtype)
+    if vae:
+        pipeline.vae = load_part(AutoencoderKL, vae, "VAE")
+    if pipeline.vae.dtype != torch.float32:
+        pipeline.vae.to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def looks_like_path(name: str) -> bool:
+    """Tell a path from a hub id (`owner/name`)."""
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+        or Path(name).suffix in _WEIGHTS
+    )
+
+
+_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def load_part(
+    model_class, name: str, what: str, dtype: torch.dtype = torch.float32, subfolder: str | None = None
+):
+    """Load one model by its class from a folder or a hub id, with an error that says which of the two was missing."""
+    folder = Path(name).expanduser() / (subfolder or "")
+    if looks_like_path(name) and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no {what} at {folder}: a folder with config.json and safetensors weights is expected"
+        )
+    if (folder / "config.json").is_file():
+        return model_class.from_pretrained(folder, dtype=dtype)
+    try:
+        return model_class.from_pretrained(name, dtype=dtype, subfolder=subfolder or "")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(hub_error(what, name)) from error
+
+
+def hub_error(what: str, name: str) -> str:
+    """Return the message for a model that is neither on the disk nor to be had from the hub."""
+    return (
+        f"no {what} {name!r}: there is no such folder here, and the hub did not give it (offline, gated, or a wrong id). "
+        "Download it where there is a network (`huggingface-cli download`) and give the folder"
+    )
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    if not (path / "model_index.json").is_file():
+        raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json")
+    config = DiffusionPipeline.load_config(path)
+    return DiffusionPipeline.from_pretrained(path, dtype=dtype, **_without_checker(config))
+
+
+def _load_from_hub(base: str, dtype: torch.dtype) -> DiffusionPipeline:
+    try:
+        config = DiffusionPipeline.load_config(base)
+        return DiffusionPipeline.from_pretrained(base, dtype=dtype, **_without_checker(config))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(hub_error("base model", base)) from error
+
+
+def _without_checker(config: dict) -> dict:
+    # The safety checker weighs 1.2 GB and blanks pictures: research scripts load without it.
+    return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
+
+
+def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} has to be a .safetensors file: a pickle can run code and is not loaded")
+    try:
+        with safe_open(path, "pt") as file:
+            is_xl = any(key.startswith("conditioner.embedders.1.") for key in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    pipeline_class = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    try:
+        return pipeline_class.from_single_file(str(path), dtype=dtype, safety_checker=None)
+    except OSError as error:
+        reason = f"{path} has weights only, and the configs that go with them could not be had from the hub"
+        raise FileNotFoundError(f"{reason}: convert it once to a diffusers folder, or connect") from error
+
+
+def make_noise_scheduler(pipeline: DiffusionPipeline) -> DDPMScheduler:
+    """Return the training scheduler that belongs to the pipeline's own (same betas and prediction type)."""
+    return DDPMScheduler.from_config(pipeline.scheduler.config)
+
+
+@dataclass
+class PromptEmbeddings:
+    """A batch of encoded prompts: prompt_embeds (B, L, D), and for SDXL pooled_prompt_embeds (B, P)."""
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None = None
+
+    def __getitem__(self, index) -> PromptEmbeddings:
+        pooled = self.pooled_prompt_embeds
+        return PromptEmbeddings(self.prompt_embeds[index], None if pooled is None else pooled[index])
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeddings:
+    """Encode `prompts` by the pipeline's text encoder(s), each different prompt once."""
+    unique = sorted(set(prompts))
+    device = pipeline.text_encoder.device
+    options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    if is_xl(pipeline):
+        embeds, _, pooled, _ = pipeline.encode_prompt(unique, **options)
+    else:
+        embeds, pooled = pipeline.encode_prompt(unique, **options)[0], None
+    index = torch.tensor([unique.index(prompt) for prompt in prompts], device=embeds.device)
+    return PromptEmbeddings(embeds, pooled)[index]
+
+
+def is_xl(pipeline: DiffusionPipeline) -> bool:
+    """Tell whether the pipeline has SDXL's two text encoders."""
+    return getattr(pipeline, "text_encoder_2", None) is not None
+
+
+def added_conditions(embeddings: PromptEmbeddings, height: int, width: int) -> dict[str, Tensor] | None:
+    """Return SDXL's `added_cond_kwargs` for uncropped (height, width) pictures; None for other models."""
+    pooled = embeddings.pooled_prompt_embeds
+    if pooled is None:
+        return None
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=pooled.device, dtype=pooled.dtype)
+    return {"text_embeds": pooled, "time_ids": time_ids.repeat(len(pooled), 1)}
+
+
+def encode_latents(vae: AutoencoderKL, pixel_values: Tensor, generator=None) -> Tensor:
+    """Encode (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w).
+
+    `generator` (one, or a list with one per sample) draws from the posterior; without it the mean is taken.
+    """
+    posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+    if generator is None:
+        latents = posterior.mode()
+    else:
+        latents = posterior.mean + posterior.std * noise_like(posterior.mean, generator)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents - shift) * vae.config.scaling_factor
+
+
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W), about [-1, 1], with gradients."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+
+
+def noise_like(latents: Tensor, generator) -> Tensor:
+    """Draw normal noise of the latents' shape; a list of generators gives every sample its own stream."""
+    generators = generator if isinstance(generator, list) else [generator]
+    shape = (len(latents) // len(generators), *latents.shape[1:])
+    noise = [torch.randn(shape, generator=g, device=g.device) for g in generators]
+    return torch.cat([n.to(latents.device) for n in noise]).to(latents.dtype)
+
+
+def downsample_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring a face mask (B, 1, H, W) to the latent grid `size`: a cell counts as face when any of its pixels does."""
+    return F.adaptive_max_pool2d(mask.float(), size)
+
+
+def pred_original_sample(noise_scheduler, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
+    """Predict x_0 from x_t (DDPM, Eq. 15; Face Score, Eq. 4), whatever the network was trained to predict.
+
+    timesteps: (B,), int64 steps of a discrete scheduler or the flow scheduler's own; model_output, sample:
+    (B, C, H, W). For flow matching x_t = (1 - s) x_0 + s e and the network gives v = e - x_0, so x_0 = x_t - s v.
+    """
+    sample, model_output = sample.float(), model_output.float()
+    kind = prediction_type(noise_scheduler)
+    if kind == "sample":
+        return model_output
+    if kind == "flow_prediction":
+        return sample - _flow_sigmas(noise_scheduler, timesteps, sample) * model_output
+    alpha_bar = noise_scheduler.alphas_cumprod.to(sample.device, torch.float32)[timesteps].view(-1, 1, 1, 1)
+    if kind == "v_prediction":
+        return alpha_bar.sqrt() * sample - (1 - alpha_bar).sqrt() * model_output
+    return (sample - (1 - alpha_bar).sqrt() * model_output) / alpha_bar.sqrt()
+
+
+def training_target(noise_scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return what the network should predict: the noise, the velocity, the flow, or x_0."""
+    kind = prediction_type(noise_scheduler)
+    if kind == "v_prediction":
+        return noise_scheduler.get_velocity(latents, noise, timesteps)
+    return {"epsilon": noise, "sample": latents, "flow_prediction": noise - latents}[kind]
+
+
+def prediction_type(noise_scheduler) -> str:
+    """Return the scheduler's prediction type, `flow_prediction` for the flow matching schedulers."""
+    if "FlowMatch" in type(noise_scheduler).__name__:
+        return "flow_prediction"
+    kind = noise_scheduler.config.prediction_type
+    if kind not in PREDICTION_TYPES:
+        raise ValueError(f"`prediction_type` has to be one of {', '.join(PREDICTION_TYPES)} but is {kind!r}")
+    return kind
+
+
+def _flow_sigmas(noise_scheduler, timesteps: Tensor, sample: Tensor) -> Tensor:
+    steps = noise_scheduler.timesteps.to(sample.device)
+    index = [(steps == t).nonzero()[0, 0] for t in timesteps]
+    return noise_scheduler.sigmas.to(sample.device, sample.dtype)[torch.stack(index)].view(-1, 1, 1, 1)

@@ -1,0 +1,378 @@
+"""Pixels in and out: any picture becomes RGB, and RGB becomes what a network takes, and back.
+
+`load_image` is the one door for pictures: it applies the EXIF orientation, lays transparency over white,
+scales 16-bit and float pictures to 8 bit, and refuses what it cannot read with an `ImageError` that names the
+file.
+"""
+
+import contextlib
+import glob
+import importlib
+import os
+import re
+import struct
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
+
+ImageSource = str | Path | Image.Image | np.ndarray
+
+MAX_PIXELS = 200_000_000
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+JPEG_QUALITY = 95
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read or breaks a rule; the message names file, rule and way out."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "cv2":
+        return _import_cv2()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _import_cv2() -> ModuleType:
+    """Import OpenCV on first use; `from faceprior.images import cv2` is how every module gets it."""
+    try:
+        return importlib.import_module("cv2")
+    except ModuleNotFoundError as error:
+        raise ImportError("OpenCV is not installed: pip install opencv-python-headless") from error
+    except ImportError as error:
+        raise ImportError(
+            f"OpenCV does not load ({error}). The build opencv-python needs the libraries of a desktop,"
+            " the headless one does not: pip install --force-reinstall --no-deps opencv-python-headless"
+        ) from error
+
+
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture as RGB, the way a viewer shows it.
+
+    source: a path, a PIL image of any mode, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of bool,
+    uint8, uint16 or float in [0, 1]. The EXIF orientation is applied and removed; transparency lies over
+    white; 16 bits become 8 by dividing by 257; of an animated file the first frame is taken. PIL's mode "I"
+    is read as 16 bits (0..65535) and "F" as [0, 1]. Colours are not converted between profiles: the ICC
+    profile of an RGB picture stays in `info["icc_profile"]`, all other metadata is dropped.
+
+    max_pixels: largest width x height, checked before the pixels are decoded. Pillow's own ceiling, twice
+    `PIL.Image.MAX_IMAGE_PIXELS`, holds besides.
+
+    Raises FileNotFoundError for a missing file, TypeError for another kind of source, and ImageError for a
+    picture that is unreadable, truncated, empty, too large or out of range.
+    """
+    if isinstance(source, np.ndarray):
+        return _image_from_array(source, max_pixels)
+    if isinstance(source, Image.Image):
+        name = str(getattr(source, "filename", "") or "the image")
+        return _to_rgb(source, name, max_pixels)
+    if isinstance(source, (str, Path)):
+        return _image_from_file(Path(source), max_pixels)
+    raise TypeError(
+        f"an image has to be a path, a PIL image or an array but is {type(source).__name__}"
+        " (pixel values come back as pictures through `to_pil`)"
+    )
+
+
+def as_array(image: ImageSource) -> np.ndarray:
+    """Any picture that `load_image` takes -> (H, W, 3) uint8 RGB; such an array is returned, not copied."""
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        _check_size(image.shape[1], image.shape[0], "the array", MAX_PIXELS)
+        return image
+    return np.array(load_image(image))
+
+
+def to_pixel_values(images: ImageSource | Sequence[ImageSource], size: int | None = None) -> "torch.Tensor":
+    """Pictures -> float32 (B, 3, H, W) in [-1, 1].
+
+    images: one picture or a list of them, anything `load_image` takes. size: side in pixels of the square
+    they are brought to (shorter side resized with LANCZOS, centre kept); without it they need one size.
+    """
+    import torch
+
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    if len(images) == 0:
+        raise ValueError("`images` is empty: a batch needs one picture at least")
+    arrays = [as_array(image) if size is None else np.array(_square(image, size)) for image in images]
+    shapes = sorted({array.shape[1::-1] for array in arrays})
+    if len(shapes) > 1:
+        raise ValueError(f"the pictures of a batch need one size but are {shapes} (width, height): pass `size`")
+    batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    return (batch.float() / 127.5 - 1).contiguous()
+
+
+def to_pil(pixel_values: "torch.Tensor") -> list[Image.Image]:
+    """(B, 3, H, W) or (3, H, W) in [-1, 1] -> PIL images; values outside are clamped, the rest is rounded."""
+    if pixel_values.ndim == 3:
+        pixel_values = pixel_values[None]
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        raise ValueError(f"`pixel_values` has to be (B, 3, H, W) but is {tuple(pixel_values.shape)}")
+    values = pixel_values.detach().float().cpu()
+    if not bool(values.isfinite().all()):
+        raise ValueError("`pixel_values` holds NaN or infinity: the network that made it overflowed")
+    values = ((values.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).contiguous().numpy()]
+
+
+def _square(image: ImageSource, size: int) -> Image.Image:
+    return ImageOps.fit(load_image(image), (size, size), method=Image.Resampling.LANCZOS)
+
+
+def _image_from_file(path: Path, max_pixels: int) -> Image.Image:
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder, not an image: `find_images` lists the images in it")
+    if not path.exists():
+        hint = " (an address on the web: download it first)" if re.match(r"https?:", str(path)) else ""
+        raise FileNotFoundError(f"no image at {path}{hint}")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path} is empty (0 bytes)")
+    with path.open("rb") as file, _open(file, path) as image:
+        return _to_rgb(image, str(path), max_pixels)
+
+
+def _open(file: IO[bytes], path: Path) -> Image.Image:
+    """Read the header only."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{path} is not an image that Pillow can read: convert it to PNG or JPEG"
+            " (for HEIC, install pillow-heif and register its opener)"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{path} is beyond Pillow's own limit ({error}): shrink it or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{path} cannot be read: {error}") from error
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    _check_size(image.width, image.height, name, max_pixels)
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except _DECODE_ERRORS as error:
+        raise _decode_error(name, error) from error
+    rgb = _convert(upright, name)
+    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
+    rgb.info = {"icc_profile": profile} if profile else {}
+    return rgb
+
+
+def _decode_error(name: str, error: Exception) -> ImageError:
+    if "truncated" in str(error).lower() or isinstance(error, EOFError):
+        return ImageError(f"{name} is truncated ({error}): the file ends early, copy or download it again")
+    return ImageError(f"{name} cannot be decoded: {error}")
+
+
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width == 0 or height == 0:
+        raise ImageError(f"{name} has no pixels: its size is {width}x{height}")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} has {width}x{height} = {width * height} pixels, more than `max_pixels` = {max_pixels}:"
+            " shrink it or pass a larger `max_pixels`"
+        )
+
+
+def _convert(image: Image.Image, name: str) -> Image.Image:
+    """Any mode -> a new RGB image."""
+    if image.mode.startswith("I"):
+        return Image.fromarray(_eight_bit(_sixteen_bit(np.asarray(image), name), name)).convert("RGB")
+    if image.mode == "F":
+        return Image.fromarray(_eight_bit(np.asarray(image), name)).convert("RGB")
+    try:
+        if image.has_transparency_data:
+            return _over_white(image.convert("RGBA"))
+        return image.copy() if image.mode == "RGB" else image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(f"{name} has the mode {image.mode}, which Pillow cannot turn into RGB") from error
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _sixteen_bit(array: np.ndarray, name: str) -> np.ndarray:
+    """The integers of PIL's "I" modes as uint16."""
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise ImageError(f"{name} holds integers from {low} to {high}, but 16 bits go from 0 to 65535: rescale it")
+    return array.astype(np.uint16)
+
+
+def _eight_bit(array: np.ndarray, name: str) -> np.ndarray:
+    """bool, uint8, uint16 (0..65535) or float [0, 1] -> uint8, rounded."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.dtype.kind == "f":
+        return _eight_bit_from_float(array, name)
+    raise ImageError(f"{name} has the type {array.dtype}: bool, uint8, uint16 and float in [0, 1] can be read")
+
+
+def _eight_bit_from_float(array: np.ndarray, name: str) -> np.ndarray:
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):  # so written that NaN fails too
+        raise ImageError(f"{name} holds floats from {low:g} to {high:g}, but they have to lie in [0, 1]: rescale it")
+    return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
+
+
+def _image_from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ImageError(
+            f"an array has to be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), channels last, but is {array.shape}"
+        )
+    _check_size(array.shape[1], array.shape[0], "the array", max_pixels)
+    pixels = np.ascontiguousarray(_eight_bit(array, "the array"))
+    if pixels.shape[2] == 4:
+        return _over_white(Image.fromarray(pixels))
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
+
+
+def find_images(*paths: str | Path, recursive: bool = True) -> list[Path]:
+    """The image files that `paths` name: files, folders and globs.
+
+    The arguments keep their order; what a folder or a glob holds comes in natural order ("img2" before
+    "img10"). A file is listed once, however often it is named or linked to. In folders, hidden entries and
+    files of other suffixes than IMAGE_SUFFIXES are skipped; a file named outright is taken whatever its
+    suffix. recursive: descend into sub-folders (links are followed, loops are safe).
+
+    Raises FileNotFoundError that names what is not there, ValueError for a folder or glob without images.
+    """
+    if not paths:
+        raise ValueError("`find_images` needs at least one file, folder or glob")
+    found: dict[Path, Path] = {}
+    for path in paths:
+        for file in _expand(path, recursive):
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def _expand(path: str | Path, recursive: bool) -> list[Path]:
+    path = Path(path).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = list(_images_in(path, recursive))
+    elif glob.has_magic(str(path)):
+        files = _images_of_glob(path, recursive)
+    else:
+        raise FileNotFoundError(f"no file or folder at {path}")
+    if not files:
+        raise ValueError(f"no images in {path}: looked for {', '.join(IMAGE_SUFFIXES)}")
+    return sorted(files, key=natural_key)
+
+
+def _images_of_glob(pattern: Path, recursive: bool) -> list[Path]:
+    matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
+    if not matches:
+        raise FileNotFoundError(f"nothing matches {pattern}")
+    files = [match for match in matches if match.is_file() and _is_image(match)]
+    if recursive:
+        files += [file for match in matches if match.is_dir() for file in _images_in(match, recursive)]
+    return files
+
+
+def _images_in(folder: Path, recursive: bool) -> Iterator[Path]:
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
+        yield from (Path(root, name) for name in files if _is_image(Path(name)) and Path(root, name).is_file())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def natural_key(path: str | Path) -> list[Any]:
+    """A sort key under which "img2" comes before "img10", folder by folder."""
+    parts = Path(path).parts
+    return [[_number_or_text(piece) for piece in re.split(r"(\d+)", part)] + [(2, 0, part)] for part in parts]
+
+
+def _number_or_text(piece: str) -> tuple[int, int, str]:
+    return (0, int(piece), "") if piece.isdecimal() else (1, 0, piece.casefold())
+
+
+def relative_stem(path: str | Path, *roots: str | Path) -> Path:
+    """`path` without its suffix, relative to the deepest folder of `roots` that holds it, else the bare stem.
+
+    For callers that mirror a folder tree: `out / relative_stem(file, "photos")` with a new suffix.
+    """
+    path = Path(path)
+    holders = [Path(root) for root in roots if path.is_relative_to(root) and path != Path(root)]
+    if not holders:
+        return Path(path.stem)
+    deepest = max(holders, key=lambda root: len(root.parts))
+    return path.relative_to(deepest).with_suffix("")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open `path` for writing so that it appears whole or not at all.
+
+    A temporary file in the same folder (made if missing) takes the bytes and replaces `path` at the end; on
+    an error it is removed and an older `path` stays. mode: "wb", or "w" for UTF-8 text.
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f'`mode` has to be "wb" or "w" but is {mode!r}')
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_image(image: Image.Image | np.ndarray, path: str | Path) -> Path:
+    """Write a picture in the format that the suffix of `path` names, whole or not at all; returns the path.
+
+    image: a PIL image, kept in its mode, or an array as `load_image` takes it ((H, W) uint8 stays grey). JPEG
+    and WebP are written at quality 95; an ICC profile in `image.info` is written too.
+    """
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise ValueError(f"no image format is written for the suffix {path.suffix!r} of {path}: use .png or .jpg")
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image) if _is_grey(image) else load_image(image)
+    options = {"icc_profile": image.info.get("icc_profile")} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}
+    if kind in ("JPEG", "WEBP"):
+        options["quality"] = JPEG_QUALITY
+    if kind == "JPEG":
+        options["subsampling"] = 0
+    with atomic_write(path) as file:
+        image.save(file, format=kind, **options)
+    return path
+
+
+def _is_grey(array: np.ndarray) -> bool:
+    return array.ndim == 2 and array.dtype == np.uint8

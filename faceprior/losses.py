@@ -1,0 +1,59 @@
+"""Every formula that is trained on. Losses are computed in float32 whatever the network ran in."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pairwise_ranking_loss(good: Tensor, bad: Tensor) -> Tensor:
+    """-log sigmoid(s(good) - s(bad)), averaged over the pairs (Face Score, Eq. 5).
+
+    good, bad: (B,) rewards of the two sides of each pair.
+    """
+    return -F.logsigmoid(good.float() - bad.float()).mean()
+
+
+def guidance_loss(
+    target: Tensor,
+    prediction: Tensor,
+    mask: Tensor,
+    distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+) -> Tensor:
+    """d(m o z_good, m o z_bad): how far a bad face's denoised latents are from the good one's (Face Score, Eq. 7).
+
+    target: (B, C, H, W), x0 of the good image as the original model predicts it, no gradient; prediction: the same
+    shape, x0 of the bad image as the trained model predicts it; mask: (B, 1, H, W) in [0, 1], the face on the latent
+    grid; distance: the paper's l2 (mean squared error) by default.
+    """
+    mask = mask.float()
+    return distance(mask * target.float().detach(), mask * prediction.float())
+
+
+def noise_loss(model_pred: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error between predicted and true noise (AuthFace, Eq. 1; DDPM, Eq. 14).
+
+    model_pred, target: (B, C, H, W). With a v-prediction model the target is the velocity.
+    """
+    return F.mse_loss(model_pred.float(), target.float())
+
+
+def normalized_time(timesteps: Tensor, num_train_timesteps: int) -> Tensor:
+    """Put discrete timesteps 0..T-1 at the middle of their step in (0, 1), 0 = clean.
+
+    The paper writes t in (0, 1) and does not say how the steps map to it; the middle keeps logit(t) finite.
+    """
+    return (timesteps.float() + 0.5) / num_train_timesteps
+
+
+def time_weight(t: Tensor, m: float = -0.5, s: float = 1.0) -> Tensor:
+    """Weight of the facial feature loss over time: a normal density of logit(t) (AuthFace, section 3.2).
+
+    w(t) = exp(-(logit(t) - m)^2 / (2 s^2)) / (s sqrt(2 pi)); t: any shape, in (0, 1), 0 = clean. The peak is at
+    t = sigmoid(m), 0.378 for the paper's m = -0.5 (it states 0.37); the density of a logit-normal variable, which has a
+    further factor 1 / (t (1 - t)), would peak at 0.28 and is not what the paper describes.
+    """
+    logit = torch.log(t / (1 - t))
+    return torch.exp(-((logit - m) ** 2) / (2 * s**2)) / (s * math.sqrt(2 * math.pi))

@@ -1,0 +1,141 @@
+"""JSON lines on disk: the rows of a manifest, of `metrics.jsonl`, of a results table.
+
+A row is written after the files that it names, in one append, so that a killed run leaves at most one torn last line.
+Paths in rows are relative to the manifest's folder and may not lead out of it.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def append_row(path: str | Path, row: dict[str, Any]) -> None:
+    """Append one row and flush it to the disk. NaN and infinity have no JSON form and raise ValueError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: str | Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Read a file of JSON lines into (rows, problems); a torn or foreign line is a problem (`file:line`, reason)."""
+    rows, problems = [], []
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            rows.append(row)
+        except ValueError as error:
+            problems.append((f"{path}:{number}", f"torn or foreign row ({error})"))
+    return rows, problems
+
+
+def resume_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows that an earlier run left, after cutting off a last line that it did not finish."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) != len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    rows, problems = read_rows(path)
+    if problems:
+        place, reason = problems[0]
+        raise ValueError(f"{place}: {reason}; remove the line to continue, or start anew with `--overwrite`")
+    return rows
+
+
+def rewrite_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace the file by `rows`, atomically."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text("".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
+    temporary.replace(path)
+
+
+def sort_rows(path: str | Path, key: str = "id") -> list[dict[str, Any]]:
+    """Bring a file's rows into the order of a key, so that interrupted and whole runs leave the same file."""
+    rows = sorted(resume_rows(path), key=lambda row: row[key])
+    rewrite_rows(path, rows)
+    return rows
+
+
+def common_folder(paths: list[Path]) -> Path:
+    """Return the deepest folder that holds all `paths`."""
+    folder = paths[0].parent
+    while not all(path.is_relative_to(folder) for path in paths):
+        folder = folder.parent
+    return folder
+
+
+def safe_name(name: str) -> str:
+    """Turn a relative path into a file name without folders or suffix that is still unique."""
+    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).with_suffix("").as_posix())
+    return f"{stem[-80:]}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def require_keys(row: dict[str, Any], keys: dict[str, type | tuple[type, ...]]) -> None:
+    """Check that `row` has `keys`, each of its type and every number finite; ValueError names the first that is not."""
+    for key, kind in keys.items():
+        if key not in row:
+            raise ValueError(f"the row has no `{key}`")
+        value = row[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"`{key}` has to be {kind} but is {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{key}` has to be finite but is {value}")
+
+
+def resolve_file(folder: str | Path, relative: str) -> Path:
+    """Return the file that a row names, which has to exist below `folder`.
+
+    Raises ValueError for an absolute or escaping path, FileNotFoundError for a missing file.
+    """
+    folder, path = Path(folder), Path(folder) / relative
+    if Path(relative).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{relative!r} leads out of {folder}: paths in a manifest are relative to its folder"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    return path
+
+
+def read_caption(image: str | Path) -> str | None:
+    """Return the caption beside a picture: `NAME.txt`, or `NAME.json` / `NAME_qwen.json` with a text or a `caption` key.
+
+    None where there is none; ValueError for a file that holds no caption.
+    """
+    image = Path(image)
+    if (path := image.with_suffix(".txt")).is_file():
+        return " ".join(path.read_text(encoding="utf-8", errors="replace").split())
+    for path in (image.with_suffix(".json"), image.with_name(f"{image.stem}_qwen.json")):
+        if path.is_file():
+            try:
+                value = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}") from error
+            caption = value.get("caption") if isinstance(value, dict) else value
+            if not isinstance(caption, str):
+                raise ValueError(f"{path} has to hold a text, or an object with the key `caption`")
+            return caption
+    return None
+
+
+def print_problems(problems: list[tuple[str, str]], kind: str = "input") -> None:
+    """Print what was left out and why, at the end of a stage."""
+    if problems:
+        print(f"{len(problems)} {kind}{'s' if len(problems) > 1 else ''} left out:")
+    for name, reason in problems:
+        print(f"  {name}: {reason}")

@@ -1,0 +1,283 @@
+"""The numbers that are reported about pictures, faces and folders, and how sure they are.
+
+Metrics that need weights from the web never fetch them by themselves: where the file is missing they raise
+`MetricUnavailable`, which names the file and the command that gets it.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from faceprior.images import ImageSource, as_array, cv2, find_images, to_pixel_values
+
+if TYPE_CHECKING:
+    import torch
+
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+INCEPTION_FILE = "inception-2015-12-05.pt"
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/" + INCEPTION_FILE
+
+_LPIPS_BACKBONES = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
+
+
+class MetricUnavailable(RuntimeError):
+    """A metric whose weights are not on this machine; the message names the file and how to get it."""
+
+
+def psnr(a: ImageSource, b: ImageSource, luma: bool = False) -> float:
+    """Peak signal-to-noise ratio in dB: 10 log10(255^2 / MSE); infinite for equal pictures.
+
+    a, b: pictures of one size. The mean square error runs over all pixels and R, G, B as in the
+    evaluation of GFP-GAN and CodeFormer; luma: over the Y channel of ITU-R BT.601 instead.
+    """
+    first, second = _pair(a, b, luma)
+    mse = float(np.mean((first - second) ** 2))
+    return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
+
+
+def ssim(a: ImageSource, b: ImageSource, luma: bool = False) -> float:
+    """Structural similarity (Wang et al. 2004, Eq. 13), 1 for equal pictures.
+
+    a, b: pictures of one size, 11 px at least. Gaussian window of 11 px, sigma 1.5, K1 = .01, K2 = .03,
+    range 255, only windows that lie inside the picture; the mean over R, G, B as in the evaluation of
+    GFP-GAN and CodeFormer, or, with luma, on the Y channel of ITU-R BT.601.
+    """
+    first, second = _pair(a, b, luma)
+    if min(first.shape[:2]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs pictures of {SSIM_WINDOW} px at least but got {first.shape[:2]} (height, width)")
+    mean_a, mean_b = _windowed(first), _windowed(second)
+    variance_a = _windowed(first**2) - mean_a**2
+    variance_b = _windowed(second**2) - mean_b**2
+    covariance = _windowed(first * second) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    likeness /= (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
+    return float(likeness.mean())
+
+
+def _pair(a: ImageSource, b: ImageSource, luma: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Both pictures as (H, W, C) float64 in 0..255."""
+    first, second = as_array(a), as_array(b)
+    if first.shape != second.shape:
+        raise ValueError(f"the pictures need one size but are {first.shape[:2]} and {second.shape[:2]} (height, width)")
+    if luma:
+        return _luma(first), _luma(second)
+    return first.astype(np.float64), second.astype(np.float64)
+
+
+def _luma(rgb: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (H, W, 1), Y of ITU-R BT.601 in 16..235."""
+    return 16 + rgb.astype(np.float64) @ np.array([[65.481], [128.553], [24.966]]) / 255
+
+
+def _windowed(x: np.ndarray) -> np.ndarray:
+    """The Gaussian mean of every window inside the picture, channel by channel."""
+    smooth = cv2.GaussianBlur(x, (SSIM_WINDOW, SSIM_WINDOW), SSIM_SIGMA)
+    edge = SSIM_WINDOW // 2
+    return smooth[edge : x.shape[0] - edge, edge : x.shape[1] - edge]
+
+
+def landmark_error(detected: np.ndarray, reference: np.ndarray) -> float:
+    """Mean distance of five landmarks as a share of the reference's distance between the eyes.
+
+    detected, reference: (5, 2) pixels, in the order of `faceprior.detect.LANDMARK_NAMES`.
+    """
+    detected, reference = np.asarray(detected, np.float64), np.asarray(reference, np.float64)
+    if detected.shape != (5, 2) or reference.shape != (5, 2):
+        raise ValueError(f"landmarks have to be (5, 2) but are {detected.shape} and {reference.shape}")
+    between_eyes = np.hypot(*(reference[1] - reference[0]))
+    if not between_eyes > 0:
+        raise ValueError("the reference landmarks have both eyes on one point")
+    return float(np.hypot(*(detected - reference).T).mean() / between_eyes)
+
+
+def lpips_distance(a: ImageSource, b: ImageSource, net: "str | torch.nn.Module" = "alex") -> float:
+    """Learned perceptual distance (LPIPS 0.1, arXiv 1801.03924), 0 for equal pictures.
+
+    a, b: pictures of one size. net: "alex" (the field's choice for reporting), "vgg", "squeeze", or an
+    `lpips.LPIPS` module, on whose device the pictures are compared.
+
+    Raises MetricUnavailable if torchvision's weights of the backbone are not in torch's cache.
+    """
+    import torch
+
+    model = _lpips_model(net) if isinstance(net, str) else net
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return float(model(to_pixel_values(a).to(device), to_pixel_values(b).to(device)))
+
+
+@functools.cache
+def _lpips_model(net: str) -> "torch.nn.Module":
+    if net not in _LPIPS_BACKBONES:
+        raise ValueError(f"`net` has to be one of {', '.join(_LPIPS_BACKBONES)} but is {net!r}")
+    _check_backbone(net)
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision in the old way
+        return lpips.LPIPS(net=net, verbose=False).requires_grad_(False)
+
+
+def _check_backbone(net: str) -> None:
+    import torch
+    import torchvision
+
+    name = _LPIPS_BACKBONES[net]
+    url = getattr(torchvision.models, name).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if not path.is_file():
+        raise MetricUnavailable(
+            f"LPIPS ({net}) needs {path}, which is not there. With a network: python -c 'from"
+            f" torchvision.models import {name} as W; W.IMAGENET1K_V1.get_state_dict()', or put {url} there"
+        )
+
+
+def fid(
+    folder_a: str | Path,
+    folder_b: str | Path,
+    extractor: "Callable[[torch.Tensor], torch.Tensor] | None" = None,
+    device: str = "cpu",
+    batch_size: int = 32,
+) -> float:
+    """Frechet distance between the features of two folders of pictures (FID, arXiv 1706.08500, Eq. 6).
+
+    Settings: clean-fid (arXiv 2104.11222) in mode "clean": every picture of the folder and its
+    sub-folders, resized to 299x299 by PIL's antialiased bicubic filter without rounding; features of
+    Inception V3 (2048 values, weights `inception-2015-12-05.pt`); sample covariances. Name the reference
+    set under every FID, and compare only numbers of as many pictures: below some thousand the value is
+    biased upwards.
+
+    extractor: another network, from pixels (B, 3, 299, 299) float32 in 0..255 on `device` to features (B,
+    D); the number is then no longer comparable with published FIDs.
+
+    Raises MetricUnavailable if Inception is wanted and its weights are not on the disk.
+    """
+    extractor = extractor or _inception(device)
+    features = [_folder_features(folder, extractor, device, batch_size) for folder in (folder_a, folder_b)]
+    return frechet_distance(*features)
+
+
+def _folder_features(folder: str | Path, extractor: Callable, device: str, batch_size: int) -> np.ndarray:
+    import torch
+    from cleanfid.fid import get_files_features
+
+    files = [str(file) for file in find_images(folder)]
+    if len(files) < 2:
+        raise ValueError(f"FID needs at least two pictures a folder, but {folder} holds {len(files)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_files_features(
+            files,
+            model=extractor,
+            num_workers=0,
+            batch_size=batch_size,
+            device=torch.device(device),
+            mode="clean",
+            verbose=False,
+        )
+
+
+@functools.cache
+def _inception(device: str) -> "Callable[[torch.Tensor], torch.Tensor]":
+    """clean-fid's Inception; the package keeps the weights in /tmp (on Windows in the current folder)."""
+    import platform
+
+    import torch
+    from cleanfid.features import build_feature_extractor
+
+    path = Path("./" if platform.system() == "Windows" else "/tmp", INCEPTION_FILE)
+    if not path.is_file():
+        raise MetricUnavailable(
+            f"FID needs the Inception weights {path}, which are not there. With a network:"
+            f" curl -L -o {path} {INCEPTION_URL}"
+        )
+    return build_feature_extractor("clean", device=torch.device(device), use_dataparallel=False)
+
+
+def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets of features (N, D), N >= 2.
+
+    With S = R^T R from the QR decomposition of the centred features, the trace of the root is the sum of
+    the singular values of R_a R_b^T: no root of a nearly singular matrix is taken.
+    """
+    mean_a, root_a = _gaussian(features_a)
+    mean_b, root_b = _gaussian(features_b)
+    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + (root_a**2).sum() + (root_b**2).sum() - 2 * cross)
+
+
+def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and R (min(N, D), D) with R^T R the sample covariance."""
+    features = np.asarray(features, dtype=np.float64)
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features have to be (N, D) with N >= 2 but are {features.shape}")
+    mean = features.mean(0)
+    root = np.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r")
+    return mean, root
+
+
+class Interval(NamedTuple):
+    """A mean and the half width of its 95% confidence interval."""
+
+    mean: float
+    half_width: float
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of independent values and the half width of its 95% interval, by Student's t distribution.
+
+    half width = t(.975, n - 1) s / sqrt(n); infinite for one value. Raises ValueError for none or for NaN.
+    """
+    from scipy import stats
+
+    numbers = _checked_values(values)
+    if len(numbers) == 1:
+        return Interval(float(numbers[0]), math.inf)
+    error = numbers.std(ddof=1) / math.sqrt(len(numbers))
+    return Interval(float(numbers.mean()), float(stats.t.ppf(0.975, len(numbers) - 1) * error))
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Paired t test of a against b: the mean of a - b, its 95% half width, the two-sided p value, n pairs."""
+
+    mean_difference: float
+    half_width: float
+    p_value: float
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
+    """Do two methods differ on the same items? Student's paired t test.
+
+    a, b: one value per item, in the same order, two items at least. Equal differences everywhere leave no
+    doubt: p is 1 if they are zero, else 0.
+    """
+    from scipy import stats
+
+    first, second = _checked_values(a), _checked_values(b)
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(f"a paired test needs two or more pairs but got {len(first)} and {len(second)} values")
+    differences = first - second
+    mean, half_width = mean_interval(differences)
+    if half_width == 0:
+        return PairedTest(mean, half_width, 1.0 if mean == 0 else 0.0, len(first))
+    return PairedTest(mean, half_width, float(stats.ttest_rel(first, second).pvalue), len(first))
+
+
+def _checked_values(values: Sequence[float]) -> np.ndarray:
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or len(numbers) == 0 or not np.isfinite(numbers).all():
+        raise ValueError(f"values have to be a list of finite numbers, one at least, but are {values}")
+    return numbers

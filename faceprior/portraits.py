@@ -1,0 +1,159 @@
+"""Portraits for the prior: quality gates, photographic tags, the manifest and the dataset (AuthFace, section 3.1).
+
+The paper filters by face size and by an image quality assessment that rejects pepper noise, over-smooth skin, JPEG
+blocks and blur. Here each of these is one measured number with one limit, so that a rejection has a stated reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from faceprior.align import align_face
+from faceprior.detect import Face
+from faceprior.images import as_array, cv2, load_image, to_pixel_values
+from faceprior.manifest import read_rows, require_keys, resolve_file
+
+MANIFEST = "manifest.jsonl"
+ANALYSIS_SIZE = 256  # pixels; sharpness, texture and light are measured on aligned crops of this side
+CHEEKS = np.s_[128:180, 64:192]  # rows and columns of such a crop
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """One row of the manifest: an aligned crop, its caption, and what was measured on it.
+
+    image: path relative to the manifest's folder; caption: tags, separated by commas; face_size: shorter side of the
+    face box in the photograph, pixels; quality: the numbers of `measure_quality`.
+    """
+
+    id: str
+    photograph: str
+    image: str
+    caption: str
+    confidence: float
+    face_size: float
+    quality: dict[str, float]
+
+    def to_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_ROW_TYPES = {"id": str, "photograph": str, "image": str, "caption": str}
+
+
+def read_portraits(folder: str | Path) -> tuple[list[Portrait], list[tuple[str, str]]]:
+    """Read the portraits of a folder that stage 03 made -> (portraits, problems as (place, reason)).
+
+    Raises FileNotFoundError without a manifest, ValueError when no usable portrait is left.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"no portraits in {folder}: `python stages/03_curate_portraits.py` makes them"
+        )
+    rows, problems = read_rows(folder / MANIFEST)
+    portraits = []
+    for number, row in enumerate(rows, 1):
+        try:
+            require_keys(row, _ROW_TYPES)
+            resolve_file(folder, row["image"])
+            portraits.append(Portrait(**{key: row.get(key) for key in Portrait.__dataclass_fields__}))
+        except (ValueError, TypeError, OSError) as error:
+            problems.append((f"{folder / MANIFEST}: {row.get('id', f'row {number}')}", str(error)))
+    if not portraits:
+        reason = f"; the first problem: {': '.join(problems[0])}" if problems else ""
+        raise ValueError(f"{folder / MANIFEST} has no usable portrait{reason}")
+    return portraits, problems
+
+
+class PortraitDataset(Dataset):
+    """Portraits as tensors: pixel_values (3, R, R) float32 in [-1, 1], and caption."""
+
+    def __init__(self, folder: str | Path, portraits: list[Portrait], resolution: int):
+        self.folder, self.portraits, self.resolution = Path(folder), portraits, resolution
+
+    def __len__(self) -> int:
+        return len(self.portraits)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        portrait = self.portraits[index]
+        image = load_image(self.folder / portrait.image).resize((self.resolution,) * 2, Image.LANCZOS)
+        return {"pixel_values": to_pixel_values(image)[0], "caption": portrait.caption}
+
+
+def measure_quality(photograph: Image.Image, face: Face) -> dict[str, float]:
+    """Measure the quality of a face that has landmarks.
+
+    On the photograph's own pixels around the face box: noise, Immerkaer's estimate of the standard deviation of Gaussian
+    noise, grey levels; pepper, the share of pixels that differ from the median of their 3 x 3 neighbourhood by more than
+    40 grey levels; blocks, the mean step across the borders of 8 x 8 blocks over the mean step elsewhere, 1 without JPEG.
+    On a crop that is aligned at 256 pixels: sharpness, the standard deviation of the Laplacian, grey levels; texture, the
+    mean detail (below 2 pixels) of the cheeks, grey levels, small on over-smooth skin; clipped, the share of black or
+    white pixels.
+    """
+    own = _gray(photograph.crop(_block_box(face, photograph.size)))
+    gray = _gray(align_face(photograph, face.landmarks, ANALYSIS_SIZE).crop)
+    detail = np.abs(gray - cv2.GaussianBlur(gray, (0, 0), 2.0))
+    values = {
+        "noise": noise_level(own),
+        "pepper": (np.abs(own - cv2.medianBlur(own, 3)) > 40).mean(),
+        "blocks": blockiness(own),
+        "sharpness": cv2.Laplacian(gray, cv2.CV_32F).std(),
+        "texture": detail[CHEEKS].mean(),
+        "clipped": ((gray < 3) | (gray > 252)).mean(),
+    }
+    return {name: round(float(value), 4) for name, value in values.items()}
+
+
+def _block_box(face: Face, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the face box with corners on the grid of 8 x 8 blocks, at least two blocks wide."""
+    left, top = (int(v) // 8 * 8 for v in face.box[:2])
+    return left, top, max(left + 16, min(int(face.box[2]), size[0])), max(top + 16, min(int(face.box[3]), size[1]))
+
+
+def noise_level(gray: np.ndarray) -> float:
+    """Estimate the standard deviation of Gaussian noise in a (H, W) float32 picture (Immerkaer, 1996).
+
+    The kernel is the difference of two Laplacians: it is blind to constant, linear and quadratic structure.
+    """
+    kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
+    response = np.abs(cv2.filter2D(gray, cv2.CV_32F, kernel))[1:-1, 1:-1]
+    return float(np.sqrt(np.pi / 2) * response.mean() / 6)
+
+
+def blockiness(gray: np.ndarray) -> float:
+    """Return the mean step across 8 x 8 block borders over the mean step elsewhere; about 1 without JPEG blocks."""
+    ratios = []
+    for steps in (np.abs(np.diff(gray, axis=1)).mean(axis=0), np.abs(np.diff(gray, axis=0)).mean(axis=1)):
+        border = np.arange(len(steps)) % 8 == 7
+        if border.any():
+            ratios.append((steps[border].mean() + 1e-3) / (steps[~border].mean() + 1e-3))
+    return float(np.mean(ratios)) if ratios else 1.0
+
+
+def photographic_tags(crop: Image.Image) -> list[str]:
+    """Describe the light of an aligned crop by measuring it: side, hardness, colour temperature, key.
+
+    The paper has a vision-language model write such tags; these are the ones that need no model.
+    """
+    rgb = as_array(crop.resize((ANALYSIS_SIZE, ANALYSIS_SIZE), Image.LANCZOS)).astype(np.float32)
+    face = rgb[80:200, 56:200]
+    gray = face @ np.float32([0.299, 0.587, 0.114])
+    left, right = gray[:, :72].mean(), gray[:, 72:].mean()
+    balance = (left - right) / (left + right + 1e-6)
+    side = "front light" if abs(balance) < 0.06 else f"light from the {'left' if balance > 0 else 'right'}"
+    warmth = (face[..., 0].mean() + 1) / (face[..., 2].mean() + 1)
+    tags = ["hard light" if abs(balance) > 0.2 else "soft light", side]
+    tags.append("warm light" if warmth > 1.6 else "cool light" if warmth < 1.15 else "neutral light")
+    brightness = rgb.mean()
+    return tags + (["dark tones"] if brightness < 70 else ["light tones"] if brightness > 180 else [])
+
+
+def _gray(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L"), np.float32)

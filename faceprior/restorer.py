@@ -1,0 +1,240 @@
+"""`AuthFaceRestorer`: detect, align, denoise under a ControlNet, recolour, paste back (AuthFace, arXiv 2410.09864).
+
+restorer = AuthFaceRestorer.from_pretrained("Ethanliang99/AuthFace").to("cuda")
+restorer.restore("old_photo.jpg").image.save("restored.png")
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from faceprior.align import align_face, paste_face
+from faceprior.color import adain_color_fix, wavelet_color_fix
+from faceprior.detect import Face, detect_faces
+from faceprior.diffusion import decode_latents, hub_error, load_part, looks_like_path
+from faceprior.images import load_image, to_pil, to_pixel_values
+
+logger = logging.getLogger(__name__)
+OFFICIAL_ID = "Ethanliang99/AuthFace"
+SETTINGS_FILE = "restorer_config.json"
+COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": lambda content, style: content}
+# The official inference code's prompts; training uses the empty one (AuthFace, Eq. 1).
+PROMPT = (
+    "hyper-realistic portrait, face close-up, super detailed, Cinematic, High Contrast, highly detailed, taken using a "
+    "Canon EOS R camera,hyper detailed photo - realistic maximum detail, 32k, ultra HD,extreme meticulous detailing, "
+    "skin pore detailing,hyper sharpness, perfect without deformations"
+)
+NEGATIVE_PROMPT = (
+    "unreal face, asymmetrical eyes, oil painting, illustration, drawing, art, sketch,cartoon, CG Style, 3D render, "
+    "unreal engine, blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, "
+    "deformed, lowres, over-smooth, malformed/disproportionate hands/fingers, ugly, easy negative"
+)
+
+
+@dataclass(frozen=True)
+class RestorerSettings:
+    """How a model wants to be sampled; the defaults are those of the official inference code.
+
+    resolution: side of the aligned crop in pixels; steps: of the DDPM sampler; guidance_scale: CFG, 1 is off;
+    controlnet_scale: weight of the degraded face, [0, 2]; seed: of every face's noise.
+    """
+
+    resolution: int = 512
+    steps: int = 50
+    guidance_scale: float = 8.0
+    controlnet_scale: float = 1.0
+    prompt: str = PROMPT
+    negative_prompt: str = NEGATIVE_PROMPT
+    seed: int = 123
+
+
+@dataclass(frozen=True)
+class RestoredFace:
+    """One face: where it was found, and its aligned crop before and after."""
+
+    face: Face
+    before: Image.Image
+    after: Image.Image
+
+
+@dataclass(frozen=True)
+class RestoredImage:
+    """A restored photograph (RGB, the size of the input) and its faces, largest first."""
+
+    image: Image.Image
+    faces: list[RestoredFace]
+
+
+class AuthFaceRestorer:
+    """A portrait prior of SDXL type and a ControlNet that reads the degraded face.
+
+    pipeline: the SDXL ControlNet pipeline with its VAE in float32; settings: how it is sampled.
+    """
+
+    def __init__(
+        self, pipeline: StableDiffusionXLControlNetPipeline, settings: RestorerSettings | None = None
+    ):
+        self.pipeline, self.settings = pipeline, settings or RestorerSettings()
+        # DDPM whatever the folder's own scheduler is: the official code does the same.
+        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_prior(
+        cls, prior: DiffusionPipeline, controlnet: ControlNetModel, settings: RestorerSettings | None = None
+    ) -> AuthFaceRestorer:
+        """Join an SDXL type pipeline and a ControlNet that was trained on it."""
+        parts = {k: prior.components[k] for k in ("vae", "unet", "scheduler", *_TEXT_PARTS)}
+        pipeline = StableDiffusionXLControlNetPipeline(**parts, controlnet=controlnet, add_watermarker=False)
+        return cls(pipeline, settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str = OFFICIAL_ID, dtype: torch.dtype = torch.float32
+    ) -> AuthFaceRestorer:
+        """Load a folder that `save_pretrained` wrote, a folder of the official layout, or a hub id.
+
+        Every part stands in its sub-folder (`unet/`, `controlnet/`, `vae/`, ...); a `model_index.json` is not needed.
+        The VAE is kept in float32. Raises FileNotFoundError that names the part which is missing.
+        """
+        path_or_id, folder = str(path_or_id), Path(path_or_id).expanduser()
+        if looks_like_path(path_or_id) and not folder.is_dir():
+            raise FileNotFoundError(
+                f"no restorer in {path_or_id}: `python stages/06_train_restorer.py` trains one"
+            )
+        classes = {
+            **_TEXT_PARTS,
+            "vae": AutoencoderKL,
+            "unet": UNet2DConditionModel,
+            "controlnet": ControlNetModel,
+        }
+        parts = {name: _load(part, path_or_id, name, dtype) for name, part in classes.items()}
+        parts["scheduler"] = _load(DDPMScheduler, path_or_id, "scheduler", dtype)
+        settings = folder / SETTINGS_FILE
+        return cls(
+            StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False),
+            read_settings(settings) if settings.is_file() else None,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write every part to its sub-folder (safetensors) and the sampling settings to `restorer_config.json`."""
+        self.pipeline.save_pretrained(folder)
+        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(asdict(self.settings), indent=1))
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.unet.device
+
+    def to(self, device: torch.device | str) -> AuthFaceRestorer:
+        self.pipeline.to(device)
+        return self
+
+    def restore(
+        self,
+        image,
+        detector="auto",
+        min_confidence: float = 0.9,
+        min_face_size: int = 20,
+        faces: list[Face] | None = None,
+        color_fix: str = "wavelet",
+        batch_size: int = 4,
+        **sampling,
+    ) -> RestoredImage:
+        """Restore every face of a photograph and paste it back.
+
+        image: path, PIL image or array; faces: known ones with landmarks, instead of detection; color_fix: `wavelet`,
+        `adain` or `none`; sampling: overrides of the settings (steps, guidance_scale, controlnet_scale, seed, prompt,
+        ...). Outside of the faces every pixel is the photograph's own; without a face the picture comes back as it is.
+        """
+        photograph = load_image(image)
+        if faces is None:
+            faces = detect_faces(photograph, detector, min_confidence, min_face_size)
+        faces = [face for face in faces if face.landmarks is not None]
+        aligned = [align_face(photograph, face.landmarks, self.settings.resolution) for face in faces]
+        before = [a.crop for a in aligned]
+        after = self.restore_crops(before, color_fix, batch_size, **sampling)
+        result = photograph
+        for crop, place in reversed(list(zip(after, aligned, strict=True))):  # the largest face goes on top
+            result = paste_face(result, crop, place.matrix)
+        found = [RestoredFace(*parts) for parts in zip(faces, before, after, strict=True)]
+        return RestoredImage(result, found)
+
+    @torch.no_grad()
+    def restore_crops(
+        self, crops: list[Image.Image], color_fix: str = "wavelet", batch_size: int = 4, **sampling
+    ) -> list[Image.Image]:
+        """Restore aligned square crops; each is brought to the model's resolution and depends on its own pixels only."""
+        if color_fix not in COLOR_FIXES:
+            raise ValueError(f"`color_fix` has to be one of {', '.join(COLOR_FIXES)} but is {color_fix!r}")
+        settings = RestorerSettings(**{**asdict(self.settings), **sampling})
+        restored = []
+        for start in range(0, len(crops), batch_size):
+            degraded = to_pixel_values(crops[start : start + batch_size], settings.resolution).to(self.device)
+            pixels = self._sample(degraded, settings)
+            restored += to_pil(COLOR_FIXES[color_fix](pixels.clamp(-1, 1), degraded))
+        return restored
+
+    def _sample(self, degraded: Tensor, settings: RestorerSettings) -> Tensor:
+        """Denoise from pure noise under the degraded faces (B, 3, R, R) in [-1, 1] -> the same shape."""
+        count = len(degraded)
+        latents = self.pipeline(
+            prompt=[settings.prompt] * count,
+            negative_prompt=[settings.negative_prompt] * count,
+            image=(degraded / 2 + 0.5).to(self.pipeline.controlnet.dtype),
+            height=settings.resolution,
+            width=settings.resolution,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            controlnet_conditioning_scale=float(settings.controlnet_scale),
+            generator=[torch.Generator().manual_seed(settings.seed) for _ in range(count)],
+            output_type="latent",
+        ).images
+        # stock fp16 parts with an fp32 VAE raise a dtype error inside of the pipeline's own decoding
+        return decode_latents(self.pipeline.vae, latents.float())
+
+
+_TEXT_PARTS = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "tokenizer": CLIPTokenizer,
+    "tokenizer_2": CLIPTokenizer,
+}
+
+
+def read_settings(path: Path) -> RestorerSettings:
+    """Read `restorer_config.json`; an unknown key is an error that names it."""
+    values = json.loads(path.read_text())
+    unknown = sorted(values.keys() - {field.name for field in fields(RestorerSettings)})
+    if unknown:
+        raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}")
+    return RestorerSettings(**values)
+
+
+def _load(part_class, path_or_id: str, name: str, dtype: torch.dtype):
+    if issubclass(part_class, CLIPTokenizer | DDPMScheduler):
+        try:
+            return part_class.from_pretrained(path_or_id, subfolder=name)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(_missing(path_or_id, name)) from error
+    return load_part(part_class, path_or_id, name, torch.float32 if name == "vae" else dtype, name)
+
+
+def _missing(path_or_id: str, name: str) -> str:
+    folder = Path(path_or_id) / name
+    return f"no {name} in {folder}" if Path(path_or_id).is_dir() else hub_error("restorer", path_or_id)

@@ -1,0 +1,476 @@
+"""
+FaceScorer: a picture -> one score per face (Face Score, arXiv 2406.17100).
+
+The reward of ImageReward on face crops: a BLIP image encoder (ViT-L/16), a BERT text encoder that looks at
+the image through cross attention and reads "A face.", and a linear head on its first token. Scores have no
+unit: a higher one is a better face; with the published weights plausible faces lie above about 4 (paper 8.5).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from faceprior.blip_inputs import DEFAULT_PROMPT, crop_bounds, preprocess, tokenize_prompt
+from faceprior.convert import (
+    HUB_OPTIONS,
+    describe_mismatch,
+    find_checkpoint_folder,
+    find_official_checkpoint,
+    ours_to_official,
+    read_official_checkpoint,
+    require_same_tensors,
+)
+from faceprior.detect import Face, detect_faces
+from faceprior.images import load_image
+
+
+@dataclass(frozen=True)
+class FaceScore:
+    """The score of one face.
+
+    score: no unit, higher is better. box: (x0, y0, x1, y1) in pixels. landmarks: (5, 2) in pixels, or None.
+    confidence: the detector's, in [0, 1]; 1 for a box that the caller gave.
+    """
+
+    score: float
+    box: tuple[float, float, float, float]
+    landmarks: np.ndarray | None = None
+    confidence: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in plain numbers and lists, for JSON."""
+        return {
+            "score": float(self.score),
+            "box": [float(edge) for edge in self.box],
+            "landmarks": None if self.landmarks is None else np.asarray(self.landmarks).tolist(),
+            "confidence": float(self.confidence),
+        }
+
+
+class FaceScorer(ModelMixin, ConfigMixin):
+    """Scores faces as people do (Face Score, paper 4.4).
+
+    The default sizes are those of the published model (446 million parameters). `score` and `score_crops` are
+    for people; `preprocess` and `forward` give rewards with gradients to the pixels.
+
+    Args:
+        vision_hidden_size, vision_layers, vision_heads, vision_intermediate: the ViT.
+        image_size, patch_size: pixels; an `image_size` that is a multiple of `patch_size`.
+        text_hidden_size, text_layers, text_heads, text_intermediate: the BERT with cross attention.
+        vocab_size, max_positions: its tables.
+        text_dropout: in training only; the official ViT's stochastic depth is not ported.
+        text_layer_norm_eps: BERT's; the ViT's is 1e-6 in every BLIP.
+        reward_mean, reward_std: `forward` returns (reward - mean) / std; 0 and 1 for Face Score.
+        prompt, prompt_token_ids: the default prompt and its tokens, [CLS] first and [SEP] last.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        vision_hidden_size: int = 1024,
+        vision_layers: int = 24,
+        vision_heads: int = 16,
+        vision_intermediate: int = 4096,
+        image_size: int = 224,
+        patch_size: int = 16,
+        text_hidden_size: int = 768,
+        text_layers: int = 12,
+        text_heads: int = 12,
+        text_intermediate: int = 3072,
+        vocab_size: int = 30524,
+        max_positions: int = 512,
+        text_dropout: float = 0.1,
+        text_layer_norm_eps: float = 1e-12,
+        reward_mean: float = 0.0,
+        reward_std: float = 1.0,
+        prompt: str = DEFAULT_PROMPT,
+        prompt_token_ids: Sequence[int] = (101, 1037, 2227, 1012, 102),
+    ):
+        super().__init__()
+        _check_config(self.config)
+        self.vision_model = BlipVisionModel(_vision_config(self.config))
+        self.text_model = BlipTextModel(_text_config(self.config), add_pooling_layer=False)
+        self.mlp = _reward_head(text_hidden_size)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None, **kwargs: Any
+    ) -> "FaceScorer":
+        """Load a scorer, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub id; a local folder is looked at first. It holds
+                what `save_pretrained` wrote, the official Face Score (`FS_model.pt` and `med_config.json`,
+                there or in `FaceScore_model/`; hub id `OPPOer/FaceScore`), or ImageReward (`ImageReward.pt`
+                and `med_config.json`).
+            subfolder: where in that folder or repository.
+            dtype: of the parameters; for official files float32 by default.
+            kwargs: `cache_dir`, `revision`, `token`, `local_files_only`... for the hub; the rest goes to
+                `ModelMixin.from_pretrained` (our own folders only).
+
+        Raises:
+            FileNotFoundError: neither a folder nor the hub gave anything, or the folder holds no scorer.
+            ValueError: the weights are damaged, hold code, or belong to another model; every missing,
+                unexpected and misshapen tensor is counted, the first dozen of each named.
+        """
+        source = pretrained_model_name_or_path
+        hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        folder = find_checkpoint_folder(source, subfolder, **hub_options)
+        if (folder / cls.config_name).is_file():
+            model = cls._from_own_folder(folder, **kwargs)
+        elif official := find_official_checkpoint(folder):
+            model = cls._from_official(*read_official_checkpoint(official), str(official.weights), **kwargs)
+        else:
+            raise FileNotFoundError(
+                f"no scorer in {folder}: it holds neither {cls.config_name} (stages/02_train_scorer.py "
+                f"trains a scorer) nor the official FS_model.pt or ImageReward.pt with its med_config.json"
+            )
+        model.register_to_config(_name_or_path=str(source))
+        return model.eval()
+
+    @classmethod
+    def _from_own_folder(cls, folder: Path, **kwargs: Any) -> "FaceScorer":
+        found = cls.load_config(folder).get("_class_name")
+        if found != cls.__name__:
+            raise ValueError(f"{folder} holds the configuration of {found or 'another model'}, not of a {cls.__name__}")
+        if not any(folder.glob("diffusion_pytorch_model*")):
+            raise FileNotFoundError(f"no weights beside {folder / cls.config_name}: copy the folder whole")
+        try:
+            model, info = super().from_pretrained(
+                folder,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that all of them are reported, below
+                **{"use_safetensors": True, **kwargs},
+            )
+        except OSError as error:
+            raise ValueError(
+                f"the weights in {folder} are truncated or no safetensors file: copy or train them again "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        misshapen = [
+            f"{name} is {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
+        ]
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unexpected or misshapen:
+            raise ValueError(describe_mismatch(str(folder), missing, unexpected, misshapen))
+        return model
+
+    @classmethod
+    def _from_official(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        config: dict[str, Any],
+        source: str,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> "FaceScorer":
+        if kwargs:
+            raise TypeError(
+                f"{', '.join(sorted(kwargs))}: official files are loaded with `dtype` only; "
+                f"save_pretrained them once, then load that folder with any option"
+            )
+        with init_empty_weights(include_buffers=False):
+            model = cls(**config)
+        # compared under the names that the file has
+        require_same_tensors(ours_to_official(model.state_dict()), ours_to_official(state_dict), source)
+        model.load_state_dict(state_dict, strict=True, assign=True)
+        return model.to(dtype or torch_dtype or torch.float32)
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Rewards, with gradients to the pixels.
+
+        Args:
+            pixel_values: (B, 3, image_size, image_size), normalised by CLIP's mean and std; see `preprocess`.
+            input_ids: (L,), (1, L) or (B, L) int64; the default prompt if None.
+            attention_mask: as `input_ids`, 1 for a token and 0 for padding; needed if there is padding.
+
+        Returns:
+            (B,) in float32 at least.
+        """
+        self._check_pixel_values(pixel_values)
+        batch = len(pixel_values)
+        if input_ids is None:
+            input_ids = torch.tensor(self.config.prompt_token_ids, device=pixel_values.device)
+        features = self.text_model(
+            input_ids=input_ids.expand(batch, -1),
+            attention_mask=None if attention_mask is None else attention_mask.expand(batch, -1),
+            encoder_hidden_states=self.encode_image(pixel_values),
+            is_decoder=False,
+        ).last_hidden_state[:, 0]  # (B, text_hidden_size): [CLS]
+        reward = self.mlp(features).squeeze(-1)
+        reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
+        return (reward - self.config.reward_mean) / self.config.reward_std
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """The vision tower: (B, 3, S, S) -> (B, 1 + patches, vision_hidden_size), normalised.
+
+        Leading parts whose parameters are all frozen run without gradients, unless the pixels need them.
+        """
+        parts = [self.vision_model.embeddings, *self.vision_model.encoder.layers]
+        frozen = 0 if pixel_values.requires_grad else self.frozen_vision_parts
+        hidden_states = pixel_values
+        with torch.no_grad():
+            for part in parts[:frozen]:
+                hidden_states = part(hidden_states)
+        for part in parts[frozen:]:
+            hidden_states = part(hidden_states)
+        return self.vision_model.post_layernorm(hidden_states)
+
+    @property
+    def frozen_vision_parts(self) -> int:
+        """How many leading parts of the vision tower (embeddings, layer 0...) have nothing to train."""
+        parts = [self.vision_model.embeddings, *self.vision_model.encoder.layers]
+        trained = [any(p.requires_grad for p in part.parameters()) for part in parts]
+        return trained.index(True) if True in trained else len(parts)
+
+    def freeze(self, fraction: float = 0.7) -> list[str]:
+        """Freeze the first layers of both towers, and train the rest (paper 4.4: 70%).
+
+        Of each tower's n layers the first int(n * fraction) are frozen, with the embeddings if fraction > 0;
+        the ViT's last normalisation and the head are always trained. At full size and 0.7 these are 16 of the
+        24 vision layers and 8 of the 12 text layers. The official code freezes the same and, since its loop
+        stops after the first match in the next layer, two single tensors more: `blocks.16.norm1.weight` and
+        `layer.8.attention.self.query.weight`.
+
+        Args:
+            fraction: in [0, 1]; 0 trains everything again.
+
+        Returns:
+            The names of the frozen parameters.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"`fraction` has to lie in [0, 1] but is {fraction}")
+        self.requires_grad_(True)
+        towers = (
+            (self.vision_model.embeddings, self.vision_model.encoder.layers),
+            (self.text_model.embeddings, self.text_model.encoder.layer),
+        )
+        for embeddings, layers in towers:
+            embeddings.requires_grad_(fraction == 0)
+            layers[: int(len(layers) * fraction)].requires_grad_(False)
+        return [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint
+    ) -> None:
+        """Of the vision tower only: the library's BLIP text model does not support it."""
+        for layer in self.vision_model.encoder.layers:
+            layer.gradient_checkpointing = enable
+            layer._gradient_checkpointing_func = gradient_checkpointing_func
+
+    def _check_pixel_values(self, pixel_values: Tensor) -> None:
+        # the library's BLIP would cut the position embedding to a smaller picture and score garbage
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"`pixel_values` has to be (B, 3, {size}, {size}) but is {tuple(pixel_values.shape)}: "
+                f"`preprocess` makes it"
+            )
+
+    def preprocess(self, images: Any, boxes: Sequence[Sequence[float]] | None = None) -> Tensor:
+        """Crop, resize the short side to `image_size` (bicubic, antialiased), crop the centre, normalise.
+
+        Pictures go through PIL, which is the reference. A tensor goes the same way in torch, differentiably;
+        values outside of [-1, 1] are clamped. For 8-bit pixels it lies within 2/255 of the reference before
+        the normalisation (0.03 after it), because PIL rounds to 8 bits twice.
+
+        Args:
+            images: a picture or a list of B (path, PIL image, array), or a tensor (B, 3, H, W) or (3, H, W)
+                in [-1, 1].
+            boxes: one (x0, y0, x1, y1) in pixels for each picture, clamped to it; the whole picture if None.
+
+        Returns:
+            (B, 3, image_size, image_size) float32, on the CPU for pictures, else on the tensor's device.
+
+        Raises:
+            ValueError: not as many boxes as pictures, or a box that is NaN, inverted or outside its picture.
+        """
+        return preprocess(images, self.config.image_size, boxes)
+
+    def score(
+        self,
+        images: Any,
+        faces: Sequence[Any] | None = None,
+        detector: str | Callable = "auto",
+        min_confidence: float = 0.9,
+        min_face_size: float = 20,
+        batch_size: int = 32,
+        prompt: str = DEFAULT_PROMPT,
+    ) -> list[FaceScore] | list[list[FaceScore]]:
+        """Find the faces of a picture and score each.
+
+        Args:
+            images: a picture (path, PIL image, array), or a list of pictures.
+            faces: what was found before, instead of a detector: the picture's `Face`s or (x0, y0, x1, y1)
+                boxes; for a list of pictures one such list each.
+            detector, min_confidence, min_face_size: see `detect_faces`; not used with `faces`.
+            batch_size: faces per pass through the network.
+            prompt: another prompt than the default needs a tokenizer; see `tokenize_prompt`.
+
+        Returns:
+            The faces with the best first; for a list of pictures a list of such lists. A picture without a
+            face gives an empty list.
+
+        Raises:
+            ValueError: a box that is NaN, inverted or outside of its picture.
+            ImageError, FileNotFoundError: from `load_image`.
+        """
+        many = isinstance(images, (list, tuple))
+        given = faces if many or faces is None else [faces]
+        if given is not None and many and len(given) != len(images):
+            raise ValueError(f"`faces` has to have one list per picture: {len(given)} for {len(images)} pictures")
+        found: list[list[Face]] = []
+
+        def crops() -> Iterator[Image.Image]:
+            for index, image in enumerate(images if many else [images]):
+                picture = load_image(image)
+                if given is None:
+                    found.append(detect_faces(picture, detector, min_confidence, min_face_size))
+                else:
+                    found.append([_as_face(face) for face in given[index]])
+                yield from [picture.crop(crop_bounds(face.box, *picture.size)) for face in found[-1]]
+
+        rewards = iter(self._rewards(crops(), prompt, batch_size))
+        scores = [_ranked(here, list(itertools.islice(rewards, len(here)))) for here in found]
+        return scores if many else scores[0]
+
+    def score_crops(self, crops: Iterable[Any], batch_size: int = 32, prompt: str = DEFAULT_PROMPT) -> list[float]:
+        """Score pictures that are face crops already, in their order.
+
+        crops: paths, PIL images or arrays; any iterable, read in batches.
+        """
+        return self._rewards(map(load_image, crops), prompt, batch_size)
+
+    def _rewards(self, crops: Iterable[Image.Image], prompt: str, batch_size: int) -> list[float]:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
+        input_ids = self._prompt_ids(prompt)
+        crops, rewards = iter(crops), []
+        with _evaluating(self):
+            while batch := list(itertools.islice(crops, batch_size)):
+                pixel_values = self.preprocess(batch).to(self.device)
+                with torch.inference_mode():
+                    rewards += self(pixel_values, input_ids).tolist()
+        if not all(map(math.isfinite, rewards)):
+            raise ValueError(f"a reward is not finite: the network overflowed in {self.dtype}, use float32")
+        return rewards
+
+    def _prompt_ids(self, prompt: str) -> Tensor:
+        """(L,) tokens on the model's device; the default prompt's stand in the configuration."""
+        default = prompt == self.config.prompt
+        ids = list(self.config.prompt_token_ids) if default else tokenize_prompt(prompt)
+        _require_known(ids, self.config, prompt)
+        return torch.tensor(ids, device=self.device)
+
+
+def _vision_config(sizes: Any) -> BlipVisionConfig:
+    return BlipVisionConfig(
+        hidden_size=sizes.vision_hidden_size,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=sizes.vision_heads,
+        intermediate_size=sizes.vision_intermediate,
+        image_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        hidden_act="gelu",  # with erf
+        layer_norm_eps=1e-6,
+        initializer_range=0.02,  # the library's default, 1e-10, is for loading only
+    )
+
+
+def _text_config(sizes: Any) -> BlipTextConfig:
+    return BlipTextConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.text_hidden_size,
+        encoder_hidden_size=sizes.vision_hidden_size,
+        num_hidden_layers=sizes.text_layers,
+        num_attention_heads=sizes.text_heads,
+        intermediate_size=sizes.text_intermediate,
+        max_position_embeddings=sizes.max_positions,
+        hidden_act="gelu",
+        layer_norm_eps=sizes.text_layer_norm_eps,
+        hidden_dropout_prob=sizes.text_dropout,
+        attention_probs_dropout_prob=sizes.text_dropout,
+        is_decoder=True,  # builds the cross attention; `forward` calls it as an encoder
+        bos_token_id=None,
+        sep_token_id=None,
+    )
+
+
+def _reward_head(input_size: int) -> nn.Sequential:
+    """ImageReward's MLP: linear layers without activations, weights from N(0, (1 / (input_size + 1))^2)."""
+    head = nn.Sequential(
+        nn.Linear(input_size, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=1 / (input_size + 1))
+            nn.init.zeros_(layer.bias)
+    return head
+
+
+def _check_config(config: Any) -> None:
+    if config.image_size % config.patch_size:
+        raise ValueError(
+            f"`image_size` ({config.image_size}) has to be a multiple of `patch_size` ({config.patch_size})"
+        )
+    _require_known(config.prompt_token_ids, config, config.prompt)
+    if config.reward_std <= 0:
+        raise ValueError(f"`reward_std` has to be positive but is {config.reward_std}")
+
+
+def _require_known(token_ids: Sequence[int], config: Any, prompt: str) -> None:
+    if not token_ids or max(token_ids) >= config.vocab_size or len(token_ids) > config.max_positions:
+        raise ValueError(
+            f"the prompt {prompt!r} has the tokens {list(token_ids)}, but this scorer reads one at least, at "
+            f"most {config.max_positions}, each below {config.vocab_size}: use another prompt"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _as_face(face: Any) -> Face:
+    return face if isinstance(face, Face) else Face(box=face, landmarks=None, confidence=1.0)
+
+
+def _ranked(faces: list[Face], rewards: list[float]) -> list[FaceScore]:
+    scores = [
+        FaceScore(score=reward, box=face.box, landmarks=face.landmarks, confidence=face.confidence)
+        for face, reward in zip(faces, rewards, strict=True)
+    ]
+    return sorted(scores, key=lambda score: score.score, reverse=True)

@@ -1,0 +1,483 @@
+"""What every training stage needs around its loop: device, data order, optimizer, log, checkpoints, a graceful stop.
+
+The loop itself stands in the stage:
+
+    run = TrainingRun(output, steps, accelerator, modules={"unet": unet}, optimizers={"unet": optimizer})
+    for batch in run.batches(dataset, batch_size=4):
+        with accelerator.accumulate(unet):
+            loss = ...  # random numbers from run.generators(batch)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        run.log(loss=loss)
+
+Samples come from an endless shuffled stream, and a sample's random numbers depend on the seed and on its position in
+the stream only. So a run that was killed and resumed, or that is split over several processes, draws the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from faceprior.config import DONE_FILE
+from faceprior.manifest import append_row, resume_rows, rewrite_rows
+
+logger = logging.getLogger(__name__)
+METRICS_FILE = "metrics.jsonl"
+RESUME_FOLDER = "resume"
+
+
+def quiet_libraries() -> None:
+    """Keep the model libraries' loading bars and warnings off the screen; errors still show."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device for `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`; ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"`device` has to be auto, cpu, cuda or cuda:N but is {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() if torch.cuda.is_available() else "no"
+        raise ValueError(
+            f"`device` is {name} but this machine has {found} CUDA device(s): use `--device cpu` or auto"
+        )
+    return device
+
+
+def weight_dtype(mixed_precision: str) -> torch.dtype:
+    """Return the dtype in which frozen modules run under `no`, `fp16` or `bf16`."""
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+
+
+def make_accelerator(device: str = "auto", mixed_precision: str = "no", accumulation: int = 1) -> Accelerator:
+    """Return accelerate's Accelerator for one device, or for the processes that `accelerate launch` started."""
+    kind = resolve_device(device)
+    if kind.type == "cpu" and mixed_precision == "fp16":
+        raise ValueError("`mixed_precision` is fp16, which a CPU cannot train in: use bf16 or no")
+    if kind.index is not None:
+        torch.cuda.set_device(kind)
+    return Accelerator(
+        cpu=kind.type == "cpu",
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=accumulation,
+        dataloader_config=DataLoaderConfiguration(split_batches=False),
+    )
+
+
+def make_optimizer(
+    parameters: Iterable,
+    name: str = "adamw",
+    learning_rate: float = 1e-5,
+    weight_decay: float = 0.0,
+    betas=(0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """Return `adamw`, or bitsandbytes' `adamw8bit` / `paged_adamw8bit`, which keep their state in a quarter of the room."""
+    parameters = list(parameters)
+    options = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas}
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    if name not in ("adamw8bit", "paged_adamw8bit"):
+        raise ValueError(f"`optimizer` has to be adamw, adamw8bit or paged_adamw8bit but is {name!r}")
+    import bitsandbytes
+
+    optimizers = {
+        "adamw8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return optimizers[name](parameters, **options)
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int = 0, schedule: str = "constant") -> float:
+    """Return the share of the learning rate at `step` (0-based): linear warm-up, then `constant` or `cosine` to 0."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def stable_seed(*parts: int | str) -> int:
+    """Mix numbers and names to a 63-bit seed, the same on every machine and in every process."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@contextmanager
+def seeded(*parts: int | str) -> Iterator[None]:
+    """Seed torch's global generators from `parts` for a while, and put them back: for dropout and initial weights."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(stable_seed(*parts))
+        yield
+
+
+def sample_generators(
+    seed: int, positions: Tensor | Iterable[int], purpose: str = "noise"
+) -> list[torch.Generator]:
+    """Return one CPU generator per sample, seeded by the run's seed, the sample's position and the purpose."""
+    return [torch.Generator().manual_seed(stable_seed(seed, int(p), purpose)) for p in positions]
+
+
+def sample_timesteps(generators: list[torch.Generator], low: int, high: int, device=None) -> Tensor:
+    """Draw one timestep in [low, high) per generator -> (B,) int64."""
+    drawn = [torch.randint(low, high, (1,), generator=g) for g in generators]
+    return torch.cat(drawn).to(device or "cpu")
+
+
+def drop_prompts(prompts: list[str], probability: float, generators: list[torch.Generator]) -> list[str]:
+    """Replace each prompt by the empty one with `probability`, as classifier-free guidance needs it."""
+    drawn = [float(torch.rand((), generator=g)) for g in generators]
+    return ["" if u < probability else prompt for prompt, u in zip(prompts, drawn, strict=True)]
+
+
+class SampleStream(Dataset):
+    """An endless shuffled walk through `dataset`: position p -> the sample, with `position` added.
+
+    Every epoch is a permutation of the dataset drawn from (seed, epoch), so that the order can be entered anywhere.
+    `augment(sample, rng)` may change a sample; its numpy generator depends on (seed, position) only.
+    """
+
+    def __init__(
+        self, dataset, seed: int, augment: Callable[[dict, np.random.Generator], dict] | None = None
+    ):
+        if len(dataset) == 0:
+            raise ValueError("the dataset is empty")
+        self.dataset, self.seed, self.augment = dataset, seed, augment
+        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+
+    def _draw_permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+
+    def __getstate__(self):
+        return {"dataset": self.dataset, "seed": self.seed, "augment": self.augment}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, place = divmod(position, len(self.dataset))
+        sample = dict(self.dataset[int(self._permutation(epoch)[place])])
+        if self.augment is not None:
+            sample = self.augment(sample, np.random.default_rng(stable_seed(self.seed, position, "augment")))
+        return {**sample, "position": position}
+
+
+class GracefulStop:
+    """Turns the first SIGTERM or Ctrl-C into a request that is granted between two steps; a second one stops at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self) -> GracefulStop:
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            self._old = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _request(self, number, frame):
+        self.signal = number
+        signal.signal(number, self._old[number])
+
+    def __exit__(self, *exc):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+class TrainingRun:
+    """The steps of one training run, with its bar, its log and its checkpoints.
+
+    output: folder for `metrics.jsonl` and `resume/` (None: nothing is written); modules: the networks whose trainable
+    parameters are kept; optimizers: theirs, by the same or other names; save_every: steps between checkpoints.
+    Attributes: `step`, the optimizer steps done; `state`, JSON values of the caller's that are kept in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        output: str | Path | None,
+        steps: int,
+        accelerator: Accelerator,
+        modules: dict[str, torch.nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        save_every: int = 100,
+        warmup_steps: int = 0,
+        schedule: str = "constant",
+        progress: bool = True,
+    ):
+        self.output = Path(output) if output is not None else None
+        self.steps, self.accelerator, self.save_every = steps, accelerator, save_every
+        self.modules, self.optimizers = modules, optimizers
+        self.warmup_steps, self.schedule, self.progress = warmup_steps, schedule, progress
+        self.step, self.seed, self.state = 0, 0, {}
+        self._base_rates = {n: [g["lr"] for g in o.param_groups] for n, o in optimizers.items()}
+        self._logged = defaultdict(list)
+        if self.output is not None:
+            self._resume()
+
+    def batches(
+        self, dataset, batch_size: int, seed: int = 0, augment: Callable | None = None, num_workers: int = 0
+    ) -> Iterator[dict]:
+        """Yield micro-batches from where the run stands to its end; `accumulation` of them make a step.
+
+        `batch_size` counts the samples of one micro-batch on one process.
+        """
+        accumulation, self.seed = self.accelerator.gradient_accumulation_steps, seed
+        loader = DataLoader(
+            SampleStream(dataset, seed, augment),
+            batch_sampler=_positions(
+                self.step, self.steps, batch_size * accumulation, batch_size, self.accelerator
+            ),
+            num_workers=num_workers,
+            collate_fn=collate,
+            persistent_workers=num_workers > 0,
+        )
+        bar = tqdm(
+            total=self.steps,
+            initial=self.step,
+            desc=self.output.name if self.output else "training",
+            disable=not (self.progress and self.accelerator.is_main_process),
+        )
+        with GracefulStop() as stop, bar:
+            for number, batch in enumerate(loader, 1):
+                if number % accumulation == 1 % accumulation:
+                    self._set_learning_rates()
+                yield move(batch, self.accelerator.device)
+                if number % accumulation == 0:
+                    self._finish_step(bar, stop)
+
+    def every(self, steps: int) -> bool:
+        """Tell whether the step in progress ends with this micro-batch and is the last or a multiple of `steps`."""
+        done = self.step + 1
+        return self.accelerator.sync_gradients and (done % steps == 0 or done == self.steps)
+
+    def generators(self, batch: dict) -> list[torch.Generator]:
+        """Return the generators of a batch's samples: for noise, timesteps and whatever else is drawn."""
+        return sample_generators(self.seed, batch["position"])
+
+    def log(self, **values: float | Tensor) -> None:
+        """Add numbers to the row of the present step; several micro-batches and processes are averaged."""
+        for name, value in values.items():
+            self._logged[name].append(
+                value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            )
+
+    def finish(self, **summary) -> None:
+        """Mark the output as complete and drop the checkpoint, which is no longer needed."""
+        if self.output is None or not self.accelerator.is_main_process:
+            return
+        finish(self.output, steps=self.steps, **summary)
+        shutil.rmtree(self.output / RESUME_FOLDER, ignore_errors=True)
+
+    def save(self) -> None:
+        """Write the checkpoint: beside the old one first, which is replaced only when the new one is whole."""
+        if self.output is None:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            folder = self.output / RESUME_FOLDER
+            new, old = folder.with_suffix(".new"), folder.with_suffix(".old")
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            self._write_checkpoint(new)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        save_file(self._trainable(), folder / "parameters.safetensors")
+        state: dict[str, Any] = {"step": self.step, "state": self.state, "optimizers": {}}
+        for name, optimizer in self.optimizers.items():
+            tensors, values = flatten_optimizer(optimizer)
+            save_file(tensors, folder / f"{name}.optimizer.safetensors")
+            state["optimizers"][name] = values
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        (folder / "state.json").write_text(json.dumps(state))
+
+    def _trainable(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, module in self.modules.items():
+            for key, parameter in self.accelerator.unwrap_model(module).named_parameters():
+                if parameter.requires_grad:
+                    tensors[f"{name}.{key}"] = parameter.detach().contiguous().cpu()
+        return tensors
+
+    def _resume(self) -> None:
+        folder = self.output / RESUME_FOLDER
+        old = folder.with_suffix(".old")
+        if not folder.exists() and old.exists():  # killed between the two renames of `save`
+            folder = old
+        if folder.exists():
+            self._read_checkpoint(folder)
+            logger.info("continuing %s at step %d", self.output, self.step)
+        if self.accelerator.is_main_process:
+            rows = [row for row in resume_rows(self.output / METRICS_FILE) if row["step"] <= self.step]
+            rewrite_rows(self.output / METRICS_FILE, rows)
+        self.accelerator.wait_for_everyone()
+
+    def _read_checkpoint(self, folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
+        stored = load_file(folder / "parameters.safetensors")
+        trainable = {
+            f"{name}.{key}": parameter
+            for name, module in self.modules.items()
+            for key, parameter in self.accelerator.unwrap_model(module).named_parameters()
+            if parameter.requires_grad
+        }
+        if stored.keys() != trainable.keys():
+            differing = sorted(stored.keys() ^ trainable.keys())
+            raise ValueError(
+                f"{folder} was made by another model: {', '.join(differing[:5])} and {len(differing)} keys in all"
+            )
+        with torch.no_grad():
+            for key, parameter in trainable.items():
+                parameter.copy_(stored[key])
+        for name, optimizer in self.optimizers.items():
+            restore_optimizer(
+                optimizer, load_file(folder / f"{name}.optimizer.safetensors"), state["optimizers"][name]
+            )
+        if "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.state = state["step"], state["state"]
+
+    def _set_learning_rates(self) -> None:
+        factor = learning_rate_factor(self.step, self.steps, self.warmup_steps, self.schedule)
+        for name, optimizer in self.optimizers.items():
+            for group, rate in zip(optimizer.param_groups, self._base_rates[name], strict=True):
+                group["lr"] = rate * factor
+
+    def _finish_step(self, bar: tqdm, stop: GracefulStop) -> None:
+        self.step += 1
+        self._write_row(bar)
+        bar.update()
+        stopping = self._any_process(stop.signal is not None)
+        if stopping or self.step % self.save_every == 0 or self.step == self.steps:
+            self.save()
+        if stopping and self.step < self.steps:
+            where = f"stopped after step {self.step}"
+            if self.accelerator.is_main_process:
+                bar.write(f"{where}; the same command continues" if self.output else where)
+            if stop.signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+
+    def _write_row(self, bar: tqdm) -> None:
+        row: dict[str, Any] = {"step": self.step}
+        for name, values in self._logged.items():
+            mean = torch.stack([v.to(self.accelerator.device) for v in values]).mean()
+            row[name] = float(self.accelerator.reduce(mean, "mean"))
+        self._logged.clear()
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"`{name}` became {value} at step {self.step}: lower the learning rate or use bf16"
+                )
+        first = next(iter(self.optimizers.values()))
+        row["learning_rate"] = first.param_groups[0]["lr"]
+        bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "learning_rate")})
+        if self.output is not None and self.accelerator.is_main_process:
+            append_row(self.output / METRICS_FILE, row)
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
+        return bool(total > 0)
+
+
+def finish(output: str | Path, **summary) -> None:
+    """Write `done.json`, by which the next call of the same command sees that nothing is left to do."""
+    path = Path(output) / DONE_FILE
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(summary, indent=1))
+    temporary.replace(path)
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state into tensors (`index.name`) for safetensors and plain values for JSON."""
+    tensors, values = {}, {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            key = f"{index}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value.detach().contiguous().cpu().clone()
+            else:
+                values[key] = value
+    return tensors, values
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
+) -> None:
+    """Load what `flatten_optimizer` gave."""
+    state: dict[int, dict[str, Any]] = defaultdict(dict)
+    for key, value in {**tensors, **values}.items():
+        index, name = key.split(".", 1)
+        state[int(index)][name] = value
+    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack tensors, make positions a tensor, and keep everything else as a list."""
+    batch: dict[str, Any] = {}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        if isinstance(values[0], Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = torch.tensor(values) if key == "position" else values
+    return batch
+
+
+def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Put the tensors of a batch on `device` (positions stay, they only seed generators)."""
+    return {k: v.to(device) if isinstance(v, Tensor) and k != "position" else v for k, v in batch.items()}
+
+
+def _positions(
+    start: int, steps: int, per_step: int, batch_size: int, accelerator: Accelerator
+) -> list[range]:
+    """Return the stream positions of every micro-batch of this process, from optimizer step `start` to `steps`.
+
+    One step takes the next per_step * num_processes positions of the stream, whatever the number of processes: two
+    processes with batch 2 see what one sees with batch 4.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    micro = per_step // batch_size
+    batches = []
+    for number in range(start * micro, steps * micro):
+        first = (number * world + rank) * batch_size
+        batches.append(range(first, first + batch_size))
+    return batches

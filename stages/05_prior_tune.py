@@ -1,0 +1,196 @@
+"""
+Stage 5: tune an SDXL type model into a portrait prior (AuthFace, arXiv 2410.09864, section 3.1).
+
+    python stages/05_prior_tune.py                                     # offline: the portraits of stage 3, the tiny model
+    accelerate launch stages/05_prior_tune.py --config stages/presets/sdxl.yaml
+
+Reads   data/portraits/ (stage 3)
+Writes  checkpoints/prior/: a diffusers pipeline; samples/ before and after at the same seeds, samples.jsonl,
+        metrics.jsonl, config.yaml
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+
+from faceprior import tiny
+from faceprior.config import is_complete, open_output, run_stage
+from faceprior.diffusion import (
+    added_conditions,
+    encode_latents,
+    encode_prompts,
+    load_pipeline,
+    make_noise_scheduler,
+    noise_like,
+    training_target,
+)
+from faceprior.images import save_image
+from faceprior.losses import noise_loss
+from faceprior.manifest import print_problems, rewrite_rows
+from faceprior.portraits import PortraitDataset, read_portraits
+from faceprior.training import (
+    TrainingRun,
+    drop_prompts,
+    make_accelerator,
+    make_optimizer,
+    quiet_libraries,
+    sample_timesteps,
+    weight_dtype,
+)
+
+SAMPLES = "samples.jsonl"
+
+
+@dataclass
+class Config:
+    portraits: str = "data/portraits"  # folder of stage 3
+    base: str = "tiny"  # SDXL type model to tune: diffusers folder, .safetensors file, hub id, or tiny
+    vae: str = ""  # folder or hub id of a VAE in place of the base's own
+    output: str = "checkpoints/prior"  # folder for the prior
+    train: Literal["full", "lora"] = (
+        "full"  # the whole U-Net (the paper), or a LoRA on its attention, fused at the end
+    )
+    rank: int = 64  # of the LoRA, [1, 1024]
+    resolution: int = 128  # pixels, one fixed size without multi-aspect buckets, [64, 2048]
+    prompt_drop: float = 0.1  # share of the samples whose caption is dropped, [0, 1]
+    steps: int = 40  # optimizer steps, [1, inf)
+    batch_size: int = 4  # portraits in a micro-batch on one process, [1, 1024]
+    accumulation: int = 1  # micro-batches in a step, [1, 1024]
+    learning_rate: float = 1e-4  # of AdamW, (0, 1)
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8-bit: a quarter of its memory
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, (0, inf)
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    save_every: int = 20  # steps between two checkpoints, [1, inf)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
+    num_samples: int = 4  # pictures drawn before and after, [0, 64]
+    sample_steps: int = 25  # sampling steps of those pictures, [1, 1000]
+    guidance_scale: float = 5.0  # classifier-free guidance of those pictures, [1, 30]
+    num_workers: int = 0  # processes that load pictures, [0, 64]
+    seed: int = 0  # of the data order, timesteps and noise, [0, inf)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    overwrite: bool = False  # start anew in an output folder that holds a run
+
+
+def main(config: Config) -> None:
+    quiet_libraries()
+    portraits, problems = read_portraits(config.portraits)
+    accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
+    with accelerator.main_process_first():
+        output = open_output(config) if accelerator.is_main_process else Path(config.output)
+        if is_complete(output):
+            print(f"{output} is complete")
+            return
+        base = tiny.resolve(config.base, "sdxl")
+
+    pipeline = load_pipeline(base, weight_dtype(config.mixed_precision), config.vae).to(accelerator.device)
+    prompts = sorted({portrait.caption for portrait in portraits})[: config.num_samples]
+    draw_samples(config, output, pipeline, prompts, "before", accelerator.is_main_process)
+    trained = select_trained(config, pipeline)
+    optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
+    unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)
+    noise_scheduler = make_noise_scheduler(pipeline)
+    run = TrainingRun(
+        output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, save_every=config.save_every
+    )
+    dataset = PortraitDataset(config.portraits, portraits, config.resolution)
+    for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
+        unet.train()
+        generators = run.generators(batch)
+        with accelerator.accumulate(unet), accelerator.autocast():
+            with torch.no_grad():
+                latents = encode_latents(pipeline.vae, batch["pixel_values"], generators)
+                captions = drop_prompts(batch["caption"], config.prompt_drop, generators)
+                embeddings = encode_prompts(pipeline, captions)
+            noise = noise_like(latents, generators)
+            timesteps = sample_timesteps(
+                generators, 0, noise_scheduler.config.num_train_timesteps, latents.device
+            )
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            conditions = added_conditions(embeddings, config.resolution, config.resolution)
+            model_pred = unet(
+                noisy_latents, timesteps, embeddings.prompt_embeds, added_cond_kwargs=conditions
+            ).sample
+            loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        run.log(loss=loss)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        pipeline.unet.eval()
+        if config.train == "lora":
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+        pipeline.unet.to(weight_dtype(config.mixed_precision))
+        pipeline.save_pretrained(output)
+        tiny.copy_info(config.base, output)
+        draw_samples(config, output, pipeline, prompts, "after")
+        sides = ("before", "after")
+        rows = [
+            {"prompt": p, "seed": i, **{s: sample_file(i, s) for s in sides}} for i, p in enumerate(prompts)
+        ]
+        rewrite_rows(output / SAMPLES, rows)
+        run.finish(trained_parameters=sum(p.numel() for p in trained), portraits=len(portraits))
+        print_problems(problems, "portrait")
+        print(f"{output}: tuned for {config.steps} steps; samples before and after in {output / 'samples'}")
+    accelerator.end_training()
+
+
+def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn.Parameter]:
+    """Freeze everything but the U-Net, or but a LoRA on its attention; what is trained is kept in float32."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    if config.train == "lora":
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        pipeline.unet.add_adapter(
+            LoraConfig(config.rank, layers, lora_alpha=config.rank, init_lora_weights="gaussian")
+        )
+    else:
+        pipeline.unet.requires_grad_(True)
+    if config.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    return trained
+
+
+@torch.no_grad()
+def draw_samples(
+    config: Config,
+    output: Path,
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    side: str,
+    main_process: bool = True,
+) -> None:
+    """Draw one picture per prompt, the seed being the prompt's place in the list; those already drawn stay."""
+    for seed, prompt in enumerate(prompts):
+        path = output / sample_file(seed, side)
+        if path.is_file() or not main_process:
+            continue
+        image = pipeline(
+            prompt,
+            height=config.resolution,
+            width=config.resolution,
+            num_inference_steps=config.sample_steps,
+            guidance_scale=config.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+        save_image(image, path)
+
+
+def sample_file(seed: int, side: str) -> str:
+    return f"samples/{seed:03d}_{side}.png"
+
+
+if __name__ == "__main__":
+    run_stage(main, Config)

@@ -1,0 +1,283 @@
+"""
+Stage 7: measure what the other stages made, on held-out prompts, seeds and faces.
+
+    python stages/07_eval.py                                           # offline: the results of stages 2, 4 and 6
+    python stages/07_eval.py --config stages/presets/sd15.yaml --prompts prompts.txt --images celeba_test/
+
+Reads   checkpoints/scorer, guided and restorer (stages 2, 4, 6); one prompt a line; a folder of clean, aligned faces
+Writes  results/: results.json and table.md (every number with its 95% interval), rows.jsonl (one row per picture),
+        pictures/, metrics.jsonl, config.yaml
+
+Generation (Face Score, 6.1): the base and the tuned model draw the same prompts from the same noise; the Face Score of a
+picture is that of its best face, pictures without a face are counted. Restoration (AuthFace, 4.1): clean faces are
+degraded and restored. A number that cannot be measured here stands in the table with the reason and the way to it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from faceprior import tiny
+from faceprior.align import align_face
+from faceprior.config import is_complete, open_output, run_stage
+from faceprior.degrade import PRESETS, degrade, scaled
+from faceprior.detect import Face, detect_faces
+from faceprior.diffusion import load_pipeline
+from faceprior.guidance import load_tuned
+from faceprior.images import ImageError, as_array, find_images, load_image, save_image
+from faceprior.manifest import append_row, print_problems, resume_rows, rewrite_rows, safe_name
+from faceprior.metrics import (
+    MetricUnavailable,
+    fid,
+    landmark_error,
+    lpips_distance,
+    mean_interval,
+    paired_test,
+    psnr,
+    ssim,
+)
+from faceprior.procedural import TEST_SEEDS, draw_portrait
+from faceprior.restorer import AuthFaceRestorer
+from faceprior.scorer import FaceScorer
+from faceprior.training import METRICS_FILE, finish, quiet_libraries, resolve_device, weight_dtype
+
+ROWS, RESULTS, TABLE = "rows.jsonl", "results.json", "table.md"
+NO_FACE = "no face found in any picture"
+
+
+@dataclass
+class Config:
+    scorer: str = "checkpoints/scorer"  # of stage 2, or any scorer's folder or hub id
+    base: str = "tiny"  # model that stage 4 tuned: diffusers folder, .safetensors file, hub id, or tiny
+    vae: str = ""  # folder or hub id of a VAE in place of the base's own
+    guided: str = "checkpoints/guided"  # of stage 4
+    restorer: str = "checkpoints/restorer"  # of stage 6, or any restorer's folder or hub id
+    output: str = "results"  # folder for the tables
+    prompts: str = ""  # text file, one prompt a line; empty: the captions of drawn test portraits
+    num_prompts: int = 8  # pictures per model, [1, inf)
+    images: str = ""  # folder of clean, aligned faces; empty: drawn test portraits
+    num_faces: int = 8  # faces to degrade and restore, [1, inf)
+    resolution: int = 128  # pixels, side of all pictures, [64, 2048]
+    degradation: Literal["authface", "gfpgan", "diffbir", "codeformer"] = "authface"  # ranges of blur, noise, JPEG ...
+    scale_degradation: bool = True  # shrink blur and downsampling with the resolution; they are meant for 512 pixels
+    sample_steps: int = 25  # sampling steps of the generated pictures (the paper: 50), [1, 1000]
+    guidance_scale: float = 7.5  # classifier-free guidance of the generated pictures, [1, 30]
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
+    min_confidence: float = 0.9  # of the detector, [0, 1]
+    min_face_size: int = 16  # pixels, [8, 1024]
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the networks
+    seed: int = 0  # of the noise and the degradations, [0, inf)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    overwrite: bool = False  # start anew in an output folder that holds a run
+
+
+def main(config: Config) -> None:
+    quiet_libraries()
+    device = resolve_device(config.device)
+    for folder, stage in ((config.scorer, "02_train_scorer"), (config.guided, "04_guidance_tune")):
+        require(folder, stage)
+    require(config.restorer, "06_train_restorer")
+    prompts, (faces, problems) = read_prompts(config), clean_faces(config)
+    output = open_output(config)
+    if is_complete(output):
+        print((output / TABLE).read_text())
+        return
+    scorer = FaceScorer.from_pretrained(config.scorer).to(device).eval()
+    evaluate_generation(config, output, scorer, prompts, device)
+    evaluate_restoration(config, output, scorer, faces, device)
+    rows = resume_rows(output / ROWS)
+    results = [*generation_table(rows), *restoration_table(output, rows)]
+    write_results(output, results)
+    finish(output, rows=len(rows))
+    print_problems(problems, "picture")
+    print((output / TABLE).read_text())
+
+
+def require(name: str, stage: str) -> None:
+    """Check that an earlier stage's folder is there; a hub id (`owner/name`) is left to the loader."""
+    is_id = name.count("/") == 1 and not name.startswith(("checkpoints/", ".", "/"))
+    if not Path(name).exists() and not is_id:
+        raise FileNotFoundError(f"no {name}: `python stages/{stage}.py` makes it")
+
+
+def read_prompts(config: Config) -> list[str]:
+    """Return the prompts to draw: those of the file, or the captions of portraits that were never trained on."""
+    if not config.prompts:
+        return [draw_portrait(TEST_SEEDS + i, 64).caption() for i in range(config.num_prompts)]
+    if not Path(config.prompts).is_file():
+        raise FileNotFoundError(f"no prompt file {config.prompts}: it holds one prompt a line")
+    prompts = [line.strip() for line in Path(config.prompts).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{config.prompts} holds no prompt")
+    return prompts[: config.num_prompts]
+
+
+def clean_faces(config: Config) -> tuple[list[tuple[str, Image.Image]], list[tuple[str, str]]]:
+    """Return (name, aligned face) pairs, and the pictures that cannot be read with their reasons."""
+    if not config.images:
+        return [drawn_face(TEST_SEEDS + i, config.resolution) for i in range(config.num_faces)], []
+    faces, problems = [], []
+    for path in find_images(config.images)[: config.num_faces]:
+        try:
+            size = (config.resolution, config.resolution)
+            faces.append((safe_name(path.name), load_image(path).resize(size, Image.LANCZOS)))
+        except ImageError as error:
+            problems.append((str(path), str(error)))
+    if not faces:
+        raise ValueError(f"no picture in {config.images} can be read; the first: {problems[0][1]}")
+    return faces, problems
+
+
+def drawn_face(seed: int, resolution: int) -> tuple[str, Image.Image]:
+    drawing = draw_portrait(seed, 2 * resolution)
+    return f"drawn_{seed}", align_face(drawing.image, drawing.landmarks, resolution).crop
+
+
+def evaluate_generation(config: Config, output: Path, scorer: FaceScorer, prompts: list[str], device) -> None:
+    """Let both models draw every prompt from the same noise; one row per picture."""
+    done = {(row["model"], row["id"]) for row in resume_rows(output / ROWS) if row["part"] == "generation"}
+    dtype = weight_dtype(config.mixed_precision)
+    loaders: dict[str, Callable] = {
+        "base": lambda: load_pipeline(tiny.resolve(config.base, "sd15"), dtype, config.vae),
+        "tuned": lambda: load_tuned(config.guided, tiny.resolve(config.base, "sd15"), dtype, config.vae),
+    }
+    for model, load in loaders.items():
+        left = [(i, prompt) for i, prompt in enumerate(prompts) if (model, f"{i:05d}") not in done]
+        if not left:
+            continue
+        pipeline = load().to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        for i, prompt in tqdm(left, desc=f"drawing with the {model} model", unit="picture"):
+            with torch.no_grad():
+                image = pipeline(
+                    prompt,
+                    height=config.resolution,
+                    width=config.resolution,
+                    num_inference_steps=config.sample_steps,
+                    guidance_scale=config.guidance_scale,
+                    generator=torch.Generator().manual_seed(config.seed + i),
+                ).images[0]
+            file = f"pictures/{model}/{i:05d}.png"
+            save_image(image, output / file)
+            row = {"part": "generation", "id": f"{i:05d}", "model": model, "prompt": prompt, "picture": file}
+            append_row(output / ROWS, row | judge(config, scorer, image))
+
+
+def judge(config: Config, scorer: FaceScorer, image: Image.Image) -> dict:
+    """Return how many faces a picture has, the best one's Face Score and the detector's highest confidence."""
+    faces = detect_faces(image, config.detector, config.min_confidence, config.min_face_size)
+    if not faces:
+        return {"faces": 0, "score": None, "confidence": None}
+    best = scorer.score(image, faces=faces)[0]
+    return {"faces": len(faces), "score": best.score, "confidence": max(face.confidence for face in faces)}
+
+
+def evaluate_restoration(config: Config, output: Path, scorer: FaceScorer, faces: list, device) -> None:
+    """Degrade and restore every clean face; one row per face."""
+    done = {row["id"] for row in resume_rows(output / ROWS) if row["part"] == "restoration"}
+    left = [(i, *face) for i, face in enumerate(faces) if face[0] not in done]
+    if not left:
+        return
+    ranges = PRESETS[config.degradation]
+    ranges = scaled(ranges, config.resolution) if config.scale_degradation else ranges
+    restorer = AuthFaceRestorer.from_pretrained(config.restorer, weight_dtype(config.mixed_precision)).to(device)
+    for i, name, clean in tqdm(left, desc="restoring", unit="face"):
+        degraded = Image.fromarray(degrade(as_array(clean), ranges, np.random.default_rng([config.seed, i])))
+        restored = restorer.restore_crops([degraded])[0].resize(clean.size, Image.LANCZOS)
+        images = {"clean": clean, "degraded": degraded, "restored": restored}
+        for kind, image in images.items():
+            save_image(image, output / f"pictures/{kind}/{name}.png")
+        row = {"part": "restoration", "id": name}
+        scores = scorer.score_crops(list(images.values()))
+        row |= {f"score_{kind}": score for kind, score in zip(images, scores, strict=True)}
+        for kind in ("degraded", "restored"):
+            row[f"psnr_{kind}"], row[f"ssim_{kind}"] = psnr(images[kind], clean), ssim(images[kind], clean)
+            row[f"landmarks_{kind}"] = landmark_distance(config, images[kind], clean)
+        append_row(output / ROWS, row)
+
+
+def landmark_distance(config: Config, image: Image.Image, clean: Image.Image) -> float | None:
+    """Return the landmark error as a share of the inter-ocular distance; None where no face is found."""
+    found: list[list[Face]] = [detect_faces(x, config.detector, 0.5, config.min_face_size) for x in (image, clean)]
+    if not all(faces and faces[0].landmarks is not None for faces in found):
+        return None
+    return landmark_error(found[0][0].landmarks, found[1][0].landmarks)
+
+
+def generation_table(rows: list[dict]) -> Iterator[dict]:
+    """Yield the numbers of Table 5 that this stage measures."""
+    drawn = [row for row in rows if row["part"] == "generation"]
+    models = {model: [row for row in drawn if row["model"] == model] for model in ("base", "tuned")}
+    for model, own in models.items():
+        yield cell("generation", f"pictures with a face, {model}", [float(row["faces"] > 0) for row in own])
+        scores = [row["score"] for row in own if row["score"] is not None]
+        yield cell("generation", f"Face Score, {model}", scores, NO_FACE)
+    scores = {model: {row["id"]: row["score"] for row in own} for model, own in models.items()}
+    both = [i for i, score in scores["base"].items() if score is not None and scores["tuned"].get(i) is not None]
+    if len(both) > 1:
+        test = paired_test([scores["tuned"][i] for i in both], [scores["base"][i] for i in both])
+        differences = [scores["tuned"][i] - scores["base"][i] for i in both]
+        yield cell("generation", "Face Score, tuned - base", differences, note=f"paired t test, p = {test.p_value:.3g}")
+    else:
+        yield cell("generation", "Face Score, tuned - base", [], "fewer than two prompts gave a face with both models")
+
+
+def restoration_table(output: Path, rows: list[dict]) -> Iterator[dict]:
+    """Yield the numbers of Table 1 that this stage measures, for the degraded input and for the restored face."""
+    restored = [row for row in rows if row["part"] == "restoration"]
+    names = {"psnr": "PSNR (dB)", "ssim": "SSIM", "landmarks": "landmark error (share of inter-ocular distance)"}
+    for key, name in names.items():
+        for kind in ("degraded", "restored"):
+            values = [row[f"{key}_{kind}"] for row in restored if row[f"{key}_{kind}"] is not None]
+            yield cell("restoration", f"{name}, {kind}", [v for v in values if math.isfinite(v)], NO_FACE)
+    for kind in ("clean", "degraded", "restored"):
+        yield cell("restoration", f"Face Score, {kind}", [row[f"score_{kind}"] for row in restored])
+    folders = {kind: output / "pictures" / kind for kind in ("clean", "degraded", "restored")}
+    for kind in ("degraded", "restored"):
+        pairs = [(folders[kind] / f"{row['id']}.png", folders["clean"] / f"{row['id']}.png") for row in restored]
+        yield perhaps(f"LPIPS, {kind}", lambda pairs=pairs: [lpips_distance(*pair) for pair in pairs])
+        yield perhaps(f"FID to the clean faces, {kind}", lambda kind=kind: [fid(folders[kind], folders["clean"])])
+
+
+def perhaps(name: str, measure: Callable[[], list[float]]) -> dict:
+    """Return the cell of a metric whose weights may not be on this machine."""
+    try:
+        return cell("restoration", name, measure())
+    except (MetricUnavailable, ImportError) as error:
+        return cell("restoration", name, [], str(error))
+
+
+def cell(part: str, metric: str, values: list[float], missing: str = "", note: str = "") -> dict:
+    """Return one number of the table: mean, 95% interval, n; a value of None is not measured, and the note says why."""
+    row = {"part": part, "metric": metric, "value": None, "low": None, "high": None, "n": len(values)}
+    if not values:
+        return row | {"note": f"not measured: {missing}"}
+    mean, half = mean_interval(values)
+    if math.isfinite(half):
+        row |= {"low": mean - half, "high": mean + half}
+    return row | {"value": mean, "note": note}
+
+
+def write_results(output: Path, results: list[dict]) -> None:
+    """Write the cells as JSON, as a Markdown table and as rows of metrics.jsonl."""
+    (output / RESULTS).write_text(json.dumps({"rows": results}, indent=1))
+    measured = {row["metric"]: row["value"] for row in results if row["value"] is not None}
+    rewrite_rows(output / METRICS_FILE, [{"step": 1, **measured}])
+    lines = ["| part | metric | mean | 95% interval | n | note |", "|---|---|---|---|---|---|"]
+    for row in results:
+        value = "-" if row["value"] is None else f"{row['value']:.4g}"
+        interval = "-" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
+        lines.append(f"| {row['part']} | {row['metric']} | {value} | {interval} | {row['n']} | {row['note']} |")
+    (output / TABLE).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    run_stage(main, Config)

@@ -1,0 +1,290 @@
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from faceprior.align import align_face, alignment_quad, crop_mask, paste_face
+
+# by the picture's sides: left eye, right eye, nose, left and right mouth corner
+ASTRONAUT = np.array([[206, 102], [249, 105], [227, 130], [204, 142], [247, 144]], dtype=float)
+
+
+def face_at(x, y, scale=1.0, angle=0.0):
+    """Landmarks of an upright face with eyes 40 px apart and the mouth 40 px below, turned about (x, y)."""
+    upright = np.array([[-20, 0], [20, 0], [0, 20], [-15, 40], [15, 40]]) * scale
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    return upright @ turn + (x, y)
+
+
+def transform(matrix, points):
+    return points @ matrix[:, :2].T + matrix[:, 2]
+
+
+def gradient(width, height, dither=0.0):
+    """A picture whose red is 20 + 207 x / width and whose green is 20 + 207 y / height."""
+    y, x = np.mgrid[:height, :width]
+    red, green = 20 + 207 * x / width, 20 + 207 * y / height
+    values = np.stack([red, green, np.full_like(red, 90)], axis=2)
+    values += np.random.default_rng(0).uniform(-dither, dither, values.shape)
+    return np.rint(values).astype(np.uint8)
+
+
+def weight_in_photograph(photograph, aligned):
+    """Where paste_face changes the photograph: a white crop on black, without its mask's corners."""
+    size = aligned.crop.width
+    white = np.full((size, size, 3), 255, np.uint8)
+    return np.asarray(paste_face(np.zeros_like(photograph), white, aligned.matrix))[..., 0] > 0
+
+
+# --- geometry ---
+
+
+def test_quad_of_an_upright_face_by_hand():
+    """Eyes 40 apart, mouth 40 below: e = (40, 0), m = (0, 40).
+
+    x = e - (40, 0) * (-1, 1) = (80, 0), normalised times max(2 * 40, 1.8 * 40) = 80: a square of side 160 around
+    the eyes' middle + (0, 4).
+    """
+    quad = alignment_quad(face_at(100, 100))
+    np.testing.assert_allclose(quad, [[20, 24], [20, 184], [180, 184], [180, 24]])
+
+
+def test_a_long_face_is_measured_by_its_mouth():
+    """Eyes 40 apart, mouth 60 below: 1.8 * 60 = 108 > 80, centre 6 below the eyes."""
+    landmarks = face_at(0, 0)
+    landmarks[3:, 1] = 60
+    np.testing.assert_allclose(alignment_quad(landmarks)[2], [108, 114])
+
+
+@pytest.mark.parametrize("angle", [0.3, 1.6, 3.0, -2.5])
+def test_the_quad_turns_with_the_face(angle):
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    expected = alignment_quad(face_at(0, 0)) @ turn
+    np.testing.assert_allclose(alignment_quad(face_at(0, 0, angle=angle)), expected, atol=1e-9)
+
+
+def test_the_matrix_takes_the_quad_to_the_corners_of_the_crop():
+    """Corners are edges of pixels, half a pixel outside of the centres 0 and 63."""
+    landmarks = face_at(150, 120, angle=0.4)
+    aligned = align_face(np.zeros((256, 256, 3), np.uint8), landmarks, size=64)
+    corners = transform(aligned.matrix, alignment_quad(landmarks))
+    np.testing.assert_allclose(corners, [[-0.5, -0.5], [-0.5, 63.5], [63.5, 63.5], [63.5, -0.5]], atol=1e-9)
+
+
+def test_every_face_lands_in_the_same_place():
+    """Whatever size and angle: eyes at .5 -+ 20/160 and .5 - 4/160 of the crop, minus half a pixel."""
+    picture = np.zeros((400, 400, 3), np.uint8)
+    for scale, angle in ((0.5, 0.0), (1.0, 0.7), (2.0, -2.0)):
+        landmarks = face_at(200, 200, scale, angle)
+        eyes = transform(align_face(picture, landmarks, size=160).matrix, landmarks[:2])
+        np.testing.assert_allclose(eyes, [[59.5, 75.5], [99.5, 75.5]], atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [32, 50, 128, 512])
+def test_pixels_lie_where_the_matrix_says(size):
+    """On a linear picture every resampling returns the linear function at the mapped point.
+
+    The square of side 320 is taken at sizes that shrink it first (32, 50), sample it finely (128) or enlarge it
+    (512). The dither keeps roundings from adding up (whole blocks of a plain gradient round the same way), so the
+    mean is right to 0.1 of 255; a shift by half a pixel of the photograph would move it by 0.2.
+    """
+    width, height = 500, 480
+    aligned = align_face(gradient(width, height, dither=1.0), face_at(250, 230, scale=2, angle=0.3), size)
+    v, u = np.mgrid[:size, :size]
+    inverse = np.linalg.inv(np.vstack([aligned.matrix, [0, 0, 1]]))
+    points = np.stack([u, v, np.ones_like(u)], axis=-1) @ inverse.T
+    expected = 20 + 207 * points[..., :2] / (width, height)
+    difference = np.asarray(aligned.crop, float)[..., :2] - expected
+    assert np.abs(difference).max() < 3
+    assert np.abs(difference.mean(axis=(0, 1))).max() < 0.1
+
+
+def test_a_large_square_is_antialiased():
+    """A chessboard of single pixels, 8 times smaller, is the grey between its colours."""
+    board = (np.indices((800, 800)).sum(0) % 2 * 255).astype(np.uint8)
+    crop = np.asarray(align_face(board, face_at(400, 400, scale=3.2, angle=0.2), size=64).crop, float)
+    assert np.abs(crop - 127.5).max() < 8
+
+
+def test_alignment_agrees_with_a_warp_by_opencv():
+    """For a square as large as its crop, cv2's cubic warp with the same matrix gives nearly the same pixels.
+
+    The two cubic kernels differ (a = -.5 in PIL, -.75 in OpenCV).
+    """
+    from faceprior.images import cv2
+
+    photograph = skimage.data.astronaut()
+    aligned = align_face(photograph, ASTRONAUT, size=200)
+    warped = cv2.warpAffine(photograph, aligned.matrix, (200, 200), flags=cv2.INTER_CUBIC)
+    assert np.abs(np.asarray(aligned.crop, float) - warped).mean() < 1
+
+
+# --- outside of the photograph ---
+
+
+def test_what_lies_outside_is_reflected_blurred_and_not_black():
+    """Left of the photograph: a uniform picture stays uniform, a real one has no black corner."""
+    grey = align_face(np.full((200, 200, 3), 77, np.uint8), face_at(10, 100), size=64).crop
+    assert (np.asarray(grey) == 77).all()
+    crop = np.asarray(align_face(skimage.data.astronaut()[80:, 200:], ASTRONAUT - (200, 80), size=128).crop)
+    assert crop[:40, :40].mean() > 60
+
+
+def test_the_photographs_own_pixels_are_not_blurred():
+    """The crop of a face at the border equals the crop from the whole photograph where that is inside."""
+    whole = skimage.data.astronaut()
+    cut = align_face(whole[:, 200:], ASTRONAUT - (200, 0), size=172)
+    full = align_face(whole, ASTRONAUT, size=172)
+    inside = transform(np.linalg.inv(np.vstack([cut.matrix, [0, 0, 1]])), np.zeros((1, 2)))[0]
+    first = int(np.ceil(-inside[0])) + 20  # the rotation is 3 degrees: at most 9 px over the height
+    np.testing.assert_array_equal(np.asarray(cut.crop)[:, first:], np.asarray(full.crop)[:, first:])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (200, 2)])
+def test_photographs_much_smaller_than_the_square(shape):
+    picture = np.full((*shape, 3), 50, np.uint8)
+    aligned = align_face(picture, face_at(shape[1] / 2, shape[0] / 2), size=32)
+    assert (np.asarray(aligned.crop) == 50).all()
+    assert paste_face(picture, aligned.crop, aligned.matrix).size == (shape[1], shape[0])
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("landmarks", "match"),
+    [
+        (np.zeros((4, 2)), r"\(5, 2\)"),
+        (np.zeros((5, 3)), r"\(5, 2\)"),
+        (face_at(50, 50) * np.nan, "finite"),
+        (np.full((5, 2), 30.0), "both eyes"),
+        (face_at(50, 50)[[1, 0, 2, 4, 3]], "picture's sides"),
+        (face_at(5000, 50), "outside"),
+        (face_at(50, -5000), "outside"),
+    ],
+)
+def test_landmarks_that_make_no_face(landmarks, match):
+    with pytest.raises(ValueError, match=match):
+        align_face(np.zeros((100, 100, 3), np.uint8), landmarks)
+
+
+def test_paste_refuses_what_does_not_fit():
+    picture, crop, matrix = np.zeros((9, 9), np.uint8), np.zeros((4, 4), np.uint8), np.eye(2, 3)
+    with pytest.raises(ValueError, match="square"):
+        paste_face(picture, crop[:3], matrix)
+    for bad in (np.eye(3), np.zeros((2, 3)), np.eye(2, 3) * np.nan):
+        with pytest.raises(ValueError, match="matrix"):
+            paste_face(picture, crop, bad)
+    with pytest.raises(ValueError, match=r"\(4, 4\)"):
+        paste_face(picture, crop, matrix, mask=np.ones((5, 5)))
+    for bad in (np.full((4, 4), 1.5), np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            paste_face(picture, crop, matrix, mask=bad)
+    with pytest.raises(ValueError, match="feather"):
+        paste_face(picture, crop, matrix, feather=0.6)
+
+
+# --- pasting back ---
+
+
+@pytest.mark.parametrize(("size", "enlarge"), [(256, 1), (512, 1), (512, 2)])
+def test_an_untouched_crop_comes_back(size, enlarge):
+    """The documented bound: a mean absolute error below 1.5 of 255 where the weight is above 0, else nothing."""
+    photograph = np.asarray(Image.fromarray(skimage.data.astronaut()).resize((512 * enlarge,) * 2))
+    aligned = align_face(photograph, (ASTRONAUT + 0.5) * enlarge - 0.5, size)
+    back = np.asarray(paste_face(photograph, aligned.crop, aligned.matrix))
+    changed = weight_in_photograph(photograph, aligned)
+    assert np.abs(back[changed].astype(float) - photograph[changed]).mean() < 1.5
+    np.testing.assert_array_equal(back[~changed], photograph[~changed])
+
+
+def test_pixels_outside_of_the_mask_are_the_photographs_own():
+    """A white crop changes nothing outside of the quad, and does change the face."""
+    photograph = skimage.data.astronaut()
+    aligned = align_face(photograph, ASTRONAUT, 128)
+    back = np.asarray(paste_face(photograph, np.full((128, 128, 3), 255, np.uint8), aligned.matrix))
+    y, x = np.mgrid[:512, :512]
+    u, v = np.moveaxis(transform(aligned.matrix, np.stack([x, y], -1)), -1, 0)
+    outside = (u < 0) | (v < 0) | (u > 127) | (v > 127)
+    np.testing.assert_array_equal(back[outside], photograph[outside])
+    assert (back[100:150, 210:245] == 255).all()
+
+
+def test_a_linear_picture_is_pasted_exactly():
+    """Crop and photograph are the same linear function, so pasting changes no pixel by more than rounding."""
+    photograph = gradient(300, 280)
+    aligned = align_face(photograph, face_at(150, 130, angle=-0.5), size=512)
+    back = np.asarray(paste_face(photograph, aligned.crop, aligned.matrix), float)
+    assert np.abs(back - photograph).max() <= 1
+
+
+def test_a_fine_crop_is_antialiased():
+    """A chessboard of single crop pixels, 6.4 times finer than the photograph, becomes grey."""
+    photograph = np.zeros((300, 300, 3), np.uint8)
+    aligned = align_face(photograph, face_at(150, 150, scale=0.5, angle=0.2), size=512)
+    board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
+    back = np.asarray(paste_face(photograph, board, aligned.matrix), float)
+    assert np.abs(back[140:165, 140:160] - 127.5).max() < 16
+
+
+def test_a_crop_that_lies_partly_outside():
+    photograph = skimage.data.astronaut()[90:, 215:]
+    aligned = align_face(photograph, ASTRONAUT - (215, 90), 256)
+    back = np.asarray(paste_face(photograph, aligned.crop, aligned.matrix))
+    assert np.abs(back.astype(float) - photograph).mean() < 1
+
+
+def test_a_crop_that_lies_wholly_outside_changes_nothing():
+    photograph = gradient(40, 30)
+    matrix = np.array([[1.0, 0, -500], [0, 1, 0]])
+    back = paste_face(photograph, np.full((16, 16, 3), 255, np.uint8), matrix)
+    np.testing.assert_array_equal(np.asarray(back), photograph)
+
+
+def test_a_mask_of_ones_own():
+    """With the identity as matrix the crop's pixels go to the same places: half of them at weight 1, none else.
+
+    Float, uint8 and PIL masks mean the same; 0.5 mixes 100 and 200 to 150.
+    """
+    photograph, crop = np.full((8, 8, 3), 100, np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    half = np.zeros((8, 8), np.float32)
+    half[:, 4:] = 1
+    expected = np.where(half[..., None] > 0, 200, 100)
+    as_bytes = (half * 255).astype(np.uint8)
+    for mask in (half, as_bytes, Image.fromarray(as_bytes), half > 0):
+        back = paste_face(photograph, crop, np.eye(2, 3), mask=mask)
+        np.testing.assert_array_equal(np.asarray(back), np.broadcast_to(expected, (8, 8, 3)))
+    mixed = paste_face(photograph, crop, np.eye(2, 3), mask=np.full((8, 8), 0.5))
+    assert (np.asarray(mixed) == 150).all()
+
+
+def test_pasting_leaves_its_inputs_alone():
+    photograph = Image.fromarray(skimage.data.astronaut())
+    aligned = align_face(photograph, ASTRONAUT, 64)
+    paste_face(photograph, np.zeros((64, 64, 3), np.uint8), aligned.matrix)
+    np.testing.assert_array_equal(np.asarray(photograph), skimage.data.astronaut())
+
+
+# --- the mask ---
+
+
+@pytest.mark.parametrize("size", [7, 64, 512])
+def test_crop_mask_is_zero_on_its_border_and_one_inside(size):
+    mask = crop_mask(size)
+    assert mask.shape == (size, size) and mask.dtype == np.float32
+    for border in (mask[0], mask[-1], mask[:, 0], mask[:, -1]):
+        assert (border == 0).all()
+    assert mask[size // 2, size // 2] == 1
+    np.testing.assert_allclose(mask, mask[::-1])
+    np.testing.assert_allclose(mask, mask.T)
+
+
+def test_the_profile_of_the_soft_edge():
+    """size 101, feather .2: at depth d px along the middle the weight is 3 t^2 - 2 t^3 with t = d / 20.2."""
+    depth = np.arange(25)
+    t = np.clip(depth / 20.2, 0, 1)
+    np.testing.assert_allclose(crop_mask(101, 0.2)[50, :25], 3 * t**2 - 2 * t**3, atol=1e-6)
+
+
+def test_feather_of_zero_is_a_hard_edge():
+    assert set(np.unique(crop_mask(64, 0.0))) == {0.0, 1.0}

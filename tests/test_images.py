@@ -1,0 +1,441 @@
+import io
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from faceprior import images
+from faceprior.images import (
+    ImageError,
+    as_array,
+    atomic_write,
+    find_images,
+    load_image,
+    natural_key,
+    relative_stem,
+    save_image,
+    to_pil,
+    to_pixel_values,
+)
+
+
+def checker(height=6, width=8):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def noise_file(path, size=200):
+    """A picture that does not compress, so that half of its file is half of its pixels."""
+    Image.fromarray(checker(size, size)).save(path)
+    return path
+
+
+# --- load_image ---
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff", ".ppm"])
+def test_lossless_files_come_back_exactly(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(checker()).save(path)
+    for source in (path, str(path)):
+        image = load_image(source)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), checker())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_and_removed(tmp_path, orientation):
+    """Orientation 6 asks a viewer to turn the stored pixels by 90 degrees clockwise, and so on (EXIF 2.3)."""
+    stored = checker()
+    upright = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.transpose(1, 0, 2),
+        6: np.rot90(stored, -1),
+        7: stored[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(stored),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.png"
+    Image.fromarray(stored).save(path, exif=exif)
+    image = load_image(path)
+    np.testing.assert_array_equal(np.asarray(image), upright)
+    assert 0x0112 not in image.getexif()
+
+
+def test_sixteen_bits_are_divided_by_257(tmp_path):
+    """257 k is the 16-bit twin of k; 257 k + 128 is the last value that rounds down to k."""
+    k = np.arange(255, dtype=np.uint16)
+    array = np.stack([257 * k, 257 * k + 128, 257 * k + 129])
+    expected = np.stack([k, k, k + 1])
+    path = tmp_path / "a.png"
+    Image.fromarray(array).save(path)
+    for source in (path, array, Image.fromarray(array.astype(np.int32))):
+        np.testing.assert_array_equal(as_array(source)[..., 1], expected)
+
+
+def test_floats_lie_in_zero_to_one():
+    array = np.array([[0, 0.5, 1]], dtype=np.float32)
+    np.testing.assert_array_equal(as_array(array)[..., 0], [[0, 128, 255]])
+    np.testing.assert_array_equal(as_array(Image.fromarray(array))[..., 0], [[0, 128, 255]])
+    for bad in (1.01, -0.01, np.nan, np.inf):
+        with pytest.raises(ImageError, match=r"\[0, 1\]"):
+            load_image(np.array([[0.5, bad]]))
+
+
+def test_transparency_lies_over_white(tmp_path):
+    """Black at alpha 0, 51, 255 over white: 255, 204, 0."""
+    alpha = np.array([[0, 51, 255]], dtype=np.uint8)
+    rgba = np.concatenate([np.zeros((1, 3, 3), np.uint8), alpha[..., None]], axis=2)
+    rgba_image = Image.fromarray(rgba)
+    for source in (rgba, rgba_image, rgba_image.convert("LA"), rgba_image.convert("RGBa")):
+        np.testing.assert_array_equal(as_array(source)[..., 0], [[255, 204, 0]])
+
+
+def test_palette_with_a_transparent_colour(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=0)
+    assert as_array(tmp_path / "a.png").tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    image = load_image(Image.new(mode, (5, 3)))
+    assert image.mode == "RGB" and image.size == (5, 3)
+
+
+def test_cmyk_jpeg_is_not_read_as_rgb(tmp_path):
+    """Ink: cyan alone absorbs red, so the picture is green + blue."""
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.jpg", quality=100)
+    red, green, blue = as_array(tmp_path / "a.jpg")[8, 8]
+    assert red < 20 and green > 150 and blue > 200
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3), (4, 5, 4)])
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.uint16, np.float32, np.float16])
+def test_arrays_of_all_kinds(shape, dtype):
+    image = load_image(np.ones(shape, dtype))
+    assert image.mode == "RGB" and image.size == (5, 4)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (4,), (1, 4, 5, 3), (4, 5, 2)])
+def test_arrays_of_other_shapes_are_refused(shape):
+    with pytest.raises(ImageError, match="channels last"):
+        load_image(np.zeros(shape, np.uint8))
+
+
+def test_arrays_of_other_types_are_refused():
+    with pytest.raises(ImageError, match="int64"):
+        load_image(np.zeros((4, 5), np.int64))
+    with pytest.raises(ImageError, match="-1 to 0"):
+        load_image(Image.fromarray(np.array([[-1, 0]], np.int32)))
+    with pytest.raises(TypeError, match="Tensor"):
+        load_image(torch.zeros(3, 4, 5))
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert as_array(tmp_path / "a.gif")[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp", ".tiff"])
+def test_half_a_file_is_an_image_error(tmp_path, suffix):
+    path = noise_file(tmp_path / f"a{suffix}")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageError, match=f"a{suffix}"):
+        load_image(path)
+
+
+def test_a_truncated_file_is_said_to_be_truncated(tmp_path):
+    for suffix in (".png", ".jpg"):
+        path = noise_file(tmp_path / f"a{suffix}")
+        path.write_bytes(path.read_bytes()[:-5000])
+        with pytest.raises(ImageError, match="is truncated"):
+            load_image(path)
+        with pytest.raises(ImageError, match="is truncated"):
+            load_image(Image.open(path))
+
+
+def test_what_is_not_an_image(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ImageError, match="not an image"):
+        load_image(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="0 bytes"):
+        load_image(tmp_path / "empty.png")
+    with pytest.raises(ImageError, match="is a folder"):
+        load_image(tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing.png"):
+        load_image(tmp_path / "missing.png")
+    with pytest.raises(FileNotFoundError, match="download"):
+        load_image("https://example.org/a.png")
+
+
+def test_size_is_checked_before_the_pixels_are_decoded(tmp_path):
+    """A file cut off after its header would fail to decode: the complaint is about the size nevertheless."""
+    path = noise_file(tmp_path / "a.png", size=100)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ImageError, match="100x100 = 10000 pixels"):
+        load_image(path, max_pixels=9999)
+    with pytest.raises(ImageError, match="truncated"):
+        load_image(path, max_pixels=10000)
+    for source in (np.zeros((100, 100), np.uint8), Image.new("L", (100, 100))):
+        load_image(source, max_pixels=10000)
+        with pytest.raises(ImageError, match="max_pixels"):
+            load_image(source, max_pixels=9999)
+
+
+def test_pillows_own_limit(tmp_path, monkeypatch):
+    """Pillow refuses above twice MAX_IMAGE_PIXELS: 10000 > 2 * 4999."""
+    path = noise_file(tmp_path / "a.png", size=100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4999)
+    with pytest.raises(ImageError, match="MAX_IMAGE_PIXELS"):
+        load_image(path)
+
+
+def test_zero_pixels():
+    for source in (np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0), np.float32), Image.new("RGB", (0, 3))):
+        with pytest.raises(ImageError, match="no pixels"):
+            load_image(source)
+
+
+def test_the_source_is_left_alone():
+    source = Image.new("RGB", (4, 4))
+    load_image(source).putpixel((0, 0), (1, 2, 3))
+    assert source.getpixel((0, 0)) == (0, 0, 0)
+    array = np.zeros((4, 4, 3), np.uint8)
+    load_image(array).putpixel((0, 0), (1, 2, 3))
+    assert array.sum() == 0
+
+
+def test_only_an_rgb_colour_profile_stays(tmp_path):
+    for mode, kept in (("RGB", True), ("CMYK", False)):
+        Image.new(mode, (8, 8)).save(tmp_path / "a.jpg", icc_profile=b"profile", comment=b"hello")
+        assert load_image(tmp_path / "a.jpg").info == ({"icc_profile": b"profile"} if kept else {})
+
+
+# --- pixel values ---
+
+
+def test_pixel_values_by_hand():
+    """0, 51, 255 -> -1, 51 / 127.5 - 1 = -0.6, 1."""
+    array = np.array([[[0, 51, 255]]], dtype=np.uint8)
+    values = to_pixel_values(array)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, torch.tensor([-1, -0.6, 1]).reshape(1, 3, 1, 1))
+
+
+def test_pixel_values_round_trip():
+    array = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    images_back = to_pil(to_pixel_values([array, array]))
+    assert len(images_back) == 2
+    np.testing.assert_array_equal(np.asarray(images_back[1]), array)
+
+
+def test_to_pil_clamps_and_refuses_nan():
+    values = torch.tensor([-2.0, 0, 2]).reshape(3, 1, 1)
+    assert to_pil(values)[0].getpixel((0, 0)) == (0, 128, 255)
+    assert to_pil(values.bfloat16())[0].getpixel((0, 0)) == (0, 128, 255)
+    with pytest.raises(ValueError, match="NaN"):
+        to_pil(values * float("nan"))
+    with pytest.raises(ValueError, match=r"\(1, 4, 1, 1\)"):
+        to_pil(torch.zeros(1, 4, 1, 1))
+
+
+def test_a_batch_needs_one_size():
+    pictures = [checker(6, 8), checker(8, 8)]
+    with pytest.raises(ValueError, match=r"pass `size`"):
+        to_pixel_values(pictures)
+    assert to_pixel_values(pictures, size=4).shape == (2, 3, 4, 4)
+    with pytest.raises(ValueError, match="empty"):
+        to_pixel_values([])
+
+
+def test_size_keeps_the_centre():
+    """Of black | white | black the middle third is the centred square."""
+    array = np.zeros((32, 96, 3), np.uint8)
+    array[:, 32:64] = 255
+    torch.testing.assert_close(to_pixel_values(array, size=32), torch.ones(1, 3, 32, 32))
+
+
+# --- find_images ---
+
+
+def touch(root, *names):
+    for name in names:
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def names_of(files, root):
+    return [file.relative_to(root).as_posix() for file in files]
+
+
+def test_a_folder_in_natural_order(tmp_path):
+    touch(tmp_path, "img10.png", "img2.PNG", "Img1.jpg", "sub/b.png", "notes.txt", ".hidden.png", ".git/a.png")
+    assert names_of(find_images(tmp_path), tmp_path) == ["Img1.jpg", "img2.PNG", "img10.png", "sub/b.png"]
+    assert names_of(find_images(tmp_path, recursive=False), tmp_path) == ["Img1.jpg", "img2.PNG", "img10.png"]
+
+
+def test_files_folders_and_globs_keep_their_order_without_duplicates(tmp_path):
+    touch(tmp_path, "a/1.png", "a/2.png", "b/3.png", "odd.dat")
+    found = find_images(tmp_path / "odd.dat", tmp_path / "b", str(tmp_path / "*/*.png"), tmp_path / "a" / "2.png")
+    assert names_of(found, tmp_path) == ["odd.dat", "b/3.png", "a/1.png", "a/2.png"]
+
+
+def test_globs(tmp_path):
+    touch(tmp_path, "a/1.png", "a/deep/2.png", "a/x.txt", "[b].png")
+    assert names_of(find_images(str(tmp_path / "**/*.png")), tmp_path) == [
+        "[b].png",
+        "a/1.png",
+        "a/deep/2.png",
+    ]
+    assert names_of(find_images(str(tmp_path / "a*")), tmp_path) == ["a/1.png", "a/deep/2.png"]
+    assert names_of(find_images(tmp_path / "[b].png"), tmp_path) == ["[b].png"]
+    with pytest.raises(FileNotFoundError, match=r"c\*"):
+        find_images(str(tmp_path / "c*"))
+    with pytest.raises(ValueError, match="no images"):
+        find_images(str(tmp_path / "a/*.txt"))
+
+
+def test_what_is_not_there(tmp_path):
+    touch(tmp_path, "full/a.png", "empty/notes.txt")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        find_images(tmp_path / "full", tmp_path / "gone")
+    with pytest.raises(ValueError, match="no images in .*empty"):
+        find_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="at least one"):
+        find_images()
+
+
+def test_links_are_followed_once(tmp_path):
+    touch(tmp_path, "real/a.png")
+    os.symlink(tmp_path, tmp_path / "real" / "loop")
+    os.symlink(tmp_path / "real" / "a.png", tmp_path / "same.png")
+    os.symlink(tmp_path / "nowhere.png", tmp_path / "broken.png")
+    assert len(find_images(tmp_path)) == 1
+
+
+def test_natural_key_is_a_total_order():
+    names = ["a", "A", "a1", "a01", "a1b", "1", "10", "9z", "b²", ""]
+    assert sorted(names, key=natural_key) == sorted(reversed(names), key=natural_key)
+
+
+def test_relative_stem():
+    assert relative_stem("in/a/x.tar.png", "in") == Path("a/x.tar")
+    assert relative_stem("in/a/x.png", "in", "in/a") == Path("x")
+    assert relative_stem("elsewhere/x.png", "in") == Path("x")
+    assert relative_stem("in/x.png", "in/x.png") == Path("x")
+
+
+# --- writing ---
+
+
+def test_atomic_write_makes_folders_and_leaves_no_trace(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with atomic_write(path, "w") as file:
+        file.write("é")
+        assert not path.exists()
+    assert path.read_bytes() == "é".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_follows_links_and_the_umask(tmp_path):
+    target = tmp_path / "target"
+    target.touch()
+    os.symlink(target, tmp_path / "link")
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"x")
+    assert target.read_bytes() == b"x" and (tmp_path / "link").is_symlink()
+    touch(tmp_path, "plain")
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with pytest.raises(ValueError, match="mode"), atomic_write(target, "a"):
+        pass
+
+
+def test_save_image(tmp_path):
+    save_image(Image.fromarray(checker()), tmp_path / "a.png")
+    np.testing.assert_array_equal(as_array(tmp_path / "a.png"), checker())
+    assert save_image(checker() / 255, tmp_path / "b.png") == tmp_path / "b.png"
+    np.testing.assert_array_equal(as_array(tmp_path / "b.png"), checker())
+    save_image(checker()[..., 0], tmp_path / "mask.png")
+    assert Image.open(tmp_path / "mask.png").mode == "L"
+    for suffix in (".jpg", ".webp", ".bmp", ".tif"):
+        assert load_image(save_image(checker(), tmp_path / f"c{suffix}")).size == (8, 6)
+
+
+def test_save_image_keeps_the_colour_profile(tmp_path):
+    image = Image.fromarray(checker())
+    image.info["icc_profile"] = b"profile"
+    for suffix in (".png", ".jpg", ".webp", ".tif"):
+        save_image(image, tmp_path / f"a{suffix}")
+        assert Image.open(tmp_path / f"a{suffix}").info["icc_profile"] == b"profile"
+
+
+def test_save_image_refuses_an_unknown_suffix(tmp_path):
+    with pytest.raises(ValueError, match="'.xyz'"):
+        save_image(checker(), tmp_path / "a.xyz")
+    assert not list(tmp_path.iterdir())
+
+
+# --- OpenCV ---
+
+
+def test_opencv_is_loaded_on_first_use():
+    code = """
+        import sys
+        import faceprior.images
+        assert "cv2" not in sys.modules and "torch" not in sys.modules
+        from faceprior.images import cv2
+        assert cv2 is sys.modules["cv2"]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("failure", "remedy"),
+    [
+        ("ImportError('libGL.so.1: cannot open shared object file')", "--no-deps opencv-python-headless"),
+        ("ModuleNotFoundError('No module named cv2')", "pip install opencv-python-headless"),
+    ],
+)
+def test_a_broken_opencv_names_the_command(tmp_path, monkeypatch, failure, remedy):
+    (tmp_path / "cv2.py").write_text(f"raise {failure}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cv2", raising=False)
+    with pytest.raises(ImportError, match=remedy):
+        images.__getattr__("cv2")
+
+
+def test_no_other_attribute_appears():
+    with pytest.raises(AttributeError, match="cv3"):
+        images.cv3  # noqa: B018
+
+
+def test_a_picture_from_memory():
+    buffer = io.BytesIO()
+    Image.fromarray(checker()).save(buffer, "png")
+    np.testing.assert_array_equal(as_array(Image.open(buffer)), checker())
