@@ -29,6 +29,7 @@ from faceprior.diffusion import (
     encode_latents,
     encode_prompts,
     load_pipeline,
+    looks_like_path,
     make_noise_scheduler,
     noise_like,
     training_target,
@@ -113,7 +114,7 @@ class DegradedPair:
 def main(config: Config) -> None:
     quiet_libraries()
     paths, problems = readable_images(config)
-    if not config.prior or not (Path(config.prior).exists() or config.prior.count("/") == 1):
+    if looks_like_path(config.prior) and not Path(config.prior).exists():
         raise FileNotFoundError(f"no prior in {config.prior}: `python stages/05_prior_tune.py` makes one")
     accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
     with accelerator.main_process_first():

@@ -30,7 +30,7 @@ from faceprior.align import align_face
 from faceprior.config import is_complete, open_output, run_stage
 from faceprior.degrade import PRESETS, degrade, scaled
 from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import load_pipeline
+from faceprior.diffusion import load_pipeline, looks_like_path
 from faceprior.guidance import load_tuned
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image
 from faceprior.manifest import append_row, print_problems, resume_rows, rewrite_rows, safe_name
@@ -103,8 +103,7 @@ def main(config: Config) -> None:
 
 def require(name: str, stage: str) -> None:
     """Check that an earlier stage's folder is there; a hub id (`owner/name`) is left to the loader."""
-    is_id = name.count("/") == 1 and not name.startswith(("checkpoints/", ".", "/"))
-    if not Path(name).exists() and not is_id:
+    if looks_like_path(name) and not Path(name).exists():
         raise FileNotFoundError(f"no {name}: `python stages/{stage}.py` makes it")
 
 
