@@ -15,7 +15,8 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["faceprior"],
+    packages=["faceprior", "faceprior.drawing"],
+    package_data={"faceprior": ["report.html"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.14,<3",

@@ -1,7 +1,7 @@
 """Settings of a stage: a flat dataclass, a YAML preset, a command line, and the copy saved beside the results.
 
-A field's trailing comment is its help text. An interval in it, such as `(0, 1]` or `[1, inf)`, is also the rule that the
-value is checked against, so the documented range and the enforced one cannot differ:
+A field's trailing comment is its help text. An interval in it, such as `(0, 1]` or `[1, inf)`, is also the rule that
+the value is checked against, so the documented range and the enforced one cannot differ:
 
     @dataclass
     class Config:
@@ -24,6 +24,7 @@ import tokenize
 import traceback
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +32,7 @@ import yaml
 
 T = TypeVar("T")
 CONFIG_FILE = "config.yaml"
+UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
 DONE_FILE = "done.json"
 # Where and how fast a run goes, not what comes out: these may differ when a run is continued.
 RUN_KEYS = frozenset({"overwrite", "device", "num_workers"})
@@ -40,15 +42,18 @@ _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:
 def run_stage(main, config_class: type, argv: list[str] | None = None) -> None:
     """Parse the command line into `config_class` and call `main`.
 
-    An error that faceprior or the stage raised itself is shown as one line; any other keeps its traceback.
+    An error that faceprior or the stage raised itself is shown as one line; any other keeps its traceback. Ctrl-C ends
+    the program with exit code 130.
     """
     stage = Path(inspect.getfile(config_class))
     config = parse_config(config_class, argv)
     try:
         main(config)
+    except KeyboardInterrupt:
+        print(f"{stage.name}: interrupted; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if raised_in.parent not in (Path(__file__).parent, stage.parent):
+        if not _raised_in(error, (Path(__file__).parent, stage.parent)):
             raise
         raise SystemExit(f"{stage.name}: error: {error}") from error
 
@@ -61,8 +66,7 @@ def parse_config(config_class: type[T], argv: list[str] | None = None) -> T:
     values = {key: value for key, value in vars(known).items() if key != "config"}
     try:
         if unknown:
-            name = unknown[0].partition("=")[0].lstrip("-")
-            raise ValueError(_unknown(name, "on the command line", field_help(config_class)))
+            raise ValueError(_unexpected(unknown[0], config_class))
         preset = load_section(known.config, section, config_class) if known.config else {}
         return make_config(config_class, {**preset, **values})
     except (ValueError, OSError) as error:
@@ -85,18 +89,27 @@ def make_config(config_class: type[T], values: dict[str, Any]) -> T:
 
 
 def load_section(path: str | Path, section: str, config_class: type) -> dict[str, Any]:
-    """Return the settings of `section` in a preset, the whole of which has to be well formed."""
+    """Return the settings of `section` in a preset, which has to have it (empty: the defaults).
+
+    The names of all its sections are checked against the stages, the keys against those of `config_class`.
+    """
     path = Path(path)
     if not path.is_file():
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml")))
         raise FileNotFoundError(f"no preset {path}" + (f": {path.parent} has {near}" if near else ""))
     try:
-        preset = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(preset, dict) or not all(isinstance(v, dict | None) for v in preset.values()):
         raise ValueError(f"{path} has to hold one section per stage, each with `key: value` lines")
-    values = preset.get(section) or {}
+    stages = {p.stem for p in Path(inspect.getfile(config_class)).parent.glob("*.py")}
+    for name in preset:
+        if name not in stages:
+            raise ValueError(_unknown(name, f"in {path}", stages, "section"))
+    if section not in preset:
+        raise ValueError(f"{path} has no section {section} but {', '.join(preset)}: add it, or leave out `--config`")
+    values = preset[section] or {}
     hints = typing.get_type_hints(config_class)
     for key in values:
         if key not in hints:
@@ -105,22 +118,26 @@ def load_section(path: str | Path, section: str, config_class: type) -> dict[str
 
 
 def open_output(config: Any) -> Path:
-    """Create `config.output` for this run, or continue it.
+    """Create `config.output` for this run, or continue it; the settings are saved there.
 
-    The settings are saved there; a folder that holds the results of other settings is refused with the differing keys
-    named, unless `config.overwrite` is set, and a folder with anything else in it is never touched.
+    A folder that holds the results of other settings is refused with the differing keys named, unless
+    `config.overwrite` is set, which deletes what is in it. A folder with anything else in it is never touched. Folders
+    of other runs inside it (as `results/demo` in `results`) are left alone. Raises FileExistsError.
     """
     output, section = Path(config.output), stage_name(type(config))
     saved = output / CONFIG_FILE
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"`output` has to be a folder but {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not saved.is_file():
-        raise FileExistsError(f"{output} is not empty and was not made by {section}: choose another `output`")
-    if saved.is_file() and config.overwrite:
-        _require_same_stage(saved, section)
-        shutil.rmtree(output)
-    elif saved.is_file():
-        _require_same_settings(saved, section, config)
+    if saved.is_file():
+        stored = _saved_settings(saved, section)
+        if config.overwrite:
+            _empty(output)
+        else:
+            _require_same_settings(output, stored, _plain(config))
+    elif output.is_dir() and (found := _entries(output)):
+        raise FileExistsError(
+            f"{output} was not made by {section} but has {found[0].name} in it: choose another `output`"
+        )
     output.mkdir(parents=True, exist_ok=True)
     save_config(config, output)
     return output
@@ -128,11 +145,10 @@ def open_output(config: Any) -> Path:
 
 def save_config(config: Any, folder: str | Path) -> None:
     """Write the settings to `folder/config.yaml`, which is itself a preset for `--config`."""
-    text = yaml.safe_dump({stage_name(type(config)): _plain(config)}, sort_keys=False)
-    path = Path(folder) / CONFIG_FILE
-    temporary = path.with_suffix(".yaml.part")
-    temporary.write_text(text)
-    temporary.replace(path)
+    text = yaml.safe_dump({stage_name(type(config)): _plain(config)}, sort_keys=False, allow_unicode=True)
+    temporary = Path(folder) / UNSAVED_FILE
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(Path(folder) / CONFIG_FILE)
 
 
 def is_complete(output: str | Path) -> bool:
@@ -150,16 +166,18 @@ def field_help(config_class: type) -> dict[str, str]:
     source = inspect.getsource(config_class)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    body = ast.parse(source).body[0].body
-    return {n.target.id: comments.get(n.end_lineno, "") for n in body if isinstance(n, ast.AnnAssign)}
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    # a formatter may have wrapped the line: all comments from its first to its last row count
+    rows = {node.target.id: range(node.lineno, node.end_lineno + 1) for node in fields}
+    return {name: " ".join(comments[row] for row in span if row in comments) for name, span in rows.items()}
 
 
 def _parser(config_class: type, section: str) -> argparse.ArgumentParser:
     description = (sys.modules[config_class.__module__].__doc__ or "").strip()
     parser = argparse.ArgumentParser(
-        f"{section}.py",
-        None,
-        description,
+        prog=f"{section}.py",
+        usage="%(prog)s [-h] [--config FILE] [--KEY VALUE ...]",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -168,14 +186,15 @@ def _parser(config_class: type, section: str) -> argparse.ArgumentParser:
     for field in dataclasses.fields(config_class):
         hint, default = hints[field.name], field.default
         text = f"{helps[field.name]} (default: {_text(default)})".replace("%", "%%")
-        options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        options: dict[str, Any] = {"help": text}
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
             options |= {"nargs": "+", "metavar": "VALUE"}
         else:
             options["metavar"] = "{" + ",".join(map(str, _choices(hint))) + "}" if _choices(hint) else "VALUE"
-        parser.add_argument(f"--{field.name}", **options)
+        # set afterwards: given a default, BooleanOptionalAction adds its own text about it to the help
+        parser.add_argument(f"--{field.name}", **options).default = argparse.SUPPRESS
     return parser
 
 
@@ -195,6 +214,8 @@ def _cast(key: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"`{key}` has to be a list but is {value!r}")
         return tuple(_cast(key, v, args[0]) for v in value)
     if origin is Literal:
+        if value is False and "no" in args:  # YAML reads a bare `no` as false
+            value = "no"
         if value not in args:
             raise ValueError(f"`{key}` has to be one of {', '.join(map(str, args))} but is {value!r}")
         return value
@@ -211,9 +232,13 @@ def _cast_scalar(key: str, value: Any, hint: type) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise wrong
+    if hint is int and isinstance(value, int):
+        return value
     try:
+        if hint is int and isinstance(value, str) and value.strip("+-").isdecimal():
+            return int(value)  # not by way of float, which holds 53 bits
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise wrong from None
     if math.isnan(number) or (hint is int and not number.is_integer()):
         raise wrong
@@ -231,32 +256,49 @@ def _check_range(key: str, value: Any, text: str) -> None:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool | str | None):
             continue
-        if not (low < number or (left == "[" and number == low)) or not (
-            number < high or (right == "]" and number == high)
-        ):
+        above = number >= low if left == "[" else number > low
+        below = number <= high if right == "]" else number < high
+        if not (above and below):
             raise ValueError(f"`{key}` has to be in {match.group(0)} but is {number}")
 
 
-def _require_same_stage(saved: Path, section: str) -> dict[str, Any]:
-    stored = yaml.safe_load(saved.read_text())
-    if not isinstance(stored, dict) or list(stored) != [section]:
-        raise FileExistsError(f"{saved.parent} holds the results of another stage: choose another `output`")
+def _saved_settings(saved: Path, section: str) -> dict[str, Any]:
+    """Return the settings in `saved`, which have to be those of the stage `section`."""
+    try:
+        stored = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = None
+    if not isinstance(stored, dict) or list(stored) != [section] or not isinstance(stored[section], dict):
+        raise FileExistsError(f"{saved.parent} was not made by {section}: choose another `output`")
     return stored[section]
 
 
-def _require_same_settings(saved: Path, section: str, config: Any) -> None:
-    stored, now = _require_same_stage(saved, section), _plain(config)
-    keys = [
-        k for k in sorted(stored.keys() | now.keys()) if k not in RUN_KEYS and stored.get(k) != now.get(k)
-    ]
+def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
+    keys = [k for k in sorted(stored.keys() | now.keys()) if k not in RUN_KEYS and stored.get(k) != now.get(k)]
     if keys:
-        changes = ", ".join(
-            f"{key} ({_text(stored.get(key))} there, {_text(now.get(key))} now)" for key in keys
-        )
+        changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now.get(key))} now)" for key in keys)
         raise FileExistsError(
-            f"{saved.parent} holds a run with other settings: {changes}. "
+            f"{output} holds a run with other settings: {changes}. "
             "Give the same settings to continue it, another `output`, or `--overwrite` to start anew"
         )
+
+
+def _entries(output: Path) -> list[Path]:
+    """Return what is in a folder, without the folders of other runs, in the order in which it may be deleted.
+
+    The settings come last: killed in between, the folder is still known as the run's.
+    """
+    order = {DONE_FILE: 0, CONFIG_FILE: 2}
+    found = [p for p in output.iterdir() if p.name != UNSAVED_FILE and not (p.is_dir() and any(p.rglob(CONFIG_FILE)))]
+    return sorted(found, key=lambda path: (order.get(path.name, 1), path.name))
+
+
+def _empty(output: Path) -> None:
+    for path in _entries(output):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -265,10 +307,25 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "empty" if value == "" else str(value)
 
 
-def _unknown(name: str, where: str, valid: Any) -> str:
-    near = difflib.get_close_matches(name, list(valid), 1)
-    hint = f"did you mean `{near[0]}`?" if near else f"the keys are {', '.join(sorted(valid))}"
-    return f"unknown key `{name}` {where}: {hint}"
+def _unexpected(argument: str, config_class: type) -> str:
+    """Return the message for what is left of the command line."""
+    if not argument.startswith("-"):
+        return f"unexpected value {argument!r}: give settings as `--key value`, switches as `--key` or `--no-key`"
+    return _unknown(argument.partition("=")[0].lstrip("-"), "on the command line", field_help(config_class))
+
+
+def _unknown(name: Any, where: str, valid: Iterable[str], what: str = "key") -> str:
+    near = difflib.get_close_matches(str(name), list(valid), 1)
+    hint = f"did you mean `{near[0]}`?" if near else f"the {what}s are {', '.join(sorted(valid))}"
+    return f"unknown {what} `{name}` {where}: {hint}"
+
+
+def _raised_in(error: BaseException, folders: tuple[Path, ...]) -> bool:
+    """Tell whether a `raise` in a file of one of `folders` made the error, not a call into a library or a bug."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).resolve().parent in folders and (frame.line or "").startswith("raise")

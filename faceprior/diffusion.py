@@ -19,6 +19,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,26 +32,25 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 def load_pipeline(base: str, dtype: torch.dtype = torch.float32, vae: str | None = None) -> DiffusionPipeline:
     """Load a text-to-image pipeline from a diffusers folder, a single `.safetensors` file or a hub id.
 
-    The local path is looked at first. `vae`: folder or id of a VAE that replaces the base's own (Realistic Vision is
-    published without one). Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's overflows in float16).
+    The local path is looked at first. A single file holds weights only: the configs that go with them are taken from
+    `model_index.json` and its sub-folders beside the file, if they are there, else from the hub. `vae`: folder or id of
+    a VAE that replaces the base's own (Realistic Vision is published without one). Models arrive on the CPU, in
+    `dtype`, the VAE in float32 (SDXL's overflows in float16); the safety checker is left out.
 
     Raises FileNotFoundError when there is no such model here nor on the hub, ValueError for a file of another kind.
     """
     path = Path(base).expanduser()
+    parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae else {}
     if path.is_dir():
-        pipeline = _load_folder(path, dtype)
+        pipeline = _load_folder(path, dtype, parts)
     elif path.is_file():
-        pipeline = _load_single_file(path, dtype)
+        pipeline = _load_single_file(path, dtype, parts)
     elif looks_like_path(base):
-        raise FileNotFoundError(
-            f"no base model at {base}: it is neither a diffusers folder nor a .safetensors file"
-        )
+        raise FileNotFoundError(f"no base model at {base}: it is neither a diffusers folder nor a .safetensors file")
     else:
-        pipeline = _load_from_hub(base, dtype)
-    if vae:
-        pipeline.vae = load_part(AutoencoderKL, vae, "VAE")
-    if pipeline.vae.dtype != torch.float32:
-        pipeline.vae.to(torch.float32)
+        pipeline = _load_folder(_download(base), dtype, parts)
+    if pipeline.vae is None:
+        raise ValueError(f"{base} has no VAE: name one with `vae`, such as stabilityai/sd-vae-ft-mse for SD1.5")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -56,7 +58,7 @@ def load_pipeline(base: str, dtype: torch.dtype = torch.float32, vae: str | None
 def looks_like_path(name: str) -> bool:
     """Tell a path from a hub id (`owner/name`)."""
     return (
-        name.startswith((".", "/", "~"))
+        name.startswith((".", "/", "~", "checkpoints/"))
         or name.count("/") > 1
         or "\\" in name
         or Path(name).suffix in _WEIGHTS
@@ -66,19 +68,26 @@ def looks_like_path(name: str) -> bool:
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
-def load_part(
-    model_class, name: str, what: str, dtype: torch.dtype = torch.float32, subfolder: str | None = None
-):
+def load_part(model_class, name: str, what: str, dtype: torch.dtype = torch.float32, subfolder: str | None = None):
     """Load one model by its class from a folder or a hub id, with an error that says which of the two was missing."""
-    folder = Path(name).expanduser() / (subfolder or "")
-    if looks_like_path(name) and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no {what} at {folder}: a folder with config.json and safetensors weights is expected"
-        )
+    root = Path(name).expanduser()
+    folder = root / (subfolder or "")
     if (folder / "config.json").is_file():
-        return model_class.from_pretrained(folder, dtype=dtype)
+        try:
+            return model_class.from_pretrained(folder, dtype=dtype)
+        except _DAMAGED as error:
+            raise ValueError(f"the {what} in {folder} is not whole: {_first_line(error)}") from error
+    if root.exists() or looks_like_path(name):
+        raise FileNotFoundError(f"no {what} at {folder}: a folder with config.json and safetensors weights is expected")
+    options = {"dtype": dtype, "subfolder": subfolder or ""}
     try:
-        return model_class.from_pretrained(name, dtype=dtype, subfolder=subfolder or "")
+        return model_class.from_pretrained(name, local_files_only=True, **options)
+    except (OSError, ValueError):
+        logger.debug("%s is not in the hub's cache", name)
+    try:
+        # Asks the hub once. Loading by id asks for every file, and without a network tries each for half a minute.
+        snapshot_download(name, allow_patterns=[(Path(subfolder or "") / "config.json").as_posix()])
+        return model_class.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(hub_error(what, name)) from error
 
@@ -86,50 +95,107 @@ def load_part(
 def hub_error(what: str, name: str) -> str:
     """Return the message for a model that is neither on the disk nor to be had from the hub."""
     return (
-        f"no {what} {name!r}: there is no such folder here, and the hub did not give it (offline, gated, or a wrong id). "
-        "Download it where there is a network (`huggingface-cli download`) and give the folder"
+        f"no {what} {name!r}: there is no such folder here, and the hub did not give it (offline, gated, or a wrong "
+        f"id). Download it where there is a network (`hf download {name} --local-dir FOLDER`) and give the folder"
     )
 
 
-def _load_folder(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+# What diffusers and transformers raise for missing, torn and foreign files.
+_DAMAGED = (OSError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _load_folder(path: Path, dtype: torch.dtype, parts: dict) -> DiffusionPipeline:
     if not (path / "model_index.json").is_file():
         raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json")
-    config = DiffusionPipeline.load_config(path)
-    return DiffusionPipeline.from_pretrained(path, dtype=dtype, **_without_checker(config))
-
-
-def _load_from_hub(base: str, dtype: torch.dtype) -> DiffusionPipeline:
     try:
-        config = DiffusionPipeline.load_config(base)
-        return DiffusionPipeline.from_pretrained(base, dtype=dtype, **_without_checker(config))
+        config = DiffusionPipeline.load_config(path)
+        if "safety_checker" in config:
+            parts = {**parts, **_NO_CHECKER}
+        _require_folders(path, config, parts)
+        # not loaded in `dtype` and cast back: that would round the VAE's weights
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype}, **parts)
+        _require_vocabulary(path, pipeline)
+    except _DAMAGED as error:
+        raise ValueError(f"the pipeline in {path} is not whole: {_first_line(error)}") from error
+    return pipeline
+
+
+def _require_folders(path: Path, config: dict, parts: dict) -> None:
+    for name, made_of in config.items():
+        if isinstance(made_of, list) and made_of[0] and name not in parts and not (path / name).is_dir():
+            raise ValueError(f"its model_index.json names {name}, but there is no such folder")
+
+
+def _require_vocabulary(path: Path, pipeline: DiffusionPipeline) -> None:
+    """Raise ValueError for a tokenizer without words: transformers makes one of a folder without its files."""
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError(f"{path / name} has no vocabulary")
+
+
+# It weighs 1.2 GB and blanks pictures: research scripts load without it.
+_NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
+
+
+def _download(base: str) -> Path:
+    """Return the folder of a pipeline of the hub; its cache is used where there is no network."""
+    try:
+        return Path(DiffusionPipeline.download(base, **_NO_CHECKER))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(hub_error("base model", base)) from error
 
 
-def _without_checker(config: dict) -> dict:
-    # The safety checker weighs 1.2 GB and blanks pictures: research scripts load without it.
-    return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
+def _load_single_file(path: Path, dtype: torch.dtype, parts: dict) -> DiffusionPipeline:
+    names = _tensor_names(path)
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        raise ValueError(
+            f"{path} has no U-Net (`model.diffusion_model`): a whole checkpoint is wanted, not a LoRA or a VAE alone"
+        )
+    is_xl = any(name.startswith("conditioner.embedders.1.") for name in names)
+    pipeline_class = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    parts = {**parts, **({} if is_xl else _NO_CHECKER)}
+    config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
+    try:
+        pipeline = pipeline_class.from_single_file(str(path), config=config, dtype=torch.float32, **parts)
+        _require_vocabulary(path.parent, pipeline)
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} has weights only, and the configs that go with them could not be had from the hub: connect once, "
+            "or put the file into a diffusers folder of the same architecture, beside its model_index.json"
+        ) from error
+    except _DAMAGED as error:
+        raise ValueError(
+            f"{path} does not fit {config or 'the architecture that its names show'}: {_first_line(error)}"
+        ) from error
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and name != "vae":
+            part.to(dtype)
+    return pipeline
 
 
-def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _tensor_names(path: Path) -> list[str]:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} has to be a .safetensors file: a pickle can run code and is not loaded")
     try:
         with safe_open(path, "pt") as file:
-            is_xl = any(key.startswith("conditioner.embedders.1.") for key in file.keys())  # noqa: SIM118
+            return list(file.keys())
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    pipeline_class = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    try:
-        return pipeline_class.from_single_file(str(path), dtype=dtype, safety_checker=None)
-    except OSError as error:
-        reason = f"{path} has weights only, and the configs that go with them could not be had from the hub"
-        raise FileNotFoundError(f"{reason}: convert it once to a diffusers folder, or connect") from error
 
 
-def make_noise_scheduler(pipeline: DiffusionPipeline) -> DDPMScheduler:
-    """Return the training scheduler that belongs to the pipeline's own (same betas and prediction type)."""
-    return DDPMScheduler.from_config(pipeline.scheduler.config)
+def make_noise_scheduler(pipeline: DiffusionPipeline):
+    """Return the training scheduler that belongs to the pipeline's own: DDPM with its betas and prediction type.
+
+    For a flow matching pipeline it is a copy of the pipeline's own.
+    """
+    scheduler = pipeline.scheduler
+    scheduler_class = type(scheduler) if prediction_type(scheduler) == "flow_prediction" else DDPMScheduler
+    return scheduler_class.from_config(scheduler.config)
 
 
 @dataclass
@@ -193,8 +259,10 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def noise_like(latents: Tensor, generator) -> Tensor:
-    """Draw normal noise of the latents' shape; a list of generators gives every sample its own stream."""
+    """Draw normal noise of the latents' shape (B, C, h, w); a list of B generators gives every sample its own."""
     generators = generator if isinstance(generator, list) else [generator]
+    if len(generators) not in (1, len(latents)):
+        raise ValueError(f"`generator` has to be one or {len(latents)}, one per sample, but is {len(generators)}")
     shape = (len(latents) // len(generators), *latents.shape[1:])
     noise = [torch.randn(shape, generator=g, device=g.device) for g in generators]
     return torch.cat([n.to(latents.device) for n in noise]).to(latents.dtype)
@@ -242,6 +310,9 @@ def prediction_type(noise_scheduler) -> str:
 
 
 def _flow_sigmas(noise_scheduler, timesteps: Tensor, sample: Tensor) -> Tensor:
-    steps = noise_scheduler.timesteps.to(sample.device)
-    index = [(steps == t).nonzero()[0, 0] for t in timesteps]
-    return noise_scheduler.sigmas.to(sample.device, sample.dtype)[torch.stack(index)].view(-1, 1, 1, 1)
+    """Return the noise share s of each of the scheduler's timesteps -> (B, 1, 1, 1)."""
+    found = noise_scheduler.timesteps.to(sample.device) == timesteps.to(sample.device)[:, None]
+    if not found.any(dim=1).all():
+        raise ValueError("`timesteps` have to be among the scheduler's own (`noise_scheduler.timesteps`)")
+    sigmas = noise_scheduler.sigmas.to(sample.device, sample.dtype)
+    return sigmas[found.int().argmax(dim=1)].view(-1, 1, 1, 1)

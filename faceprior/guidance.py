@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from accelerate.utils import convert_outputs_to_fp32
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
@@ -46,11 +47,14 @@ class GuidanceTuner:
     pipeline: a Stable Diffusion or SDXL pipeline; train: the U-Net's `self_attention` layers (the paper's choice), a
     `lora` on the same layers, or the `full` U-Net (the paper's ablation); rank, alpha: of the LoRA (alpha: rank by
     default); t_end: timesteps are drawn from the first share t_end of the schedule, (0, 1], the paper's is 0.5;
-    prompt_drop: share of the samples whose prompt is dropped, the paper's is 0.2; distance: between the masked
+    prompt_drop: share of the samples whose prompt is dropped, [0, 1], the paper's is 0.2; distance: between the masked
     predictions, l2 by default.
 
     The original model, which gives the targets, is the same network with its LoRA off, or with its original weights in
-    the trained places: no second U-Net stands in memory.
+    the trained places: of a second U-Net only the trained part stands in memory, and nothing with a LoRA.
+
+    The trained weights are float32. With a base in half precision every call of the U-Net, also by the pipeline, runs
+    under autocast and returns float32.
     """
 
     def __init__(
@@ -67,24 +71,23 @@ class GuidanceTuner:
             raise ValueError(f"`train` has to be one of {', '.join(TRAIN)} but is {train!r}")
         if not 0 < t_end <= 1:
             raise ValueError(f"`t_end` has to be in (0, 1] but is {t_end}")
+        if not 0 <= prompt_drop <= 1:
+            raise ValueError(f"`prompt_drop` has to be in [0, 1] but is {prompt_drop}")
+        if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+            raise ValueError(f"the base has to be of Stable Diffusion or SDXL type but is a {type(pipeline).__name__}")
         self._pipeline, self.train = pipeline, train
         self.t_end, self.prompt_drop, self.distance = t_end, prompt_drop, distance
         self.noise_scheduler = make_noise_scheduler(pipeline)
-        for part in (
-            pipeline.vae,
-            pipeline.unet,
-            pipeline.text_encoder,
-            getattr(pipeline, "text_encoder_2", None),
-        ):
-            if part is not None:
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
                 part.requires_grad_(False)
+        if self.unet.dtype != torch.float32:
+            _run_under_autocast(self.unet, self.unet.dtype)
+        self._original: dict[str, Tensor] = {}
         self._select_trained(rank, rank if alpha is None else alpha)
-        self._original = {} if train == "lora" else {n: p.detach().clone() for n, p in self._trained()}
 
     @classmethod
-    def from_pretrained(
-        cls, base: str, dtype: torch.dtype = torch.float32, vae: str | None = None, **options
-    ):
+    def from_pretrained(cls, base: str, dtype: torch.dtype = torch.float32, vae: str | None = None, **options):
         """Load `base` (diffusers folder, single `.safetensors` file or hub id); `options` are the constructor's."""
         return cls(load_pipeline(base, dtype, vae), **options)
 
@@ -120,7 +123,7 @@ class GuidanceTuner:
         writes [1, 0.5 T], which is the same for steps that are counted from 0.
         """
         device, size = self.unet.device, batch["good"].shape[-2:]
-        generators = _per_sample(generator, len(batch["good"]))
+        generators = _one_per_sample(generator, len(batch["good"]))
         with torch.no_grad():
             latents = encode_latents(self._pipeline.vae, torch.cat([batch["good"], batch["bad"]]))
         steps = self.noise_scheduler.config.num_train_timesteps
@@ -129,9 +132,7 @@ class GuidanceTuner:
         noisy_good, noisy_bad = self.noise_scheduler.add_noise(
             latents, noise.repeat(2, 1, 1, 1), timesteps.repeat(2)
         ).chunk(2)
-        embeddings = encode_prompts(
-            self._pipeline, drop_prompts(batch["prompt"], self.prompt_drop, generators)
-        )
+        embeddings = encode_prompts(self._pipeline, drop_prompts(batch["prompt"], self.prompt_drop, generators))
         with torch.no_grad(), self._original_model() as original:
             target = self._denoise(original, noisy_good, timesteps, embeddings, size)
         prediction = self._denoise(unet or self.unet, noisy_bad, timesteps, embeddings, size)
@@ -166,7 +167,8 @@ class GuidanceTuner:
             with accelerator.accumulate(unet):
                 loss = self.loss(batch, run.generators(batch), unet)
                 accelerator.backward(loss)
-                accelerator.clip_grad_norm_(self.trainable_parameters(), 1.0)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.trainable_parameters(), 1.0)
                 adam.step()
                 adam.zero_grad()
             run.log(loss=loss)
@@ -180,19 +182,19 @@ class GuidanceTuner:
     @contextmanager
     def untuned(self) -> Iterator[DiffusionPipeline]:
         """Give the pipeline with the original weights, to sample the picture before."""
+        if self.train == "lora":
+            with self._adapters_off():
+                yield self.pipeline()
+            return
         tuned = {name: parameter.detach().clone() for name, parameter in self._trained()}
         try:
-            if self.train == "lora":
-                self.unet.disable_adapters()
             self._copy(self._original)
             yield self.pipeline()
         finally:
-            if self.train == "lora":
-                self.unet.enable_adapters()
             self._copy(tuned)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the result: a LoRA file with its rank and alpha for `load_lora_weights`, else a whole pipeline folder."""
+        """Write a LoRA file, with its rank and alpha, for `load_lora_weights`; else a whole pipeline folder."""
         if self.train != "lora":
             self._pipeline.save_pretrained(folder)
             return
@@ -207,49 +209,50 @@ class GuidanceTuner:
     def _select_trained(self, rank: int, alpha: int) -> None:
         if self.train == "lora":
             targets = [f"attn1.{layer}" for layer in SELF_ATTENTION_LAYERS]
-            self.unet.add_adapter(LoraConfig(rank, targets, lora_alpha=alpha, init_lora_weights="gaussian"))
+            self.unet.add_adapter(
+                LoraConfig(r=rank, target_modules=targets, lora_alpha=alpha, init_lora_weights="gaussian")
+            )
         else:
-            for name, parameter in self.unet.named_parameters():
-                parameter.requires_grad_(self.train == "full" or ".attn1." in name)
-        cast_training_params(self.unet, torch.float32)
+            self._original = {name: parameter.detach().clone() for name, parameter in self._trained()}
+        for parameter in self.trainable_parameters():
+            parameter.requires_grad_(True)
         if not self.trainable_parameters():
             raise ValueError("the base's U-Net has no self-attention layers (attn1) to train")
+        cast_training_params(self.unet, torch.float32)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         # By name, not by requires_grad: peft turns the flag off while an adapter is disabled.
-        if self.train == "lora":
-            return [(n, p) for n, p in self.unet.named_parameters() if "lora_" in n]
-        return [(n, p) for n, p in self.unet.named_parameters() if self.train == "full" or ".attn1." in n]
+        part = {"self_attention": ".attn1.", "lora": "lora_", "full": ""}[self.train]
+        return [(name, parameter) for name, parameter in self.unet.named_parameters() if part in name]
 
     @contextmanager
     def _original_model(self) -> Iterator[Callable]:
         if self.train == "lora":
-            self.unet.disable_adapters()
-            try:
+            with self._adapters_off():
                 yield self.unet
-            finally:
-                self.unet.enable_adapters()
         else:
             yield lambda *a, **k: torch.func.functional_call(self.unet, self._original, a, k)
+
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
 
     def _denoise(
         self, unet: Callable, noisy: Tensor, timesteps: Tensor, embeddings: PromptEmbeddings, size: torch.Size
     ) -> Tensor:
-        dtype = embeddings.prompt_embeds.dtype  # of the frozen modules
-        with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
-            model_pred = unet(
-                noisy.to(dtype),
-                timesteps,
-                embeddings.prompt_embeds,
-                added_cond_kwargs=added_conditions(embeddings, *size),
-            ).sample
+        model_pred = unet(
+            noisy, timesteps, embeddings.prompt_embeds, added_cond_kwargs=added_conditions(embeddings, *size)
+        ).sample
         return pred_original_sample(self.noise_scheduler, model_pred, timesteps, noisy)
 
     @torch.no_grad()
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self._trained():
-            if name in tensors:
-                parameter.copy_(tensors[name])
+            parameter.copy_(tensors[name])
 
 
 def load_tuned(
@@ -266,8 +269,21 @@ def load_tuned(
     return load_pipeline(str(folder), dtype)
 
 
-def _per_sample(generator, count: int) -> list[torch.Generator]:
+def _run_under_autocast(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    """Let a U-Net of mixed dtypes run in `dtype` and return float32, as accelerate's `prepare` does."""
+    forward = unet.forward
+
+    def forward_under_autocast(sample: Tensor, *args, **kwargs):
+        with torch.autocast(sample.device.type, dtype):
+            return forward(sample.to(dtype), *args, **kwargs)
+
+    unet.forward = convert_outputs_to_fp32(forward_under_autocast)
+
+
+def _one_per_sample(generator, count: int) -> list[torch.Generator]:
     if isinstance(generator, list):
+        if len(generator) != count:
+            raise ValueError(f"`generator` has {len(generator)} generators for {count} samples: give one for each")
         return generator
     if generator is None:
         generator = torch.Generator()

@@ -14,23 +14,32 @@ from typing import Any
 
 
 def append_row(path: str | Path, row: dict[str, Any]) -> None:
-    """Append one row and flush it to the disk. NaN and infinity have no JSON form and raise ValueError."""
+    """Append one row and flush it to the disk, after cutting off a last line that a killed run did not finish.
+
+    NaN and infinity have no JSON form and raise ValueError.
+    """
+    line = _to_line(row)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
-    with open(path, "a", encoding="utf-8") as file:
+    _cut_torn_line(path)
+    with open(path, "ab") as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_rows(path: str | Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Read a file of JSON lines into (rows, problems); a torn or foreign line is a problem (`file:line`, reason)."""
+    """Read a file of JSON lines into (rows, problems); a torn or foreign line is a problem (`file:line`, reason).
+
+    NaN and infinity are no JSON and make their line foreign. Blank lines are passed over.
+    """
     rows, problems = [], []
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), 1):
+    # not splitlines(), which also splits at characters that a text inside of a row may have, as U+2028
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode(), parse_constant=_refuse)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
             rows.append(row)
@@ -44,11 +53,7 @@ def resume_rows(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) != len(data):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
+    _cut_torn_line(path)
     rows, problems = read_rows(path)
     if problems:
         place, reason = problems[0]
@@ -60,8 +65,30 @@ def rewrite_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace the file by `rows`, atomically."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
+    temporary.write_bytes(b"".join(map(_to_line, rows)))
     temporary.replace(path)
+
+
+def _to_line(row: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # a file name that is no UTF-8, which Python holds as lone surrogates
+        return (json.dumps(row, allow_nan=False) + "\n").encode()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off what stands behind the last newline."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def sort_rows(path: str | Path, key: str = "id") -> list[dict[str, Any]]:
@@ -73,16 +100,16 @@ def sort_rows(path: str | Path, key: str = "id") -> list[dict[str, Any]]:
 
 def common_folder(paths: list[Path]) -> Path:
     """Return the deepest folder that holds all `paths`."""
-    folder = paths[0].parent
-    while not all(path.is_relative_to(folder) for path in paths):
-        folder = folder.parent
-    return folder
+    return Path(os.path.commonpath([path.parent for path in paths]))
 
 
 def safe_name(name: str) -> str:
-    """Turn a relative path into a file name without folders or suffix that is still unique."""
+    """Turn a relative path into a file name without folders or suffix that is still unique.
+
+    It is of letters, digits, `-` and `_`, and short enough for file systems that allow 255 bytes.
+    """
     stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).with_suffix("").as_posix())
-    return f"{stem[-80:]}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    return f"{stem[-50:]}_{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def require_keys(row: dict[str, Any], keys: dict[str, type | tuple[type, ...]]) -> None:
@@ -92,7 +119,8 @@ def require_keys(row: dict[str, Any], keys: dict[str, type | tuple[type, ...]]) 
             raise ValueError(f"the row has no `{key}`")
         value = row[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"`{key}` has to be {kind} but is {value!r}")
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"`{key}` has to be {names} but is {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"`{key}` has to be finite but is {value}")
 
@@ -104,18 +132,17 @@ def resolve_file(folder: str | Path, relative: str) -> Path:
     """
     folder, path = Path(folder), Path(folder) / relative
     if Path(relative).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"{relative!r} leads out of {folder}: paths in a manifest are relative to its folder"
-        )
+        raise ValueError(f"{relative!r} leads out of {folder}: paths in a manifest are relative to its folder")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     return path
 
 
 def read_caption(image: str | Path) -> str | None:
-    """Return the caption beside a picture: `NAME.txt`, or `NAME.json` / `NAME_qwen.json` with a text or a `caption` key.
+    """Return the caption beside a picture, in one line with single spaces; None where there is none.
 
-    None where there is none; ValueError for a file that holds no caption.
+    It stands in `NAME.txt`, or in `NAME.json` or `NAME_qwen.json` as a text or under the key `caption`, looked for in
+    this order. ValueError for a JSON file that holds no caption.
     """
     image = Path(image)
     if (path := image.with_suffix(".txt")).is_file():
@@ -129,7 +156,7 @@ def read_caption(image: str | Path) -> str | None:
             caption = value.get("caption") if isinstance(value, dict) else value
             if not isinstance(caption, str):
                 raise ValueError(f"{path} has to hold a text, or an object with the key `caption`")
-            return caption
+            return " ".join(caption.split())
     return None
 
 
@@ -138,4 +165,4 @@ def print_problems(problems: list[tuple[str, str]], kind: str = "input") -> None
     if problems:
         print(f"{len(problems)} {kind}{'s' if len(problems) > 1 else ''} left out:")
     for name, reason in problems:
-        print(f"  {name}: {reason}")
+        print(f"  {name}: {reason}".encode(errors="backslashreplace").decode())

@@ -7,6 +7,7 @@ mask stays the photograph's own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from diffusers import AutoPipelineForInpainting, DDIMScheduler, DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from faceprior.diffusion import encode_prompts, is_xl
-from faceprior.images import as_array, load_image, to_pixel_values
+from faceprior.detect import Face
+from faceprior.diffusion import decode_latents, encode_latents
+from faceprior.images import as_array, load_image, to_pil, to_pixel_values
 from faceprior.manifest import read_rows, require_keys, resolve_file
 
 MANIFEST = "manifest.jsonl"
@@ -28,10 +31,12 @@ NOISE_FACTORS = (0.06, 0.1, 0.2, 0.4)  # the noise factor (diffusers' `strength`
 
 @dataclass(frozen=True)
 class FacePair:
-    """One row of the manifest. Paths are relative to the manifest's folder; boxes and landmarks are in pixels of `good`.
+    """One row of the manifest.
 
-    box: xyxy; landmarks: (5, 2) in picture sides, or None; area_ratio: face box / picture; strength: the noise factor;
-    seed: of the inpainting; base: the model that inpainted; difference: mean absolute change inside the mask, 0-255.
+    photograph: the source's name; good, bad, mask: paths relative to the manifest's folder; box: xyxy, and landmarks:
+    (5, 2) in picture sides or None, in pixels of `good`; confidence: the detector's; area_ratio: face box / picture;
+    strength: the noise factor; prompt, seed, base: of the inpainting, base being the model; difference: mean absolute
+    change inside of the mask, 0-255.
     """
 
     id: str
@@ -86,8 +91,9 @@ def _pair_from_row(folder: Path, row: dict[str, Any]) -> FacePair:
     require_keys(row, _ROW_TYPES)
     for key in ("good", "bad", "mask"):
         resolve_file(folder, row[key])
-    if len(row["box"]) != 4 or not all(isinstance(v, int | float) for v in row["box"]):
+    if any(isinstance(edge, str) for edge in row["box"]):
         raise ValueError(f"`box` has to be four numbers but is {row['box']}")
+    Face(row["box"], row.get("landmarks"), row["confidence"])  # checks all three
     return FacePair(**{key: row.get(key) for key in FacePair.__dataclass_fields__})
 
 
@@ -106,33 +112,33 @@ def area_bin(area_ratio: float, limits: tuple[float, ...] = AREA_LIMITS) -> int:
 
 
 def prepare_photograph(image: Image.Image, resolution: int, multiple: int) -> Image.Image:
-    """Bring a photograph to about resolution x resolution pixels: aspect kept, sides cropped to a `multiple`."""
+    """Bring a photograph to about resolution x resolution pixels: not distorted, sides cropped to a `multiple`."""
     width, height = image.size
     scale = resolution / (width * height) ** 0.5
     sides = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
     scale = max(sides[0] / width, sides[1] / height)
-    grown = image.resize(
-        [max(s, round(v * scale)) for s, v in zip(sides, (width, height), strict=True)], Image.LANCZOS
-    )
+    grown = image.resize([max(s, round(v * scale)) for s, v in zip(sides, (width, height), strict=True)], Image.LANCZOS)
     left, top = (grown.width - sides[0]) // 2, (grown.height - sides[1]) // 2
     return grown.crop((left, top, left + sides[0], top + sides[1]))
 
 
 def box_mask(size: tuple[int, int], box) -> Image.Image:
-    """Return the mask of a face: 255 inside of its box (xyxy, rounded outwards), 0 elsewhere; size is (width, height)."""
+    """Return the mask of a face in a (width, height) picture: 255 in its box (xyxy, rounded outwards), else 0."""
     mask = np.zeros((size[1], size[0]), np.uint8)
-    x0, y0 = (int(np.floor(v)) for v in box[:2])
-    x1, y1 = (int(np.ceil(v)) for v in box[2:])
-    mask[max(y0, 0) : y1, max(x0, 0) : x1] = 255
+    x0, y0 = (max(math.floor(edge), 0) for edge in box[:2])
+    x1, y1 = (max(math.ceil(edge), 0) for edge in box[2:])
+    mask[y0:y1, x0:x1] = 255
+    if not mask.any():
+        raise ValueError(f"the box {tuple(box)} covers no pixel of a picture of {size[0]} x {size[1]}")
     return Image.fromarray(mask)
 
 
 class FaceInpainter:
     """Re-inpaints masked faces with any Stable Diffusion base: SD1.5 type, nine-channel inpainting U-Net, or SDXL.
 
-    steps: the full number of sampling steps, of which the last `int(strength * steps)` are run; guidance_scale: CFG.
-    The sampler is DDIM without noise of its own, so a face depends on its own seed only (to float rounding when the
-    batch differs).
+    steps: the full number of sampling steps, of which the last `int(strength * steps)` are run; guidance_scale: CFG,
+    1 is off. The sampler is DDIM without noise of its own, and the mean of the VAE's posterior is taken, so a face
+    depends on its own seed only (to float rounding when the batch differs). The VAE may have a dtype of its own.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, steps: int = 50, guidance_scale: float = 7.5):
@@ -140,7 +146,7 @@ class FaceInpainter:
         self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps, self.guidance_scale = steps, guidance_scale
-        self._embeddings: dict[str, Any] = {}
+        self._embeddings: dict[str, dict[str, Tensor]] = {}
 
     @property
     def multiple(self) -> int:
@@ -148,11 +154,12 @@ class FaceInpainter:
         return self.pipeline.vae_scale_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
 
     def check_strength(self, strength: float) -> None:
-        """Raise ValueError when `strength` runs no step at all."""
+        """Raise ValueError when `strength` is out of (0, 1] or so small that no step is run."""
+        if not 0 < strength <= 1:
+            raise ValueError(f"the noise factor has to be in (0, 1] but is {strength}")
         if int(strength * self.steps) < 1:
-            raise ValueError(
-                f"noise factor {strength} x {self.steps} steps runs no step: give at least {int(1 / strength) + 1} steps"
-            )
+            least = math.ceil(1 / strength)
+            raise ValueError(f"noise factor {strength} x {self.steps} steps runs no step: give at least {least} steps")
 
     @torch.no_grad()
     def __call__(
@@ -163,37 +170,59 @@ class FaceInpainter:
         prompts: list[str],
         seeds: list[int],
     ) -> list[Image.Image]:
-        """Return the pictures with their masked regions inpainted; all of one size, all at one strength."""
+        """Return the pictures with their masked regions inpainted; all of one size, all at one strength.
+
+        images: RGB, sides a multiple of `multiple`; masks: L, 255 is inpainted and 0 kept.
+        """
         self.check_strength(strength)
-        width, height = images[0].size
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._check_sizes(images, masks)
+        pixel_values = to_pixel_values(images)
+        masked = pixel_values * torch.stack([_kept(mask) for mask in masks])
         inpainted = self.pipeline(
-            image=images,
+            image=encode_latents(self.pipeline.vae, pixel_values),
             mask_image=masks,
-            height=height,
-            width=width,
+            masked_image_latents=encode_latents(self.pipeline.vae, masked),
+            height=images[0].height,
+            width=images[0].width,
             strength=strength,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance_scale,
-            generator=generators,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="latent",
             **self._prompt_arguments(prompts),
         ).images
-        pairs = zip(images, inpainted, masks, strict=True)
-        return [Image.composite(bad.convert("RGB"), good, mask) for good, bad, mask in pairs]
+        bads = to_pil(decode_latents(self.pipeline.vae, inpainted))
+        return [Image.composite(bad, good, mask) for bad, good, mask in zip(bads, images, masks, strict=True)]
 
-    def _prompt_arguments(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Return the encoded prompts, each text encoded once in the inpainter's life."""
-        for prompt in {*prompts, ""} - self._embeddings.keys():
-            self._embeddings[prompt] = encode_prompts(self.pipeline, [prompt])
-        arguments = {}
-        for prefix, texts in (("", prompts), ("negative_", [""] * len(prompts))):
-            encoded = [self._embeddings[text] for text in texts]
-            arguments[f"{prefix}prompt_embeds"] = torch.cat([e.prompt_embeds for e in encoded])
-            if is_xl(self.pipeline):
-                arguments[f"{prefix}pooled_prompt_embeds"] = torch.cat(
-                    [e.pooled_prompt_embeds for e in encoded]
-                )
-        return arguments
+    def _check_sizes(self, images: list[Image.Image], masks: list[Image.Image]) -> None:
+        sizes = sorted({picture.size for picture in (*images, *masks)})
+        if len(sizes) != 1 or any(side % self.multiple for side in sizes[0]):
+            raise ValueError(
+                f"pictures and masks have to be of one size, sides a multiple of {self.multiple}, but are {sizes}: "
+                "`prepare_photograph` makes them so"
+            )
+
+    def _prompt_arguments(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return the encoded prompts and the empty one, each text encoded once in the inpainter's life."""
+        for prompt in set(prompts) - self._embeddings.keys():
+            encoded = self.pipeline.encode_prompt(
+                prompt,
+                device=self.pipeline.text_encoder.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+            )
+            self._embeddings[prompt] = dict(zip(_EMBEDDINGS, encoded, strict=False))  # SD1.5 has the first two
+        rows = [self._embeddings[prompt] for prompt in prompts]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+_EMBEDDINGS = (
+    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+)  # fmt: skip
+
+
+def _kept(mask: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(mask) < 128)[None]  # (1, H, W)
 
 
 def masked_difference(good: Image.Image, bad: Image.Image, mask: Image.Image) -> float:
@@ -217,12 +246,15 @@ class PairDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
-        good, bad = (load_image(self.folder / name) for name in (pair.good, pair.bad))
-        mask = Image.open(self.folder / pair.mask).convert("L")
-        square = face_square(good.size, pair.box)
-        size = (self.resolution, self.resolution)
+        good, bad, mask = (load_image(self.folder / name) for name in (pair.good, pair.bad, pair.mask))
+        if not good.size == bad.size == mask.size:
+            raise ValueError(
+                f"pair {pair.id} in {self.folder}: good, bad and mask have to be of one size but are "
+                f"{good.size}, {bad.size} and {mask.size}"
+            )
+        square, size = face_square(good.size, pair.box), (self.resolution, self.resolution)
         good, bad = (image.crop(square).resize(size, Image.LANCZOS) for image in (good, bad))
-        inside = np.asarray(mask.crop(square).resize(size, Image.NEAREST)) > 0
+        inside = np.asarray(mask.convert("L").crop(square).resize(size, Image.NEAREST)) > 0
         return {
             "good": to_pixel_values(good)[0],
             "bad": to_pixel_values(bad)[0],

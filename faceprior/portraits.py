@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from faceprior.align import align_face
 from faceprior.detect import Face
-from faceprior.images import as_array, cv2, load_image, to_pixel_values
+from faceprior.images import as_array, cv2, to_pixel_values
 from faceprior.manifest import read_rows, require_keys, resolve_file
 
 MANIFEST = "manifest.jsonl"
@@ -44,26 +44,28 @@ class Portrait:
         return asdict(self)
 
 
-_ROW_TYPES = {"id": str, "photograph": str, "image": str, "caption": str}
+_ROW_TYPES = {
+    "id": str, "photograph": str, "image": str, "caption": str, "confidence": (int, float), "face_size": (int, float),
+    "quality": dict,
+}  # fmt: skip
 
 
 def read_portraits(folder: str | Path) -> tuple[list[Portrait], list[tuple[str, str]]]:
     """Read the portraits of a folder that stage 03 made -> (portraits, problems as (place, reason)).
 
+    A torn row, a row without a key, a missing file or a path out of the folder is a problem; its portrait is left out.
     Raises FileNotFoundError without a manifest, ValueError when no usable portrait is left.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(
-            f"no portraits in {folder}: `python stages/03_curate_portraits.py` makes them"
-        )
+        raise FileNotFoundError(f"no portraits in {folder}: `python stages/03_curate_portraits.py` makes them")
     rows, problems = read_rows(folder / MANIFEST)
     portraits = []
     for number, row in enumerate(rows, 1):
         try:
             require_keys(row, _ROW_TYPES)
             resolve_file(folder, row["image"])
-            portraits.append(Portrait(**{key: row.get(key) for key in Portrait.__dataclass_fields__}))
+            portraits.append(Portrait(**{key: row[key] for key in _ROW_TYPES}))
         except (ValueError, TypeError, OSError) as error:
             problems.append((f"{folder / MANIFEST}: {row.get('id', f'row {number}')}", str(error)))
     if not portraits:
@@ -83,19 +85,19 @@ class PortraitDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         portrait = self.portraits[index]
-        image = load_image(self.folder / portrait.image).resize((self.resolution,) * 2, Image.LANCZOS)
-        return {"pixel_values": to_pixel_values(image)[0], "caption": portrait.caption}
+        pixel_values = to_pixel_values(self.folder / portrait.image, self.resolution)[0]
+        return {"pixel_values": pixel_values, "caption": portrait.caption}
 
 
 def measure_quality(photograph: Image.Image, face: Face) -> dict[str, float]:
     """Measure the quality of a face that has landmarks.
 
-    On the photograph's own pixels around the face box: noise, Immerkaer's estimate of the standard deviation of Gaussian
-    noise, grey levels; pepper, the share of pixels that differ from the median of their 3 x 3 neighbourhood by more than
-    40 grey levels; blocks, the mean step across the borders of 8 x 8 blocks over the mean step elsewhere, 1 without JPEG.
-    On a crop that is aligned at 256 pixels: sharpness, the standard deviation of the Laplacian, grey levels; texture, the
-    mean detail (below 2 pixels) of the cheeks, grey levels, small on over-smooth skin; clipped, the share of black or
-    white pixels.
+    On the photograph's own pixels in the face box: noise, Immerkaer's estimate of the standard deviation of Gaussian
+    noise, grey levels; pepper, the share of pixels that differ from the median of their 3 x 3 neighbourhood by more
+    than 40 grey levels; blocks, the mean step across the borders of 8 x 8 blocks over the mean step elsewhere, 1
+    without JPEG. On a crop that is aligned at 256 pixels: sharpness, the standard deviation of the Laplacian, grey
+    levels; texture, the mean detail (below 2 pixels) of the cheeks, grey levels, small on over-smooth skin; clipped,
+    the share of black or white pixels.
     """
     own = _gray(photograph.crop(_block_box(face, photograph.size)))
     gray = _gray(align_face(photograph, face.landmarks, ANALYSIS_SIZE).crop)
@@ -112,15 +114,17 @@ def measure_quality(photograph: Image.Image, face: Face) -> dict[str, float]:
 
 
 def _block_box(face: Face, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the face box with corners on the grid of 8 x 8 blocks, at least two blocks wide."""
-    left, top = (int(v) // 8 * 8 for v in face.box[:2])
-    return left, top, max(left + 16, min(int(face.box[2]), size[0])), max(top + 16, min(int(face.box[3]), size[1]))
+    """Return the face box, begun on the grid of 8 x 8 blocks and at least two blocks wide, inside of the picture."""
+    low = [max(min(int(edge), side - 16), 0) // 8 * 8 for edge, side in zip(face.box[:2], size, strict=True)]
+    high = [max(int(edge), start + 16) for edge, start in zip(face.box[2:], low, strict=True)]
+    return *low, *(min(edge, side) for edge, side in zip(high, size, strict=True))
 
 
 def noise_level(gray: np.ndarray) -> float:
     """Estimate the standard deviation of Gaussian noise in a (H, W) float32 picture (Immerkaer, 1996).
 
-    The kernel is the difference of two Laplacians: it is blind to constant, linear and quadratic structure.
+    The kernel is the difference of two Laplacians: it is blind to constant, linear and quadratic structure. Finer
+    structure, such as hair, counts as noise.
     """
     kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
     response = np.abs(cv2.filter2D(gray, cv2.CV_32F, kernel))[1:-1, 1:-1]

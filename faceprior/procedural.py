@@ -10,35 +10,31 @@ the same bytes on every call, and the same person at every size.
 
 import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from faceprior.anatomy import (
-    chin_y,
-    eyelids,
-    mouth_corner_y,
-    mouth_half_width,
-    warp_asymmetry,
-)
-from faceprior.backdrop import draw_backdrop, lay_ground
-from faceprior.complexion import gaze_offset
+from faceprior.drawing.anatomy import chin_y, eyelids, lips, mouth_corner_y, mouth_half_width, warp_asymmetry
+from faceprior.drawing.backdrop import draw_backdrop, lay_ground
+from faceprior.drawing.complexion import gaze_offset
+from faceprior.drawing.people import sample_person
+from faceprior.drawing.rendering import Layer, develop, make_lights, render, render_figure
+from faceprior.drawing.shapes import bump
+from faceprior.drawing.tracing import Camera, Figure
 from faceprior.images import save_image
-from faceprior.people import sample_person
-from faceprior.rendering import Layer, develop, make_lights, render, render_figure
-from faceprior.tracing import Camera, Figure
 
 TRAIN_SEEDS = 0  # where the seeds of training, validation and test portraits start: never mix them
 VALIDATION_SEEDS = 10_000
 TEST_SEEDS = 20_000
 
 MIN_SIZE, MAX_SIZE = 64, 2048
+SEEN_CORNER = 0.95  # of the mouth's half width: where an eye sees the corner, just inside the geometric one
 TAGS = (
-    "age_group", "sex", "expression", "hair_color", "hair_style", "fringe", "glasses", "beard", "skin_tone", "eye_color",
-    "freckles", "lipstick", "clothes", "light_side", "light_hardness", "color_temperature", "background",
+    "age_group", "sex", "expression", "hair_color", "hair_style", "fringe", "glasses", "beard", "skin_tone",
+    "eye_color", "freckles", "lipstick", "clothes", "light_side", "light_hardness", "color_temperature", "background",
     "yaw", "pitch", "roll",
 )  # fmt: skip
 
@@ -47,9 +43,9 @@ TAGS = (
 class Drawing:
     """A drawn portrait and what is known about it.
 
-    image: (H, W, 3) uint8 RGB. landmarks: (5, 2) float32 pixels: left eye, right eye, nose tip, left and right corner of
-    the mouth, in the picture's sides (left = smaller x). box: x0, y0, x1, y1 of the face in pixels. face_mask and the
-    region_masks "eyes", "mouth", "skin", "hair": (H, W) bool. tags: the traits that a caption or a test can name.
+    image: (H, W, 3) uint8 RGB. landmarks: (5, 2) float32 pixels: left eye, right eye, nose tip, left and right corner
+    of the mouth, in the picture's sides (left = smaller x). box: x0, y0, x1, y1 of the face in pixels. face_mask and
+    the region_masks "eyes", "mouth", "skin", "hair": (H, W) bool. tags: the traits that a caption or a test can name.
     """
 
     image: np.ndarray
@@ -102,14 +98,10 @@ def _landmarks(layer: Layer) -> np.ndarray:
     """(5, 2) pixels: iris centres, nose tip, mouth corners."""
     p, head = layer.figure.person, layer.figure.head
     gaze_x, gaze_y = gaze_offset(p)
-    half, corner = mouth_half_width(p), mouth_corner_y(p)
-    frontal = [
-        (-p.eye_x + gaze_x, gaze_y),
-        (p.eye_x + gaze_x, gaze_y),
-        (0.0, p.nose_y),
-        (-half, corner),
-        (half, corner),
-    ]
+    half = SEEN_CORNER * mouth_half_width(p)
+    corner = float(lips(p, np.array([half]))[1][0])
+    eyes = [(-p.eye_x + gaze_x, gaze_y), (p.eye_x + gaze_x, gaze_y)]
+    frontal = [*eyes, (0.0, p.nose_y), (-half, corner), (half, corner)]
     points = []
     for x, y in frontal:
         y_skin = y + (y - float(warp_asymmetry(p, np.float32(x), np.float32(y))))
@@ -166,39 +158,24 @@ def _place(patch: np.ndarray, shape: tuple[int, int], corner: tuple[int, int]) -
     return canvas
 
 
-AREA_BINS = (
-    (0.0, 0.005),
-    (0.005, 0.01),
-    (0.01, 0.10),
-    (0.10, 1.0),
-)  # share of the picture that a face's box takes
-BIN_RANGES = (
-    (0.0030, 0.0046),
-    (0.0055, 0.0090),
-    (0.014, 0.06),
-    (0.12, 0.28),
-)  # what is drawn of each: no borderline
+# Face Score, Table 8: the share of the picture that a face's box takes; and for each bin
+AREA_BINS = ((0.0, 0.005), (0.005, 0.01), (0.01, 0.10), (0.10, 1.0))
+BIN_RANGES = ((0.0030, 0.0046), (0.0055, 0.0090), (0.014, 0.06), (0.12, 0.28))  # what is drawn: nothing borderline
 MAX_FACES = (6, 5, 3, 1)  # that fit side by side
-HORIZONS = (
-    (0.16, 0.32),
-    (0.14, 0.24),
-    (0.26, 0.45),
-    (0.36, 0.46),
-)  # height of the eyes from the picture's top
-TOP_Y, FIGURE_HEIGHT, SHOULDER_SPAN = (
-    1.7,
-    18.4,
-    5.2,
-)  # a standing person from above the hair to the ground, in units
+HORIZONS = ((0.16, 0.32), (0.14, 0.24), (0.26, 0.45), (0.36, 0.46))  # the eyes' height from the picture's top
+TOP_Y, FIGURE_HEIGHT = 1.7, 18.4  # a standing person: from above the hair down to the ground, in units
+SHOULDER_SPAN = 5.2  # the least that a person's layer covers, in units
+SOLE_Y = -16.2  # height of the ground below the eyes
 SCENE_DISTANCE = 40.0  # from the camera to the people
+SHARED_LIGHT = ("light_side", "light_hardness", "color_temperature", "background")
 
 
 @dataclass(frozen=True)
 class Scene:
     """A photograph of one to several people.
 
-    image: (H, W, 3) uint8 RGB. faces: one Drawing per person, largest face first, in the pixels of this image. tags: number
-    of faces, index of the area bin, background, light.
+    image: (H, W, 3) uint8 RGB. faces: one Drawing per person, largest face first, in the pixels of this image.
+    tags: number of faces, index of the area bin, background, light.
     """
 
     image: np.ndarray
@@ -235,31 +212,43 @@ def draw_scene(seed: int, size: int = 512, faces: int | None = None, area_bin: i
         lay_ground(picture, leader.background, horizon / size, rng)
     placed = []
     for i, own_share in enumerate(np.sort(share * rng.uniform(0.9, 1.1, faces))):  # the farthest first
-        person = _extra(seed, i, leader) if faces > 1 else leader
+        person = _companion(seed, i, leader) if faces > 1 else leader
         stature = size * np.sqrt(own_share) * rng.uniform(-0.15, 0.15)
         layer, corner = _layer_at(person, size, own_share, places[i], horizon + stature)
+        if area_bin < 2:
+            _cast_on_ground(picture, layer, corner)
         cover = _place(layer.coverage, picture.shape[:2], corner)
         picture += cover * (_place(layer.radiance, picture.shape[:2], corner) - picture)
-        placed.append((layer, corner))
-    image = develop(picture, leader.exposure, float(np.mean([p.figure.person.melanin for p, _ in placed])), seed)
-    drawings = [_describe(image, *place) for place in placed]
-    drawings.sort(key=lambda d: (d.box[0] - d.box[2]) * (d.box[3] - d.box[1]))
-    shared = ("light_side", "light_hardness", "color_temperature", "background")
-    tags = {"faces": faces, "area_bin": area_bin, **{name: getattr(leader, name) for name in shared}}
-    return Scene(image, drawings, tags)
+        placed.append((layer, corner, cover[..., 0] > 0.5))
+    melanin = float(np.mean([layer.figure.person.melanin for layer, _, _ in placed]))
+    image = develop(picture, leader.exposure, melanin, seed)
+    tags = {"faces": faces, "area_bin": area_bin, **{name: getattr(leader, name) for name in SHARED_LIGHT}}
+    return Scene(image, _describe_all(image, placed), tags)
 
 
-def _extra(seed: int, number: int, leader) -> SimpleNamespace:
+def _cast_on_ground(picture: np.ndarray, layer: Layer, corner: tuple[int, int]) -> None:
+    """Darken the ground below a person's feet, in place."""
+    x, y = layer.camera.project(np.array([[0.0], [SOLE_Y], [-0.2]]))[0] + corner
+    rows, columns = np.mgrid[: picture.shape[0], : picture.shape[1]].astype(np.float32)
+    unit = 1 / layer.camera.pixel
+    picture *= 1 - 0.55 * bump(columns, rows, float(x), float(y), 1.3 * unit, 0.22 * unit)[..., None]
+
+
+def _describe_all(image: np.ndarray, placed: list[tuple[Layer, tuple[int, int], np.ndarray]]) -> list[Drawing]:
+    """Drawings of the people, largest face first; placed: layer, corner and cover of each, the farthest first."""
+    in_front = np.zeros(image.shape[:2], bool)
+    drawings = []
+    for layer, corner, cover in reversed(placed):
+        drawing = _describe(image, layer, corner)
+        masks = {name: mask & ~in_front for name, mask in drawing.region_masks.items()}
+        drawings.append(replace(drawing, face_mask=drawing.face_mask & ~in_front, region_masks=masks))
+        in_front |= cover
+    return sorted(drawings, key=lambda d: (d.box[0] - d.box[2]) * (d.box[3] - d.box[1]))
+
+
+def _companion(seed: int, number: int, leader: SimpleNamespace) -> SimpleNamespace:
     """One of several people in the light of the leader's portrait."""
-    shared = (
-        "light_side",
-        "light_azimuth",
-        "light_elevation",
-        "light_hardness",
-        "color_temperature",
-        "fill",
-        "background",
-    )
+    shared = (*SHARED_LIGHT, "light_azimuth", "light_elevation", "fill")
     return sample_person([seed, number], **{name: getattr(leader, name) for name in shared})
 
 
@@ -314,6 +303,7 @@ def _hair_words(tags: dict) -> str:
         "receding": "receding {} hair", "bald": "bald head", "short curly": "short curly {} hair", "afro": "{} afro",
         "bob": "{} bob", "long straight": "long straight {} hair", "long wavy": "long wavy {} hair",
         "long curly": "long curly {} hair", "tied back": "{} hair tied back",
+        "head scarf": "head scarf", "knit cap": "knit cap",
     }[style]  # fmt: skip
     return phrase.format(color)
 

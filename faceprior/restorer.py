@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,11 +24,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from faceprior.align import align_face, paste_face
+from faceprior.align import AlignedFace, align_face, paste_face
 from faceprior.color import adain_color_fix, wavelet_color_fix
 from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import decode_latents, hub_error, load_part, looks_like_path
-from faceprior.images import load_image, to_pil, to_pixel_values
+from faceprior.diffusion import decode_latents, hub_error, is_xl, load_part, looks_like_path
+from faceprior.images import atomic_write, load_image, to_pil, to_pixel_values
+from faceprior.manifest import require_keys
 
 logger = logging.getLogger(__name__)
 OFFICIAL_ID = "Ethanliang99/AuthFace"
@@ -87,45 +88,38 @@ class AuthFaceRestorer:
     pipeline: the SDXL ControlNet pipeline with its VAE in float32; settings: how it is sampled.
     """
 
-    def __init__(
-        self, pipeline: StableDiffusionXLControlNetPipeline, settings: RestorerSettings | None = None
-    ):
+    def __init__(self, pipeline: StableDiffusionXLControlNetPipeline, settings: RestorerSettings | None = None):
         self.pipeline, self.settings = pipeline, settings or RestorerSettings()
-        # DDPM whatever the folder's own scheduler is: the official code does the same.
-        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        # DDPM whatever the folder's own scheduler is: the official code does the same. Clipping, its default where the
+        # folder does not say, is for pixels: it would spoil latents.
+        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
     def from_prior(
         cls, prior: DiffusionPipeline, controlnet: ControlNetModel, settings: RestorerSettings | None = None
     ) -> AuthFaceRestorer:
-        """Join an SDXL type pipeline and a ControlNet that was trained on it."""
+        """Join an SDXL type pipeline and a ControlNet that was trained on it. The prior itself is left as it is."""
+        if not is_xl(prior):
+            raise ValueError(
+                f"the prior has to be of SDXL type, with two text encoders, but is a {type(prior).__name__}"
+            )
         parts = {k: prior.components[k] for k in ("vae", "unet", "scheduler", *_TEXT_PARTS)}
         pipeline = StableDiffusionXLControlNetPipeline(**parts, controlnet=controlnet, add_watermarker=False)
         return cls(pipeline, settings)
 
     @classmethod
-    def from_pretrained(
-        cls, path_or_id: str = OFFICIAL_ID, dtype: torch.dtype = torch.float32
-    ) -> AuthFaceRestorer:
+    def from_pretrained(cls, path_or_id: str = OFFICIAL_ID, dtype: torch.dtype = torch.float32) -> AuthFaceRestorer:
         """Load a folder that `save_pretrained` wrote, a folder of the official layout, or a hub id.
 
         Every part stands in its sub-folder (`unet/`, `controlnet/`, `vae/`, ...); a `model_index.json` is not needed.
         The VAE is kept in float32. Raises FileNotFoundError that names the part which is missing.
         """
-        path_or_id, folder = str(path_or_id), Path(path_or_id).expanduser()
-        if looks_like_path(path_or_id) and not folder.is_dir():
-            raise FileNotFoundError(
-                f"no restorer in {path_or_id}: `python stages/06_train_restorer.py` trains one"
-            )
-        classes = {
-            **_TEXT_PARTS,
-            "vae": AutoencoderKL,
-            "unet": UNet2DConditionModel,
-            "controlnet": ControlNetModel,
-        }
-        parts = {name: _load(part, path_or_id, name, dtype) for name, part in classes.items()}
-        parts["scheduler"] = _load(DDPMScheduler, path_or_id, "scheduler", dtype)
+        folder = Path(path_or_id).expanduser()
+        if looks_like_path(str(path_or_id)) and not folder.is_dir():
+            raise FileNotFoundError(f"no restorer in {folder}: `python stages/06_train_restorer.py` trains one")
+        source = str(folder) if folder.is_dir() else str(path_or_id)
+        parts = {name: _load(part, source, name, dtype) for name, part in _PARTS.items()}
         settings = folder / SETTINGS_FILE
         return cls(
             StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False),
@@ -135,7 +129,8 @@ class AuthFaceRestorer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write every part to its sub-folder (safetensors) and the sampling settings to `restorer_config.json`."""
         self.pipeline.save_pretrained(folder)
-        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(asdict(self.settings), indent=1))
+        with atomic_write(Path(folder) / SETTINGS_FILE, "w") as file:
+            json.dump(asdict(self.settings), file, indent=1)
 
     @property
     def device(self) -> torch.device:
@@ -159,30 +154,36 @@ class AuthFaceRestorer:
         """Restore every face of a photograph and paste it back.
 
         image: path, PIL image or array; faces: known ones with landmarks, instead of detection; color_fix: `wavelet`,
-        `adain` or `none`; sampling: overrides of the settings (steps, guidance_scale, controlnet_scale, seed, prompt,
-        ...). Outside of the faces every pixel is the photograph's own; without a face the picture comes back as it is.
+        `adain` or `none`; batch_size: faces per pass through the network; sampling: overrides of the settings (steps,
+        guidance_scale, controlnet_scale, seed, prompt, ...). Outside of the faces every pixel is the photograph's own;
+        without a face the picture comes back as it is. A face that cannot be aligned, because it has no landmarks or
+        none that span a face, is left as it is with a warning in the log.
         """
-        photograph = load_image(image)
+        photograph, settings = load_image(image), replace(self.settings, **sampling)
         if faces is None:
             faces = detect_faces(photograph, detector, min_confidence, min_face_size)
-        faces = [face for face in faces if face.landmarks is not None]
-        aligned = [align_face(photograph, face.landmarks, self.settings.resolution) for face in faces]
-        before = [a.crop for a in aligned]
+        aligned = _align(photograph, faces, settings.resolution)
+        before = [place.crop for _, place in aligned]
         after = self.restore_crops(before, color_fix, batch_size, **sampling)
         result = photograph
-        for crop, place in reversed(list(zip(after, aligned, strict=True))):  # the largest face goes on top
+        for crop, (_, place) in reversed(list(zip(after, aligned, strict=True))):  # the largest face goes on top
             result = paste_face(result, crop, place.matrix)
-        found = [RestoredFace(*parts) for parts in zip(faces, before, after, strict=True)]
+        found = [RestoredFace(face, place.crop, crop) for crop, (face, place) in zip(after, aligned, strict=True)]
         return RestoredImage(result, found)
 
     @torch.no_grad()
     def restore_crops(
         self, crops: list[Image.Image], color_fix: str = "wavelet", batch_size: int = 4, **sampling
     ) -> list[Image.Image]:
-        """Restore aligned square crops; each is brought to the model's resolution and depends on its own pixels only."""
+        """Restore aligned square crops; each is brought to the model's resolution and depends on its own pixels only.
+
+        Raises ValueError for an unknown `color_fix`, TypeError for a key that is not one of `RestorerSettings`.
+        """
         if color_fix not in COLOR_FIXES:
             raise ValueError(f"`color_fix` has to be one of {', '.join(COLOR_FIXES)} but is {color_fix!r}")
-        settings = RestorerSettings(**{**asdict(self.settings), **sampling})
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
+        settings = replace(self.settings, **sampling)
         restored = []
         for start in range(0, len(crops), batch_size):
             degraded = to_pixel_values(crops[start : start + batch_size], settings.resolution).to(self.device)
@@ -215,26 +216,56 @@ _TEXT_PARTS = {
     "tokenizer": CLIPTokenizer,
     "tokenizer_2": CLIPTokenizer,
 }
+_PARTS = {
+    **_TEXT_PARTS,
+    "vae": AutoencoderKL,
+    "unet": UNet2DConditionModel,
+    "controlnet": ControlNetModel,
+    "scheduler": DDPMScheduler,
+}
+_FILES = {CLIPTokenizer: ("tokenizer.json", "vocab.json"), DDPMScheduler: ("scheduler_config.json",)}
+
+
+def _align(photograph: Image.Image, faces: list[Face], size: int) -> list[tuple[Face, AlignedFace]]:
+    """Align the faces that can be; the others are named in the log."""
+    aligned = []
+    for face in faces:
+        try:
+            if face.landmarks is None:
+                raise ValueError("it has no landmarks")
+            aligned.append((face, align_face(photograph, face.landmarks, size)))
+        except ValueError as error:
+            box = ", ".join(f"{edge:.0f}" for edge in face.box)
+            logger.warning("the face at (%s) is left as it is: %s", box, error)
+    return aligned
 
 
 def read_settings(path: Path) -> RestorerSettings:
-    """Read `restorer_config.json`; an unknown key is an error that names it."""
-    values = json.loads(path.read_text())
-    unknown = sorted(values.keys() - {field.name for field in fields(RestorerSettings)})
-    if unknown:
-        raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}")
+    """Read `restorer_config.json`; ValueError names a key that is unknown or a value of another type."""
+    defaults = asdict(RestorerSettings())
+    try:
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
+        if unknown := sorted(values.keys() - defaults.keys()):
+            raise ValueError(f"unknown keys: {', '.join(unknown)}; it knows {', '.join(defaults)}")
+        require_keys(values, {key: _kind(defaults[key]) for key in values})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no restorer's settings: {error}") from error
     return RestorerSettings(**values)
 
 
-def _load(part_class, path_or_id: str, name: str, dtype: torch.dtype):
-    if issubclass(part_class, CLIPTokenizer | DDPMScheduler):
-        try:
-            return part_class.from_pretrained(path_or_id, subfolder=name)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(_missing(path_or_id, name)) from error
-    return load_part(part_class, path_or_id, name, torch.float32 if name == "vae" else dtype, name)
+def _kind(default):
+    return (int, float) if isinstance(default, float) else type(default)
 
 
-def _missing(path_or_id: str, name: str) -> str:
-    folder = Path(path_or_id) / name
-    return f"no {name} in {folder}" if Path(path_or_id).is_dir() else hub_error("restorer", path_or_id)
+def _load(part_class, source: str, name: str, dtype: torch.dtype):
+    """Load one part from its sub-folder of a local folder, or from the hub."""
+    # looked at here: without these files transformers gives a tokenizer that knows no word, diffusers asks the hub
+    files = _FILES.get(part_class, ("config.json",))
+    if Path(source).is_dir() and not any((Path(source) / name / file).is_file() for file in files):
+        raise FileNotFoundError(f"no {name} in {source}: there is no {Path(source) / name / files[0]}")
+    if part_class not in _FILES:
+        return load_part(part_class, source, name, torch.float32 if name == "vae" else dtype, name)
+    try:
+        return part_class.from_pretrained(source, subfolder=name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(hub_error("restorer", source)) from error

@@ -9,11 +9,12 @@ tells whether the weights were trained.
 
 import json
 import logging
-import shutil
 import tempfile
+from collections import Counter
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
-import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -22,34 +23,32 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.trainers import BpeTrainer
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import faceprior
+from faceprior.restorer import AuthFaceRestorer, RestorerSettings
 from faceprior.scorer import FaceScorer
 from faceprior.training import seeded
 
 logger = logging.getLogger(__name__)
 NAME = "tiny"
-KINDS = ("sd15", "sdxl", "scorer")
 RESOLUTION = 128  # pixels; latents are a quarter of it
 INFO_FILE = "tiny.json"
-NOTICE = (
-    "the tiny embedded model: small, for drawn portraits and for trying the tools out, not the published one"
-)
+NOTICE = "the tiny embedded model: small, for drawn portraits and for trying the tools out, not the published one"
 
-# The words of the captions; any other word is read letter by letter.
-WORDS = """a an and the of in on with without face portrait photo photograph person man woman boy girl people group
-young adult middle aged old elderly smiling smile laughing neutral serious surprised closed open mouth teeth eyes
-brown dark light black blond blonde red auburn gray grey white blue green hazel hair short long straight wavy curly
-bob buzz cut bald receding tied back ponytail side part hat head scarf glasses sunglasses beard moustache mustache
-stubble clean shaven make up makeup lipstick freckles ear rings earrings skin pale tan deep texture pores wrinkles
-soft hard rim light lit lighting from left right front above warm cool neutral tones color studio background plain
-gradient foliage street lights night room indoor outdoor bokeh blurred depth field sharp focus close head shoulders
-looking turned tilted up down camera jacket shirt suit sweater collar high quality natural key""".split()
+# The words of the captions and prompts, each one token; any other word is read in pieces.
+WORDS = """
+a an and the of in on with without one two three four five six face portrait photo photograph person man woman boy
+girl people group young adult middle aged old elderly smiling smile laughing neutral serious look surprised closed
+open mouth teeth eyes brown dark light black blond blonde red auburn gray grey white blue green hazel hair short
+long straight wavy curly afro bob buzz cut bald receding tied back ponytail side part parted hat knit cap head scarf
+glasses aviator sunglasses full beard goatee moustache mustache stubble clean shaven make up makeup lipstick
+freckles ear rings earrings skin pale tan deep texture pores wrinkles soft hard rim lit lighting from left right
+front above warm cool tones color studio background plain gradient foliage street lights night room indoor outdoor
+bokeh blurred depth field sharp focus close shoulders looking turned tilted down camera jacket shirt suit sweater
+collar high low quality natural key bad deformed poorly drawn mutated ugly anatomy
+""".split()  # noqa: SIM905
 
 
 def tiny_sd15(seed: int = 0) -> StableDiffusionPipeline:
@@ -117,15 +116,27 @@ def tiny_scorer(seed: int = 0) -> FaceScorer:
         )
 
 
-def resolve(name: str, kind: str) -> str:
+def tiny_restorer(seed: int = 0) -> AuthFaceRestorer:
+    """Build the restorer of 128 px faces, on the SDXL type pipeline; sampled without prompts and without CFG."""
+    prior = tiny_sdxl(seed)
+    settings = RestorerSettings(resolution=RESOLUTION, guidance_scale=1.0, prompt="", negative_prompt="")
+    return AuthFaceRestorer.from_prior(prior, tiny_controlnet(prior.unet, seed), settings)
+
+
+# Kind of model -> the function that builds it.
+_BUILDERS = {"sd15": tiny_sd15, "sdxl": tiny_sdxl, "scorer": tiny_scorer, "restorer": tiny_restorer}
+KINDS = tuple(_BUILDERS)
+
+
+def resolve(name: str, kind: str, root: Path | None = None) -> str:
     """Return the folder of the tiny model of that `kind` for the name `tiny`; any other name comes back as it is.
 
-    kind: sd15, sdxl or scorer. The shipped weights are taken where there are any; else untrained ones are built from
-    the seed once, with a warning.
+    kind: sd15, sdxl, scorer or restorer; root: the folder of the tiny models, `tiny_folder()` by default. The shipped
+    weights are taken where there are any; else untrained ones are built from the seed once, with a warning.
     """
     if name != NAME:
         return name
-    folder = tiny_folder() / kind
+    folder = (root or tiny_folder()) / kind
     if not (folder / INFO_FILE).is_file():
         logger.warning("%s: building it from a seed, UNTRAINED", folder)
         write(folder, kind)
@@ -139,14 +150,16 @@ def tiny_folder() -> Path:
 
 
 def write(folder: Path, kind: str, seed: int = 0) -> None:
-    """Build one kind of model and put it in `folder`, whole or not at all."""
-    build = {"sd15": tiny_sd15, "sdxl": tiny_sdxl, "scorer": tiny_scorer}[kind]
+    """Build one kind of model and put it in `folder`, whole or not at all; what was there is replaced."""
+    if kind not in KINDS:
+        raise ValueError(f"`kind` has to be one of {', '.join(KINDS)} but is {kind!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / kind
-        build(seed).save_pretrained(made)
+        _BUILDERS[kind](seed).save_pretrained(made)
         (made / INFO_FILE).write_text(json.dumps({"kind": kind, "seed": seed, "trained": False}))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
         made.rename(folder)
 
 
@@ -156,11 +169,31 @@ def info(folder: str | Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def copy_info(source: str, folder: str | Path) -> None:
-    """Mark a model that was made from a tiny one (the name `tiny`, or a folder with `tiny.json`) as tiny, too."""
-    origin = next((info(tiny_folder() / kind) for kind in KINDS if source == NAME), info(source))
+def copy_info(source: str, folder: str | Path, root: Path | None = None) -> None:
+    """Mark a model that was made from a tiny one (the name `tiny`, or a folder with `tiny.json`) as tiny, too.
+
+    The name `tiny` stands for the kind that `folder` holds now; root: as for `resolve`.
+    """
+    origin = info((root or tiny_folder()) / _kind_in(Path(folder)) if source == NAME else source)
     if origin is not None:
         (Path(folder) / INFO_FILE).write_text(json.dumps(origin))
+
+
+def _kind_in(folder: Path) -> str:
+    """Tell the kind of a saved model by its class; a LoRA, which names none, belongs to the SD1.5 type."""
+    for name in ("model_index.json", "config.json"):
+        if (folder / name).is_file():
+            saved = json.loads((folder / name).read_text())["_class_name"]
+            return _KIND_OF_CLASS[saved]
+    return "sd15"
+
+
+_KIND_OF_CLASS = {
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLControlNetPipeline": "restorer",
+    "FaceScorer": "scorer",
+}
 
 
 _UNET = {
@@ -215,21 +248,44 @@ def _text_config(width: int) -> CLIPTextConfig:
 
 
 def _tokenizer() -> CLIPTokenizer:
-    """Return a byte-pair tokenizer that was trained until every caption word is one token."""
-    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    trainer = BpeTrainer(
-        vocab_size=4096,
-        min_frequency=1,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=[chr(c) for c in range(33, 127)],
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS), " ".join(chr(c) for c in range(33, 127))], trainer)
-    trained = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(merge) for merge in trained["merges"]]
-    return CLIPTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=77)
+    """Return CLIP's tokenizer with byte pairs that make one token of every word in WORDS."""
+    letters = sorted(ByteLevel.alphabet())
+    merges = _byte_pairs(tuple(WORDS))
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *letters,
+        *(letter + _END for letter in letters),
+        *map("".join, merges),
+    ]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=77)
+
+
+_END = "</w>"
+
+
+@lru_cache(maxsize=1)
+def _byte_pairs(words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Join the most frequent pair of neighbours until every word is whole; ties go by the alphabet.
+
+    Unlike the trainer of the library `tokenizers` this gives the same pairs every time.
+    """
+    pieces, merges = [[*word[:-1], word[-1] + _END] for word in words], []
+    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        pieces = [_join(word, merges[-1]) for word in pieces]
+    return tuple(merges)
+
+
+def _join(word: list[str], pair: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    for piece in word:
+        if joined and (joined[-1], piece) == pair:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
 
 
 def main() -> None:

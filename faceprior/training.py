@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import threading
@@ -34,7 +35,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -65,12 +67,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"`device` has to be auto, cpu, cuda or cuda:N but is {name!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"`device` has to be auto, cpu, cuda or cuda:N but is {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count() if torch.cuda.is_available() else "no"
-        raise ValueError(
-            f"`device` is {name} but this machine has {found} CUDA device(s): use `--device cpu` or auto"
-        )
+        raise ValueError(f"`device` is {name} but this machine has {found} CUDA device(s): use `--device cpu` or auto")
     return device
 
 
@@ -80,17 +82,21 @@ def weight_dtype(mixed_precision: str) -> torch.dtype:
 
 
 def make_accelerator(device: str = "auto", mixed_precision: str = "no", accumulation: int = 1) -> Accelerator:
-    """Return accelerate's Accelerator for one device, or for the processes that `accelerate launch` started."""
+    """Return accelerate's Accelerator for one device, or for the processes that `accelerate launch` started.
+
+    mixed_precision: `no`, `fp16` or `bf16`, the dtype of the forward pass; accumulation: micro-batches in a step.
+    Raises ValueError for a device that is not there, and for fp16 on a CPU.
+    """
     kind = resolve_device(device)
     if kind.type == "cpu" and mixed_precision == "fp16":
         raise ValueError("`mixed_precision` is fp16, which a CPU cannot train in: use bf16 or no")
-    if kind.index is not None:
+    if kind.type == "cuda" and kind.index is not None:
         torch.cuda.set_device(kind)
+    if not torch.distributed.is_initialized():
+        # It keeps one state per process and would refuse other settings for the second run in a notebook.
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
-        cpu=kind.type == "cpu",
-        mixed_precision=mixed_precision,
-        gradient_accumulation_steps=accumulation,
-        dataloader_config=DataLoaderConfiguration(split_batches=False),
+        cpu=kind.type == "cpu", mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation
     )
 
 
@@ -101,24 +107,25 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas=(0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """Return `adamw`, or bitsandbytes' `adamw8bit` / `paged_adamw8bit`, which keep their state in a quarter of the room."""
+    """Return `adamw`, or bitsandbytes' `adamw8bit` or `paged_adamw8bit`, whose state takes a quarter of the memory."""
     parameters = list(parameters)
     options = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas}
     if name == "adamw":
         return torch.optim.AdamW(parameters, **options)
     if name not in ("adamw8bit", "paged_adamw8bit"):
         raise ValueError(f"`optimizer` has to be adamw, adamw8bit or paged_adamw8bit but is {name!r}")
-    import bitsandbytes
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-    optimizers = {
-        "adamw8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }
-    return optimizers[name](parameters, **options)
+    return (AdamW8bit if name == "adamw8bit" else PagedAdamW8bit)(parameters, **options)
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int = 0, schedule: str = "constant") -> float:
-    """Return the share of the learning rate at `step` (0-based): linear warm-up, then `constant` or `cosine` to 0."""
+    """Return the share of the learning rate at `step` (0-based): linear warm-up, then `constant` or `cosine` to 0.
+
+    The warm-up's shares are 1/(w+1), 2/(w+1), ..., w/(w+1); the cosine would reach 0 at the step after the last one.
+    """
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"`schedule` has to be constant or cosine but is {schedule!r}")
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
@@ -141,9 +148,7 @@ def seeded(*parts: int | str) -> Iterator[None]:
         yield
 
 
-def sample_generators(
-    seed: int, positions: Tensor | Iterable[int], purpose: str = "noise"
-) -> list[torch.Generator]:
+def sample_generators(seed: int, positions: Tensor | Iterable[int], purpose: str = "noise") -> list[torch.Generator]:
     """Return one CPU generator per sample, seeded by the run's seed, the sample's position and the purpose."""
     return [torch.Generator().manual_seed(stable_seed(seed, int(p), purpose)) for p in positions]
 
@@ -167,9 +172,7 @@ class SampleStream(Dataset):
     `augment(sample, rng)` may change a sample; its numpy generator depends on (seed, position) only.
     """
 
-    def __init__(
-        self, dataset, seed: int, augment: Callable[[dict, np.random.Generator], dict] | None = None
-    ):
+    def __init__(self, dataset, seed: int, augment: Callable[[dict, np.random.Generator], dict] | None = None):
         if len(dataset) == 0:
             raise ValueError("the dataset is empty")
         self.dataset, self.seed, self.augment = dataset, seed, augment
@@ -193,7 +196,7 @@ class SampleStream(Dataset):
 
 
 class GracefulStop:
-    """Turns the first SIGTERM or Ctrl-C into a request that is granted between two steps; a second one stops at once."""
+    """Turns the first SIGTERM or Ctrl-C into a request, granted between two steps; a second one stops at once."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -253,9 +256,7 @@ class TrainingRun:
         accumulation, self.seed = self.accelerator.gradient_accumulation_steps, seed
         loader = DataLoader(
             SampleStream(dataset, seed, augment),
-            batch_sampler=_positions(
-                self.step, self.steps, batch_size * accumulation, batch_size, self.accelerator
-            ),
+            batch_sampler=_positions(self.step, self.steps, batch_size * accumulation, batch_size, self.accelerator),
             num_workers=num_workers,
             collate_fn=collate,
             persistent_workers=num_workers > 0,
@@ -298,7 +299,10 @@ class TrainingRun:
         shutil.rmtree(self.output / RESUME_FOLDER, ignore_errors=True)
 
     def save(self) -> None:
-        """Write the checkpoint: beside the old one first, which is replaced only when the new one is whole."""
+        """Write the checkpoint beside the old one, which makes room when the new one is whole and on the disk.
+
+        At any moment `resume/` is whole, or it is missing and `resume.old/` is.
+        """
         if self.output is None:
             return
         self.accelerator.wait_for_everyone()
@@ -316,29 +320,33 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, folder: Path) -> None:
-        save_file(self._trainable(), folder / "parameters.safetensors")
+        parameters = {key: parameter.detach().contiguous().cpu() for key, parameter in self._trainable().items()}
+        save_file(parameters, folder / "parameters.safetensors")
         state: dict[str, Any] = {"step": self.step, "state": self.state, "optimizers": {}}
         for name, optimizer in self.optimizers.items():
-            tensors, values = flatten_optimizer(optimizer)
+            tensors, state["optimizers"][name] = flatten_optimizer(optimizer)
             save_file(tensors, folder / f"{name}.optimizer.safetensors")
-            state["optimizers"][name] = values
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         (folder / "state.json").write_text(json.dumps(state))
+        for path in folder.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
-    def _trainable(self) -> dict[str, Tensor]:
-        tensors = {}
-        for name, module in self.modules.items():
-            for key, parameter in self.accelerator.unwrap_model(module).named_parameters():
-                if parameter.requires_grad:
-                    tensors[f"{name}.{key}"] = parameter.detach().contiguous().cpu()
-        return tensors
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {
+            f"{name}.{key}": parameter
+            for name, module in self.modules.items()
+            for key, parameter in self.accelerator.unwrap_model(module).named_parameters()
+            if parameter.requires_grad
+        }
 
     def _resume(self) -> None:
         folder = self.output / RESUME_FOLDER
         old = folder.with_suffix(".old")
-        if not folder.exists() and old.exists():  # killed between the two renames of `save`
-            folder = old
+        if self.accelerator.is_main_process and not folder.exists() and old.exists():
+            old.rename(folder)  # killed between the two renames of `save`
+        self.accelerator.wait_for_everyone()
         if folder.exists():
             self._read_checkpoint(folder)
             logger.info("continuing %s at step %d", self.output, self.step)
@@ -348,26 +356,28 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def _read_checkpoint(self, folder: Path) -> None:
-        state = json.loads((folder / "state.json").read_text())
-        stored = load_file(folder / "parameters.safetensors")
-        trainable = {
-            f"{name}.{key}": parameter
-            for name, module in self.modules.items()
-            for key, parameter in self.accelerator.unwrap_model(module).named_parameters()
-            if parameter.requires_grad
-        }
-        if stored.keys() != trainable.keys():
-            differing = sorted(stored.keys() ^ trainable.keys())
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            stored = load_file(folder / "parameters.safetensors")
+            tensors = {name: load_file(folder / f"{name}.optimizer.safetensors") for name in self.optimizers}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"the checkpoint {folder} is damaged ({error}): delete it to train from step 0") from error
+        trainable = self._trainable()
+        differing = [
+            key
+            for key in sorted(stored.keys() | trainable.keys())
+            if key not in stored or key not in trainable or stored[key].shape != trainable[key].shape
+        ]
+        if differing:
             raise ValueError(
-                f"{folder} was made by another model: {', '.join(differing[:5])} and {len(differing)} keys in all"
+                f"the checkpoint {folder} was made by another model: {len(differing)} parameters differ in name or "
+                f"shape, as {', '.join(differing[:5])}. Give that model, or another `output`"
             )
         with torch.no_grad():
             for key, parameter in trainable.items():
                 parameter.copy_(stored[key])
         for name, optimizer in self.optimizers.items():
-            restore_optimizer(
-                optimizer, load_file(folder / f"{name}.optimizer.safetensors"), state["optimizers"][name]
-            )
+            restore_optimizer(optimizer, tensors[name], state["optimizers"][name])
         if "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.state = state["step"], state["state"]
@@ -401,9 +411,7 @@ class TrainingRun:
         self._logged.clear()
         for name, value in row.items():
             if not math.isfinite(value):
-                raise ValueError(
-                    f"`{name}` became {value} at step {self.step}: lower the learning rate or use bf16"
-                )
+                raise ValueError(f"`{name}` became {value} at step {self.step}: lower the learning rate or use bf16")
         first = next(iter(self.optimizers.values()))
         row["learning_rate"] = first.param_groups[0]["lr"]
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "learning_rate")})
@@ -426,27 +434,35 @@ def finish(output: str | Path, **summary) -> None:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state into tensors (`index.name`) for safetensors and plain values for JSON."""
+    """Split an optimizer's state into tensors for safetensors and plain values for JSON.
+
+    The keys are paths, `parameter's index/name`, or longer where the state is nested, as bitsandbytes' is.
+    """
     tensors, values = {}, {}
-    for index, state in optimizer.state_dict()["state"].items():
+
+    def walk(state: dict, path: tuple[str, ...]) -> None:
         for name, value in state.items():
-            key = f"{index}.{name}"
-            if isinstance(value, Tensor):
-                tensors[key] = value.detach().contiguous().cpu().clone()
+            if isinstance(value, dict):
+                walk(value, (*path, str(name)))
+            elif isinstance(value, Tensor):
+                tensors["/".join((*path, name))] = value.detach().contiguous().cpu().clone()
             else:
-                values[key] = value
+                values["/".join((*path, name))] = value
+
+    walk(optimizer.state_dict()["state"], ())
     return tensors, values
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
-) -> None:
-    """Load what `flatten_optimizer` gave."""
-    state: dict[int, dict[str, Any]] = defaultdict(dict)
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Load what `flatten_optimizer` gave; learning rates and other settings stay the optimizer's own."""
+    state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **values}.items():
-        index, name = key.split(".", 1)
-        state[int(index)][name] = value
-    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
+        index, *folders, name = key.split("/")
+        place = state.setdefault(int(index), {})
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -466,9 +482,7 @@ def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) and k != "position" else v for k, v in batch.items()}
 
 
-def _positions(
-    start: int, steps: int, per_step: int, batch_size: int, accelerator: Accelerator
-) -> list[range]:
+def _positions(start: int, steps: int, per_step: int, batch_size: int, accelerator: Accelerator) -> list[range]:
     """Return the stream positions of every micro-batch of this process, from optimizer step `start` to `steps`.
 
     One step takes the next per_step * num_processes positions of the stream, whatever the number of processes: two

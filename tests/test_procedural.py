@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from faceprior.drawing.people import CHOICES, HAIR_STYLES, sample_person, trait_names
 from faceprior.images import cv2
-from faceprior.people import CHOICES, HAIR_STYLES, sample_person, trait_names
 from faceprior.procedural import (
     AREA_BINS,
     MAX_FACES,
@@ -153,6 +153,22 @@ def test_light_comes_from_the_side_that_the_tag_names():
     assert difference("left") > 5 and difference("right") < -5
 
 
+def test_a_number_far_out_of_range_is_an_error():
+    """Yaw usually lies in -30 .. 30, so -90 .. 90 is what can be asked for."""
+    with pytest.raises(ValueError, match="yaw.*between -90 and 90"):
+        draw_portrait(0, 64, yaw=120.0)
+
+
+def test_a_close_up_without_any_cloth_draws():
+    drawing = draw_portrait(279, 64, view_height=2.2, clothes="v-neck", pitch=0.0)
+    assert drawing.face_mask.mean() > 0.2
+
+
+def test_a_scarf_is_not_hair():
+    drawing = draw_portrait(13, 64, hair_style="head scarf")
+    assert not drawing.region_masks["hair"].any()
+
+
 def test_an_unknown_override_names_the_nearest():
     with pytest.raises(ValueError, match=r"hair_stile.*did you mean `hair_style`.*background"):
         draw_portrait(0, 64, hair_stile="bob")
@@ -175,7 +191,7 @@ def test_bad_sizes_and_seeds_are_errors():
 def test_every_hair_style_draws(style):
     drawing = draw_portrait(4, 64, hair_style=style)
     hair = drawing.region_masks["hair"].mean()
-    assert hair < 0.5 and (hair > 0.01 or style == "bald")
+    assert hair < 0.5 and (hair > 0.01 or style in ("bald", "head scarf", "knit cap"))
 
 
 def test_caption_names_the_tags():

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from faceprior.shapes import Stack, ellipsoid_distance, lookup, smooth_max, smooth_min, smoothstep
-from faceprior.textures import sample_noise
+from faceprior.drawing.shapes import Stack, ellipsoid_distance, lookup, smooth_max, smooth_min, smoothstep
+from faceprior.drawing.textures import sample_noise
 
 AXIS_Z = -0.5  # the vertical axis passes here
 
@@ -32,6 +32,7 @@ class Style(NamedTuple):
     wave: float = 0.0
     curl: float = 0.0  # height of the curls
     curl_scale: tuple[float, float] = (0.5, 0.5)  # how many tiles of noise to the decimetre, across and down
+    cloth: bool = False  # whether a scarf or a cap takes the place of hair
     messy: float = 0.0  # how far strands stray from their line
     fringe: bool = False  # whether a fringe can go with it
 
@@ -43,13 +44,25 @@ STYLES = {
     "receding": Style(0.035, 0.035, 0.05, 0.01, edge=0.06, line="receding"),
     "bald": Style(0.01, 0.022, 0.03, 0.0, edge=0.05, line="bald"),
     "short curly": Style(0.20, 0.10, 0.12, 0.09, curl=0.060, fringe=True),
-    "afro": Style(0.42, 0.36, 0.35, 0.20, curl=0.030, curl_scale=(1.0, 1.0), edge=0.22),
-    "bob": Style(0.10, 0.10, 0.10, 0.05, length=-1.12, flare=0.06, curtain=(1.05, 0.98), flow="part", fringe=True),
-    "long straight": Style(0.08, 0.07, 0.08, 0.04, length=-2.3, flare=0.02, curtain=(1.08, 0.95), flow="part", fringe=True),
-    "long wavy": Style(0.11, 0.11, 0.10, 0.05, length=-2.15, flare=0.16, curtain=(1.08, 0.95), flow="part", wave=0.055),
-    "long curly": Style(0.18, 0.20, 0.18, 0.07, length=-1.75, flare=0.28, curtain=(1.12, 1.0), flow="part", curl=0.075,
-                        curl_scale=(0.5, 0.28)),
+    "afro": Style(0.42, 0.36, 0.35, 0.20, edge=0.22, curl=0.030, curl_scale=(1.0, 1.0)),
+    "bob": Style(
+        0.10, 0.10, 0.10, 0.05, length=-1.12, flare=0.06, curtain=(1.05, 0.98), flow="part", fringe=True
+    ),
+    "long straight": Style(
+        0.08, 0.07, 0.08, 0.04, length=-2.3, flare=0.02, curtain=(1.08, 0.95), flow="part", fringe=True
+    ),
+    "long wavy": Style(
+        0.11, 0.11, 0.10, 0.05, length=-2.15, flare=0.16, curtain=(1.08, 0.95), flow="part", wave=0.042
+    ),
+    "long curly": Style(
+        0.18, 0.20, 0.18, 0.07, length=-1.75, flare=0.28, curtain=(1.12, 1.0), flow="part",
+        curl=0.075, curl_scale=(0.5, 0.28),
+    ),
     "tied back": Style(0.045, 0.025, 0.05, 0.02, edge=0.07, flow="back"),
+    "head scarf": Style(
+        0.09, 0.06, 0.09, 0.06, edge=0.05, length=-1.75, flare=0.02, curtain=(0.98, 0.3), line="scarf", cloth=True
+    ),
+    "knit cap": Style(0.16, 0.09, 0.12, 0.09, edge=0.05, line="cap", cloth=True),
 }  # fmt: skip
 
 # Height of the hairline over the azimuth; the first entries are relative to the person's own hairline in front.
@@ -65,6 +78,10 @@ def _hairline(person: SimpleNamespace, style: Style) -> np.ndarray:
         heights[:5] = [y + 0.10, y + 0.20, y + 0.22, 0.72, 0.38]
     elif style.line == "bald":
         heights[:7] = [3.0, 3.0, 3.0, 2.2, 1.1, 0.30, 0.05]
+    elif style.line == "scarf":
+        heights[:6] = [0.60, 0.58, 0.50, 0.34, 0.0, -0.4]
+    elif style.line == "cap":
+        heights[:] = [0.46, 0.45, 0.42, 0.38, 0.33, 0.27, 0.22, 0.20, 0.16, 0.10, 0.0, -0.05]
     elif style.length is not None:
         heights[1:6] = [y - 0.10, y - 0.28, 0.26, -0.05, -0.4]
     elif person.sex == "man":
@@ -86,6 +103,7 @@ class Hair:
         self._line = self._build_line()
         volume = person.hair_volume
         s = self.style
+        self._closed_y = head.chin + 0.04  # a scarf is closed below the chin
         cx, cy, cz = head.skull_centre
         rx, ry, rz = head.skull_radii
         self._centre = (cx, cy, cz + 0.5 * volume * (s.front - s.back))
@@ -136,7 +154,8 @@ class Hair:
             return reach
         t = np.clip((-0.1 - y) / 1.6, 0, 1)
         inner = self.style.curtain[0] + (self.style.curtain[1] - self.style.curtain[0]) * t
-        return np.maximum(reach, (azimuth - inner) * 0.7)
+        reach = np.maximum(reach, (azimuth - inner) * 0.7)
+        return np.maximum(reach, 0.8 * (self._closed_y - y)) if self.style.line == "scarf" else reach
 
     def envelope(self, x, y, z):
         """Distance to the hair as if it had no hairline."""
@@ -162,9 +181,11 @@ class Hair:
     def _locks(self, x, y, z):
         """Relief of curls, waves and bundles of hair."""
         s = self.style
-        across, along = self.strands(x, y, z)
+        if s.cloth:
+            return 0.016 * self.folds(x, y) * (s.length is not None)
         if s.curl:
             return s.curl * self.curls(x, y, z)
+        across, along = self.strands(x, y, z)
         amplitude = (0.010 + 0.06 * s.top) * smoothstep(0.03, 0.08, s.top)
         return amplitude * sample_noise("locks", across * 0.5, along * 0.12) * self.spread(x, z)
 
@@ -177,6 +198,11 @@ class Hair:
     def _root_line(self) -> tuple[float, float]:
         """The stretch of z from which the strands spring."""
         return (-0.75, 0.10) if self.style.flow == "part" else (-0.6, -0.5)
+
+    def folds(self, x, y):
+        """Folds of a scarf, which fan out from below the chin."""
+        fan = np.arctan2(x - 0.5 * self.side, y + 2.2)
+        return sample_noise("locks", 0.32 * fan + 0.05, 0.06 * y)
 
     def curls(self, x, y, z):
         """Height of the curls, about -1 .. .5: ringlets run where a noise changes its sign."""
@@ -199,7 +225,7 @@ class Hair:
         if self.style.messy:
             across = across + self.style.messy * sample_noise("clouds", x * 0.22, (y + z) * 0.22)
         if self.style.wave:
-            swing = np.sin(along * 7.5 + 2.0 * sample_noise("clouds", across * 0.1, along * 0.02))
+            swing = np.sin(along * 7.5 + 1.4 * sample_noise("clouds", across * 0.1, along * 0.02))
             across = across + self.style.wave * swing * smoothstep(0.5, 1.4, along)
         return across, along
 
@@ -207,7 +233,7 @@ class Hair:
         """Unit directions (3, N) of the strands on the surface, head frame."""
         x, y, z = points
         if self.style.flow == "back":
-            run = np.stack([0 * x, 0.3 * (y > 0.6) + 0 * y, -1 + 0 * z])
+            run = np.stack([np.zeros_like(x), 0.3 * (y > 0.6), np.full_like(z, -1)])
         else:
             start, end = self._root_line()
             hanging = smoothstep(0.5, -0.2, y)

@@ -7,8 +7,8 @@ from functools import cache
 
 import numpy as np
 
+from faceprior.drawing.shapes import lookup
 from faceprior.images import cv2
-from faceprior.shapes import lookup
 
 TILE = 512  # side of a tile in samples
 

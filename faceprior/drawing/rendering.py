@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from faceprior.backdrop import draw_backdrop
-from faceprior.complexion import Face, mix
+from faceprior.drawing.backdrop import draw_backdrop
+from faceprior.drawing.complexion import Face, mix
+from faceprior.drawing.pigments import hair_color
+from faceprior.drawing.shapes import smoothstep
+from faceprior.drawing.textures import sample_noise
+from faceprior.drawing.tracing import Camera, Figure, Hits, normals_of, occlusion, soft_shadow, trace
+from faceprior.drawing.wardrobe import FRAME_COLORS, LENS_Z, TEMPLE_X, frame_distance, lens_distance, temple_distance
 from faceprior.images import cv2
-from faceprior.pigments import hair_color
-from faceprior.shapes import smoothstep
-from faceprior.textures import sample_noise
-from faceprior.tracing import Camera, Figure, Hits, normals_of, occlusion, soft_shadow, trace
-from faceprior.wardrobe import FRAME_COLORS, LENS_Z, TEMPLE_X, frame_distance, lens_distance, temple_distance
 
 LIGHT_GRID = 128  # occlusion and shadow are computed on about this many points across, at every picture size
 TEMPERATURES = {"warm": (1.14, 0.98, 0.78), "neutral": (1.03, 1.0, 0.96), "cool": (0.92, 0.99, 1.12)}
@@ -97,7 +97,8 @@ def render_figure(person: SimpleNamespace, camera: Camera) -> Layer:
 
     radiance = _shade_skin(face, figure, normals, lights, open_light, key_light, hits, size)
     i = np.flatnonzero(hair > 0)
-    strands = _shade_hair(figure, head[:, i], normals[:, i], lights, open_light[i], key_light[i])
+    shade = _shade_headwear if figure.hair.style.cloth else _shade_hair
+    strands = shade(figure, head[:, i], normals[:, i], lights, open_light[i], key_light[i])
     radiance[:, i] = mix(radiance[:, i], strands, hair[i])
     i = np.flatnonzero(cloth)
     radiance[:, i] = _shade_cloth(figure, hits.points[:, i], normals[:, i], lights, open_light[i], key_light[i])
@@ -110,6 +111,7 @@ def render_figure(person: SimpleNamespace, camera: Camera) -> Layer:
         _add_glasses(picture, coverage, figure, camera, hits.depth, lights)
     on_head = (parts["head"] < np.minimum(parts["ears"], parts["neck"])) & ~cloth
     skin = (1 - hair) * ~cloth
+    hair = hair * (not figure.hair.style.cloth)
     return Layer(picture, coverage, head, hits.index, face, skin, hair, on_head, camera, figure)
 
 
@@ -121,8 +123,9 @@ def _spread_to_edges(radiance: np.ndarray, hits: Hits) -> tuple[np.ndarray, np.n
     around = cv2.blur(grid, (3, 3))
     edge = grid[..., 3] == 0
     grid[edge, :3] = around[edge, :3] / (around[edge, 3:] + 1e-4)
-    coverage = (hits.coverage * (around[..., 3] > 0))[..., None]
-    return np.ascontiguousarray(grid[..., :3]), coverage.astype(np.float32)
+    closed = cv2.morphologyEx(grid[..., 3], cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))  # no pinholes at folds
+    coverage = cv2.GaussianBlur(np.maximum(hits.coverage, closed), (3, 3), 0.7) * (around[..., 3] > 0)
+    return np.ascontiguousarray(grid[..., :3]), coverage[..., None].astype(np.float32)
 
 
 def _soften_edges(picture: np.ndarray, kind: np.ndarray, depth: np.ndarray) -> None:
@@ -138,9 +141,11 @@ def _hair_share(figure: Figure, head, hair_distance, skin_distance):
     reach = figure.hair.reach(*head)
     across, along = figure.hair.strands(*head)
     ragged = 0.026 if figure.person.fringe else 0.014
+    ragged = ragged * (not figure.hair.style.cloth)
     jitter = ragged * sample_noise("strands", across * 0.35, along * 0.2)
     line = smoothstep(-0.03, 0.08, reach + jitter) * (np.abs(hair_distance) < 0.09)
-    solid = (hair_distance < skin_distance) * smoothstep(0.02, 0.055, skin_distance)
+    thick = np.maximum(smoothstep(0.02, 0.055, skin_distance), smoothstep(0.05, -0.15, head[1]))
+    solid = (hair_distance < skin_distance) * thick
     return np.maximum(line * (hair_distance < skin_distance + 0.05), solid)
 
 
@@ -243,12 +248,12 @@ def _shade_hair(figure: Figure, head, normals, lights: Lights, open_light, key_l
     fine = sample_noise("strands", across * 0.42, along * 0.16) * spread
     locks = sample_noise("locks", across * 0.5, along * 0.12) * spread
     if figure.hair.style.curl:
-        fine = 0.6 * sample_noise("grain", head[0] + 0.37 * head[2], head[1] - 0.5 * head[2])
-        locks = 2.2 * (figure.hair.curls(*head) - 0.1)
+        fine = 0.45 * sample_noise("grain", head[0] + 0.37 * head[2], head[1] - 0.5 * head[2])
+        locks = 1.5 * (figure.hair.curls(*head) - 0.05)
     tangent = figure.head_turn @ figure.hair.tangents(head, figure.head_turn.T @ normals)
     tangent = tangent + 0.10 * (0.6 * fine + locks) * normals
     tangent = tangent / np.linalg.norm(tangent, axis=0)
-    color = hair_color(person)[:, None] * np.clip(1 + 0.26 * fine + 0.20 * locks, 0.25, 2.2)
+    color = hair_color(person)[:, None] * np.clip(1 + 0.26 * fine + 0.17 * locks, 0.25, 2.0)
     diffuse = np.sqrt(np.clip(1 - np.square(lights.key @ tangent), 0, 1)) * np.clip(
         0.35 + 0.75 * lights.key @ normals, 0, 1
     )
@@ -261,6 +266,22 @@ def _shade_hair(figure: Figure, head, normals, lights: Lights, open_light, key_l
     shine = shine * np.clip(0.3 + lights.key @ normals, 0, 1) * open_light
     rim = 0.35 * _rim(normals, lights) * (0.1 + 2 * color)
     return color * light * (0.35 + 0.65 * open_light) + lights.key_color[:, None] * (shine * (0.35 + 2.0 * color) + rim)
+
+
+def _shade_headwear(figure: Figure, head, normals, lights: Lights, open_light, key_light) -> np.ndarray:
+    """Scarves and caps: knitted or woven cloth in the garment's second colour."""
+    x, y, z = head
+    color = 0.25 * figure.garment.color + 0.75 * figure.garment.accent
+    if figure.hair.style.length is None:  # ribs of a knit
+        pattern = 0.75 + 0.35 * np.sin(110 * np.arctan2(x, z + 0.5)) * float(
+            np.clip(1.5 - figure.head.cell / 0.02, 0, 1)
+        )
+        band = 1 - 0.35 * np.exp(-np.square((figure.hair.reach(x, y, z) - 0.24) / 0.02))
+        pattern = pattern * band
+    else:
+        pattern = 1 + 0.06 * figure.hair.folds(x, y)
+    light = _irradiance(normals, lights, open_light, key_light, (0.1, 0.1, 0.1))
+    return color[:, None] * pattern * light + 0.10 * _rim(normals, lights)[None] * lights.key_color[:, None]
 
 
 def _shade_cloth(figure: Figure, points, normals, lights: Lights, open_light, key_light) -> np.ndarray:

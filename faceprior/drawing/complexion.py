@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from faceprior import anatomy
-from faceprior.pigments import IRIS_COLORS, LIPSTICKS, brow_color, hair_color, skin_color, to_linear
-from faceprior.shapes import bump, ridge, smoothstep
-from faceprior.textures import sample_noise
+from faceprior.drawing import anatomy
+from faceprior.drawing.pigments import IRIS_COLORS, LIPSTICKS, brow_color, hair_color, skin_color, to_linear
+from faceprior.drawing.shapes import bump, ridge, smoothstep
+from faceprior.drawing.textures import sample_noise
 
 
 def mix(colors: np.ndarray, target, amount) -> np.ndarray:
@@ -27,7 +27,8 @@ class Face:
     """Colours of the skin at points of the head's frame, and the masks of its parts.
 
     x, y, z: (N,); pixel: side of a pixel in units. After construction:
-    albedo (3, N), gloss (N,) and the soft masks eye, iris_offset, lip, mouth, beard (N,), 0 .. 1.
+    albedo (3, N), gloss (N,) and the soft masks eye, lip, mouth, beard (N,), 0 .. 1; eye_direction
+    (3, N), the normals of the eyeballs in the head's frame.
     """
 
     def __init__(self, person: SimpleNamespace, x, y, z, pixel: float):
@@ -37,9 +38,10 @@ class Face:
         self.front = smoothstep(-0.45, -0.2, z)
         self.gloss = np.full_like(x, 0.5 + 0.7 * person.oiliness)
         self.eye, self.lip, self.mouth, self.beard = (np.zeros_like(x) for _ in range(4))
-        self.eye_direction = np.zeros((3, x.size), np.float32)  # normals of the eyeballs, head frame
+        self.eye_direction = np.zeros((3, x.size), np.float32)
         self.albedo = np.repeat(skin_color(person.melanin)[:, None], x.size, axis=1)
         self._tone()
+        self._ears()
         self._marks()
         self._beard()
         self._brows()
@@ -72,13 +74,20 @@ class Face:
         blotches = sample_noise("patches", self.x * 0.45 + 0.13, y * 0.45 + 0.31, variant=p.seed % 7)
         self._tint(blotches * p.blotches, (0.018, 0.040, 0.045))
 
+    def _ears(self) -> None:
+        """The hollows of the ears, too small for their relief to shade."""
+        i = np.flatnonzero((self.side > 0.66) & (self.y < 0.3) & (self.y > -0.55) & (self.z < -0.4))
+        _, dy, radius = anatomy.ear_coordinates(self.person, self.x[i], self.y[i], self.z[i])
+        hollow = np.exp(-np.square(radius / 0.42)) + 0.6 * ridge(radius - 0.74, 0.07) * smoothstep(-0.16, 0.0, dy)
+        self.albedo[:, i] *= 1 - np.array([[0.42], [0.55], [0.55]], np.float32) * np.clip(hollow, 0, 1)
+
     def _marks(self) -> None:
         """Pores, freckles and moles; what is smaller than a pixel fades."""
         p = self.person
         fine = float(np.clip(1.6 - self.pixel / 0.010, 0, 1))
         if fine:
             pores = sample_noise("pores", self.x * 0.62, self.y * 0.62) + 0.6 * sample_noise("grain", self.x, self.y)
-            self._tint(pores * fine, (0.022, 0.028, 0.030))
+            self._tint(pores * fine, (0.034, 0.044, 0.046))
         if p.freckles:
             zone = bump(self.side, self.y, 0.24, -0.26, 0.28, 0.16) + 0.25
             spots = smoothstep(0.9, 1.9, sample_noise("pores", self.x * 0.36 + 0.4, self.y * 0.36, variant=1))
@@ -234,8 +243,8 @@ class Face:
 
 def gaze_offset(person: SimpleNamespace) -> tuple[float, float]:
     """Where the irises' centres lie, relative to the eyes' centres: the eyes turn towards the camera."""
-    yaw = np.radians(np.clip(person.gaze_x - 0.55 * person.yaw, -16, 16))
-    pitch = np.radians(np.clip(person.gaze_y - 0.55 * person.pitch, -8, 8))
+    yaw = np.radians(np.clip(person.gaze_x - 0.42 * person.yaw, -16, 16))
+    pitch = np.radians(np.clip(person.gaze_y - 0.42 * person.pitch, -8, 8))
     return 0.128 * float(np.sin(yaw)), 0.128 * float(np.sin(pitch)) + 0.006
 
 
@@ -253,17 +262,16 @@ def beard_area(person: SimpleNamespace, side, y, z) -> dict[str, np.ndarray]:
     upper, _, _, lower = anatomy.lips(person, side)
     bottom = anatomy.chin_y(person)
     cheek = np.interp(side, [half - 0.02, half + 0.10, 0.52, 0.62, 0.68], [-0.62, -0.58, -0.42, -0.20, 0.02])
-    off_lips = 1 - smoothstep(-0.03, 0.0, upper - y) * smoothstep(-0.035, -0.01, y - lower) * smoothstep(
-        half + 0.05, half, side
-    )
+    on_lips = smoothstep(-0.03, 0.0, upper - y) * smoothstep(-0.035, -0.01, y - lower)
+    off_lips = 1 - on_lips * smoothstep(half + 0.05, half, side)
     below_neck = smoothstep(bottom - 0.22, bottom - 0.02, y + 0.25 * (z + 0.2))
     jaw = smoothstep(0.05, -0.05, y - cheek) * below_neck * off_lips * smoothstep(-0.62, -0.5, z)
     jaw = jaw * (1 - 0.6 * bump(side, y, 0.10, np.min(lower) - 0.03, 0.06, 0.03))
     base = person.nose_y - 0.105
     ends = half + 0.03
-    top = base + 0.02 - 0.35 * np.square(side / half) * 0.12
+    top = base + 0.02 - 0.042 * np.square(side / half)
     below = upper - 0.012 - 0.5 * np.maximum(side - half, 0)
-    band = smoothstep(0.015, -0.03, y - top) * smoothstep(-0.012, 0.02, y - below)
+    band = smoothstep(0.025, -0.035, y - top) * smoothstep(-0.012, 0.02, y - below)
     moustache = band * smoothstep(ends + 0.035, ends - 0.07, side) * (y > person.mouth_y - 0.1) * off_lips
-    goatee = jaw * smoothstep(half + 0.06, half + 0.0, side) + 0.0 * z
+    goatee = jaw * smoothstep(half + 0.06, half, side)
     return {"jaw": jaw, "moustache": moustache, "goatee": goatee}

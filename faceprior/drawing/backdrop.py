@@ -50,12 +50,20 @@ def _discs(picture, rng, count: int, radii, colors, strength) -> np.ndarray:
     """Add or lay translucent discs, the images of points out of focus, over the picture."""
     for _ in range(count):
         color = np.asarray(colors[rng.integers(len(colors))]) * rng.uniform(0.5, 1.3)
-        radius = int(rng.uniform(*radii) * GRID * 16)
-        centre = tuple(int(v) for v in rng.uniform(-0.05, 1.05, 2) * GRID * 16)
-        layer = np.zeros((GRID, GRID), np.float32)
-        cv2.circle(layer, centre, radius, 1.0, -1, cv2.LINE_AA, 4)
+        radius = rng.uniform(*radii) * GRID
+        x, y = rng.uniform(-0.05, 1.05, 2) * GRID
         amount = rng.uniform(*strength)
-        picture = picture + layer[..., None] * amount * (color.astype(np.float32) - picture)
+        rows, columns = (slice(max(int(v - radius) - 1, 0), max(int(v + radius) + 2, 0)) for v in (y, x))
+        part = picture[rows, columns]
+        if part.size == 0:
+            continue
+        dy, dx = (
+            np.arange(rows.start, rows.start + part.shape[0]),
+            np.arange(columns.start, columns.start + part.shape[1]),
+        )
+        distance = np.hypot(dy[:, None] + 0.5 - y, dx[None] + 0.5 - x)
+        layer = np.clip(radius - distance + 0.5, 0, 1)[..., None]  # a soft edge, one sample wide
+        part += (layer * amount * (color - part)).astype(np.float32)
     return picture
 
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from faceprior.anatomy import WAIST_Y, WRIST_Y
-from faceprior.pigments import skin_color
-from faceprior.shapes import smooth_max, smoothstep
-from faceprior.textures import sample_noise
+from faceprior.drawing.anatomy import WAIST_Y, WRIST_Y
+from faceprior.drawing.pigments import skin_color
+from faceprior.drawing.shapes import smooth_max, smoothstep
+from faceprior.drawing.textures import sample_noise
 
 CLOTH = 0.035  # thickness of a garment
 OPEN_BACK = -1.38  # height of the neckline behind
@@ -60,7 +60,7 @@ class Garment:
             color = self._suit_colors(x, y, z, color)
         if kind == "shirt":
             weave = weave * (1 - 0.4 * np.exp(-np.square((np.abs(x) - 0.02) / 0.008)) * (edge > 0) * (z > -0.6))
-        if y.min() < WRIST_Y:
+        if (y < WRIST_Y).any():
             color = self._lower_colors(x, y, color)
         return color * weave
 
@@ -104,7 +104,7 @@ class Garment:
 FRAME_COLORS = {"black": (0.012, 0.011, 0.011), "tortoise": (0.08, 0.035, 0.014), "metal": (0.35, 0.32, 0.27),
                 "blue": (0.02, 0.04, 0.10)}  # fmt: skip
 LENS_Z = 0.30  # plane of the lenses
-TEMPLE_X = 0.70
+TEMPLE_X = 0.685
 
 
 def lens_distance(person: SimpleNamespace, x, y):
@@ -124,7 +124,7 @@ def frame_distance(person: SimpleNamespace, x, y):
     width = 0.010 if person.glasses == "aviator" or person.glasses_color == "metal" else 0.017
     rim = np.abs(lens_distance(person, x, y)) - width
     bridge = np.maximum(np.abs(y - 0.02 + 0.35 * np.square(x)) - width, np.abs(x) - 0.13)
-    hinge = np.maximum(np.abs(y - 0.03) - 1.3 * width, np.abs(np.abs(x) - 0.61) - 0.09)
+    hinge = np.maximum(np.abs(y - 0.03) - 1.3 * width, np.abs(np.abs(x) - 0.61) - 0.07)
     return np.minimum(np.minimum(rim, bridge), hinge)
 
 

@@ -29,7 +29,7 @@ SKIN_TONES = {
 }  # of `melanin`
 HAIR_STYLES = (
     "short", "side part", "buzz cut", "receding", "bald", "short curly", "afro",
-    "bob", "long straight", "long wavy", "long curly", "tied back",
+    "bob", "long straight", "long wavy", "long curly", "tied back", "head scarf", "knit cap",
 )  # fmt: skip
 HAIR_COLORS = ("black", "dark brown", "brown", "light brown", "blond", "red", "gray", "white")
 EYE_COLORS = ("dark brown", "brown", "hazel", "green", "blue", "gray")
@@ -74,7 +74,7 @@ TRAITS = {
     "socket_depth": Trait(0.055, 0.010, 0.025, 0.085, {"east_asian": -0.025, "age": 0.015, "masculine": 0.01}),
     "eye_x": Trait(0.315, 0.008, 0.295, 0.335),
     "eye_half_width": Trait(0.161, 0.005, 0.143, 0.170, {"age": -0.006}),
-    "eye_upper": Trait(0.068, 0.005, 0.054, 0.084, {"masculine": -0.009, "age": -0.012, "east_asian": -0.007}),
+    "eye_upper": Trait(0.0615, 0.004, 0.050, 0.076, {"masculine": -0.008, "age": -0.010, "east_asian": -0.006}),
     "eye_lower": Trait(0.042, 0.003, 0.034, 0.050),
     "eye_tilt": Trait(0.008, 0.007, -0.012, 0.028, {"age": -0.012, "east_asian": 0.006}),
     "iris_radius": Trait(0.0625, 0.0015, 0.058, 0.066),
@@ -84,7 +84,7 @@ TRAITS = {
     # nose and mouth
     "nose_y": Trait(-0.385, 0.015, -0.42, -0.33, {"masculine": -0.015, "age": -0.012}),
     "nose_tip": Trait(
-        0.520, 0.022, 0.45, 0.59, {"masculine": 0.03, "age": 0.02, "east_asian": -0.03, "african": -0.04}
+        0.508, 0.022, 0.44, 0.59, {"masculine": 0.03, "age": 0.02, "east_asian": -0.03, "african": -0.04}
     ),
     "nose_root": Trait(0.205, 0.015, 0.15, 0.26, {"masculine": 0.03, "east_asian": -0.035, "african": -0.02}),
     "nose_hump": Trait(0.004, 0.010, -0.025, 0.04, {"masculine": 0.012}),
@@ -119,7 +119,7 @@ TRAITS = {
     "roll": Trait(0.0, 4.0, -12, 12),
     "gaze_x": Trait(0.0, 3.0, -12, 12),
     "gaze_y": Trait(0.0, 2.0, -8, 8),
-    "view_height": Trait(3.65, 0.26, 3.2, 4.5),  # what the picture's height covers at the face
+    "view_height": Trait(3.68, 0.25, 3.3, 4.5),  # what the picture's height covers at the face
     "offset_x": Trait(0.0, 0.10, -0.3, 0.3),
     "offset_y": Trait(0.0, 0.05, -0.12, 0.12),
     "camera_distance": Trait(12.0, 1.5, 9.0, 16.0),
@@ -142,14 +142,17 @@ class Dice:
         return np.random.default_rng([*self.seed, zlib.crc32(name.encode())])
 
     def normal(self, name: str, trait: Trait, causes: dict[str, float]) -> float:
+        """The trait's value, given how strong each hidden cause is."""
         mean = trait.mean + sum(load * causes[cause] for cause, load in trait.loadings.items())
         value = float(np.clip(self.stream(name).normal(mean, trait.spread), trait.low, trait.high))
         return self.chosen.get(name, value)
 
     def uniform(self, name: str, low: float, high: float) -> float:
+        """A number between low and high."""
         return self.chosen.get(name, float(self.stream(name).uniform(low, high)))
 
     def chance(self, name: str, probability: float) -> bool:
+        """True with the given probability."""
         return self.chosen.get(name, bool(self.stream(name).random() < probability))
 
     def sometimes(self, name: str, probability: float, least: float) -> float:
@@ -244,6 +247,8 @@ def _sample_hair(dice: Dice, person) -> None:
         weights.update({"afro": 0.28 if woman else 0.16, "long straight": 0.08 if woman else 0, "long wavy": 0.05})
         weights["long curly"] = 0.26 if woman else 0
         weights["buzz cut"] = 0.06 if woman else 0.4
+    weights["knit cap"] = 0.05
+    weights["head scarf"] = 0.06 * woman
     person.hair_style = dice.pick("hair_style", weights)
     fair = {"black": 0.06, "dark brown": 0.24, "brown": 0.26, "light brown": 0.14, "blond": 0.2, "red": 0.10}
     dark = {"black": 0.66, "dark brown": 0.30, "brown": 0.04}
@@ -335,3 +340,9 @@ def _check_overrides(overrides: dict) -> None:
             raise ValueError(f"`{name}` has to be True or False but is {value!r}")
         if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value)):
             raise ValueError(f"`{name}` has to be a finite number but is {value!r}")
+        if name in TRAITS:
+            trait = TRAITS[name]
+            width = trait.high - trait.low
+            if not trait.low - width <= value <= trait.high + width:
+                limits = f"{trait.low - width:.3g} and {trait.high + width:.3g}"
+                raise ValueError(f"`{name}` has to be between {limits} but is {value!r}")

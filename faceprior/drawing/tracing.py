@@ -10,18 +10,20 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from faceprior.anatomy import Body, Head, ear_distance
-from faceprior.hair import Hair
+from faceprior.drawing.anatomy import Body, Head, ear_distance
+from faceprior.drawing.hair import Hair
+from faceprior.drawing.shapes import smooth_min, smoothstep
+from faceprior.drawing.wardrobe import Garment
 from faceprior.images import cv2
-from faceprior.shapes import smooth_min, smoothstep
-from faceprior.wardrobe import Garment
 
 NECK_PIVOT = np.array([0.0, -0.75, -0.55], np.float32)  # the head turns about this point
 FAR = 9.0  # a distance that stands for "nowhere near"
 EAR_BLEND, NECK_BLEND = 0.035, 0.09
 NEAREST, FARTHEST = -1.1, 2.4  # depth range of the scene about the camera's distance
-STEP = 0.72  # share of the distance by which a ray advances; the relief is steep, so a full step would overshoot
-MAX_STEPS = (40, 24, 24)  # of a ray on the coarse, the middle and the fine grid
+STEP, FREE_STEP = 0.72, 0.97  # share of the distance by which a ray advances, near the steep relief and away from it
+SECANT_REACH, MAX_GAIN = 0.06, 2.5  # closer than this a ray follows the slope that it measured, up to this multiple
+LEAVING, LEAVING_GAIN = 0.03, 1.6  # a ray whose distance grows again passed an edge: it may hurry on
+MAX_STEPS = (40, 24, 32)  # of a ray on the coarse, the middle and the fine grid
 
 
 def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
@@ -142,7 +144,7 @@ def trace(figure: Figure, camera: Camera) -> Hits:
         rays = camera.directions(level)
         pixel = camera.height / level
         start = _first_guess(depth, level, far, pixel, camera.distance + NEAREST)
-        tolerance = pixel * (0.04 if level == camera.size else 0.3)
+        tolerance = pixel * (0.06 if level == camera.size else 0.3)
         depth, miss = _march(figure, camera, rays, start, far, tolerance, pixel, steps)
         depth = depth.reshape(level, level)
     coverage = np.where(miss > 0, np.clip(0.75 - miss, 0, 1), 1).astype(np.float32)
@@ -171,17 +173,30 @@ def _march(figure, camera, rays, start, far, tolerance: float, pixel: float, ste
     depth = start.copy()
     miss = np.full(depth.shape, FAR, np.float32)
     active = np.flatnonzero(depth < far)
+    d_before, step = np.full(active.size, np.nan, np.float32), np.zeros(active.size, np.float32)
     for _ in range(steps):
         if active.size == 0:
             break
         t = depth[active]
         d = figure.distance(camera.position[:, None] + rays[:, active] * t)
-        closer = d < miss[active] * pixel
-        miss[active[closer]] = np.maximum(d[closer], 0) / pixel
-        depth[active] = t + STEP * d
-        active = active[(np.abs(d) > tolerance) & (depth[active] < far)]
+        miss[active] = np.minimum(miss[active], np.maximum(d, 0) / pixel)
+        step = d * _gain(d, d_before, step)
+        depth[active] = t + step
+        going = (np.abs(d) > tolerance) & (depth[active] < far)
+        active, d_before, step = active[going], d[going], step[going]
     met = depth < far
+    met[active[d_before > pixel]] = False  # grazing rays that never arrived
     return np.where(met, depth, far), np.where(met, 0, np.maximum(miss, 1e-3))
+
+
+def _gain(d, d_before, step):
+    """By which multiple of its distance a ray advances: carefully at first, then by the slope of its last step."""
+    plain = STEP + (FREE_STEP - STEP) * smoothstep(0.05, 0.25, d)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        measured = step / (d_before - d)
+    usable = (np.abs(d) < SECANT_REACH) & (measured > STEP)
+    plain = np.where((d > d_before) & (d > LEAVING), LEAVING_GAIN, plain)
+    return np.where(usable, np.minimum(measured, MAX_GAIN), plain)
 
 
 def normals_of(hits: Hits, size: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from faceprior.shapes import (
+from faceprior.drawing.shapes import (
     Stack,
     bump,
     ellipsoid_distance,
@@ -54,7 +54,7 @@ def lips(person: SimpleNamespace, x):
     half = mouth_half_width(person)
     u = np.clip(x / half, -1, 1)
     arch = np.maximum(1 - u * u, 0)
-    corner = -0.010 + 0.060 * person.smile
+    corner = -0.012 + 0.048 * person.smile
     line = person.mouth_y + 0.03 * max(person.smile, 0) * (1 - arch) + corner * u * u * (0.5 + 0.5 * u * u)
     line = line - 0.008 * ridge(u, 0.16) + 0.005 * ridge(np.abs(u) - 0.38, 0.18)
     inner_top = line + 0.35 * person.mouth_gap * arch**0.75
@@ -279,7 +279,8 @@ def _folds(p, x, y, z):
     depth = 0.022 * p.fold_depth + 0.020 * smile
     z = z + depth * along * (ridge(x - path - 0.05, 0.04) - 0.6 * ridge(x - path, 0.022))
     sag = 0.018 * p.wrinkles
-    line = mouth_half_width(p) + 0.03 + 0.15 * (corner_drop := np.maximum(mouth_corner_y(p) - y, 0))
+    corner_drop = np.maximum(mouth_corner_y(p) - y, 0)
+    line = mouth_half_width(p) + 0.03 + 0.15 * corner_drop
     return z - sag * ridge(x - line, 0.018) * smoothstep(0.0, 0.06, corner_drop) * smoothstep(0.28, 0.14, corner_drop)
 
 
@@ -304,8 +305,8 @@ def _wrinkles(p, x, y, z):
 EAR_CENTRE = (0.735, -0.12, -0.70)
 
 
-def ear_distance(person: SimpleNamespace, x, y, z):
-    """Approximate signed distance to both ears: a tilted, bowl-shaped plate with a rim."""
+def ear_coordinates(person: SimpleNamespace, x, y, z):
+    """Coordinates on the plate of the nearer ear: height over it, up from its middle, and radius (1 at its rim)."""
     size = person.ear_size
     angle = 0.50 + float(np.radians(person.ear_angle))
     out, dy, dz = np.abs(x) - EAR_CENTRE[0] * person.skull_width, y - EAR_CENTRE[1], z - EAR_CENTRE[2]
@@ -313,6 +314,12 @@ def ear_distance(person: SimpleNamespace, x, y, z):
     along = np.cos(angle) * dz - np.sin(angle) * out + 0.18 * dy
     taper = 0.150 + 0.055 * np.clip(dy / 0.3, -1, 1)
     radius = np.hypot(dy / (0.30 * size), (along + 0.02) / (taper * size))
+    return across, dy, radius
+
+
+def ear_distance(person: SimpleNamespace, x, y, z):
+    """Approximate signed distance to both ears: a tilted, bowl-shaped plate with a rim."""
+    across, dy, radius = ear_coordinates(person, x, y, z)
     edge = (radius - 1) * 0.15
     bowl = 0.045 * np.exp(-np.square(radius / 0.55)) - 0.032 * np.exp(-np.square((radius - 0.9) / 0.14))
     antihelix = -0.020 * np.exp(-np.square((radius - 0.55) / 0.12)) * smoothstep(-0.15, 0.05, dy)
@@ -321,7 +328,7 @@ def ear_distance(person: SimpleNamespace, x, y, z):
 
 
 def limb_distance(x, y, z, start, end, radii):
-    """Approximate signed distance of points (N,) to a limb: a capsule from start to end that tapers between two radii."""
+    """Approximate signed distance of points (N,) to a capsule from start to end that tapers between two radii."""
     ax, ay, az = (e - s for s, e in zip(start, end, strict=True))
     px, py, pz = x - start[0], y - start[1], z - start[2]
     t = np.clip((px * ax + py * ay + pz * az) / (ax * ax + ay * ay + az * az), 0, 1)
@@ -341,9 +348,9 @@ class Body:
         chest, waist, hips = shoulder - 0.22, 0.70 * shoulder + 0.1 * max(person.weight, 0), 1.42
         heights = [-8.5, -7.6, -5.6, -3.9, -2.9, -2.18, -1.94, -1.77, -1.64, -1.52, -1.40, -1.25, -1.0, -0.6]
         half_width = [0.9, hips, waist, chest - 0.05, chest, chest * 0.97, shoulder * 0.82, shoulder * 0.62, 0.80,
-                      neck + 0.16, neck + 0.05, neck, neck, neck]  # fmt: skip
+                      neck + 0.16, neck + 0.05, neck, neck, 0.5 * neck]  # fmt: skip
         front = [0.1, 0.25, 0.25, 0.36, 0.30, 0.12, 0.02, -0.06, -0.13, -0.175, -0.20, -0.225, -0.22, -0.3]
-        back = [-1.4, -1.7, -1.4, -1.6, -1.55, -1.5, -1.46, -1.42, -1.36, -1.29, -1.23, -1.18, -1.15, -1.1]
+        back = [-1.4, -1.7, -1.4, -1.6, -1.55, -1.5, -1.46, -1.42, -1.36, -1.29, -1.23, -1.18, -1.12, -0.85]
         self._stack = Stack(heights, half_width, front, back, [-0.65] * len(heights))
 
     def distance(self, x, y, z):

@@ -1,0 +1,407 @@
+"""Pairs: the noise factor, the inpainted bad twin, the manifest, the dataset."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from PIL import Image
+
+from faceprior import tiny
+from faceprior.images import save_image, to_pil, to_pixel_values
+from faceprior.pairs import (
+    FaceInpainter,
+    FacePair,
+    PairDataset,
+    area_bin,
+    box_mask,
+    face_square,
+    masked_difference,
+    noise_factor,
+    prepare_photograph,
+    read_pairs,
+)
+from faceprior.procedural import draw_portrait
+from faceprior.training import seeded
+
+TYPES = ("sd15", "nine channels", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    """One tiny base of each type that can inpaint."""
+    base = tiny.tiny_sd15()
+    with seeded(1):
+        unet = UNet2DConditionModel.from_config({**base.unet.config, "in_channels": 9})
+    nine = StableDiffusionInpaintPipeline(**{**base.components, "unet": unet}, requires_safety_checker=False)
+    return {"sd15": base, "nine channels": nine, "sdxl": tiny.tiny_sdxl()}
+
+
+@pytest.fixture(scope="module")
+def faces():
+    """Two pictures of 64 x 64 pixels with the masks of their faces."""
+    drawings = [draw_portrait(seed, 64) for seed in (1, 2)]
+    return [(Image.fromarray(d.image), box_mask((64, 64), d.box)) for d in drawings]
+
+
+# ------------------------------------------------------------------------------------------- noise factor
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor"),
+    [
+        (1e-9, 0.06), (0.005, 0.06), (math.nextafter(0.005, 1), 0.1), (0.01, 0.1), (math.nextafter(0.01, 1), 0.2),
+        (0.1, 0.2), (math.nextafter(0.1, 1), 0.4), (1.0, 0.4),
+    ],
+)  # fmt: skip
+def test_noise_factors_of_table_8(ratio, factor):
+    """(0, 0.5%] .06, (0.5%, 1%] .1, (1%, 10%] .2, (10%, 100%] .4: a limit belongs to the lower bin."""
+    assert noise_factor(ratio) == factor
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, math.nan])
+def test_an_area_ratio_out_of_range(ratio):
+    with pytest.raises(ValueError, match=rf"has to be in \(0, 1.0\] but is {ratio}"):
+        area_bin(ratio)
+
+
+def test_bins_of_ones_own():
+    assert [area_bin(ratio, (0.2, 0.5)) for ratio in (0.2, 0.3, 0.5)] == [0, 1, 1]
+    with pytest.raises(ValueError, match=r"\(0, 0.5\]"):
+        area_bin(0.6, (0.2, 0.5))
+
+
+# ------------------------------------------------------------------------------------- picture and mask
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((300, 200), (160, 112)), ((200, 300), (112, 160)), ((128, 128), (128, 128)), ((40, 40), (128, 128))],
+)
+def test_prepared_photographs(size, expected):
+    """300 x 200 at 128: 128 / sqrt(60000) = .523, 156.8 and 104.5 pixels, in multiples of 16: 160 and 112."""
+    photograph = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
+    assert prepare_photograph(photograph, 128, 16).size == expected
+
+
+def test_prepared_photographs_are_not_distorted():
+    """A ramp of equal slope along x and y still has equal slopes, and what is cut off is cut off on both sides.
+
+    300 x 200 becomes 160 x 112, by max(160 / 300, 112 / 200) = .56: 168 x 112 pixels, 4 cut off left and right.
+    """
+    y, x = np.mgrid[:200, :300]
+    ramp = np.stack([x * 0.8, y * 0.8, np.zeros_like(x)], axis=2).astype(np.uint8)
+    result = np.asarray(prepare_photograph(Image.fromarray(ramp), 128, 16), np.float64)
+    along_x = np.polyfit(np.arange(100), result[50, 20:120, 0], 1)
+    along_y = np.polyfit(np.arange(60), result[20:80, 50, 1], 1)
+    assert along_x[0] == pytest.approx(0.8 / 0.56, rel=0.01)
+    assert along_y[0] == pytest.approx(0.8 / 0.56, rel=0.01)
+    assert result[50, 80, 0] == pytest.approx(150 * 0.8, abs=1.5)  # the middle stays in the middle
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 30), (31, 17), (500, 333)])
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_prepared_sides_are_multiples(size, multiple):
+    prepared = prepare_photograph(Image.new("RGB", size), 128, multiple)
+    assert prepared.width % multiple == prepared.height % multiple == 0
+
+
+def test_a_box_is_rounded_outwards():
+    """x from floor(10.2) = 10 to ceil(20.1) = 21, y from floor(5.9) = 5 to 8."""
+    expected = np.zeros((30, 40), np.uint8)
+    expected[5:8, 10:21] = 255
+    assert (np.asarray(box_mask((40, 30), (10.2, 5.9, 20.1, 8.0))) == expected).all()
+
+
+def test_a_box_over_the_border_is_cut_off():
+    assert np.asarray(box_mask((40, 30), (-9, -9, 4, 99))).sum() == 255 * 4 * 30
+    for box in ((-9, 0, -4, 10), (41, 0, 50, 10), (3, 30, 9, 31)):
+        with pytest.raises(ValueError, match="covers no pixel of a picture of 40 x 30"):
+            box_mask((40, 30), box)
+
+
+def test_masked_difference_by_hand():
+    """Of 4 pixels inside, one differs by (30, 0, 0) and one by (6, 6, 6): (30 + 18) / 12 values = 4."""
+    good = np.full((4, 4, 3), 100, np.uint8)
+    bad = good.copy()
+    bad[0, 0, 0], bad[0, 1], bad[3, 3] = 70, 106, 255
+    mask = box_mask((4, 4), (0, 0, 2, 2))
+    assert masked_difference(Image.fromarray(good), Image.fromarray(bad), mask) == pytest.approx(4)
+
+
+# ----------------------------------------------------------------------------------------- inpainting
+
+
+@pytest.mark.parametrize(("strength", "calls"), [(0.06, 3), (0.1, 5), (0.2, 10)])
+def test_a_part_of_the_steps_is_run(pipelines, faces, strength, calls):
+    """int(.06 x 50) = 3, int(.1 x 50) = 5, int(.2 x 50) = 10 calls of the network, however many faces."""
+    inpainter = FaceInpainter(pipelines["sd15"], steps=50)
+    counted = []
+    hook = inpainter.pipeline.unet.register_forward_hook(lambda *_: counted.append(1))
+    inpainter([face for face, _ in faces], [mask for _, mask in faces], strength, ["a", "b"], [0, 1])
+    hook.remove()
+    assert len(counted) == calls
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"),
+    [
+        (0.06, "0.06 x 10 steps runs no step: give at least 17 steps"),
+        (0.0, r"in \(0, 1\] but is 0"),
+        (1.1, "but is 1.1"),
+        (math.nan, "but is nan"),
+    ],
+)
+def test_a_strength_that_runs_no_step(pipelines, faces, strength, message):
+    inpainter = FaceInpainter(pipelines["sd15"], steps=10)
+    with pytest.raises(ValueError, match=message):
+        inpainter([faces[0][0]], [faces[0][1]], strength, [""], [0])
+    FaceInpainter(pipelines["sd15"], steps=17).check_strength(0.06)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_only_the_mask_changes(pipelines, faces, kind):
+    inpainter = FaceInpainter(pipelines[kind], steps=10)
+    bads = inpainter([face for face, _ in faces], [mask for _, mask in faces], 0.3, ["a man", ""], [0, 1])
+    for (good, mask), bad in zip(faces, bads, strict=True):
+        inside = np.asarray(mask) > 0
+        good, bad = np.asarray(good), np.asarray(bad)
+        assert (good[~inside] == bad[~inside]).all()
+        assert (good[inside] != bad[inside]).mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_face_depends_on_its_own_seed_only(pipelines, faces, kind):
+    """The same face alone, and second of two: equal to one grey level, the rounding of sums in another batch."""
+    inpainter = FaceInpainter(pipelines[kind], steps=10)
+    (face, mask), (other, other_mask) = faces
+    alone = inpainter([face], [mask], 0.2, ["a man"], [7])[0]
+    together = inpainter([other, face], [other_mask, mask], 0.2, ["", "a man"], [8, 7])[1]
+    assert np.abs(np.asarray(alone, int) - np.asarray(together, int)).max() <= 1
+    assert inpainter([face], [mask], 0.2, ["a man"], [7])[0].tobytes() == alone.tobytes()
+    another = inpainter([face], [mask], 0.2, ["a man"], [8])[0]
+    assert np.abs(np.asarray(alone, int) - np.asarray(another, int)).max() > 1
+
+
+def inpaint_by_hand(pipeline, image, mask, steps, run, guidance_scale, prompt, seed):
+    """DDIM (Song et al., Eq. 12, no noise) over the last `run` steps, the kept region being put back at every step."""
+    vae, unet, ratio = pipeline.vae, pipeline.unet, 1000 // steps
+    alpha_bar = DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
+    scale, pixels = vae.config.scaling_factor, to_pixel_values(image)
+    outside = torch.from_numpy(np.asarray(mask) < 128).float()[None, None]
+    clean = vae.encode(pixels).latent_dist.mean * scale
+    seen = vae.encode(pixels * outside).latent_dist.mean * scale
+    inside = F.interpolate(1 - outside, clean.shape[-2:])
+    text = torch.cat([pipeline.encode_prompt(p, "cpu", 1, False)[0] for p in ("", prompt)])
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    noised = lambda a: a.sqrt() * clean + (1 - a).sqrt() * noise  # noqa: E731
+    timesteps = [k * ratio + 1 for k in range(run)][::-1]
+    z = noised(alpha_bar[timesteps[0]])
+    for number, t in enumerate(timesteps):
+        entry = torch.cat([z, inside, seen], 1) if unet.config.in_channels == 9 else z
+        without, with_prompt = unet(entry.repeat(2, 1, 1, 1), t, text).sample.chunk(2)
+        e = without + guidance_scale * (with_prompt - without)
+        before = alpha_bar[max(t - ratio, 0)]
+        z = before.sqrt() * (z - (1 - alpha_bar[t]).sqrt() * e) / alpha_bar[t].sqrt() + (1 - before).sqrt() * e
+        if unet.config.in_channels == 4:
+            kept = clean if number == run - 1 else noised(alpha_bar[timesteps[number + 1]])
+            z = inside * z + (1 - inside) * kept
+    return Image.composite(to_pil(vae.decode(z / scale).sample)[0], image, mask)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "nine channels"])
+@torch.no_grad()
+def test_inpainting_by_hand(pipelines, faces, kind):
+    """.3 of 10 steps: the timesteps 201, 101, 1 of `leading` spacing with offset 1, ending at alpha_bar[0]."""
+    image, mask = faces[0]
+    ours = FaceInpainter(pipelines[kind], steps=10, guidance_scale=3.0)([image], [mask], 0.3, ["a man"], [5])[0]
+    expected = inpaint_by_hand(pipelines[kind], image, mask, 10, 3, 3.0, "a man", 5)
+    assert np.abs(np.asarray(ours, int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_prompts_are_encoded_once(pipelines, faces):
+    """Two different prompts among three, each with the empty one beside it: four calls of the encoder, ever."""
+    inpainter = FaceInpainter(pipelines["sd15"], steps=10)
+    (face, mask), counted = faces[0], []
+    hook = inpainter.pipeline.text_encoder.register_forward_hook(lambda *_: counted.append(1))
+    inpainter([face] * 3, [mask] * 3, 0.1, ["a man", "a woman", "a man"], [0, 1, 2])
+    assert len(counted) == 4
+    inpainter([face], [mask], 0.1, ["a woman"], [0])
+    hook.remove()
+    assert len(counted) == 4
+
+
+def test_sdxl_is_told_what_its_pipeline_tells_it(pipelines, faces):
+    """The size, uncropped, and zeros instead of the empty prompt, as `force_zeros_for_empty_prompt` says."""
+    inpainter = FaceInpainter(pipelines["sdxl"], steps=10)
+    calls = []
+    unet = inpainter.pipeline.unet
+    hook = unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    inpainter([faces[0][0]], [faces[0][1]], 0.1, ["a man"], [0])
+    hook.remove()
+    conditions = calls[0]["added_cond_kwargs"]
+    assert conditions["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+    for values in (calls[0]["encoder_hidden_states"], conditions["text_embeds"]):
+        assert values[0].abs().max() == 0 and values[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_base_in_bfloat16_beside_a_vae_in_float32(tiny_models, faces, kind):
+    from faceprior.diffusion import load_pipeline
+
+    folder = str(tiny_models / kind)
+    images = [
+        FaceInpainter(load_pipeline(folder, dtype), steps=10)([faces[0][0]], [faces[0][1]], 0.2, ["a man"], [0])[0]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    difference = np.abs(np.asarray(images[0], int) - np.asarray(images[1], int))
+    assert difference.max() > 0 and difference.mean() < 3
+
+
+def test_pictures_that_do_not_fit(pipelines, faces):
+    inpainter = FaceInpainter(pipelines["sd15"], steps=10)
+    assert inpainter.multiple == 16  # the VAE's 4 times two halvings in the U-Net
+    face, mask = faces[0]
+    for images, masks in (([face, face.resize((32, 32))], [mask] * 2), ([face], [mask.resize((32, 32))])):
+        with pytest.raises(ValueError, match=r"one size.*\[\(32, 32\), \(64, 64\)\]"):
+            inpainter(images, masks, 0.2, [""] * len(images), [0] * len(images))
+    with pytest.raises(ValueError, match=r"multiple of 16, but are \[\(40, 64\)\]"):
+        inpainter([face.resize((40, 64))], [mask.resize((40, 64))], 0.2, [""], [0])
+
+
+def test_the_base_is_left_as_it_was(pipelines):
+    before = pipelines["sd15"].scheduler
+    FaceInpainter(pipelines["sd15"], steps=10)
+    assert pipelines["sd15"].scheduler is before and type(pipelines["sd15"]).__name__ == "StableDiffusionPipeline"
+
+
+# -------------------------------------------------------------------------------- manifest and dataset
+
+ROW = {
+    "photograph": "a.png", "good": "good/a.png", "bad": "bad/a.png", "mask": "mask/a.png",
+    "box": [30.0, 20.0, 50.0, 44.0],
+    "landmarks": [[35.0, 28.0], [45.0, 28.0], [40.0, 33.0], [36.0, 38.0], [44.0, 38.0]],
+    "confidence": 0.99, "area_ratio": 0.09375, "strength": 0.2, "prompt": "a man", "seed": 3, "base": "tiny",
+    "difference": 12.5,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the pictures of one pair, 80 x 64 pixels, and no manifest."""
+    y, x = np.mgrid[:64, :80]
+    good = np.stack([x * 3, y * 3, x + y], axis=2).astype(np.uint8)
+    mask = box_mask((80, 64), ROW["box"])
+    bad = np.where(np.asarray(mask)[..., None] > 0, 255 - good, good).astype(np.uint8)
+    for name, image in (("good", good), ("bad", bad), ("mask", mask)):
+        save_image(image, tmp_path / name / "a.png")
+    return tmp_path
+
+
+def write_manifest(folder, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_missing_manifest_names_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no pairs in .*`python stages/01_make_pairs.py` makes them"):
+        read_pairs(tmp_path)
+
+
+def test_a_row_makes_the_round_trip(folder):
+    pair = FacePair(id="a_0", **ROW)
+    write_manifest(folder, pair.to_row(), {**pair.to_row(), "id": "a_1", "landmarks": None, "extra": 1})
+    pairs, problems = read_pairs(folder)
+    assert pairs[0] == pair and pairs[1].landmarks is None and not problems
+
+
+BAD_ROWS = {
+    "no mask": ({"mask": None}, "`mask` has to be"),
+    "no confidence": ({"confidence": "high"}, "`confidence` has to be"),
+    "missing": ({"good": "good/b.png"}, "good/b.png is missing"),
+    "escaping": ({"bad": "../bad/a.png"}, "leads out of"),
+    "absolute": ({"bad": "/etc/passwd"}, "leads out of"),
+    "a folder": ({"bad": "bad"}, "bad is missing"),
+    "box of text": ({"box": ["1", "2", "30", "40"]}, "`box` has to be four numbers"),
+    "box of three": ({"box": [1, 2, 3]}, "`box` of a face has to be four finite numbers"),
+    "box inverted": ({"box": [30, 2, 10, 40]}, "x0 <= x1"),
+    "landmarks": ({"landmarks": [[1, 2]]}, r"have to be \(5, 2\)"),
+    "seed": ({"seed": True}, "`seed` has to be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named_and_the_rest_is_read(folder, name):
+    changes, reason = BAD_ROWS[name]
+    row = {"id": name, **ROW, **changes}
+    write_manifest(folder, row, {"id": "whole", **ROW}, json.dumps({"id": "torn", **ROW})[:70], "[1, 2]")
+    pairs, problems = read_pairs(folder)
+    assert [pair.id for pair in pairs] == ["whole"]
+    assert len(problems) == 3
+    ((place, why),) = [problem for problem in problems if problem[0].endswith(f": {name}")]
+    assert re.search(reason, why)
+    assert {place.rsplit(":", 1)[1] for place, why in problems if "torn or foreign row" in why} == {"3", "4"}
+
+
+def test_a_row_without_a_key_and_one_with_nan(folder):
+    rows = [{k: v for k, v in {"id": "a", **ROW}.items() if k != "prompt"}, {"id": "b", **ROW, "difference": math.nan}]
+    write_manifest(folder, *rows, {"id": "whole", **ROW})
+    pairs, problems = read_pairs(folder)
+    assert [pair.id for pair in pairs] == ["whole"]
+    assert len(problems) == 2 and "the row has no `prompt`" in {why for _, why in problems}
+
+
+def test_no_usable_pair_is_an_error_with_the_first_reason(folder):
+    write_manifest(folder, {"id": "a", **ROW, "good": "good/b.png"})
+    with pytest.raises(ValueError, match="no usable pair; the first problem: .*good/b.png is missing"):
+        read_pairs(folder)
+    write_manifest(folder)
+    with pytest.raises(ValueError, match="no usable pair"):
+        read_pairs(folder)
+
+
+def test_a_sample(folder):
+    """The face's middle is at (40, 32): of 80 x 64 pixels the square is x 8..72, y 0..64, halved to 32 x 32.
+
+    There the mask x 30..50, y 20..44 lies at x (30 - 8) / 2 = 11 .. 21, y 10..22.
+    """
+    dataset = PairDataset(folder, [FacePair(id="a_0", **ROW)], resolution=32)
+    assert len(dataset) == 1
+    sample = dataset[0]
+    expected = torch.zeros(1, 32, 32)
+    expected[:, 10:22, 11:21] = 1
+    assert torch.equal(sample["mask"], expected)
+    for side in ("good", "bad"):
+        assert sample[side].shape == (3, 32, 32) and sample[side].dtype == torch.float32
+        assert sample[side].abs().max() <= 1
+    far = F.max_pool2d(expected[None], 9, 1, 4)[0] == 0  # beyond the resampling filter's reach
+    assert torch.equal(sample["good"][:, far[0]], sample["bad"][:, far[0]])
+    assert (sample["good"] - sample["bad"])[:, expected[0] > 0].abs().mean() > 0.2
+    # the pixel at (0, 0) covers x 8..10, y 0..2 of the ramp 3 x: 27 of 255
+    assert sample["good"][0, 5, 0].item() == pytest.approx((27 - 0.5 - 127.5) / 127.5, abs=0.02)
+    assert sample["prompt"] == "a man"
+
+
+def test_sides_of_different_sizes_are_an_error(folder):
+    save_image(np.zeros((64, 64, 3), np.uint8), folder / "bad/a.png")
+    with pytest.raises(ValueError, match=r"pair a_0 in .*\(80, 64\), \(64, 64\) and \(80, 64\)"):
+        PairDataset(folder, [FacePair(id="a_0", **ROW)], 32)[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "expected"),
+    [
+        ((80, 64), (30, 20, 50, 44), (8, 0, 72, 64)),
+        ((80, 64), (0, 20, 10, 44), (0, 0, 64, 64)),
+        ((80, 64), (70, 20, 80, 44), (16, 0, 80, 64)),
+        ((50, 90), (0, 80, 20, 90), (0, 40, 50, 90)),
+        ((64, 64), (3, 3, 9, 9), (0, 0, 64, 64)),
+    ],
+)
+def test_the_square_around_a_face(size, box, expected):
+    """As near to the face's middle as the border allows: 40 - 32 = 8; clamped to 0 .. 80 - 64 = 16."""
+    assert face_square(size, box) == expected

@@ -1,0 +1,308 @@
+"""Portraits: what the quality gates measure, the tags of the light, the manifest, the dataset."""
+
+import io
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from faceprior.detect import Face
+from faceprior.images import save_image
+from faceprior.portraits import (
+    Portrait,
+    PortraitDataset,
+    blockiness,
+    measure_quality,
+    noise_level,
+    photographic_tags,
+    read_portraits,
+)
+from faceprior.procedural import draw_portrait
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    return draw_portrait(3, 256)
+
+
+@pytest.fixture(scope="module")
+def face(drawing):
+    return Face(drawing.box, drawing.landmarks, 1.0)
+
+
+def compressed(image, quality):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+# ------------------------------------------------------------------------------------------- the measures
+
+Y, X = np.mgrid[:200, :240].astype(np.float32)
+SMOOTH = {
+    "flat": np.full_like(X, 128),
+    "linear": 40 + 0.5 * X + 0.3 * Y,
+    "quadratic": 30 + 0.002 * X**2 + 0.001 * Y**2,
+    "shade": 128 + 90 * np.sin(X / 40) * np.cos(Y / 50),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("sigma", [1.5, 5, 20])
+def test_noise_level_recovers_sigma(name, sigma):
+    """With 47000 pixels the estimate itself varies by about 1%."""
+    noise = np.random.default_rng(0).normal(0, sigma, X.shape)
+    assert noise_level((SMOOTH[name] + noise).astype(np.float32)) == pytest.approx(sigma, rel=0.1)
+
+
+def test_noise_level_is_blind_to_smooth_structure():
+    """Second differences along both axes of a + bx + cy + dx^2 + ey^2 are 0."""
+    for name in ("flat", "linear", "quadratic"):
+        assert noise_level(SMOOTH[name]) < 0.01
+
+
+def test_noise_level_by_hand():
+    """One pixel that is h higher answers with 1, 2, 1, 2, 4, ... in its surroundings: 16 h over (12 - 2) x (9 - 2) pixels.
+
+    Immerkaer: sigma = sqrt(pi / 2) / 6 x mean = sqrt(pi / 2) / 6 x 16 h / 70.
+    """
+    gray = np.zeros((9, 12), np.float32)
+    gray[4, 5] = 30
+    assert noise_level(gray) == pytest.approx(math.sqrt(math.pi / 2) / 6 * 16 * 30 / 70, rel=1e-5)
+
+
+def test_blockiness_by_hand():
+    """Blocks that differ by 4 grey levels from their right neighbours, and by none from those below.
+
+    Along x the steps are 4 at the borders and 0 elsewhere: (4 + .001) / (0 + .001) = 4001; along y .001 / .001 = 1.
+    """
+    gray = np.repeat(np.arange(4, dtype=np.float32) * 4, 8)[None].repeat(32, axis=0)
+    assert blockiness(gray) == pytest.approx((4001 + 1) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (250, 131), (16, 16)])
+def test_blockiness_of_noise_is_about_one(shape):
+    gray = np.random.default_rng(0).normal(128, 20, shape).astype(np.float32)
+    assert blockiness(gray) == pytest.approx(1, abs=0.3 if min(shape) == 16 else 0.1)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 7), (1, 1)])
+def test_blockiness_without_a_block_border(shape):
+    assert blockiness(np.zeros(shape, np.float32)) == 1
+
+
+def test_blockiness_grows_as_the_quality_of_jpeg_falls(drawing):
+    values = [
+        blockiness(cv2.cvtColor(compressed(drawing.image, q), cv2.COLOR_RGB2GRAY).astype(float)) for q in (95, 30, 5)
+    ]
+    assert values == sorted(values) and values[-1] > 1.5
+
+
+# --------------------------------------------------------------------------------------- a face's quality
+
+
+def spoil(image, flaw, rng):
+    """The picture with one flaw: pixels (H, W, 3) uint8."""
+    if flaw == "blur":
+        return cv2.GaussianBlur(image, (0, 0), 4)
+    if flaw == "noise":
+        return (image + rng.normal(0, 12, image.shape)).clip(0, 255).astype(np.uint8)
+    if flaw == "pepper":
+        return np.where(rng.random(image.shape[:2])[..., None] < 0.05, 0, image).astype(np.uint8)
+    if flaw == "jpeg":
+        return compressed(image, 5)
+    if flaw == "smooth":
+        return cv2.bilateralFilter(image, 9, 60, 9)
+    return (image * 3.0).clip(0, 255).astype(np.uint8)  # overexposed
+
+
+@pytest.mark.parametrize(
+    ("flaw", "number", "direction"),
+    [
+        ("blur", "sharpness", -1), ("blur", "texture", -1), ("smooth", "texture", -1), ("noise", "noise", 1),
+        ("pepper", "pepper", 1), ("jpeg", "blocks", 1), ("overexposed", "clipped", 1),
+    ],
+)  # fmt: skip
+def test_every_flaw_moves_its_number(drawing, face, flaw, number, direction):
+    clean = measure_quality(Image.fromarray(drawing.image), face)
+    spoilt = spoil(drawing.image, flaw, np.random.default_rng(0))
+    measured = measure_quality(Image.fromarray(spoilt), face)
+    assert direction * (measured[number] - clean[number]) > 0
+    factor = measured[number] / clean[number] if clean[number] else math.inf
+    assert factor > 1.3 or factor < 1 / 1.3
+
+
+def test_quality_is_a_row_of_plain_numbers(drawing, face):
+    quality = measure_quality(Image.fromarray(drawing.image), face)
+    assert set(quality) == {"noise", "pepper", "blocks", "sharpness", "texture", "clipped"}
+    assert json.loads(json.dumps(quality)) == quality
+
+
+def test_pepper_and_noise_are_measured_on_the_photographs_own_pixels(drawing, face):
+    """5% of black pixels on a face that is brighter than 40 grey levels: nearly that share is found, at any size."""
+    spoilt = spoil(drawing.image, "pepper", np.random.default_rng(0))
+    assert measure_quality(Image.fromarray(spoilt), face)["pepper"] == pytest.approx(0.05, abs=0.015)
+
+
+def test_blocks_are_found_whatever_the_corner_of_the_box(drawing, face):
+    """The grid of a JPEG begins at the picture's corner, not at the face's."""
+    spoilt = Image.fromarray(compressed(drawing.image, 5))
+    x0, y0, x1, y1 = face.box
+    for shift in (0, 3, 5):
+        moved = Face((x0 + shift, y0 + shift, x1, y1), face.landmarks, 1.0)
+        assert measure_quality(spoilt, moved)["blocks"] > 1.5
+
+
+def test_a_face_at_the_border_and_a_tiny_one(drawing, face):
+    photograph = Image.fromarray(drawing.image)
+    for box in ((0, 0, 256, 256), (200, 200, 256, 256), (0, 0, 5, 5), (248, 248, 256, 256)):
+        quality = measure_quality(photograph, Face(box, face.landmarks, 1.0))
+        assert all(math.isfinite(value) for value in quality.values())
+
+
+def test_a_face_in_the_corner_is_not_measured_beyond_the_picture(face):
+    """The two blocks around a box of 8 x 8 pixels lie inside of an even picture: no dark border, no pepper, no step."""
+    photograph = Image.new("RGB", (256, 256), (200, 180, 170))
+    quality = measure_quality(photograph, Face((248, 248, 256, 256), face.landmarks, 1.0))
+    assert (quality["noise"], quality["pepper"], quality["blocks"]) == (0, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------- the light
+
+
+def lit(left, right, colour=(1.0, 1.0, 1.0), side=256):
+    """A crop of one colour whose halves have two brightnesses, 0 to 255."""
+    halves = np.full((side, side, 3), left, np.float32)
+    halves[:, side // 2 :] = right
+    return Image.fromarray((halves * colour).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "hardness", "side"),
+    [
+        (120, 120, "soft light", "front light"),
+        (126, 114, "soft light", "front light"),  # (126 - 114) / 240 = .05
+        (130, 110, "soft light", "light from the left"),  # 20 / 240 = .083
+        (110, 130, "soft light", "light from the right"),
+        (160, 80, "hard light", "light from the left"),  # 80 / 240 = .33
+        (80, 160, "hard light", "light from the right"),
+    ],
+)
+def test_side_and_hardness_of_the_light(left, right, hardness, side):
+    """Below .06 the halves count as even, above .2 the light counts as hard."""
+    assert photographic_tags(lit(left, right))[:2] == [hardness, side]
+
+
+@pytest.mark.parametrize(
+    ("colour", "tag"),
+    [((1.0, 0.75, 0.5), "warm light"), ((1.0, 0.9, 0.75), "neutral light"), ((0.8, 0.9, 1.0), "cool light")],
+)
+def test_colour_of_the_light(colour, tag):
+    """Red over blue: 2, 1.33 and .8; skin itself is redder than grey, so that 1.15 to 1.6 is neutral."""
+    assert photographic_tags(lit(150, 150, colour))[2] == tag
+
+
+def test_dark_and_light_tones():
+    assert [photographic_tags(lit(value, value))[3:] for value in (50, 120, 220)] == [
+        ["dark tones"],
+        [],
+        ["light tones"],
+    ]
+
+
+def test_mirroring_swaps_the_sides(drawing):
+    """The light of a portrait whose right half is the mirrored left one, darkened, comes from the left."""
+    half = drawing.image[:, :128].astype(np.float32)
+    image = Image.fromarray(np.concatenate([half, half[:, ::-1] * 0.5], axis=1).astype(np.uint8))
+    tags, mirrored = photographic_tags(image), photographic_tags(ImageOps.mirror(image))
+    assert tags[:2] == ["hard light", "light from the left"]
+    assert mirrored == ["hard light", "light from the right", *tags[2:]]
+
+
+def test_tags_do_not_depend_on_the_size_of_the_crop():
+    assert photographic_tags(lit(160, 80, side=64)) == photographic_tags(lit(160, 80, side=512))
+
+
+# -------------------------------------------------------------------------------- manifest and dataset
+
+ROW = {
+    "photograph": "a.png", "image": "images/a.png", "caption": "portrait photo, young woman", "confidence": 0.99,
+    "face_size": 120.5, "quality": {"noise": 1.5, "blocks": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    y, x = np.mgrid[:64, :64]
+    save_image(np.stack([x * 4, y * 4, x + y], axis=2).astype(np.uint8), tmp_path / "images/a.png")
+    return tmp_path
+
+
+def write_manifest(folder, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_missing_manifest_names_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no portraits in .*03_curate_portraits.py` makes them"):
+        read_portraits(tmp_path)
+
+
+def test_a_row_makes_the_round_trip(folder):
+    portrait = Portrait(id="a", **ROW)
+    write_manifest(folder, portrait.to_row(), {**portrait.to_row(), "extra": 1})
+    assert read_portraits(folder) == ([portrait, portrait], [])
+
+
+BAD_ROWS = {
+    "missing": ({"image": "images/b.png"}, "images/b.png is missing"),
+    "escaping": ({"image": "../a.png"}, "leads out of"),
+    "absolute": ({"image": "/etc/passwd"}, "leads out of"),
+    "caption": ({"caption": None}, "`caption` has to be"),
+    "confidence": ({"confidence": "0.9"}, "`confidence` has to be"),
+    "quality": ({"quality": [1, 2]}, "`quality` has to be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named_and_the_rest_is_read(folder, name):
+    changes, reason = BAD_ROWS[name]
+    write_manifest(folder, {"id": name, **ROW, **changes}, {"id": "whole", **ROW}, '{"id": "torn", "im')
+    portraits, problems = read_portraits(folder)
+    assert [portrait.id for portrait in portraits] == ["whole"] and len(problems) == 2
+    assert any(place.endswith(f": {name}") and reason in why for place, why in problems)
+
+
+def test_a_row_without_a_key(folder):
+    write_manifest(folder, {"id": "whole", **ROW}, {"id": "a", "image": "images/a.png"}, {**ROW})
+    portraits, problems = read_portraits(folder)
+    assert len(portraits) == 1
+    assert [why for _, why in problems] == ["the row has no `photograph`", "the row has no `id`"]
+    assert problems[1][0].endswith(": row 3")
+
+
+def test_no_usable_portrait_is_an_error_with_the_first_reason(folder):
+    write_manifest(folder, {"id": "a", **ROW, "image": "images/b.png"})
+    with pytest.raises(ValueError, match="no usable portrait; the first problem: .*b.png is missing"):
+        read_portraits(folder)
+
+
+def test_a_sample(folder):
+    """64 pixels halved: the first pixel is the mean of x 0 and 1 of the ramp 4 x, 2 of 255."""
+    dataset = PortraitDataset(folder, [Portrait(id="a", **ROW)], resolution=32)
+    (sample,) = [dataset[index] for index in range(len(dataset))]
+    assert sample["pixel_values"].shape == (3, 32, 32) and sample["pixel_values"].dtype == torch.float32
+    expected = (torch.arange(32) * 8 + 2) / 127.5 - 1
+    torch.testing.assert_close(sample["pixel_values"][0, 10, 2:-2], expected[2:-2], rtol=0, atol=0.01)
+    assert sample["caption"] == ROW["caption"]
+
+
+def test_a_truncated_picture_is_named(folder):
+    path = folder / "images/a.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="a.png"):
+        PortraitDataset(folder, [Portrait(id="a", **ROW)], resolution=32)[0]

@@ -1,0 +1,513 @@
+import base64
+import io
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from faceprior import report, report_parts, report_sections
+from faceprior.images import load_image
+from faceprior.manifest import append_row
+from faceprior.report import MAX_BYTES, SECTIONS, command_text, main, write_report
+from faceprior.report_parts import Run, duration, face_window, format_number, points, render, tag, ticks
+from faceprior.report_sections import reason_kind, spread
+
+VOID = {"meta", "link", "img", "input", "br"}
+CAPTION = "portrait photo, young woman, long wavy red hair"
+PROBLEMS = "What could not be read"
+
+
+class Page(HTMLParser):
+    """A parsed report: its elements as (name, attributes), its text, and whether every tag was closed in order."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.pieces, self.open, self.balanced = [], [], [], True
+        self.feed(path.read_text(encoding="utf-8"))
+        self.balanced = self.balanced and not self.open
+        self.text = " ".join(" ".join(self.pieces).split())
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append((name, dict(attributes)))
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        self.balanced = self.balanced and bool(self.open) and self.open.pop() == name
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.pieces.append(data)
+
+    def all(self, name, class_=None):
+        return [a for n, a in self.elements if n == name and (class_ is None or class_ in a.get("class", "").split())]
+
+
+def picture(path, size=(24, 24), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def rows(path, *values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for value in values:
+        append_row(path, value)
+
+
+def objects(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def pair(name, area_ratio=0.2, **changes):
+    files = {side: f"{side}/{name}.png" for side in ("good", "bad", "mask")}
+    row = {"id": name, **files, "box": [4.0, 4.0, 16.0, 18.0], "area_ratio": area_ratio, "strength": 0.4}
+    return {**row, "prompt": CAPTION, "difference": 12.3, **changes}
+
+
+def make_pairs(folder):
+    for index, name in enumerate(("one", "two")):
+        rows(folder / "manifest.jsonl", pair(name, (0.2, 0.004)[index], strength=(0.4, 0.06)[index]))
+        for side in ("good", "bad", "mask"):
+            picture(folder / side / f"{name}.png", seed=index)
+    rows(folder / "photographs.jsonl", {"photograph": "a.png", "faces": []})
+    rows(folder / "photographs.jsonl", {"photograph": "b.png", "faces": [], "reason": "no face of 16 pixels found"})
+    rows(folder / "rejected.jsonl", {"id": "three", "reason": "pair is hard to tell apart: 0.5", "difference": 0.5})
+    objects(folder / "done.json", {"pairs": 2, "rejected": 1, "photographs": 2})
+    settings = "01_make_pairs:\n  area_limits: [0.005, 0.01, 0.1, 1.0]\n  noise_factors: [0.06, 0.1, 0.2, 0.4]\n"
+    (folder / "config.yaml").write_text(settings)
+
+
+def make_training(folder, **done):
+    for step in range(1, 4):
+        rows(folder / "metrics.jsonl", {"step": step, "loss": 1.0 / step, "learning_rate": 1e-4})
+    objects(folder / "done.json", {"steps": 3, **done})
+    objects(folder / "tiny.json", {"kind": "sd15", "seed": 0, "trained": False})
+
+
+def make_samples(folder, *sides, **more):
+    for side in sides:
+        picture(folder / f"samples/000_{side}.png", seed=len(side))
+    rows(folder / "samples.jsonl", {**more, **{side: f"samples/000_{side}.png" for side in sides}})
+
+
+def make_scorer(folder):
+    make_training(folder, start_accuracy=0.5, accuracy=0.75, training_pairs=8, validation_pairs=4)
+    rows(folder / "metrics.jsonl", {"step": 4, "loss": 0.2, "accuracy": 0.5, "validation_accuracy": 0.75})
+    for index, (good, bad) in enumerate(((1.0, 0.0), (2.0, 0.5), (0.0, 1.0), (1.5, 1.0))):
+        rows(folder / "scores.jsonl", {"id": str(index), "area_ratio": 0.2, "good": good, "bad": bad})
+
+
+def make_portraits(folder):
+    picture(folder / "images/one.png")
+    rows(
+        folder / "manifest.jsonl", {"id": "one", "photograph": "one.png", "image": "images/one.png", "caption": CAPTION}
+    )
+    picture(folder / "rejected/two.png")
+    blurred = {"reason": "sharpness 1.6 (blurred: at least 4.0)", "thumbnail": "rejected/two.png"}
+    rows(folder / "rejected.jsonl", {"id": "two", "photograph": "two.png", **blurred})
+    rows(folder / "rejected.jsonl", {"id": "three", "photograph": "three.png", "reason": "no face found"})
+    objects(folder / "done.json", {"accepted": 1, "rejected": 2})
+
+
+def make_photographs(root):
+    picture(root / "photographs/astronaut.png", (40, 30))
+    picture(root / "restored/astronaut.png", (40, 30), seed=1)
+    face = {"score": 1.25, "box": [10, 5, 22, 20], "landmarks": None, "confidence": 0.99}
+    rows(root / "photographs/scores.jsonl", {"file": "/somewhere/astronaut.png", "faces": [face]})
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A small whole run, as the stages leave it."""
+    root = tmp_path / "run"
+    make_pairs(root / "data/pairs")
+    make_scorer(root / "checkpoints/scorer")
+    make_portraits(root / "data/portraits")
+    for name in ("guided", "prior"):
+        make_training(root / "checkpoints" / name, trained_parameters=197184, pairs=2, portraits=1)
+        make_samples(root / "checkpoints" / name, "before", "after", prompt=CAPTION, seed=0)
+    make_training(root / "checkpoints/restorer", faces=1)
+    make_samples(root / "checkpoints/restorer", "clean", "degraded", "restored")
+    measured = {
+        "part": "restoration",
+        "metric": "PSNR (dB), restored",
+        "value": 21.5,
+        "low": 20.25,
+        "high": 22.75,
+        "n": 8,
+    }
+    empty = {"part": "restoration", "metric": "LPIPS, restored", "value": None, "low": None, "high": None, "n": 0}
+    note = {"note": "not measured: the weights of AlexNet are not here"}
+    objects(root / "results/results.json", {"rows": [{**measured, "note": ""}, {**empty, **note}]})
+    make_photographs(root)
+    command = ["/usr/bin/python3", "stages/01_make_pairs.py", "--output", f"{root}/data/pairs"]
+    rows(root / "commands.jsonl", {"command": command, "seconds": 72.4})
+    return root
+
+
+def read(root):
+    return Page(write_report(root, root.parent / "report.html"))
+
+
+def decoded(source):
+    return load_image(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+
+
+# --- the whole ---
+
+
+def test_a_whole_run_has_every_part(root):
+    page = read(root)
+    assert page.balanced
+    assert PROBLEMS not in page.text
+    for section in SECTIONS:
+        assert section.title in page.text
+    for text in (
+        "had not been trained",
+        "10 to 100%", "noise factor", "pair is hard to tell apart", "no face of 16 pixels found",
+        "50% before training and in 75% after it", "The good face scores higher in 3 of 4 pairs", "1.25",
+        CAPTION, "sharpness 1.6 (blurred: at least 4.0)", "197,184",
+        "21.5", "20.25 to 22.75", "not measured", "the weights of AlexNet are not here",
+        "python3 stages/01_make_pairs.py --output data/pairs", "1 min 12 s", "torch", "accelerate", "noise_factors",
+    ):  # fmt: skip
+        assert text in page.text, text
+
+
+def test_the_file_is_self_contained(root):
+    """Nothing is loaded from elsewhere: all sources are data URIs, all links lead into the page."""
+    page = read(root)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for name, attributes in page.elements:
+        for key in ("src", "href", "data", "srcset", "action"):
+            value = attributes.get(key, "data:")
+            assert value.startswith(("data:", "#")), (name, key, value[:80])
+            assert not value.startswith("#") or value[1:] in ids
+    text = (root.parent / "report.html").read_text()
+    assert "http://" not in text and "https://" not in text and "url(" not in text and "@import" not in text
+    assert str(root) not in text and "/usr/bin" not in text and "/somewhere" not in text
+
+
+def test_every_picture_is_embedded_with_a_description(root):
+    """3 x (whole + face) for two pairs, 2 portraits, 2 x 2 samples, 3 + 2 of restoration, 1 + 2 + 2 photographs."""
+    images = read(root).all("img")
+    assert len(images) == 12 + 2 + 4 + 5 + 5
+    assert all(image["alt"] for image in images)
+    by_name = {image["alt"]: decoded(image["src"]) for image in images}
+    good = load_image(root / "data/pairs/good/one.png")
+    np.testing.assert_array_equal(np.asarray(by_name["good picture of one"]), np.asarray(good))
+    crop = good.crop(face_window([4, 4, 16, 18], good.size))
+    np.testing.assert_array_equal(np.asarray(by_name["good picture of one, face"]), np.asarray(crop))
+
+
+def test_sliders_are_range_inputs_over_two_pictures(root):
+    page = read(root)
+    inputs = page.all("input")
+    assert [(i["type"], i["min"], i["max"], i["aria-label"]) for i in inputs] == [
+        ("range", "0", "100", "sample 1: degraded to restored"),
+        ("range", "0", "100", "astronaut.png: original to restored"),
+    ]
+    assert len(page.all("div", "frame")) == 2
+
+
+def test_the_boxes_of_scored_faces_are_drawn_in_pixels(root):
+    page = read(root)
+    (box,) = [r for r in page.all("rect") if "class" not in r]
+    assert [float(box[key]) for key in ("x", "y", "width", "height")] == [10, 5, 12, 15]
+    assert "0 0 40 30" in [svg["viewbox"] for svg in page.all("svg")]
+
+
+def test_the_same_run_gives_the_same_pictures(root):
+    assert read(root).all("img") == read(root).all("img")
+
+
+# --- what is not there ---
+
+
+def test_an_empty_folder_names_every_command(tmp_path):
+    page = read(tmp_path)
+    for section in SECTIONS:
+        assert section.title in page.text
+        if section.stage:
+            assert f"This stage was not run: {section.command} makes it." in page.text
+    assert "faceprior score photographs" in page.text and "make demo" in page.text
+    assert page.balanced and not page.all("img") and PROBLEMS not in page.text
+    assert not page.all("p", "banner")
+
+
+def test_a_stage_without_done_json_is_not_finished(root):
+    (root / "checkpoints/prior/done.json").unlink()
+    (root / "checkpoints/guided/metrics.jsonl").unlink()
+    text = read(root).text
+    assert "This stage is not finished: python stages/05_prior_tune.py goes on with it." in text
+    assert "Started, but nothing to show yet: python stages/04_guidance_tune.py makes it." in text
+
+
+def test_a_photograph_that_was_not_restored_is_named(root):
+    (root / "restored/astronaut.png").unlink()
+    page = read(root)
+    assert "astronaut.png was not restored: faceprior restore" in page.text
+    assert len(page.all("input")) == 1
+
+
+def test_photographs_are_shown_without_the_stages(tmp_path):
+    make_photographs(tmp_path)
+    page = read(tmp_path)
+    assert "1.25" in page.text and len(page.all("input")) == 1 and PROBLEMS not in page.text
+
+
+def test_no_root_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="make demo"):
+        write_report(tmp_path / "nowhere", tmp_path / "report.html")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "nowhere")])
+    assert stopped.value.code == 1
+
+
+# --- what cannot be read ---
+
+
+def test_hostile_text_stays_text(root):
+    hostile = '"><img src=x onerror=alert(1)><script>alert(2)</script>$body \ud800 \x00 &lt;'
+    folder = root / "data/portraits"
+    caption = {"id": hostile, "photograph": hostile, "image": "images/one.png", "caption": hostile}
+    (folder / "manifest.jsonl").write_text(json.dumps(caption) + "\n")
+    (folder / "rejected.jsonl").write_text(json.dumps({"photograph": hostile, "reason": f"<b>{hostile}"}) + "\n")
+    (root / "commands.jsonl").write_text(json.dumps({"command": [hostile, hostile], "seconds": 1}) + "\n")
+    objects(root / "results/results.json", {"rows": [{"part": hostile, "metric": hostile, "note": hostile}]})
+    objects(root / "data/portraits/done.json", {"accepted": hostile, "rejected": hostile})
+    page = read(root)
+    assert page.balanced
+    assert len(page.all("script")) == 1
+    assert all(image["src"].startswith("data:image/") for image in page.all("img"))
+    assert not [a for _, attributes in page.elements for a in attributes if a.startswith("on")]
+    assert "<script>alert(2)</script>$body" in page.text and "&lt;" in page.text
+
+
+def test_a_torn_row_is_named_and_the_rest_shown(root):
+    with open(root / "data/pairs/manifest.jsonl", "a") as file:
+        file.write('{"id": "torn", "good": "go')
+    page = read(root)
+    assert PROBLEMS in page.text and "data/pairs/manifest.jsonl:3" in page.text and "torn or foreign row" in page.text
+    assert "good picture of two" in [image["alt"] for image in page.all("img")]
+
+
+def test_an_unreadable_picture_is_named_and_has_a_placeholder(root):
+    (root / "data/pairs/bad/one.png").write_bytes(b"no picture")
+    (root / "data/pairs/mask/two.png").unlink()
+    page = read(root)
+    assert "data/pairs/bad/one.png" in page.text and "data/pairs/mask/two.png is missing" in page.text
+    lost = [div["aria-label"] for div in page.all("div", "lost")]
+    assert sum("cannot be read" in label for label in lost) == 4  # the picture and its face, twice
+    assert len(page.all("img")) == 28 - 4
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname"])
+def test_a_path_out_of_the_folder_is_not_followed(root, name):
+    picture(root / "secret.png")
+    rows(root / "data/pairs/manifest.jsonl", pair("three", good=name))
+    page = read(root)
+    assert "leads out of data/pairs" in page.text.replace(f"{root}/", "")
+    assert "good picture of three" not in [image["alt"] for image in page.all("img")]
+
+
+def test_any_file_may_be_broken(root):
+    """Each file in turn holds something else; the report is written, the file is named, and so is every other part."""
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name != "config.yaml"):
+        whole = path.read_bytes()
+        path.write_bytes(b"\x80 [1, 2")
+        page = read(root)
+        path.write_bytes(whole)
+        assert page.balanced
+        assert path.relative_to(root).as_posix() in page.text, path
+        assert "Evaluation" in page.text and PROBLEMS in page.text
+
+
+WRONG = [None, "text", -1, 10**400, [], {}, [None] * 4, ["a"] * 4, True, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda value: str(value)[:12])
+def test_any_value_may_be_wrong(root, wrong):
+    """After the whole rows stand rows in which every value in turn is `wrong`; the whole ones are shown."""
+    before = read(root)
+    for path in root.rglob("*.jsonl"):
+        lines = path.read_text().splitlines()
+        first = json.loads(lines[0])
+        changed = [{key: wrong for key in first}, *({**first, key: wrong} for key in first)]
+        if first.get("faces"):
+            faces = [{**first["faces"][0], key: wrong} for key in first["faces"][0]]
+            changed.append({**first, "faces": [*faces, wrong]})
+        path.write_text("\n".join([*lines, *map(json.dumps, changed)]) + "\n")
+    results = json.loads((root / "results/results.json").read_text())["rows"]
+    changed = [{**results[0], key: wrong} for key in results[0]]
+    objects(root / "results/results.json", {"rows": [*results, *changed, wrong]})
+    for path in [*root.rglob("done.json"), *root.rglob("tiny.json")]:
+        objects(path, {key: wrong for key in json.loads(path.read_text())})
+    page = read(root)
+    assert page.balanced
+    assert {image["src"] for image in before.all("img")} <= {image["src"] for image in page.all("img")}
+    assert not [section.title for section in SECTIONS if f"{section.title} could not be shown" in page.text]
+
+
+def test_a_folder_in_place_of_a_file_is_named(root):
+    (root / "commands.jsonl").unlink()
+    (root / "commands.jsonl").mkdir()
+    assert "commands.jsonl" in read(root).text.partition(PROBLEMS)[2]
+
+
+# --- the banner ---
+
+
+def test_the_banner_says_which_networks_are_small_and_untrained(root):
+    def banner():
+        return read(root).text
+
+    assert "The networks behind these pictures are small and had not been trained before" in banner()
+    for name in ("scorer", "guided", "prior"):
+        objects(root / f"checkpoints/{name}/tiny.json", {"kind": "sd15", "seed": 0, "trained": True})
+    assert "had not been trained (restorer) before the few steps" in banner()
+    (root / "checkpoints/restorer/tiny.json").unlink()
+    assert "The scorer, tuned generator and portrait prior behind these pictures are small, made for" in banner()
+    for name in ("scorer", "guided", "prior"):
+        (root / f"checkpoints/{name}/tiny.json").unlink()
+    assert "small" not in banner().partition("1. ")[0]
+
+
+# --- sizes ---
+
+
+def test_large_pictures_are_embedded_smaller(root):
+    """Noise hardly compresses: three photographs of 900 x 900 pixels, three times each, would pass the limit."""
+    faces = [{"score": 0.5, "box": [100, 100, 800, 800], "confidence": 1.0}]
+    for name in "abc":
+        picture(root / f"photographs/{name}.jpg", (900, 900))
+        picture(root / f"restored/{name}.png", (900, 900), seed=1)
+        rows(root / "photographs/scores.jsonl", {"file": f"{name}.jpg", "faces": faces})
+    page = read(root)
+    assert (root.parent / "report.html").stat().st_size <= MAX_BYTES
+    size = decoded(next(image["src"] for image in page.all("img") if image["alt"] == "a.jpg: 1 face")).size
+    assert size == (630, 630)
+
+
+def test_only_some_of_many_pairs_are_shown(root):
+    for index in range(20):
+        rows(root / "data/pairs/manifest.jsonl", pair("one", 0.01 + index / 100))
+    page = read(root)
+    assert f"Pairs: {report_sections.PAIRS} of 22, from the smallest face to the largest" in page.text
+    assert len([i for i in page.all("img") if i["alt"].endswith(", face")]) == 3 * report_sections.PAIRS
+
+
+# --- the parts, by hand ---
+
+
+def test_spread_keeps_both_ends():
+    """Of 0..9 four items: 0, 3, 6, 9."""
+    assert spread(list(range(10)), 4) == [0, 3, 6, 9]
+    assert spread([1, 2], 4) == [1, 2]
+
+
+def test_reasons_are_told_apart_by_words_not_by_numbers():
+    assert reason_kind("pepper 0.1016 (pepper noise: at most 0.004)") == "pepper noise"
+    assert reason_kind("no face of at least 16 pixels found") == reason_kind("no face of at least 20 pixels found")
+    assert reason_kind("photos/a.jpg cannot be read") == reason_kind("b.png cannot be read")
+
+
+def test_a_face_window_is_a_square_inside_the_picture():
+    """A box of 20 x 10 gives a side of 1.6 x 20 = 32: around (50, 45) it starts at (34, 29), at the border at 0."""
+    assert face_window([40, 40, 60, 50], (100, 80)) == (34, 29, 66, 61)
+    assert face_window([0, 0, 20, 10], (100, 80)) == (0, 0, 32, 32)
+    assert face_window([0, 0, 90, 80], (100, 80)) == (5, 0, 85, 80)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (1, 6, [1, 2, 3, 4, 5, 6]),
+        (0.3, 0.9, [0.2, 0.4, 0.6, 0.8, 1.0]),
+        (-1, 1, [-1, -0.5, 0, 0.5, 1]),
+    ],
+)
+def test_ticks_are_round_and_enclose_the_range(low, high, expected):
+    np.testing.assert_allclose(ticks(low, high), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, -1e-9, 3e8])
+def test_ticks_of_a_single_value_enclose_it(value):
+    made = ticks(value, value)
+    assert made[0] < value < made[-1]
+
+
+def test_tick_texts_leave_the_power_of_ten_to_the_axis():
+    assert report_parts._texts([0.0, 0.0005, 0.001]) == (["0.0", "0.5", "1.0"], " (×10⁻³)")
+    assert report_parts._texts([0, 50, 100]) == (["0", "50", "100"], "")
+    assert report_parts._texts([0, 2e6]) == (["0", "2"], " (×10⁶)")
+
+
+def test_histogram_counts_by_hand():
+    """Edges 0, 1, 2, 3: the last edge belongs to the last bin."""
+    assert report_parts._counts([0, 0.5, 1, 2.9, 3], [0, 1, 2, 3]) == [2, 1, 2]
+
+
+def test_a_running_mean_of_a_line_is_the_line_away_from_its_ends():
+    line = [(float(x), 2.0 * x) for x in range(100)]
+    smooth = report_parts._running_mean(line)
+    np.testing.assert_allclose(smooth[4:-4], line[4:-4])  # 100 // 24 = 4 points to each side
+
+
+def test_long_curves_are_drawn_as_means_of_equal_stretches():
+    """600 points in 300 stretches: means of (0, 1), (2, 3), ... placed at the stretch's end."""
+    thin = report_parts._thinned([(float(x), float(x)) for x in range(600)])
+    assert len(thin) == 300
+    assert thin[0] == (1.0, 0.5) and thin[-1] == (599.0, 598.5)
+
+
+def test_points_keep_the_last_row_of_a_step():
+    made = points([{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 1, "loss": 3}, {"step": 3, "loss": None}], "loss")
+    assert made == [(1, 3)]
+
+
+def test_tags_escape_text_and_attributes_once():
+    made = tag("p", "a < b & c", tag("b", '"'), None, ["x", 1], class_='"q"', aria_label="<>", hidden=True, title=None)
+    assert made == '<p class="&quot;q&quot;" aria-label="&lt;&gt;" hidden>a &lt; b &amp; c<b>&quot;</b>x1</p>'
+    assert render(made) == made
+
+
+def test_numbers_and_durations_are_readable():
+    assert [format_number(v) for v in (197184, 0.5, 22.3141, -0.000581)] == ["197,184", "0.5", "22.31", "-0.000581"]
+    assert [duration(v) for v in (7.24, 72.4, 59.96, 7500)] == ["7.2 s", "1 min 12 s", "1 min 0 s", "2 h 5 min"]
+
+
+def test_only_whole_path_names_are_made_relative():
+    """The folder `a` is not the end of `data`."""
+    run = Run(Path("a"))
+    assert run.plain("data/pairs and a/b.png") == "data/pairs and b.png"
+    command = ["/opt/env/bin/faceprior", "score", str(Path("a").absolute() / "photographs")]
+    assert command_text(run, command) == "faceprior score photographs"
+
+
+# --- the command ---
+
+
+def test_the_command_writes_beside_the_run(root, capsys):
+    main([str(root)])
+    assert capsys.readouterr().out.strip() == str(root / report.REPORT_FILE)
+    assert Page(root / report.REPORT_FILE).balanced
+    main([str(root), "--output", str(root / "deeper/page.html")])
+    assert (root / "deeper/page.html").is_file()
+    assert not list(root.rglob("*.tmp"))
+
+
+def test_the_report_imports_no_torch():
+    program = (
+        "import sys, faceprior.report; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
