@@ -33,7 +33,7 @@ def stage(path: Path) -> None:
 
 
 def score() -> None:
-    with open("scores.jsonl", "w") as file, contextlib.redirect_stdout(file):
+    with open("photographs/scores.jsonl", "w") as file, contextlib.redirect_stdout(file):
         faceprior(SCORE)
 
 

@@ -1,6 +1,6 @@
 """Better faces from diffusion models, on one GPU: score them, tune a model with pairs, restore photographs.
 
-`FaceScorer`, `GuidanceTuner` and `AuthFaceRestorer` are loaded on first use, so that importing faceprior loads no torch.
+`FaceScorer`, `GuidanceTuner` and `AuthFaceRestorer` are loaded on first use: importing faceprior loads no torch.
 """
 
 import logging

@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("faceprior", description="Score and restore faces in pictures.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "faceprior", description="Score and restore faces in pictures.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"faceprior {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -50,10 +52,16 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser, checkpoint: str) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture, folder or glob")
     parser.add_argument(
-        "--checkpoint", default=checkpoint, help="folder, hub id, or `tiny` for the small embedded model (default: %(default)s)"
+        "--checkpoint",
+        default=checkpoint,
+        help="folder, hub id, or `tiny` for the small embedded model (default: %(default)s)",
     )
-    parser.add_argument("--detector", default="auto", choices=("auto", "retinaface", "mtcnn"), help="auto never downloads")
-    parser.add_argument("--min-confidence", type=float, default=0.9, help="of the detector, [0, 1] (default: %(default)s)")
+    parser.add_argument(
+        "--detector", default="auto", choices=("auto", "retinaface", "mtcnn"), help="auto never downloads"
+    )
+    parser.add_argument(
+        "--min-confidence", type=float, default=0.9, help="of the detector, [0, 1] (default: %(default)s)"
+    )
     parser.add_argument("--min-face-size", type=int, default=20, help="pixels (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -70,7 +78,9 @@ def run_score(options: argparse.Namespace) -> int:
         from faceprior.images import load_image
 
         detection = {"min_confidence": options.min_confidence, "min_face_size": options.min_face_size}
-        return {"faces": [face.to_dict() for face in scorer.score(load_image(path), detector=options.detector, **detection)]}
+        return {
+            "faces": [face.to_dict() for face in scorer.score(load_image(path), detector=options.detector, **detection)]
+        }
 
     failed = []
     for path, result in _each(paths, score, failed):
@@ -81,7 +91,9 @@ def run_score(options: argparse.Namespace) -> int:
 def _describe(path: Path, result: dict) -> str:
     if "error" in result:
         return f"{path}: error"
-    lines = [f"{path}: {face['score']:.4f}  box {' '.join(f'{v:.0f}' for v in face['box'])}" for face in result["faces"]]
+    lines = [
+        f"{path}: {face['score']:.4f}  box {' '.join(f'{v:.0f}' for v in face['box'])}" for face in result["faces"]
+    ]
     return "\n".join(lines) or f"{path}: no face"
 
 
@@ -91,7 +103,9 @@ def run_restore(options: argparse.Namespace) -> int:
     targets = _targets(options, paths)
     from faceprior import AuthFaceRestorer
 
-    restorer = AuthFaceRestorer.from_pretrained(_checkpoint(options, "restorer"), **_dtype(options)).to(_device(options))
+    restorer = AuthFaceRestorer.from_pretrained(_checkpoint(options, "restorer"), **_dtype(options)).to(
+        _device(options)
+    )
     sampling = {key: getattr(options, key) for key in ("steps", "seed") if getattr(options, key) is not None}
 
     def restore(path: Path) -> str:
@@ -107,7 +121,9 @@ def run_restore(options: argparse.Namespace) -> int:
             **sampling,
         )
         if options.compare:
-            save_image(_side_by_side(photograph, result.image), targets[path].with_name(f"{targets[path].stem}_compare.png"))
+            save_image(
+                _side_by_side(photograph, result.image), targets[path].with_name(f"{targets[path].stem}_compare.png")
+            )
         save_image(result.image, targets[path])
         count = len(result.faces)
         return f"{count} face{'s' if count > 1 else ''} restored" if count else "no face found, copied as it is"

@@ -20,11 +20,12 @@ import math
 import re
 import shutil
 import sys
+import textwrap
 import tokenize
 import traceback
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,7 +40,7 @@ RUN_KEYS = frozenset({"overwrite", "device", "num_workers"})
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
 
-def run_stage(main, config_class: type, argv: list[str] | None = None) -> None:
+def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] | None = None) -> None:
     """Parse the command line into `config_class` and call `main`.
 
     An error that faceprior or the stage raised itself is shown as one line; any other keeps its traceback. Ctrl-C ends
@@ -53,7 +54,7 @@ def run_stage(main, config_class: type, argv: list[str] | None = None) -> None:
         print(f"{stage.name}: interrupted; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if not _raised_in(error, (Path(__file__).parent, stage.parent)):
+        if not _raised_in(error, (Path(__file__).resolve().parent, stage.resolve().parent)):
             raise
         raise SystemExit(f"{stage.name}: error: {error}") from error
 
@@ -163,7 +164,7 @@ def stage_name(config_class: type) -> str:
 
 def field_help(config_class: type) -> dict[str, str]:
     """Return the comment behind every field of a dataclass (empty where there is none)."""
-    source = inspect.getsource(config_class)
+    source = textwrap.dedent(inspect.getsource(config_class))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
@@ -326,6 +327,7 @@ def _unknown(name: Any, where: str, valid: Iterable[str], what: str = "key") -> 
 
 
 def _raised_in(error: BaseException, folders: tuple[Path, ...]) -> bool:
-    """Tell whether a `raise` in a file of one of `folders` made the error, not a call into a library or a bug."""
+    """Tell whether a `raise` in a file below one of `folders` made the error, not a call into a library or a bug."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(frame.filename).resolve().parent in folders and (frame.line or "").startswith("raise")
+    file = Path(frame.filename).resolve()
+    return any(file.is_relative_to(folder) for folder in folders) and (frame.line or "").startswith("raise")

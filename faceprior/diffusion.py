@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
-def load_pipeline(base: str, dtype: torch.dtype = torch.float32, vae: str | None = None) -> DiffusionPipeline:
+def load_pipeline(base: str | Path, dtype: torch.dtype = torch.float32, vae: str | None = None) -> DiffusionPipeline:
     """Load a text-to-image pipeline from a diffusers folder, a single `.safetensors` file or a hub id.
 
     The local path is looked at first. A single file holds weights only: the configs that go with them are taken from
@@ -39,7 +39,7 @@ def load_pipeline(base: str, dtype: torch.dtype = torch.float32, vae: str | None
 
     Raises FileNotFoundError when there is no such model here nor on the hub, ValueError for a file of another kind.
     """
-    path = Path(base).expanduser()
+    base, path = str(base), Path(base).expanduser()
     parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae else {}
     if path.is_dir():
         pipeline = _load_folder(path, dtype, parts)
@@ -48,9 +48,7 @@ def load_pipeline(base: str, dtype: torch.dtype = torch.float32, vae: str | None
     elif looks_like_path(base):
         raise FileNotFoundError(f"no base model at {base}: it is neither a diffusers folder nor a .safetensors file")
     else:
-        pipeline = _load_folder(_download(base), dtype, parts)
-    if pipeline.vae is None:
-        raise ValueError(f"{base} has no VAE: name one with `vae`, such as stabilityai/sd-vae-ft-mse for SD1.5")
+        pipeline = _load_folder(_download(base, parts), dtype, parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -74,9 +72,11 @@ def load_part(model_class, name: str, what: str, dtype: torch.dtype = torch.floa
     folder = root / (subfolder or "")
     if (folder / "config.json").is_file():
         try:
-            return model_class.from_pretrained(folder, dtype=dtype)
+            model = model_class.from_pretrained(folder, dtype=dtype)
+            _require_weights(what, model)
         except _DAMAGED as error:
             raise ValueError(f"the {what} in {folder} is not whole: {_first_line(error)}") from error
+        return model
     if root.exists() or looks_like_path(name):
         raise FileNotFoundError(f"no {what} at {folder}: a folder with config.json and safetensors weights is expected")
     options = {"dtype": dtype, "subfolder": subfolder or ""}
@@ -101,7 +101,7 @@ def hub_error(what: str, name: str) -> str:
 
 
 # What diffusers and transformers raise for missing, torn and foreign files.
-_DAMAGED = (OSError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError)
+_DAMAGED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
 
 
 def _first_line(error: Exception) -> str:
@@ -115,37 +115,47 @@ def _load_folder(path: Path, dtype: torch.dtype, parts: dict) -> DiffusionPipeli
         config = DiffusionPipeline.load_config(path)
         if "safety_checker" in config:
             parts = {**parts, **_NO_CHECKER}
+        if "vae" not in parts and not config.get("vae", [None])[0]:
+            raise ValueError("it has no VAE: name one with `vae`, such as stabilityai/sd-vae-ft-mse for SD1.5")
         _require_folders(path, config, parts)
         # not loaded in `dtype` and cast back: that would round the VAE's weights
         pipeline = DiffusionPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype}, **parts)
-        _require_vocabulary(path, pipeline)
+        _require_whole(path, pipeline)
     except _DAMAGED as error:
         raise ValueError(f"the pipeline in {path} is not whole: {_first_line(error)}") from error
     return pipeline
 
 
 def _require_folders(path: Path, config: dict, parts: dict) -> None:
-    for name, made_of in config.items():
-        if isinstance(made_of, list) and made_of[0] and name not in parts and not (path / name).is_dir():
-            raise ValueError(f"its model_index.json names {name}, but there is no such folder")
+    named = [key for key, value in config.items() if isinstance(value, list) and value[0] and key[0] != "_"]
+    missing = [name for name in named if name not in parts and not (path / name).is_dir()]
+    if missing:
+        raise ValueError(f"its model_index.json names {', '.join(missing)}, but there is no such folder")
 
 
-def _require_vocabulary(path: Path, pipeline: DiffusionPipeline) -> None:
-    """Raise ValueError for a tokenizer without words: transformers makes one of a folder without its files."""
-    for name in ("tokenizer", "tokenizer_2"):
-        tokenizer = getattr(pipeline, name, None)
-        if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids):
+def _require_whole(path: Path, pipeline: DiffusionPipeline) -> None:
+    """Raise ValueError for what the libraries let pass: models without some weights, tokenizers without words."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            _require_weights(name, part)
+        if "tokenizer" in name and part is not None and len(part) <= len(part.all_special_ids):
             raise ValueError(f"{path / name} has no vocabulary")
+
+
+def _require_weights(name: str, model: torch.nn.Module) -> None:
+    missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"the weights of {name} lack {', '.join(missing[:3])} ({len(missing)} in all)")
 
 
 # It weighs 1.2 GB and blanks pictures: research scripts load without it.
 _NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
 
 
-def _download(base: str) -> Path:
-    """Return the folder of a pipeline of the hub; its cache is used where there is no network."""
+def _download(base: str, parts: dict) -> Path:
+    """Return the folder of a pipeline of the hub without `parts`; its cache is used where there is no network."""
     try:
-        return Path(DiffusionPipeline.download(base, **_NO_CHECKER))
+        return Path(DiffusionPipeline.download(base, **parts, **_NO_CHECKER))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(hub_error("base model", base)) from error
 
@@ -162,7 +172,7 @@ def _load_single_file(path: Path, dtype: torch.dtype, parts: dict) -> DiffusionP
     config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
     try:
         pipeline = pipeline_class.from_single_file(str(path), config=config, dtype=torch.float32, **parts)
-        _require_vocabulary(path.parent, pipeline)
+        _require_whole(path.parent, pipeline)
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{path} has weights only, and the configs that go with them could not be had from the hub: connect once, "
@@ -303,7 +313,7 @@ def prediction_type(noise_scheduler) -> str:
     """Return the scheduler's prediction type, `flow_prediction` for the flow matching schedulers."""
     if "FlowMatch" in type(noise_scheduler).__name__:
         return "flow_prediction"
-    kind = noise_scheduler.config.prediction_type
+    kind = noise_scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise ValueError(f"`prediction_type` has to be one of {', '.join(PREDICTION_TYPES)} but is {kind!r}")
     return kind

@@ -7,6 +7,7 @@ tuner.save_pretrained("checkpoints/guided")     # a LoRA that any diffusers pipe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,9 @@ from faceprior.diffusion import (
 )
 from faceprior.losses import guidance_loss
 from faceprior.pairs import PairDataset, read_pairs
-from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps
+from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
 
+logger = logging.getLogger(__name__)
 TRAIN = ("self_attention", "lora", "full")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SELF_ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -48,7 +50,7 @@ class GuidanceTuner:
     `lora` on the same layers, or the `full` U-Net (the paper's ablation); rank, alpha: of the LoRA (alpha: rank by
     default); t_end: timesteps are drawn from the first share t_end of the schedule, (0, 1], the paper's is 0.5;
     prompt_drop: share of the samples whose prompt is dropped, [0, 1], the paper's is 0.2; distance: between the masked
-    predictions, l2 by default.
+    predictions, l2 by default; seed: of the LoRA's first weights.
 
     The original model, which gives the targets, is the same network with its LoRA off, or with its original weights in
     the trained places: of a second U-Net only the trained part stands in memory, and nothing with a LoRA.
@@ -66,6 +68,7 @@ class GuidanceTuner:
         t_end: float = 0.5,
         prompt_drop: float = 0.2,
         distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+        seed: int = 0,
     ):
         if train not in TRAIN:
             raise ValueError(f"`train` has to be one of {', '.join(TRAIN)} but is {train!r}")
@@ -84,7 +87,8 @@ class GuidanceTuner:
         if self.unet.dtype != torch.float32:
             _run_under_autocast(self.unet, self.unet.dtype)
         self._original: dict[str, Tensor] = {}
-        self._select_trained(rank, rank if alpha is None else alpha)
+        with seeded(seed, "lora"):
+            self._select_trained(rank, rank if alpha is None else alpha)
 
     @classmethod
     def from_pretrained(cls, base: str, dtype: torch.dtype = torch.float32, vae: str | None = None, **options):
@@ -157,7 +161,12 @@ class GuidanceTuner:
         Stops and goes on like stage 04 when `output` names a folder for its log and checkpoints.
         """
         if isinstance(pairs, str | Path):
-            pairs = PairDataset(pairs, read_pairs(pairs)[0], self.resolution)
+            usable, problems = read_pairs(pairs)
+            for place, reason in problems:
+                logger.warning("%s is left out: %s", place, reason)
+            pairs = PairDataset(pairs, usable, self.resolution)
+        if output is not None:
+            Path(output).mkdir(parents=True, exist_ok=True)
         accelerator = make_accelerator(device, mixed_precision, accumulation)
         self.to(accelerator.device)
         adam = make_optimizer(self.trainable_parameters(), optimizer, learning_rate)

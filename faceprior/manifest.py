@@ -64,6 +64,7 @@ def resume_rows(path: str | Path) -> list[dict[str, Any]]:
 def rewrite_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace the file by `rows`, atomically."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(b"".join(map(_to_line, rows)))
     temporary.replace(path)

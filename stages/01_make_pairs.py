@@ -71,9 +71,7 @@ class Config:
     min_confidence: float = 0.9  # of the detector, [0, 1]
     min_face_size: int = 16  # pixels of the prepared picture, shorter side of the face box, [8, 1024]
     min_side: int = 64  # pixels; photographs with a shorter side are left out, [1, inf)
-    min_difference: float = (
-        1.0  # mean change of the face, 0-255; pairs that differ less are rejected, [0, 255]
-    )
+    min_difference: float = 1.0  # mean change of the face, 0-255; pairs that differ less are rejected, [0, 255]
     batch_size: int = 8  # faces inpainted at once, [1, 256]
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the networks
     seed: int = 0  # every face's own seed is derived from it and from the photograph's name, [0, inf)

@@ -72,8 +72,7 @@ class FaceCrops(Dataset):
         pair = self.pairs[index]
         sides = {"good": pair.good, "bad": pair.bad}
         return {
-            side: self.preprocess(load_image(self.folder / name), [pair.box])[0].cpu()
-            for side, name in sides.items()
+            side: self.preprocess(load_image(self.folder / name), [pair.box])[0].cpu() for side, name in sides.items()
         }
 
 
@@ -93,9 +92,7 @@ def main(config: Config) -> None:
     scorer.freeze(config.frozen)
     trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
-    train_crops, validation_crops = (
-        FaceCrops(Path(config.pairs), side, scorer) for side in (training, validation)
-    )
+    train_crops, validation_crops = (FaceCrops(Path(config.pairs), side, scorer) for side in (training, validation))
     model, optimizer = accelerator.prepare(scorer, optimizer)
     run = TrainingRun(
         output,
@@ -125,22 +122,16 @@ def main(config: Config) -> None:
             run.log(**evaluate())
 
     start, best = run.state["start"]["validation_accuracy"], run.state["best"][0]
-    run.finish(
-        start_accuracy=start, accuracy=best, training_pairs=len(training), validation_pairs=len(validation)
-    )
+    run.finish(start_accuracy=start, accuracy=best, training_pairs=len(training), validation_pairs=len(validation))
     print_problems(problems, "pair")
-    print(
-        f"{output}: {best:.1%} of {len(validation)} held-out pairs in the right order ({start:.1%} before training)"
-    )
+    print(f"{output}: {best:.1%} of {len(validation)} held-out pairs in the right order ({start:.1%} before training)")
 
 
 def split(config: Config, pairs: list[FacePair]) -> tuple[list[FacePair], list[FacePair]]:
     """Hold out a share of the photographs, so that no picture is on both sides."""
     names = sorted({p.photograph for p in pairs}, key=lambda name: stable_seed(config.seed, name))
     if len(names) < 2:
-        raise ValueError(
-            f"{config.pairs} has pairs of {len(names)} photograph: two are needed to hold one out"
-        )
+        raise ValueError(f"{config.pairs} has pairs of {len(names)} photograph: two are needed to hold one out")
     held = set(names[: min(len(names) - 1, max(1, round(config.validation * len(names))))])
     return [p for p in pairs if p.photograph not in held], [p for p in pairs if p.photograph in held]
 

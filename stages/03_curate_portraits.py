@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from faceprior.align import align_face
 from faceprior.config import is_complete, open_output, run_stage
-from faceprior.degrade import PRESETS, DegradationConfig, degrade, scaled
+from faceprior.degrade import DegradationConfig, degrade
 from faceprior.detect import Face, detect_faces
 from faceprior.images import as_array, find_images, load_image, save_image
 from faceprior.manifest import (
@@ -52,9 +52,7 @@ class Config:
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
     min_confidence: float = 0.9  # of the detector, [0, 1]
     min_face_size: int = 64  # pixels of the photograph, shorter side of the face box, [8, inf)
-    min_side: int = (
-        0  # pixels; photographs with a shorter side are rejected (the paper: 8K pictures), [0, inf)
-    )
+    min_side: int = 0  # pixels; photographs with a shorter side are rejected (the paper: 8K pictures), [0, inf)
     one_face: bool = True  # reject photographs with several faces; false: take the largest
     min_sharpness: float = 4.0  # grey levels, deviation of the Laplacian; below: blurred, [0, inf)
     max_noise: float = 5.0  # grey levels, deviation of Gaussian noise; above: noisy, [0, 255]
@@ -62,9 +60,7 @@ class Config:
     max_blocks: float = 1.5  # step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
     min_texture: float = 0.8  # grey levels, detail of the cheeks; below: over-smooth, [0, inf)
     max_clipped: float = 0.35  # share of black and white pixels; above: badly exposed, [0, 1]
-    captions: Literal["both", "sidecar", "measured"] = (
-        "both"  # tags beside it, light as measured, both
-    )
+    captions: Literal["both", "sidecar", "measured"] = "both"  # tags beside it, light as measured, both
     review: str = ""  # text file with the ids that a person rejected, one a line
     seed: int = 0  # of the drawn portraits' flaws, [0, inf)
     overwrite: bool = False  # start anew in an output folder that holds a run
@@ -97,9 +93,7 @@ def main(config: Config) -> None:
         raise ValueError(
             f"none of {len(sources)} photographs passed the gates: their numbers stand in {output / REJECTED}"
         )
-    print(
-        f"{len(accepted)} portraits in {output}; look at {output / 'sheets'} and reject by hand with `--review`"
-    )
+    print(f"{len(accepted)} portraits in {output}; look at {output / 'sheets'} and reject by hand with `--review`")
 
 
 def judge(config: Config, output: Path, path: Path, name: str, review: set[str]) -> None:
@@ -136,9 +130,7 @@ def find_face(config: Config, photograph: Image.Image) -> Face:
         raise ValueError(
             f"{photograph.width} x {photograph.height} pixels: the shorter side is below {config.min_side}"
         )
-    faces = [
-        f for f in detect_faces(photograph, config.detector, config.min_confidence) if f.landmarks is not None
-    ]
+    faces = [f for f in detect_faces(photograph, config.detector, config.min_confidence) if f.landmarks is not None]
     if not faces:
         raise ValueError("no face found")
     if config.one_face and len(faces) > 1:
@@ -226,9 +218,7 @@ def write_metrics(output: Path, accepted: list[dict]) -> None:
     rewrite_rows(output / METRICS_FILE, rows)
 
 
-def write_sheets(
-    output: Path, accepted: list[dict], columns: int = 8, rows: int = 6, side: int = 160
-) -> None:
+def write_sheets(output: Path, accepted: list[dict], columns: int = 8, rows: int = 6, side: int = 160) -> None:
     """Write contact sheets in the order of the manifest."""
     per_sheet = columns * rows
     for number in range(0, len(accepted), per_sheet):

@@ -1,5 +1,5 @@
 """
-Stage 4: tune a Stable Diffusion checkpoint with the guidance loss on (good, bad) pairs (Face Score, arXiv 2406.17100, 5).
+Stage 4: tune a Stable Diffusion checkpoint with the guidance loss on face pairs (Face Score, arXiv 2406.17100, 5).
 
     python stages/04_guidance_tune.py                                  # offline: the pairs of stage 1, the tiny model
     python stages/04_guidance_tune.py --config stages/presets/sd15_lora.yaml --base my_model.safetensors
@@ -34,9 +34,7 @@ class Config:
     base: str = "tiny"  # model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
     output: str = "checkpoints/guided"  # folder for the tuned model
-    train: Literal["self_attention", "lora", "full"] = (
-        "self_attention"  # what is trained; the paper: self_attention
-    )
+    train: Literal["self_attention", "lora", "full"] = "self_attention"  # what is trained; the paper: self_attention
     rank: int = 16  # of the LoRA, [1, 1024]
     alpha: int = 16  # of the LoRA: its weight is alpha / rank, [1, 4096]
     t_end: float = 0.5  # timesteps are drawn from the first share of the schedule, (0, 1]

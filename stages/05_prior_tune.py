@@ -1,7 +1,7 @@
 """
 Stage 5: tune an SDXL type model into a portrait prior (AuthFace, arXiv 2410.09864, section 3.1).
 
-    python stages/05_prior_tune.py                                     # offline: the portraits of stage 3, the tiny model
+    python stages/05_prior_tune.py                                     # offline: the portraits of stage 3, a tiny model
     accelerate launch stages/05_prior_tune.py --config stages/presets/sdxl.yaml
 
 Reads   data/portraits/ (stage 3)
@@ -51,9 +51,7 @@ class Config:
     base: str = "tiny"  # SDXL type model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
     output: str = "checkpoints/prior"  # folder for the prior
-    train: Literal["full", "lora"] = (
-        "full"  # the whole U-Net (the paper), or a LoRA on its attention, fused at the end
-    )
+    train: Literal["full", "lora"] = "full"  # the whole U-Net (the paper), or a LoRA on its attention, fused at the end
     rank: int = 64  # of the LoRA, [1, 1024]
     resolution: int = 128  # pixels, one fixed size without multi-aspect buckets, [64, 2048]
     prompt_drop: float = 0.1  # share of the samples whose caption is dropped, [0, 1]
@@ -106,14 +104,10 @@ def main(config: Config) -> None:
                 captions = drop_prompts(batch["caption"], config.prompt_drop, generators)
                 embeddings = encode_prompts(pipeline, captions)
             noise = noise_like(latents, generators)
-            timesteps = sample_timesteps(
-                generators, 0, noise_scheduler.config.num_train_timesteps, latents.device
-            )
+            timesteps = sample_timesteps(generators, 0, noise_scheduler.config.num_train_timesteps, latents.device)
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
             conditions = added_conditions(embeddings, config.resolution, config.resolution)
-            model_pred = unet(
-                noisy_latents, timesteps, embeddings.prompt_embeds, added_cond_kwargs=conditions
-            ).sample
+            model_pred = unet(noisy_latents, timesteps, embeddings.prompt_embeds, added_cond_kwargs=conditions).sample
             loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -133,9 +127,7 @@ def main(config: Config) -> None:
         tiny.copy_info(config.base, output)
         draw_samples(config, output, pipeline, prompts, "after")
         sides = ("before", "after")
-        rows = [
-            {"prompt": p, "seed": i, **{s: sample_file(i, s) for s in sides}} for i, p in enumerate(prompts)
-        ]
+        rows = [{"prompt": p, "seed": i, **{s: sample_file(i, s) for s in sides}} for i, p in enumerate(prompts)]
         rewrite_rows(output / SAMPLES, rows)
         run.finish(trained_parameters=sum(p.numel() for p in trained), portraits=len(portraits))
         print_problems(problems, "portrait")
@@ -150,9 +142,7 @@ def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn
             part.requires_grad_(False)
     if config.train == "lora":
         layers = ["to_q", "to_k", "to_v", "to_out.0"]
-        pipeline.unet.add_adapter(
-            LoraConfig(config.rank, layers, lora_alpha=config.rank, init_lora_weights="gaussian")
-        )
+        pipeline.unet.add_adapter(LoraConfig(config.rank, layers, lora_alpha=config.rank, init_lora_weights="gaussian"))
     else:
         pipeline.unet.requires_grad_(True)
     if config.gradient_checkpointing:

@@ -1,5 +1,5 @@
 """
-Stage 6: train a ControlNet that restores degraded faces on the portrait prior (AuthFace, arXiv 2410.09864, section 3.2).
+Stage 6: train a ControlNet that restores degraded faces on the portrait prior (AuthFace, arXiv 2410.09864, 3.2).
 
     python stages/06_train_restorer.py                                 # offline: stages 3 and 5, the tiny model
     accelerate launch stages/06_train_restorer.py --config stages/presets/sdxl.yaml --images ffhq/
@@ -53,17 +53,11 @@ SAMPLES = "samples.jsonl"
 @dataclass
 class Config:
     images: str = "data/portraits/images"  # folder of clean, aligned faces
-    prior: str = (
-        "checkpoints/prior"  # portrait prior of stage 5: diffusers folder, .safetensors file or hub id
-    )
+    prior: str = "checkpoints/prior"  # portrait prior of stage 5: diffusers folder, .safetensors file or hub id
     output: str = "checkpoints/restorer"  # folder for the restorer
     resolution: int = 128  # pixels, side of the training pictures, [64, 2048]
-    degradation: Literal["authface", "gfpgan", "diffbir", "codeformer"] = (
-        "authface"  # ranges of blur, noise, JPEG ...
-    )
-    scale_degradation: bool = (
-        True  # shrink blur and downsampling with the resolution; they are meant for 512 pixels
-    )
+    degradation: Literal["authface", "gfpgan", "diffbir", "codeformer"] = "authface"  # ranges of blur, noise, JPEG ...
+    scale_degradation: bool = True  # shrink blur and downsampling with the resolution; they are meant for 512 pixels
     steps: int = 40  # optimizer steps, [1, inf)
     batch_size: int = 4  # faces in a micro-batch on one process, [1, 1024]
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
@@ -73,9 +67,7 @@ class Config:
     gradient_checkpointing: bool = False  # less memory, a third more time
     save_every: int = 20  # steps between two checkpoints, [1, inf)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
-    official_prompts: bool = (
-        False  # sample with the official prompts; false: with the empty one, as in training
-    )
+    official_prompts: bool = False  # sample with the official prompts; false: with the empty one, as in training
     num_samples: int = 4  # faces restored at the end, [0, 64]
     sample_steps: int = 50  # sampling steps, saved as the restorer's default, [1, 1000]
     guidance_scale: float = 1.0  # classifier-free guidance, saved as the restorer's default, [1, 30]
@@ -144,9 +136,7 @@ def main(config: Config) -> None:
         with accelerator.accumulate(model), accelerator.autocast():
             latents = encode_latents(prior.vae, batch["pixel_values"], generators)
             noise = noise_like(latents, generators)
-            timesteps = sample_timesteps(
-                generators, 0, noise_scheduler.config.num_train_timesteps, latents.device
-            )
+            timesteps = sample_timesteps(generators, 0, noise_scheduler.config.num_train_timesteps, latents.device)
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
             down, mid = model(
                 noisy_latents,
@@ -187,9 +177,7 @@ def main(config: Config) -> None:
 def readable_images(config: Config) -> tuple[list[Path], list[tuple[str, str]]]:
     """Return the pictures that can be read, and the others with their reasons."""
     if not Path(config.images).exists():
-        raise FileNotFoundError(
-            f"no faces in {config.images}: `python stages/03_curate_portraits.py` makes them"
-        )
+        raise FileNotFoundError(f"no faces in {config.images}: `python stages/03_curate_portraits.py` makes them")
     paths, problems = [], []
     for path in find_images(config.images):
         try:

@@ -8,8 +8,8 @@ Reads   checkpoints/scorer, guided and restorer (stages 2, 4, 6); one prompt a l
 Writes  results/: results.json and table.md (every number with its 95% interval), rows.jsonl (one row per picture),
         pictures/, metrics.jsonl, config.yaml
 
-Generation (Face Score, 6.1): the base and the tuned model draw the same prompts from the same noise; the Face Score of a
-picture is that of its best face, pictures without a face are counted. Restoration (AuthFace, 4.1): clean faces are
+Generation (Face Score, 6.1): the base and the tuned model draw the same prompts from the same noise; the Face Score of
+a picture is that of its best face, pictures without a face are counted. Restoration (AuthFace, 4.1): clean faces are
 degraded and restored. A number that cannot be measured here stands in the table with the reason and the way to it.
 """
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-# One thread: the tests' networks are too small to share out, and equal sums need an equal split. Before torch is loaded.
+# One thread, set before torch is loaded: the tests' networks are too small to share out, and equal sums need an
+# equal split.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402

@@ -93,7 +93,9 @@ def test_missing_pictures_and_checkpoints_end_with_one_line(tmp_path, capsys):
     assert "none" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[sys.executable, "-m", "faceprior"], [str(Path(sys.executable).parent / "faceprior")]])
+@pytest.mark.parametrize(
+    "command", [[sys.executable, "-m", "faceprior"], [str(Path(sys.executable).parent / "faceprior")]]
+)
 def test_help_and_version(command):
     run = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
     assert "score" in run.stdout and "restore" in run.stdout

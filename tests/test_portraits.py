@@ -66,7 +66,7 @@ def test_noise_level_is_blind_to_smooth_structure():
 
 
 def test_noise_level_by_hand():
-    """One pixel that is h higher answers with 1, 2, 1, 2, 4, ... in its surroundings: 16 h over (12 - 2) x (9 - 2) pixels.
+    """A pixel that is h higher answers with h x (1 2 1, 2 4 2, 1 2 1) around it: 16 h over (12 - 2) x (9 - 2) pixels.
 
     Immerkaer: sigma = sqrt(pi / 2) / 6 x mean = sqrt(pi / 2) / 6 x 16 h / 70.
     """
@@ -116,7 +116,7 @@ def spoil(image, flaw, rng):
     if flaw == "jpeg":
         return compressed(image, 5)
     if flaw == "smooth":
-        return cv2.bilateralFilter(image, 9, 60, 9)
+        return cv2.bilateralFilter(cv2.bilateralFilter(image, 9, 60, 9), 9, 60, 9)
     return (image * 3.0).clip(0, 255).astype(np.uint8)  # overexposed
 
 

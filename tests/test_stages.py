@@ -331,7 +331,16 @@ def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models):
     shutil.copytree(chain / "data", tmp_path / "data")
     values = {**settings(tiny_models)[GUIDANCE], "batch_size": 1, "device": "cpu"}
     # accelerate starts several processes on a CPU by itself only through MPI; with --multi_gpu torchrun starts them
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     process = start(GUIDANCE, values, tmp_path, *launch, "--mixed_precision", "no", "--dynamo_backend", "no")
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 0, printed

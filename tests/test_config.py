@@ -1,0 +1,498 @@
+"""Settings: where a value comes from, what is refused and how it is named, and the output folder of a run."""
+
+import dataclasses
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import STAGES, load_stage
+
+from faceprior.config import (
+    field_help,
+    is_complete,
+    load_section,
+    make_config,
+    open_output,
+    parse_config,
+    run_stage,
+    save_config,
+    stage_name,
+)
+
+STAGE = '''
+"""Stage 0: an example. 100% of it is for the tests."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from faceprior.config import open_output, run_stage
+
+
+@dataclass
+class Config:
+    output: str = "out"  # folder
+    rate: float = 1e-3  # of the optimizer, (0, 1]
+    steps: int = 10  # optimizer steps, [1, inf)
+    limits: tuple[float, ...] = (0.5, 1.0)  # upper ends, (0, 1]
+    mode: Literal["no", "fp16"] = "no"  # dtype
+    warmup: int | None = None  # steps, [0, 100]; none: a tenth
+    wrapped_by_a_formatter: float = (
+        0.25  # share, [0, 1)
+    )
+    fast: bool = False  # a switch
+    seed: int = 0  # [0, inf)
+    num_workers: int = 0  # processes, [0, 64]
+    device: str = "auto"  # where
+    overwrite: bool = False  # start anew
+
+
+def main(config):
+    if config.mode == "fp16":
+        raise ValueError("fp16 has to have a GPU")
+    if config.fast:
+        torch.zeros(2) @ torch.zeros(3)
+    if config.seed:
+        raise KeyboardInterrupt
+    open_output(config)
+
+
+if __name__ == "__main__":
+    run_stage(main, Config)
+'''
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """The module of a stage that stands in a file of its own."""
+    folder = tmp_path / "stages"
+    folder.mkdir()
+    path = folder / "00_example.py"
+    path.write_text(STAGE)
+    (folder / "01_other.py").write_text("")
+    spec = importlib.util.spec_from_file_location("stage_00_example", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """Writes a preset and returns its path."""
+
+    def write(text):
+        path = tmp_path / "preset.yaml"
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def refusal(stage, capsys, *argv):
+    """The last line that the command line ends with when it is refused."""
+    with pytest.raises(SystemExit) as ended:
+        parse_config(stage.Config, list(argv))
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# where a value comes from
+
+
+def test_precedence_is_dataclass_yaml_command_line(stage, preset):
+    path = preset("00_example: {rate: 0.5, steps: 20}")
+    config = parse_config(stage.Config, ["--config", path, "--steps", "30"])
+    assert (config.output, config.rate, config.steps) == ("out", 0.5, 30)
+
+
+def test_without_arguments_the_defaults_hold(stage):
+    assert parse_config(stage.Config, []) == stage.Config()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("rate", "5e-5", 5e-5),  # as PyYAML reads it
+        ("rate", 1, 1.0),
+        ("steps", 2.0, 2),
+        ("steps", "1e3", 1000),
+        ("seed", 2**62 + 1, 2**62 + 1),  # a float would round it
+        ("seed", str(2**62 + 1), 2**62 + 1),
+        ("output", 7, "7"),
+        ("fast", True, True),
+        ("mode", "fp16", "fp16"),
+        ("mode", False, "no"),  # YAML reads a bare `no` as false
+        ("warmup", None, None),
+        ("warmup", "none", None),
+        ("warmup", "5", 5),
+        ("limits", [1, "0.25"], (1.0, 0.25)),
+    ],
+)
+def test_casts(stage, key, value, expected):
+    result = getattr(make_config(stage.Config, {key: value}), key)
+    assert result == expected and type(result) is type(expected)
+
+
+def test_casts_of_yaml_text(stage, preset):
+    path = preset(
+        """
+        00_example:
+          rate: 5e-5
+          mode: no
+          warmup: null
+          limits: [0.1, 1]
+          fast: true
+          output: résultats
+        """
+    )
+    config = parse_config(stage.Config, ["--config", path])
+    assert (config.rate, config.mode, config.warmup, config.limits) == (5e-5, "no", None, (0.1, 1.0))
+    assert config.fast is True and config.output == "résultats"
+
+
+def test_switches_and_lists_on_the_command_line(stage, preset):
+    path = preset("00_example: {fast: true}")
+    assert parse_config(stage.Config, ["--fast"]).fast is True
+    assert parse_config(stage.Config, ["--config", path, "--no-fast"]).fast is False
+    assert parse_config(stage.Config, ["--limits", "0.1", "0.2", "1"]).limits == (0.1, 0.2, 1.0)
+    assert parse_config(stage.Config, ["--rate=0.25"]).rate == 0.25
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rate", "fast", "`rate` has to be a number but is 'fast'"),
+        ("rate", True, "`rate` has to be a number but is True"),
+        ("rate", float("nan"), "`rate` has to be a number but is nan"),
+        ("rate", None, "`rate` has to be a number but is None"),
+        ("rate", [1], "`rate` has to be a number but is [1]"),
+        ("steps", 2.5, "`steps` has to be a whole number but is 2.5"),
+        ("steps", "--5", "`steps` has to be a whole number but is '--5'"),
+        ("steps", float("inf"), "`steps` has to be a whole number but is inf"),
+        ("fast", "yes", "`fast` has to be true or false but is 'yes'"),
+        ("output", None, "`output` has to be text but is None"),
+        ("output", True, "`output` has to be text but is True"),
+        ("mode", "bf16", "`mode` has to be one of no, fp16 but is 'bf16'"),
+        ("mode", True, "`mode` has to be one of no, fp16 but is True"),
+        ("limits", 0.5, "`limits` has to be a list but is 0.5"),
+        ("limits", ["a"], "`limits` has to be a number but is 'a'"),
+    ],
+)
+def test_wrong_values_are_named(stage, key, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_config(stage.Config, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rate", 0, "`rate` has to be in (0, 1] but is 0.0"),
+        ("rate", 1.5, "`rate` has to be in (0, 1] but is 1.5"),
+        ("steps", 0, "`steps` has to be in [1, inf) but is 0"),
+        ("warmup", 101, "`warmup` has to be in [0, 100] but is 101"),
+        ("limits", [0.5, 2], "`limits` has to be in (0, 1] but is 2.0"),
+        ("wrapped_by_a_formatter", 1, "`wrapped_by_a_formatter` has to be in [0, 1) but is 1.0"),
+    ],
+)
+def test_the_range_in_the_comment_is_enforced(stage, key, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_config(stage.Config, {key: value})
+
+
+def test_closed_ends_belong_to_the_range(stage):
+    config = make_config(stage.Config, {"rate": 1, "steps": 1, "warmup": 100, "wrapped_by_a_formatter": 0})
+    assert (config.rate, config.steps, config.warmup, config.wrapped_by_a_formatter) == (1, 1, 100, 0)
+
+
+# what is refused
+
+
+def test_unknown_key_on_the_command_line_names_the_nearest(stage, capsys):
+    line = refusal(stage, capsys, "--stepz", "3")
+    assert line.endswith("unknown key `stepz` on the command line: did you mean `steps`?")
+    assert "did you mean `steps`" in refusal(stage, capsys, "--step=3")  # no abbreviations
+
+
+def test_unknown_key_without_a_neighbour_lists_the_keys(stage, capsys):
+    assert "the keys are device, fast, limits" in refusal(stage, capsys, "--zzzz", "3")
+
+
+def test_leftover_value_says_how_switches_are_given(stage, capsys):
+    assert "unexpected value 'true': give settings as `--key value`" in refusal(stage, capsys, "--fast", "true")
+
+
+def test_range_on_the_command_line(stage, capsys):
+    assert refusal(stage, capsys, "--steps", "-5").endswith("`steps` has to be in [1, inf) but is -5")
+
+
+def test_unknown_key_in_a_preset(stage, preset, capsys):
+    line = refusal(stage, capsys, "--config", preset("00_example: {stepz: 3}"))
+    assert "unknown key `stepz` in section 00_example of" in line and "did you mean `steps`?" in line
+
+
+def test_unknown_section_in_a_preset(stage, preset, capsys):
+    """A misspelt section would else be passed over, and the run would silently take the defaults."""
+    line = refusal(stage, capsys, "--config", preset("00_exampel: {steps: 3}"))
+    assert "unknown section `00_exampel` in" in line and "did you mean `00_example`?" in line
+
+
+def test_preset_without_this_stage(stage, preset, capsys):
+    assert "has no section 00_example but 01_other" in refusal(stage, capsys, "--config", preset("01_other: {a: 3}"))
+
+
+def test_empty_section_means_the_defaults(stage, preset):
+    assert parse_config(stage.Config, ["--config", preset("00_example:\n01_other: {a: 3}")]) == stage.Config()
+
+
+@pytest.mark.parametrize("text", ["- a list", "just text", "00_example: 3", ""])
+def test_preset_of_another_shape(stage, preset, capsys, text):
+    assert "has to hold one section per stage" in refusal(stage, capsys, "--config", preset(text))
+
+
+def test_preset_that_is_no_yaml(stage, preset, capsys, tmp_path):
+    with pytest.raises(ValueError, match="preset.yaml is not YAML"):
+        load_section(preset("a: [1"), "00_example", stage.Config)
+    (tmp_path / "latin.yaml").write_bytes("00_example: {output: é}".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.yaml is not YAML"):
+        load_section(tmp_path / "latin.yaml", "00_example", stage.Config)
+
+
+def test_missing_preset_names_what_is_there(stage, preset, capsys, tmp_path):
+    preset("00_example:")
+    line = refusal(stage, capsys, "--config", str(tmp_path / "prezet.yaml"))
+    assert "no preset" in line and f"{tmp_path} has preset.yaml" in line
+
+
+# help
+
+
+def test_help_shows_range_and_default_of_every_key(stage, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_config(stage.Config, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "Stage 0: an example. 100% of it is for the tests." in text
+    for field in dataclasses.fields(stage.Config):
+        assert f"--{field.name}" in text
+    assert "of the optimizer, (0, 1] (default: 0.001)" in text
+    assert "upper ends, (0, 1] (default: 0.5 1.0)" in text
+    assert "share, [0, 1) (default: 0.25)" in text
+    assert "--fast, --no-fast a switch (default: False)" in text
+    assert "{no,fp16} dtype (default: no)" in text
+
+
+def test_help_of_a_field_is_its_comment():
+    @dataclasses.dataclass
+    class Config:
+        a: int = 1
+        b: str = "# no comment"  # of b, # here
+        c: tuple[int, ...] = (
+            1,  # first
+            2,  # second
+        )  # third
+
+    assert field_help(Config) == {"a": "", "b": "of b, # here", "c": "first second third"}
+
+
+# the output folder
+
+
+@pytest.fixture
+def config(stage, tmp_path):
+    return stage.Config(output=str(tmp_path / "run"))
+
+
+def test_output_is_made_with_the_settings_in_it(config, tmp_path):
+    output = open_output(config)
+    assert output == tmp_path / "run"
+    stored = yaml.safe_load((output / "config.yaml").read_text())
+    assert list(stored) == ["00_example"]
+    assert stored["00_example"]["limits"] == [0.5, 1.0] and "overwrite" not in stored["00_example"]
+    assert not is_complete(output)
+    (output / "done.json").write_text("{}")
+    assert is_complete(output)
+
+
+def test_saved_settings_are_a_preset(stage, config):
+    changed = dataclasses.replace(config, rate=5e-5, limits=(0.25, 1.0), mode="no", warmup=None, output=config.output)
+    save_config(changed, open_output(config))
+    assert parse_config(stage.Config, ["--config", str(Path(config.output) / "config.yaml")]) == changed
+
+
+def test_same_settings_continue(config):
+    (open_output(config) / "row").write_text("kept")
+    assert (open_output(config) / "row").read_text() == "kept"
+
+
+def test_other_settings_are_refused_with_their_keys(config):
+    (open_output(config) / "row").write_text("kept")
+    with pytest.raises(FileExistsError) as refused:
+        open_output(dataclasses.replace(config, rate=0.5, limits=(1.0,)))
+    message = str(refused.value)
+    assert "limits (0.5 1.0 there, 1.0 now), rate (0.001 there, 0.5 now)" in message and "--overwrite" in message
+    assert (Path(config.output) / "row").read_text() == "kept"
+
+
+def test_where_and_how_fast_it_runs_may_differ(config):
+    open_output(config)
+    open_output(dataclasses.replace(config, device="cpu", num_workers=4))
+
+
+def test_overwrite_starts_anew(config):
+    output = open_output(config)
+    (output / "done.json").write_text("{}")
+    (output / "folder").mkdir()
+    (output / "folder/row").write_text("old")
+    open_output(dataclasses.replace(config, rate=0.5, overwrite=True))
+    assert [path.name for path in output.iterdir()] == ["config.yaml"]
+    assert yaml.safe_load((output / "config.yaml").read_text())["00_example"]["rate"] == 0.5
+
+
+def test_overwrite_deletes_in_a_linked_folder_and_not_what_is_linked_from_it(config, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "photographs").mkdir()
+    (tmp_path / "photographs/one.png").write_text("kept")
+    Path(config.output).symlink_to(tmp_path / "disk")
+    output = open_output(config)
+    (output / "photographs").symlink_to(tmp_path / "photographs")
+    open_output(dataclasses.replace(config, overwrite=True))
+    assert Path(config.output).is_symlink() and [p.name for p in output.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "photographs/one.png").read_text() == "kept"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folder_of_something_else_is_never_touched(config, overwrite):
+    output = Path(config.output)
+    output.mkdir()
+    (output / "thesis.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match="was not made by 00_example but has thesis.txt in it"):
+        open_output(dataclasses.replace(config, overwrite=overwrite))
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("text", ["01_other: {}", "jekyll: {theme: dark}", "a: [1", "00_example: 3"])
+def test_folder_with_settings_of_something_else_is_never_touched(config, overwrite, text):
+    output = Path(config.output)
+    output.mkdir()
+    (output / "config.yaml").write_text(text)
+    with pytest.raises(FileExistsError, match="was not made by 00_example"):
+        open_output(dataclasses.replace(config, overwrite=overwrite))
+    assert (output / "config.yaml").read_text() == text
+
+
+def test_output_that_is_a_file(config):
+    Path(config.output).write_text("kept")
+    with pytest.raises(FileExistsError, match="has to be a folder but .* is a file"):
+        open_output(config)
+
+
+def test_runs_inside_of_the_folder_are_left_alone(config):
+    """As the demo's `results/demo`, which stands in the last stage's `results`."""
+    inner = dataclasses.replace(config, output=f"{config.output}/demo/run")
+    (open_output(inner) / "row").write_text("kept")
+    output = open_output(config)
+    (output / "row").write_text("old")
+    open_output(dataclasses.replace(config, overwrite=True))
+    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "demo"]
+    assert (Path(inner.output) / "row").read_text() == "kept"
+
+
+def test_killed_while_the_settings_were_written(config):
+    """What is left is the temporary file; the same command goes on."""
+    Path(config.output).mkdir()
+    (Path(config.output) / "config.yaml.part").write_text("00_exa")
+    open_output(config)
+
+
+# errors of a stage
+
+
+def test_own_errors_are_one_line(stage):
+    with pytest.raises(SystemExit) as ended:
+        run_stage(stage.main, stage.Config, ["--mode", "fp16"])
+    assert ended.value.code == "00_example.py: error: fp16 has to have a GPU"
+
+
+def test_errors_of_faceprior_are_one_line(stage, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="00_example.py: error: `output` has to be a folder but"):
+        run_stage(stage.main, stage.Config, ["--output", str(tmp_path / "file")])
+
+
+def test_other_errors_keep_their_traceback(stage):
+    """A RuntimeError that torch raises in the stage's own line is a bug, not a message."""
+    with pytest.raises(RuntimeError, match="size"):
+        run_stage(stage.main, stage.Config, ["--fast"])
+
+
+def test_interrupt_ends_with_its_exit_code(stage, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_stage(stage.main, stage.Config, ["--seed", "1"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "00_example.py: interrupted; the same command continues\n"
+
+
+def test_as_a_script_from_its_own_folder(stage, tmp_path):
+    """Names of files are then relative or those of `__main__`."""
+    script = Path(inspect.getfile(stage.Config))
+    script.write_text(script.read_text().replace("import torch\n", ""))
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, script.name, *arguments], cwd=script.parent, capture_output=True, text=True, timeout=60
+        )
+
+    refused = run("--mode", "fp16")
+    assert (refused.returncode, refused.stderr) == (1, "00_example.py: error: fp16 has to have a GPU\n")
+    assert "of the optimizer, (0, 1] (default: 0.001)" in run("--help").stdout
+    assert run("--output", str(tmp_path / "run")).returncode == 0
+    assert (tmp_path / "run/config.yaml").is_file()
+
+
+# the project's own stages and presets
+
+
+NUMBERED = sorted(path.stem for path in STAGES.glob("0*.py"))
+PRESETS = sorted((STAGES / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_every_number_of_a_stage_has_a_range(name):
+    config_class = load_stage(name).Config
+    helps = field_help(config_class)
+    for key, hint in typing.get_type_hints(config_class).items():
+        assert helps[key], f"{key} has no help"
+        numeric = {int, float} & {hint, *typing.get_args(hint)}
+        if numeric:
+            assert re.search(r"[\[(]-?[\d.e-]+, (-?[\d.e-]+|inf)[\])]", helps[key]), f"{key} has no range"
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_defaults_of_a_stage_are_in_their_ranges(name):
+    config_class = load_stage(name).Config
+    defaults = dataclasses.asdict(config_class())
+    assert make_config(config_class, defaults) == config_class() == parse_config(config_class, [])
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_section_of_a_preset_parses(path):
+    sections = yaml.safe_load(path.read_text())
+    assert set(sections) <= set(NUMBERED)
+    for name in sections:
+        config_class = load_stage(name).Config
+        assert stage_name(config_class) == name
+        config = parse_config(config_class, ["--config", str(path)])
+        assert config == make_config(config_class, sections[name])
+        if path.stem == "tiny":  # it spells the defaults out
+            assert config == config_class()

@@ -1,0 +1,101 @@
+"""Every formula that is trained on, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from faceprior.losses import guidance_loss, noise_loss, normalized_time, pairwise_ranking_loss, time_weight
+
+
+def test_ranking_loss_by_hand():
+    """Margins 0, ln 3, -ln 3 give sigmoid 1/2, 3/4, 1/4; the mean of their -log."""
+    good, bad = torch.tensor([1.0, math.log(3), 2.0]), torch.tensor([1.0, 0.0, 2 + math.log(3)])
+    expected = -torch.tensor([0.5, 0.75, 0.25]).log().mean()
+    torch.testing.assert_close(pairwise_ranking_loss(good, bad), expected)
+
+
+def test_ranking_loss_of_large_margins():
+    """-log sigmoid(-m) tends to m: no overflow in float32, and none from float16 rewards."""
+    assert pairwise_ranking_loss(torch.tensor([0.0]), torch.tensor([500.0])).item() == 500
+    assert pairwise_ranking_loss(torch.tensor([500.0]), torch.tensor([0.0])).item() == 0
+    half = pairwise_ranking_loss(torch.tensor([-6e4], dtype=torch.float16), torch.tensor([6e4], dtype=torch.float16))
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(12e4, rel=1e-3)
+
+
+def test_ranking_loss_pulls_the_sides_apart():
+    """d/dgood of -log sigmoid(good - bad) is -(1 - sigmoid), at margin ln 3: -1/4; for bad the opposite."""
+    good, bad = torch.tensor([math.log(3)], requires_grad=True), torch.zeros(1, requires_grad=True)
+    pairwise_ranking_loss(good, bad).backward()
+    torch.testing.assert_close(good.grad, torch.tensor([-0.25]))
+    torch.testing.assert_close(bad.grad, torch.tensor([0.25]))
+
+
+def test_guidance_loss_by_hand():
+    """One sample, two channels, a row of two cells, the mask 1 and 1/2.
+
+    The differences 2, 4 and 6, 8 of the two channels become 2, 2 and 6, 4 under the mask: (4 + 4 + 36 + 16) / 4 = 15.
+    """
+    target = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]])
+    prediction = torch.tensor([[[[3.0, 5.0]], [[6.0, 8.0]]]])
+    mask = torch.tensor([[[[1.0, 0.5]]]])
+    assert guidance_loss(target, prediction, mask).item() == 15
+
+
+def test_guidance_loss_sees_the_face_only_and_leaves_the_target():
+    target, prediction = (torch.randn(2, 4, 3, 3, requires_grad=True) for _ in range(2))
+    mask = torch.zeros(2, 1, 3, 3)
+    mask[..., 1, 1] = 1
+    guidance_loss(target, prediction, mask).backward()
+    assert target.grad is None
+    touched = prediction.grad.abs().sum(dim=(0, 1)) > 0
+    assert touched.int().tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_guidance_loss_takes_another_distance():
+    """The l1 distance of 0 and 2 under a mask of one is 2; the distance sees masked float32 latents."""
+
+    def l1(a, b):
+        assert a.dtype == b.dtype == torch.float32
+        return (a - b).abs().mean()
+
+    latents = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float16)
+    assert guidance_loss(torch.zeros_like(latents), latents, torch.ones(1, 1, 1, 1, dtype=torch.bool), l1).item() == 2
+
+
+def test_noise_loss_by_hand():
+    """Differences 1 and 3: (1 + 9) / 2 = 5, in float32 whatever the network ran in."""
+    loss = noise_loss(torch.tensor([2.0, 0.0], dtype=torch.bfloat16), torch.tensor([1.0, 3.0]))
+    assert loss.item() == 5 and loss.dtype == torch.float32
+
+
+def test_normalized_time_by_hand():
+    """(t + 1/2) / T: 0, 1, 3 of 4 are 1/8, 3/8, 7/8; both ends keep a finite logit."""
+    assert normalized_time(torch.tensor([0, 1, 3]), 4).tolist() == [0.125, 0.375, 0.875]
+    assert time_weight(normalized_time(torch.tensor([0, 999]), 1000)).isfinite().all()
+
+
+def test_time_weight_by_hand():
+    """w(t) = exp(-(ln(t / (1 - t)) + 1/2)^2 / 2) / sqrt(2 pi), 1 / sqrt(2 pi) = .3989.
+
+    t = .5:   logit 0,       exp(-.125)             = .8825, w = .352
+    t = .32:  logit -.7538,  exp(-.2538^2 / 2)      = .9683, w = .386
+    t = .061: logit -2.7340, exp(-2.2340^2 / 2)     = .0825, w = .033
+    t = .9:   logit 2.1972,  exp(-2.6972^2 / 2)     = .0263, w = .0105 (the specification rounds it to .011)
+    """
+    weights = time_weight(torch.tensor([0.5, 0.32, 0.061, 0.9]))
+    torch.testing.assert_close(weights, torch.tensor([0.352, 0.386, 0.033, 0.0105]), rtol=0, atol=5e-4)
+    for t, weight in zip((0.5, 0.32, 0.061, 0.9), weights.tolist(), strict=True):
+        logit = math.log(t) - math.log1p(-t)
+        assert weight == pytest.approx(math.exp(-((logit + 0.5) ** 2) / 2) / math.sqrt(2 * math.pi), rel=1e-5)
+
+
+@pytest.mark.parametrize(("m", "s"), [(-0.5, 1.0), (0.0, 1.0), (0.5, 1.0), (-0.5, 0.5)])
+def test_time_weight_peaks_at_sigmoid_of_m(m, s):
+    """There the exponent is 0, and w = 1 / (s sqrt(2 pi)); the paper's ablations. For m = -1/2 it is at t = .3775."""
+    peak = 1 / (1 + math.exp(-m))
+    t = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    weights = time_weight(t, m, s)
+    assert abs(t[weights.argmax()].item() - peak) <= 0.001
+    assert time_weight(torch.tensor(peak), m, s).item() == pytest.approx(1 / (s * math.sqrt(2 * math.pi)), rel=1e-5)
+    assert (weights.diff()[t[1:] <= peak] > 0).all() and (weights.diff()[t[:-1] >= peak] < 0).all()

@@ -1,0 +1,575 @@
+"""Training runs: the order of the data, random numbers, optimizers, and going on after whatever stopped a run."""
+
+import hashlib
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from faceprior import training
+from faceprior.config import is_complete
+from faceprior.training import (
+    GracefulStop,
+    SampleStream,
+    TrainingRun,
+    collate,
+    drop_prompts,
+    finish,
+    flatten_optimizer,
+    learning_rate_factor,
+    make_accelerator,
+    make_optimizer,
+    move,
+    resolve_device,
+    restore_optimizer,
+    sample_generators,
+    sample_timesteps,
+    seeded,
+    stable_seed,
+    weight_dtype,
+)
+
+
+class Points(Dataset):
+    """Seven points on a line that a linear model can learn."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        x = torch.tensor([index / 7, 1.0, -index / 3])
+        return {"x": x, "y": x.sum() * 2 + 1, "name": f"point {index}"}
+
+
+def shake(sample, rng):
+    return {**sample, "x": sample["x"] + torch.from_numpy(rng.normal(0, 0.1, 3)).float()}
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
+def train(
+    output,
+    steps=6,
+    stop_at=None,
+    optimizer="adamw",
+    batch_size=2,
+    accumulation=1,
+    workers=0,
+    save_every=2,
+    width=1,
+    rate=0.05,
+    break_at=None,
+):
+    """Train a small network on Points with all that a stage uses; return (run, network).
+
+    stop_at: the step that is broken off; break_at: the step whose loss is not finite.
+    """
+    accelerator = make_accelerator("cpu", "no", accumulation)
+    with seeded(0):
+        network = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Dropout(0.1), torch.nn.Linear(5, width))
+        network[0].bias.requires_grad_(False)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    model, adam = accelerator.prepare(network, make_optimizer(trained, optimizer, rate))
+    run = TrainingRun(
+        output, steps, accelerator, {"net": model}, {"net": adam}, save_every, 2, "cosine", progress=False
+    )
+    run.state.setdefault("seen", [])
+    for batch in run.batches(Points(), batch_size, seed=3, augment=shake, num_workers=workers):
+        if run.step == stop_at:
+            raise Stop
+        model.train()
+        generators = run.generators(batch)
+        noise = torch.stack([torch.randn(3, generator=g) for g in generators])
+        with accelerator.accumulate(model), seeded(3, int(batch["position"][0]), "dropout"):
+            loss = (model(batch["x"] + 0.1 * noise)[:, 0] - batch["y"]).pow(2).mean()
+            if run.step == break_at:
+                loss = loss * math.inf
+            accelerator.backward(loss)
+            adam.step()
+            adam.zero_grad()
+        run.log(loss=loss, noise=noise.mean())
+        if run.every(3):
+            run.state["seen"] = [*run.state["seen"], run.step]
+    return run, network
+
+
+def train_until(output, step, **options):
+    with pytest.raises(Stop):
+        train(output, stop_at=step, **options)
+
+
+def same_weights(module, other):
+    mine, others = module.state_dict(), other.state_dict()
+    return mine.keys() == others.keys() and all(torch.equal(mine[key], others[key]) for key in mine)
+
+
+# devices
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "mps", "meta", "cuda:99"])
+def test_other_devices_are_refused(name):
+    """`meta` and `mps` are devices of torch that a run would silently not use."""
+    with pytest.raises(
+        ValueError, match=f"`device` (has to be auto, cpu, cuda or cuda:N but is '{name}'|is {name} but)"
+    ):
+        resolve_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cuda_where_there_is_none():
+    with pytest.raises(ValueError, match="`device` is cuda but this machine has no CUDA device.*--device cpu"):
+        make_accelerator("cuda")
+
+
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="`mixed_precision` is fp16, which a CPU cannot train in: use bf16 or no"):
+        make_accelerator("cpu", "fp16")
+
+
+def test_one_process_may_train_twice_with_other_settings():
+    """As a notebook does; accelerate alone refuses another precision."""
+    for precision, accumulation in (("no", 3), ("bf16", 1), ("no", 2)):
+        accelerator = make_accelerator("cpu", precision, accumulation)
+        assert accelerator.mixed_precision == precision
+        assert accelerator.gradient_accumulation_steps == accumulation
+    assert weight_dtype("bf16") == torch.bfloat16 and weight_dtype("no") == torch.float32
+
+
+# random numbers
+
+
+def test_stable_seed_is_the_same_everywhere():
+    """The first eight bytes of the SHA-256 of the parts as JSON, little endian, without the lowest bit."""
+    digest = hashlib.sha256(b'[3, "a", 14]').digest()
+    assert stable_seed(3, "a", 14) == int.from_bytes(digest[:8], "little") // 2
+    assert 0 <= stable_seed("é") < 2**63
+    assert len({stable_seed(1, 23), stable_seed(12, 3), stable_seed("1", 23), stable_seed("123")}) == 4
+
+
+def test_seeded_puts_the_global_generator_back():
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    with seeded(1, "dropout"):
+        inside = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected)
+    with seeded(1, "dropout"):
+        assert torch.equal(torch.rand(2), inside)
+
+
+def test_generators_belong_to_the_sample_and_not_to_the_batch():
+    together = [torch.rand(3, generator=g) for g in sample_generators(1, torch.tensor([4, 5, 6]))]
+    alone = torch.rand(3, generator=sample_generators(1, [5])[0])
+    assert torch.equal(together[1], alone)
+    others = [sample_generators(2, [5]), sample_generators(1, [4]), sample_generators(1, [5], "other")]
+    assert not any(torch.equal(torch.rand(3, generator=g[0]), alone) for g in others)
+
+
+def test_timesteps_fill_their_range():
+    timesteps = sample_timesteps(sample_generators(0, range(400)), 3, 7)
+    assert timesteps.dtype == torch.int64 and set(timesteps.tolist()) == {3, 4, 5, 6}
+    assert torch.equal(timesteps[10:12], sample_timesteps(sample_generators(0, [10, 11]), 3, 7))
+
+
+def test_dropped_prompts():
+    prompts = [f"prompt {i}" for i in range(400)]
+    dropped = drop_prompts(prompts, 0.25, sample_generators(0, range(400)))
+    assert all(kept in ("", prompt) for kept, prompt in zip(dropped, prompts, strict=True))
+    assert 60 <= dropped.count("") <= 140  # 100 expected, deviation 8.7
+    assert drop_prompts(prompts[:3], 0, sample_generators(0, range(3))) == prompts[:3]
+    assert drop_prompts(prompts[:3], 1, sample_generators(0, range(3))) == [""] * 3
+
+
+# the order of the data
+
+
+def test_every_epoch_is_the_whole_dataset_once_in_another_order():
+    stream = SampleStream(Points(), seed=1)
+    epochs = [[stream[7 * epoch + i]["name"] for i in range(7)] for epoch in range(3)]
+    assert all(sorted(epoch) == [f"point {i}" for i in range(7)] for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [SampleStream(Points(), seed=2)[i]["name"] for i in range(7)] != epochs[0]
+
+
+def test_the_stream_is_entered_anywhere():
+    walked = SampleStream(Points(), seed=1, augment=shake)
+    for position in range(40):
+        expected = walked[position]
+    entered = SampleStream(Points(), seed=1, augment=shake)[39]
+    assert entered["position"] == 39 and entered["name"] == expected["name"]
+    assert torch.equal(entered["x"], expected["x"])
+
+
+def test_augmentation_differs_between_epochs():
+    changes = []
+    for epoch in range(2):
+        rows = [SampleStream(Points(), 1, shake)[7 * epoch + i] for i in range(7)]
+        row = next(row for row in rows if row["name"] == "point 0")
+        changes.append(row["x"] - Points()[0]["x"])
+    assert not torch.equal(*changes)
+
+
+def test_augmentation_may_not_change_the_dataset():
+    class Kept(Points):
+        samples = [Points()[i] for i in range(7)]
+
+        def __getitem__(self, index):
+            return self.samples[index]
+
+    def rename(sample, rng):
+        sample["name"] = "changed"
+        return sample
+
+    SampleStream(Kept(), 0, rename)[0]
+    assert all(sample["name"].startswith("point") for sample in Kept.samples)
+
+
+def test_empty_dataset_is_refused():
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        SampleStream([], seed=0)
+
+
+def test_collate_and_move():
+    batch = collate(
+        [{"x": torch.ones(2), "position": 3, "name": "a"}, {"x": torch.zeros(2), "position": 4, "name": "b"}]
+    )
+    assert batch["x"].tolist() == [[1, 1], [0, 0]] and batch["name"] == ["a", "b"]
+    assert batch["position"].tolist() == [3, 4]
+    moved = move(batch, torch.device("meta"))
+    assert moved["x"].is_meta and not moved["position"].is_meta and moved["name"] == ["a", "b"]
+
+
+def test_two_processes_see_together_what_one_sees():
+    """A step takes the next positions of the stream, whoever takes them: 2 processes x 2 micro-batches x 3 = 12."""
+
+    class Process:
+        def __init__(self, rank, world):
+            self.process_index, self.num_processes = rank, world
+
+    pair = [training._positions(5, 7, 6, 3, Process(rank, 2)) for rank in (0, 1)]
+    alone = training._positions(5, 7, 12, 12, Process(0, 1))
+    assert [list(batch) for batch in alone] == [list(range(60, 72)), list(range(72, 84))]
+    for step in (0, 1):
+        together = [p for batches in pair for batch in batches[2 * step : 2 * step + 2] for p in batch]
+        assert sorted(together) == list(alone[step])
+
+
+# learning rate and optimizers
+
+
+def test_learning_rate_by_hand():
+    """Warm-up over 3 steps: 1/4, 2/4, 3/4; cosine over 4: 1, (1 + cos pi/4) / 2, 1/2, (1 - cos pi/4) / 2."""
+    half = (1 + math.sqrt(0.5)) / 2
+    cosine = [learning_rate_factor(step, 7, 3, "cosine") for step in range(7)]
+    assert cosine == pytest.approx([0.25, 0.5, 0.75, 1, half, 0.5, 1 - half])
+    assert [learning_rate_factor(step, 5, 1) for step in range(5)] == [0.5, 1, 1, 1, 1]
+    assert learning_rate_factor(2, 2, 5, "cosine") == 0.5  # a run that ends in its warm-up
+
+
+def test_unknown_schedule_and_optimizer_are_named():
+    with pytest.raises(ValueError, match="`schedule` has to be constant or cosine but is 'linear'"):
+        learning_rate_factor(0, 1, schedule="linear")
+    with pytest.raises(ValueError, match="`optimizer` has to be adamw, .* but is 'sgd'"):
+        make_optimizer([torch.nn.Parameter(torch.zeros(1))], "sgd")
+
+
+OPTIMIZERS = ["adamw", "adamw8bit", "paged_adamw8bit"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_round_trip(name, tmp_path):
+    """Continuing after the round trip equals not having been interrupted. 8-bit state begins at 4096 elements."""
+    from safetensors.torch import load_file, save_file
+
+    def make():
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(80, 80)), torch.nn.Parameter(torch.randn(3))]
+        return parameters, make_optimizer(parameters, name, 0.01, weight_decay=0.1)
+
+    def step(parameters, optimizer, number):
+        for parameter in parameters:
+            generator = torch.Generator().manual_seed(number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+    whole, first = make(), make()
+    for number in range(6):
+        step(*whole, number)
+        if number < 3:
+            step(*first, number)
+    tensors, values = flatten_optimizer(first[1])
+    save_file(tensors, tmp_path / "state.safetensors")
+    second = make()
+    for parameter, value in zip(second[0], first[0], strict=True):
+        parameter.data.copy_(value)
+    restore_optimizer(second[1], load_file(tmp_path / "state.safetensors"), json.loads(json.dumps(values)))
+    for number in range(3, 6):
+        step(*second, number)
+    assert all(torch.equal(a, b) for a, b in zip(whole[0], second[0], strict=True))
+    if name != "adamw":
+        assert any(tensor.dtype == torch.uint8 for tensor in tensors.values())
+
+
+def test_restored_optimizer_keeps_its_own_settings():
+    """The learning rate belongs to the settings of the run, not to the checkpoint."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    old = make_optimizer([parameter], learning_rate=0.5)
+    old.step()
+    new = make_optimizer([parameter], learning_rate=0.25)
+    restore_optimizer(new, *flatten_optimizer(old))
+    assert new.param_groups[0]["lr"] == 0.25 and new.state[parameter]["step"] == 1
+
+
+# a run
+
+
+def metrics(folder):
+    return (Path(folder) / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("stopped_in", [2, 3, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, optimizer, stopped_in):
+    """Weights, log and the caller's state, bit for bit; step 3 is not a multiple of `save_every` and is done again."""
+    whole, weights = train(tmp_path / "whole", optimizer=optimizer)
+    train_until(tmp_path / "cut", stopped_in, optimizer=optimizer)
+    resumed, others = train(tmp_path / "cut", optimizer=optimizer)
+    assert same_weights(weights, others)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert resumed.state == whole.state == {"seen": [2, 5]} and resumed.step == 6
+
+
+def test_a_run_resumed_in_every_step_equals_an_uninterrupted_one(tmp_path):
+    _, weights = train(tmp_path / "whole", accumulation=2, save_every=1)
+    for step in range(1, 6):
+        train_until(tmp_path / "cut", step, accumulation=2, save_every=1)
+    _, others = train(tmp_path / "cut", accumulation=2, save_every=1)
+    assert same_weights(weights, others) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+
+
+def test_loading_processes_change_nothing(tmp_path):
+    _, weights = train(tmp_path / "none")
+    _, others = train(tmp_path / "two", workers=2)
+    assert same_weights(weights, others) and metrics(tmp_path / "none") == metrics(tmp_path / "two")
+
+
+def test_accumulated_micro_batches_equal_a_batch(tmp_path):
+    """2 x 2 samples are 4: the same samples and random numbers; sums differ in their order only.
+
+    Dropout is drawn per micro-batch and is left out.
+    """
+
+    def run(name, batch_size, accumulation):
+        accelerator = make_accelerator("cpu", "no", accumulation)
+        with seeded(0):
+            network = torch.nn.Linear(3, 1)
+        model, adam = accelerator.prepare(network, make_optimizer(network.parameters(), learning_rate=0.05))
+        training_run = TrainingRun(tmp_path / name, 5, accelerator, {"net": model}, {"net": adam}, progress=False)
+        syncs = []
+        for batch in training_run.batches(Points(), batch_size, seed=3):
+            noise = torch.stack([torch.randn(3, generator=g) for g in training_run.generators(batch)])
+            with accelerator.accumulate(model):
+                loss = (model(batch["x"] + noise)[:, 0] - batch["y"]).pow(2).mean()
+                accelerator.backward(loss)
+                adam.step()
+                adam.zero_grad()
+            training_run.log(loss=loss)
+            syncs.append(training_run.every(5))
+        rows = [json.loads(line) for line in metrics(tmp_path / name).splitlines()]
+        return network, [row["loss"] for row in rows], syncs
+
+    one, losses, at_ends = run("one", 4, 1)
+    two, others, at_ends_of_two = run("two", 2, 2)
+    torch.testing.assert_close(one.weight, two.weight, rtol=1e-5, atol=1e-6)
+    assert losses == pytest.approx(others, rel=1e-5)
+    assert at_ends == [False] * 4 + [True] and at_ends_of_two == [False] * 9 + [True]
+
+
+def test_log_has_a_row_per_step_with_the_mean_of_its_micro_batches(tmp_path):
+    accelerator = make_accelerator("cpu", "no", 2)
+    network = torch.nn.Linear(3, 1)
+    adam = make_optimizer(network.parameters(), learning_rate=0.5)
+    run = TrainingRun(tmp_path, 2, accelerator, {"net": network}, {"net": adam}, warmup_steps=1, progress=False)
+    for number, _ in enumerate(run.batches(Points(), 1)):
+        run.log(value=number, tensor=torch.tensor(2.0 * number, requires_grad=True))
+    rows = [json.loads(line) for line in metrics(tmp_path).splitlines()]
+    assert rows == [
+        {"step": 1, "value": 0.5, "tensor": 1.0, "learning_rate": 0.25},
+        {"step": 2, "value": 2.5, "tensor": 5.0, "learning_rate": 0.5},
+    ]
+
+
+def test_a_run_without_output_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, _ = train(None)
+    run.finish(accuracy=1)
+    assert run.step == 6 and not list(tmp_path.iterdir())
+
+
+def test_finished_run_drops_its_checkpoint(tmp_path):
+    run, _ = train(tmp_path)
+    assert not is_complete(tmp_path) and (tmp_path / "resume").is_dir()
+    run.finish(accuracy=0.5)
+    assert is_complete(tmp_path) and json.loads((tmp_path / "done.json").read_text()) == {"steps": 6, "accuracy": 0.5}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done.json", "metrics.jsonl"]
+
+
+def test_killed_after_the_last_step_only_the_end_is_left_to_do(tmp_path):
+    """The last step is always saved: the loop has nothing to do, the weights are there for the files of the stage."""
+    _, weights = train(tmp_path, steps=5, save_every=100)
+    run, others = train(tmp_path, steps=5, save_every=100, break_at=0)
+    assert run.step == 5 and same_weights(weights, others)
+
+
+def test_finish_replaces_what_a_kill_left(tmp_path):
+    (tmp_path / "done.part").write_text("{")
+    finish(tmp_path, rows=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
+
+
+# checkpoints
+
+
+def test_killed_between_the_two_renames(tmp_path):
+    """`resume` was renamed to `resume.old`, the new one not yet to `resume`: the old one is taken, and is kept safe.
+
+    The next checkpoint must not delete it before it is whole itself.
+    """
+    _, weights = train(tmp_path / "whole")
+    train_until(tmp_path / "cut", 3)
+    cut = tmp_path / "cut"
+    (cut / "resume").rename(cut / "resume.old")
+    (cut / "resume.new").mkdir()
+    (cut / "resume.new/state.json").write_text("{")
+    train_until(cut, 3)
+    assert (cut / "resume").is_dir() and not (cut / "resume.old").exists()
+    run, others = train(cut)
+    assert same_weights(weights, others) and metrics(tmp_path / "whole") == metrics(cut)
+    assert sorted(path.name for path in cut.iterdir()) == ["metrics.jsonl", "resume"]
+
+
+def test_killed_while_the_checkpoint_is_written(tmp_path):
+    """Half of a new one beside the old one is passed over; so is what is left of a deleted one."""
+    _, weights = train(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    train_until(cut, 3)
+    shutil.copytree(cut / "resume", cut / "resume.new")
+    (cut / "resume.new/parameters.safetensors").write_bytes(b"torn")
+    (cut / "resume.old").mkdir()
+    _, others = train(cut)
+    assert same_weights(weights, others)
+
+
+@pytest.mark.parametrize("file", ["state.json", "parameters.safetensors", "net.optimizer.safetensors"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_damaged_checkpoint_is_never_read_as_whole(tmp_path, file, missing):
+    train_until(tmp_path, 3)
+    path = tmp_path / "resume" / file
+    if missing:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="the checkpoint .*resume is damaged .*delete it to train from step 0"):
+        train(tmp_path)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    train_until(tmp_path, 3)
+    with pytest.raises(ValueError, match=r"made by another model: 2 parameters differ .* net\.2\.bias, net\.2\.weight"):
+        train(tmp_path, width=2)
+    accelerator = make_accelerator("cpu")
+    network = torch.nn.Linear(3, 1)
+    with pytest.raises(ValueError, match=r"made by another model: \d parameters differ .*net\.0\.weight"):
+        TrainingRun(tmp_path, 6, accelerator, {"net": network}, {"net": make_optimizer(network.parameters())})
+
+
+def test_frozen_parameters_are_not_in_the_checkpoint(tmp_path):
+    from safetensors.torch import load_file
+
+    train_until(tmp_path, 3)
+    assert set(load_file(tmp_path / "resume/parameters.safetensors")) == {"net.0.weight", "net.2.weight", "net.2.bias"}
+
+
+def test_numbers_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpoint(tmp_path):
+    _, weights = train(tmp_path / "whole")
+    with pytest.raises(ValueError, match="`loss` became (inf|nan) at step 4: lower the learning rate"):
+        train(tmp_path / "cut", break_at=3)
+    assert json.loads((tmp_path / "cut/resume/state.json").read_text())["step"] == 2
+    assert len(metrics(tmp_path / "cut").splitlines()) == 3
+    _, others = train(tmp_path / "cut")
+    assert same_weights(weights, others) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+
+
+# signals
+
+
+def test_first_signal_is_a_request_and_the_second_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), GracefulStop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_ends_the_run_after_its_step(tmp_path):
+    """In a notebook it stays a KeyboardInterrupt; the step in progress is kept."""
+    _, weights = train(tmp_path / "whole", save_every=100)
+    accelerator = make_accelerator("cpu")
+    network = torch.nn.Linear(3, 1)
+    adam = make_optimizer(network.parameters())
+    run = TrainingRun(tmp_path / "cut", 6, accelerator, {"net": network}, {"net": adam}, 100, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run.batches(Points(), 2):
+            if run.step == 2:
+                signal.raise_signal(signal.SIGINT)
+    assert run.step == 3
+    assert json.loads((tmp_path / "cut/resume/state.json").read_text())["step"] == 3
+
+
+def run_killed(folder, number, workers=0):
+    """Run `train` in a process of its own that gets a signal while it computes step 4."""
+    code = (
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_training\n"
+        "from test_training import TrainingRun, train\n"
+        "class Run(TrainingRun):\n"
+        "    def generators(self, batch):\n"
+        "        if self.step == 3 and not os.path.exists('killed'):\n"
+        "            open('killed', 'w').close()\n"
+        f"            {'os.killpg(0, ' if workers else 'os.kill(os.getpid(), '}{int(number)})\n"
+        "        return super().generators(batch)\n"
+        "test_training.TrainingRun = Run\n"
+        f"run, _ = train('run', save_every=100, workers={workers})\n"
+        "run.finish()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=240, start_new_session=True
+    )
+
+
+def test_sigterm_keeps_the_last_step_and_the_same_command_finishes(tmp_path):
+    """With loading processes, which a scheduler's signal to the whole group reaches, too."""
+    _, weights = train(tmp_path / "whole", save_every=100)
+    stopped = run_killed(tmp_path, signal.SIGTERM, workers=2)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert "stopped after step 4; the same command continues" in stopped.stdout
+    assert json.loads((tmp_path / "run/resume/state.json").read_text())["step"] == 4
+    _, others = train(tmp_path / "run", save_every=100)
+    assert same_weights(weights, others) and metrics(tmp_path / "whole") == metrics(tmp_path / "run")
