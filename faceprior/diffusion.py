@@ -22,8 +22,11 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from faceprior.images import to_pil
 
 logger = logging.getLogger(__name__)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -266,6 +269,31 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W), about [-1, 1], with gradients."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+
+
+@torch.no_grad()
+def sample_images(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    size: int,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+) -> list[Image.Image]:
+    """Draw one size x size picture per prompt, each from the noise of its own seed.
+
+    The latents are decoded here and not by the pipeline, whose networks may run in another dtype than the VAE.
+    """
+    latents = pipeline(
+        prompts,
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).images
+    return to_pil(decode_latents(pipeline.vae, latents.float()))
 
 
 def noise_like(latents: Tensor, generator) -> Tensor:

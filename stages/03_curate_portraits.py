@@ -58,7 +58,7 @@ class Config:
     max_noise: float = 5.0  # grey levels, deviation of Gaussian noise; above: noisy, [0, 255]
     max_pepper: float = 0.004  # share of outlying pixels; above: pepper noise, [0, 1]
     max_blocks: float = 1.5  # step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
-    min_texture: float = 0.8  # grey levels, detail of the cheeks; below: over-smooth, [0, inf)
+    min_texture: float = 1.0  # grey levels, detail of the cheeks; below: over-smooth, [0, inf)
     max_clipped: float = 0.35  # share of black and white pixels; above: badly exposed, [0, 1]
     captions: Literal["both", "sidecar", "measured"] = "both"  # tags beside it, light as measured, both
     review: str = ""  # text file with the ids that a person rejected, one a line

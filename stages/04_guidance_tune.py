@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from diffusers import DiffusionPipeline
-
 from faceprior import tiny
 from faceprior.config import is_complete, open_output, run_stage
+from faceprior.diffusion import sample_images
 from faceprior.guidance import GuidanceTuner
 from faceprior.images import save_image
 from faceprior.manifest import print_problems, rewrite_rows
@@ -113,9 +111,12 @@ def main(config: Config) -> None:
 def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:
     """Draw the same prompts at the same seeds with the original and with the tuned weights."""
     chosen = sorted(set(prompts))[: config.num_samples]
+    if not chosen:
+        return
+    options = (range(len(chosen)), config.resolution, config.sample_steps, config.guidance_scale)
     with tuner.untuned() as original:
-        before = sample(config, original, chosen)
-    after = sample(config, tuner.pipeline(), chosen)
+        before = sample_images(original, chosen, *options)
+    after = sample_images(tuner.pipeline(), chosen, *options)
     rows = []
     for seed, (prompt, *images) in enumerate(zip(chosen, before, after, strict=True)):
         files = {side: f"samples/{seed:03d}_{side}.png" for side in ("before", "after")}
@@ -123,21 +124,6 @@ def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: li
             save_image(image, output / file)
         rows.append({"prompt": prompt, "seed": seed, **files})
     rewrite_rows(output / SAMPLES, rows)
-
-
-@torch.no_grad()
-def sample(config: Config, pipeline: DiffusionPipeline, prompts: list[str]) -> list:
-    """Draw one picture per prompt, the seed being the prompt's place in the list."""
-    if not prompts:
-        return []
-    return pipeline(
-        prompts,
-        height=config.resolution,
-        width=config.resolution,
-        num_inference_steps=config.sample_steps,
-        guidance_scale=config.guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
-    ).images
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from faceprior.diffusion import (
     load_pipeline,
     make_noise_scheduler,
     noise_like,
+    sample_images,
     training_target,
 )
 from faceprior.images import save_image
@@ -39,6 +40,7 @@ from faceprior.training import (
     make_optimizer,
     quiet_libraries,
     sample_timesteps,
+    seeded,
     weight_dtype,
 )
 
@@ -142,7 +144,9 @@ def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn
             part.requires_grad_(False)
     if config.train == "lora":
         layers = ["to_q", "to_k", "to_v", "to_out.0"]
-        pipeline.unet.add_adapter(LoraConfig(config.rank, layers, lora_alpha=config.rank, init_lora_weights="gaussian"))
+        lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=layers, init_lora_weights="gaussian")
+        with seeded(config.seed, "lora"):
+            pipeline.unet.add_adapter(lora)
     else:
         pipeline.unet.requires_grad_(True)
     if config.gradient_checkpointing:
@@ -153,29 +157,15 @@ def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn
     return trained
 
 
-@torch.no_grad()
 def draw_samples(
-    config: Config,
-    output: Path,
-    pipeline: DiffusionPipeline,
-    prompts: list[str],
-    side: str,
-    main_process: bool = True,
+    config: Config, output: Path, pipeline: DiffusionPipeline, prompts: list[str], side: str, main_process: bool = True
 ) -> None:
     """Draw one picture per prompt, the seed being the prompt's place in the list; those already drawn stay."""
     for seed, prompt in enumerate(prompts):
         path = output / sample_file(seed, side)
-        if path.is_file() or not main_process:
-            continue
-        image = pipeline(
-            prompt,
-            height=config.resolution,
-            width=config.resolution,
-            num_inference_steps=config.sample_steps,
-            guidance_scale=config.guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-        ).images[0]
-        save_image(image, path)
+        if main_process and not path.is_file():
+            options = (config.resolution, config.sample_steps, config.guidance_scale)
+            save_image(sample_images(pipeline, [prompt], [seed], *options)[0], path)
 
 
 def sample_file(seed: int, side: str) -> str:

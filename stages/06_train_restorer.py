@@ -115,7 +115,8 @@ def main(config: Config) -> None:
             print(f"{output} is complete")
             return
 
-    prior = load_pipeline(config.prior, weight_dtype(config.mixed_precision)).to(accelerator.device)
+    dtype = weight_dtype(config.mixed_precision)
+    prior = load_pipeline(config.prior, dtype).to(accelerator.device)
     controlnet = make_controlnet(config, prior).to(accelerator.device)
     optimizer = make_optimizer(controlnet.parameters(), config.optimizer, config.learning_rate)
     model, optimizer = accelerator.prepare(controlnet, optimizer)
@@ -137,7 +138,7 @@ def main(config: Config) -> None:
             latents = encode_latents(prior.vae, batch["pixel_values"], generators)
             noise = noise_like(latents, generators)
             timesteps = sample_timesteps(generators, 0, noise_scheduler.config.num_train_timesteps, latents.device)
-            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(dtype)
             down, mid = model(
                 noisy_latents,
                 timesteps,
@@ -151,8 +152,8 @@ def main(config: Config) -> None:
                 timesteps,
                 encoder_hidden_states=null_prompt.prompt_embeds,
                 added_cond_kwargs=conditions,
-                down_block_additional_residuals=down,
-                mid_block_additional_residual=mid,
+                down_block_additional_residuals=[residual.to(dtype) for residual in down],
+                mid_block_additional_residual=mid.to(dtype),
             ).sample
             loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
             accelerator.backward(loss)
@@ -164,9 +165,11 @@ def main(config: Config) -> None:
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        restorer = AuthFaceRestorer.from_prior(prior, controlnet.eval(), settings(config))
+        controlnet = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+        restorer = AuthFaceRestorer.from_prior(prior, controlnet, settings(config))
         restorer.save_pretrained(output)
         tiny.copy_info(config.prior, output)
+        controlnet.to(dtype)  # kept in float32 on the disk, sampled as the prior is
         restore_samples(config, output, restorer, faces)
         run.finish(trained_parameters=sum(p.numel() for p in controlnet.parameters()), faces=len(faces))
         print_problems(problems, "picture")

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -30,7 +29,7 @@ from faceprior.align import align_face
 from faceprior.config import is_complete, open_output, run_stage
 from faceprior.degrade import PRESETS, degrade, scaled
 from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import load_pipeline, looks_like_path
+from faceprior.diffusion import load_pipeline, looks_like_path, sample_images
 from faceprior.guidance import load_tuned
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image
 from faceprior.manifest import append_row, print_problems, resume_rows, rewrite_rows, safe_name
@@ -153,17 +152,9 @@ def evaluate_generation(config: Config, output: Path, scorer: FaceScorer, prompt
         if not left:
             continue
         pipeline = load().to(device)
-        pipeline.set_progress_bar_config(disable=True)
         for i, prompt in tqdm(left, desc=f"drawing with the {model} model", unit="picture"):
-            with torch.no_grad():
-                image = pipeline(
-                    prompt,
-                    height=config.resolution,
-                    width=config.resolution,
-                    num_inference_steps=config.sample_steps,
-                    guidance_scale=config.guidance_scale,
-                    generator=torch.Generator().manual_seed(config.seed + i),
-                ).images[0]
+            options = (config.resolution, config.sample_steps, config.guidance_scale)
+            image = sample_images(pipeline, [prompt], [config.seed + i], *options)[0]
             file = f"pictures/{model}/{i:05d}.png"
             save_image(image, output / file)
             row = {"part": "generation", "id": f"{i:05d}", "model": model, "prompt": prompt, "picture": file}

@@ -172,6 +172,25 @@ def test_evaluation_says_why_a_number_is_missing(chain):
         assert row["value"] is not None or row["note"].startswith("not measured: ")
 
 
+def test_loras_in_half_precision(workplace, tiny_models):
+    """The small GPU's way through stages 4 to 7: bfloat16, LoRAs, 8-bit Adam, gradient checkpointing."""
+    small = {"mixed_precision": "bf16", "optimizer": "adamw8bit", "gradient_checkpointing": True}
+    chain = settings(tiny_models)
+    run(GUIDANCE, **chain[GUIDANCE], **small, train="lora", rank=4, alpha=8, output="guided")
+    assert {"pytorch_lora_weights.safetensors"} == {path.name for path in Path("guided").glob("*.safetensors")}
+    run(PRIOR, **chain[PRIOR], **small, train="lora", rank=4, output="prior")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    before, after = load_file(tiny_models / "sdxl" / name), load_file(f"prior/{name}")
+    assert before.keys() == after.keys()  # fused: no LoRA keys are left
+    changed = {key for key in before if not torch.equal(before[key].bfloat16(), after[key])}
+    assert changed and all(".to_" in key and "attn" in key for key in changed)
+    run(RESTORER, **chain[RESTORER], **small, prior="prior", output="restorer")
+    values = chain[EVAL] | {"guided": "guided", "restorer": "restorer", "output": "half", "mixed_precision": "bf16"}
+    run(EVAL, **values)
+    for made in ("guided", "prior", "restorer", "half"):
+        assert all(np.isfinite(row.get("loss", 0)) for row in rows(Path(made) / "metrics.jsonl"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stage_leaves_its_log_settings_and_mark(chain, name, tiny_models):
     stage = load_stage(name)
@@ -340,6 +359,8 @@ def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models):
         "2",
         "--num_machines",
         "1",
+        "--main_process_port",
+        "0",
     ]
     process = start(GUIDANCE, values, tmp_path, *launch, "--mixed_precision", "no", "--dynamo_backend", "no")
     printed, _ = process.communicate(timeout=240)
