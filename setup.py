@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "faceprior" / "__init__.py").read_text()).group(1)
@@ -15,7 +15,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["faceprior", "faceprior.drawing"],
+    packages=find_packages(include=["faceprior", "faceprior.*"]),
     package_data={"faceprior": ["report.html"]},
     python_requires=">=3.10",
     install_requires=[

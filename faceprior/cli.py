@@ -18,7 +18,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 1 when any input failed, 2 when nothing could be done."""
     options = make_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("faceprior").setLevel(logging.INFO)  # which detector, which weights
     try:
         return options.run(options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -78,9 +79,8 @@ def run_score(options: argparse.Namespace) -> int:
         from faceprior.images import load_image
 
         detection = {"min_confidence": options.min_confidence, "min_face_size": options.min_face_size}
-        return {
-            "faces": [face.to_dict() for face in scorer.score(load_image(path), detector=options.detector, **detection)]
-        }
+        found = scorer.score(load_image(path), detector=options.detector, **detection)
+        return {"faces": [{key: face.to_dict()[key] for key in ("score", "box", "confidence")} for face in found]}
 
     failed = []
     for path, result in _each(paths, score, failed):

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import logging
 import math
 import re
 import shutil
@@ -48,6 +49,8 @@ def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] 
     """
     stage = Path(inspect.getfile(config_class))
     config = parse_config(config_class, argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("faceprior").setLevel(logging.INFO)  # which detector, where a run goes on
     try:
         main(config)
     except KeyboardInterrupt:
