@@ -204,7 +204,9 @@ class GracefulStop:
     def __enter__(self) -> GracefulStop:
         self._old = {}
         if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+            # what the caller ignores (Ctrl-C under nohup, in a background job) stays ignored
+            heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) != signal.SIG_IGN]
+            self._old = {s: signal.signal(s, self._request) for s in heard}
         return self
 
     def _request(self, number, frame):

@@ -44,6 +44,7 @@ from faceprior.training import (
     make_optimizer,
     quiet_libraries,
     sample_timesteps,
+    seeded,
     weight_dtype,
 )
 
@@ -200,7 +201,8 @@ def make_controlnet(config: Config, prior: DiffusionPipeline) -> ControlNetModel
             part.requires_grad_(False).eval()
     # the condition is brought to the latents' size by one stride of 2 less than it has widths
     widths = (16, 32, 96, 256) if prior.vae_scale_factor == 8 else (16, 32, 64)
-    controlnet = ControlNetModel.from_unet(prior.unet, conditioning_embedding_out_channels=widths).float()
+    with seeded(config.seed, "controlnet"):
+        controlnet = ControlNetModel.from_unet(prior.unet, conditioning_embedding_out_channels=widths).float()
     if config.gradient_checkpointing:
         prior.unet.enable_gradient_checkpointing()
         controlnet.enable_gradient_checkpointing()

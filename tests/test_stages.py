@@ -299,6 +299,16 @@ def test_unknown_keys_and_values_out_of_range_are_named(name, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", [SCORER, PRIOR, RESTORER])
+def test_a_run_is_a_function_of_its_settings(workplace, name, tiny_models):
+    """Two runs from nothing leave the same files, so a run that is killed before its first checkpoint loses nothing."""
+    config = load_stage(name).Config(**settings(tiny_models)[name])
+    first = snapshot(Path(config.output))
+    shutil.rmtree(config.output)
+    load_stage(name).main(config)
+    assert snapshot(Path(config.output)) == first
+
+
 def start(name: str, values: dict, folder: Path, *launcher: str) -> subprocess.Popen:
     """Start a stage in a process of its own, in `folder`."""
     options = [f"--{key}={value}" for key, value in values.items()]
