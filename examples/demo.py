@@ -1,7 +1,6 @@
-"""The whole chain on the tiny preset, below results/demo/, and the report: what `make demo` runs."""
+"""The whole chain on the tiny preset below results/demo/, two real photographs and the report: `make demo` runs it."""
 
 import contextlib
-import json
 import os
 import runpy
 import sys
@@ -11,39 +10,29 @@ from pathlib import Path
 import skimage.data
 from matplotlib.cbook import get_sample_data
 
-from faceprior.cli import main as faceprior
+from faceprior import cli, report
 from faceprior.images import load_image, save_image
-from faceprior.report import write_report
+from faceprior.manifest import rewrite_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORE = ["score", "photographs", "--checkpoint", "checkpoints/scorer", "--json"]
 RESTORE = ["restore", "photographs", "-o", "restored", "--checkpoint", "checkpoints/restorer"]
-
-
-def run(command: list[str], work) -> dict:
+STAGES = [["python", f"stages/{path.name}"] for path in sorted((ROOT / "stages").glob("0*.py"))]
+rows = []
+(ROOT / "results/demo").mkdir(parents=True, exist_ok=True)
+os.chdir(ROOT / "results/demo")
+save_image(skimage.data.astronaut(), "photographs/astronaut.png")
+save_image(load_image(get_sample_data("grace_hopper.jpg", asfileobj=False)), "photographs/grace_hopper.png")
+for command in [*STAGES, ["faceprior", *SCORE], ["faceprior", *RESTORE]]:
     print("$", *command, flush=True)
     start = time.perf_counter()
-    work()
-    return {"command": command, "seconds": time.perf_counter() - start}
-
-
-def stage(path: Path) -> None:
-    sys.argv = [str(path)]
-    runpy.run_path(str(path), run_name="__main__")
-
-
-def score() -> None:
-    with open("photographs/scores.jsonl", "w") as file, contextlib.redirect_stdout(file):
-        faceprior(SCORE)
-
-
-if __name__ == "__main__":
-    os.makedirs(ROOT / "results/demo", exist_ok=True)
-    os.chdir(ROOT / "results/demo")
-    save_image(skimage.data.astronaut(), "photographs/astronaut.png")
-    save_image(load_image(get_sample_data("grace_hopper.jpg", asfileobj=False)), "photographs/grace_hopper.png")
-    rows = [run(["python", f"stages/{p.name}"], lambda p=p: stage(p)) for p in sorted((ROOT / "stages").glob("0*.py"))]
-    rows += [run(["faceprior", *SCORE], score), run(["faceprior", *RESTORE], lambda: faceprior(RESTORE))]
-    if not Path("commands.jsonl").exists():  # a second call only resumes: the first one's durations are the chain's
-        Path("commands.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print("report:", write_report(Path("."), Path("report.html")).resolve())
+    if command[0] == "python":
+        sys.argv = [str(ROOT / command[1])]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        with contextlib.redirect_stdout(open("photographs/scores.jsonl", "w") if command[1] == "score" else sys.stdout):
+            cli.main(command[1:])
+    rows.append({"command": command, "seconds": time.perf_counter() - start})
+if not Path("commands.jsonl").exists():  # a second call only resumes: the first one's durations are the chain's
+    rewrite_rows("commands.jsonl", rows)
+print("report:", report.write_report(Path("."), Path("report.html")).resolve())
