@@ -89,7 +89,7 @@ def main(config: Config) -> None:
     device = resolve_device(config.device)
     sources = find_images(config.images) if config.images else None
     output = open_output(config)
-    if is_complete(output) and sources is None:
+    if is_complete(output) and (sources is None or not left_to_do(output, sources)):
         print(f"{output} is complete: {len(resume_rows(output / MANIFEST))} pairs")
         return
     if sources is None:
@@ -109,18 +109,21 @@ def main(config: Config) -> None:
     print(f"{len(pairs)} pairs in {output}: {count_bins(config, pairs)}")
 
 
-def find_faces(config: Config, output: Path, sources: list[Path], multiple: int) -> list[tuple[str, str]]:
-    """Detect the faces of every photograph that is not in photographs.jsonl yet; return those left out and why."""
+def left_to_do(output: Path, sources: list[Path]) -> list[tuple[str, Path]]:
+    """Return name and path of the photographs that are not in photographs.jsonl yet."""
     done = {row["photograph"] for row in resume_rows(output / PHOTOGRAPHS)}
     root = common_folder(sources)
-    for path in tqdm(sources, desc="detecting", unit="photo"):
-        name = path.relative_to(root).as_posix()
-        if name in done:
-            continue
+    named = ((path.relative_to(root).as_posix(), path) for path in sources)
+    return [(name, path) for name, path in named if name not in done]
+
+
+def find_faces(config: Config, output: Path, sources: list[Path], multiple: int) -> list[tuple[str, str]]:
+    """Detect the faces of every photograph that is not in photographs.jsonl yet; return those left out and why."""
+    for name, path in tqdm(left_to_do(output, sources), desc="detecting", unit="photo"):
         row = {"photograph": name}
         try:
             row |= prepare(config, output, path, name, multiple)
-        except (ValueError, OSError) as error:
+        except (ValueError, FileNotFoundError, PermissionError) as error:  # but a full disk ends the stage
             row |= {"faces": [], "reason": str(error)}
         append_row(output / PHOTOGRAPHS, row)
     rows = sort_rows(output / PHOTOGRAPHS, "photograph")

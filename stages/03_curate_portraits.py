@@ -110,7 +110,7 @@ def judge(config: Config, output: Path, path: Path, name: str, review: set[str])
             raise ValueError("rejected by hand")
         crop = align_face(photograph, face.landmarks, config.resolution).crop
         caption = make_caption(config, path, crop)
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError, PermissionError) as error:  # but a full disk ends the stage
         thumbnail = f"rejected/{identity}.jpg"
         image = {"thumbnail": thumbnail} if (output / thumbnail).is_file() else {}
         append_row(output / REJECTED, {"id": identity, **row, **image, "reason": str(error)})
