@@ -8,9 +8,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+MANIFEST = "manifest.jsonl"
 
 
 def append_row(path: str | Path, row: dict[str, Any]) -> None:
@@ -46,6 +49,31 @@ def read_rows(path: str | Path) -> tuple[list[dict[str, Any]], list[tuple[str, s
         except ValueError as error:
             problems.append((f"{path}:{number}", f"torn or foreign row ({error})"))
     return rows, problems
+
+
+def read_manifest(
+    folder: str | Path, parse: Callable[[Path, dict[str, Any]], T], what: str, stage: str
+) -> tuple[list[T], list[tuple[str, str]]]:
+    """Read `folder/manifest.jsonl`, each row by `parse(folder, row)` -> (items, problems as (place, reason)).
+
+    A torn row, and one that `parse` refuses, is a problem and left out; what, stage: words for the errors.
+    Raises FileNotFoundError without a manifest, ValueError when nothing usable is left.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"no {what}s in {folder}: `python stages/{stage}.py` makes them")
+    rows, problems = read_rows(path)
+    items = []
+    for number, row in enumerate(rows, 1):
+        try:
+            items.append(parse(folder, row))
+        except (ValueError, TypeError, OSError) as error:
+            problems.append((f"{path}: {row.get('id', f'row {number}')}", str(error)))
+    if not items:
+        reason = f"; the first problem: {': '.join(problems[0])}" if problems else ""
+        raise ValueError(f"{path} has no usable {what}{reason}")
+    return items, problems
 
 
 def resume_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -22,9 +22,8 @@ from torch.utils.data import Dataset
 from faceprior.detect import Face
 from faceprior.diffusion import decode_latents, encode_latents
 from faceprior.images import as_array, load_image, to_pil, to_pixel_values
-from faceprior.manifest import read_rows, require_keys, resolve_file
+from faceprior.manifest import read_manifest, require_keys, resolve_file
 
-MANIFEST = "manifest.jsonl"
 AREA_LIMITS = (0.005, 0.01, 0.1, 1.0)  # upper limits of the face-area ratio, shares of the picture (Table 8)
 NOISE_FACTORS = (0.06, 0.1, 0.2, 0.4)  # the noise factor (diffusers' `strength`) in each bin (Table 8)
 
@@ -71,20 +70,7 @@ def read_pairs(folder: str | Path) -> tuple[list[FacePair], list[tuple[str, str]
     A torn row, a row without a key, a missing file or a path out of the folder is a problem, and its pair is left out.
     Raises FileNotFoundError without a manifest, ValueError when no usable pair is left.
     """
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"no pairs in {folder}: `python stages/01_make_pairs.py` makes them")
-    rows, problems = read_rows(folder / MANIFEST)
-    pairs = []
-    for number, row in enumerate(rows, 1):
-        try:
-            pairs.append(_pair_from_row(folder, row))
-        except (ValueError, TypeError, OSError) as error:
-            problems.append((f"{folder / MANIFEST}: {row.get('id', f'row {number}')}", str(error)))
-    if not pairs:
-        reason = f"; the first problem: {': '.join(problems[0])}" if problems else ""
-        raise ValueError(f"{folder / MANIFEST} has no usable pair{reason}")
-    return pairs, problems
+    return read_manifest(folder, _pair_from_row, "pair", "01_make_pairs")
 
 
 def _pair_from_row(folder: Path, row: dict[str, Any]) -> FacePair:

@@ -17,9 +17,8 @@ from torch.utils.data import Dataset
 from faceprior.align import align_face
 from faceprior.detect import Face
 from faceprior.images import as_array, cv2, to_pixel_values
-from faceprior.manifest import read_rows, require_keys, resolve_file
+from faceprior.manifest import read_manifest, require_keys, resolve_file
 
-MANIFEST = "manifest.jsonl"
 ANALYSIS_SIZE = 256  # pixels; sharpness, texture and light are measured on aligned crops of this side
 CHEEKS = np.s_[128:180, 64:192]  # rows and columns of such a crop
 
@@ -56,22 +55,13 @@ def read_portraits(folder: str | Path) -> tuple[list[Portrait], list[tuple[str, 
     A torn row, a row without a key, a missing file or a path out of the folder is a problem; its portrait is left out.
     Raises FileNotFoundError without a manifest, ValueError when no usable portrait is left.
     """
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"no portraits in {folder}: `python stages/03_curate_portraits.py` makes them")
-    rows, problems = read_rows(folder / MANIFEST)
-    portraits = []
-    for number, row in enumerate(rows, 1):
-        try:
-            require_keys(row, _ROW_TYPES)
-            resolve_file(folder, row["image"])
-            portraits.append(Portrait(**{key: row[key] for key in _ROW_TYPES}))
-        except (ValueError, TypeError, OSError) as error:
-            problems.append((f"{folder / MANIFEST}: {row.get('id', f'row {number}')}", str(error)))
-    if not portraits:
-        reason = f"; the first problem: {': '.join(problems[0])}" if problems else ""
-        raise ValueError(f"{folder / MANIFEST} has no usable portrait{reason}")
-    return portraits, problems
+    return read_manifest(folder, _portrait_from_row, "portrait", "03_curate_portraits")
+
+
+def _portrait_from_row(folder: Path, row: dict[str, Any]) -> Portrait:
+    require_keys(row, _ROW_TYPES)
+    resolve_file(folder, row["image"])
+    return Portrait(**{key: row[key] for key in _ROW_TYPES})
 
 
 class PortraitDataset(Dataset):

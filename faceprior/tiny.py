@@ -58,7 +58,7 @@ def tiny_sd15(seed: int = 0) -> StableDiffusionPipeline:
             **_UNET, cross_attention_dim=64, transformer_layers_per_block=1, attention_head_dim=(2, 4, 6)
         )
         return StableDiffusionPipeline(
-            vae=_vae(),
+            vae=make_vae(),
             text_encoder=CLIPTextModel(_text_config(64)),
             tokenizer=_tokenizer(),
             unet=unet,
@@ -83,7 +83,7 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
             projection_class_embeddings_input_dim=6 * 8 + 64,
         )
         return StableDiffusionXLPipeline(
-            vae=_vae(),
+            vae=make_vae(),
             text_encoder=CLIPTextModel(_text_config(64)),
             text_encoder_2=CLIPTextModelWithProjection(_text_config(64)),
             tokenizer=_tokenizer(),
@@ -208,7 +208,8 @@ _UNET = {
 }
 
 
-def _vae() -> AutoencoderKL:
+def make_vae() -> AutoencoderKL:
+    """Build the autoencoder that both pipelines share: 128 px to latents of 4 x 32 x 32."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,

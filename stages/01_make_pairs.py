@@ -22,6 +22,7 @@ from faceprior.detect import Face, detect_faces
 from faceprior.diffusion import load_pipeline
 from faceprior.images import find_images, load_image, save_image
 from faceprior.manifest import (
+    MANIFEST,
     append_row,
     common_folder,
     print_problems,
@@ -32,7 +33,6 @@ from faceprior.manifest import (
 )
 from faceprior.pairs import (
     AREA_LIMITS,
-    MANIFEST,
     NOISE_FACTORS,
     FaceInpainter,
     FacePair,

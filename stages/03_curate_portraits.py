@@ -26,6 +26,7 @@ from faceprior.degrade import DegradationConfig, degrade
 from faceprior.detect import Face, detect_faces
 from faceprior.images import as_array, find_images, load_image, save_image
 from faceprior.manifest import (
+    MANIFEST,
     append_row,
     common_folder,
     print_problems,
@@ -35,7 +36,7 @@ from faceprior.manifest import (
     safe_name,
     sort_rows,
 )
-from faceprior.portraits import MANIFEST, Portrait, measure_quality, photographic_tags
+from faceprior.portraits import Portrait, measure_quality, photographic_tags
 from faceprior.procedural import draw_folder
 from faceprior.training import METRICS_FILE, finish
 
