@@ -1,11 +1,14 @@
 """The command line: `faceprior score` and `faceprior restore`. Models are imported only when a command runs."""
 
 import argparse
-import json
 import logging
+import math
+import os
 import sys
-from collections import Counter
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from faceprior import __version__
@@ -13,15 +16,27 @@ from faceprior import __version__
 SCORER_ID = "OPPOer/FaceScore"
 RESTORER_ID = "Ethanliang99/AuthFace"
 DTYPES = ("float32", "float16", "bfloat16")
+DEFAULT_PROMPT = "A face."
+LOOSE = "(single pictures)"
+MAX_WAITING = 4  # batches of pictures that may wait for a batch of faces to fill
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 1 when any input failed, 2 when nothing could be done."""
+    """Run the command line; return the exit code.
+
+    0, or 1 when any input failed, 2 when nothing (more) could be done, 130 after Ctrl-C, 141 when nobody reads stdout.
+    """
     options = make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("faceprior").setLevel(logging.INFO)  # which detector, which weights
     try:
         return options.run(options)
+    except KeyboardInterrupt:
+        print("faceprior: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail as well
+        return 141
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"faceprior: error: {error}", file=sys.stderr)
         return 2
@@ -35,8 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     score = commands.add_parser("score", help="print the Face Score of every face", allow_abbrev=False)
-    _add_common(score, SCORER_ID)
-    score.add_argument("--json", action="store_true", help="one JSON object per picture and line")
+    _add_common(score, SCORER_ID, "picture, folder, glob, or `-` for a list on stdin, one a line")
+    _add_score(score)
     score.set_defaults(run=run_score)
 
     restore = commands.add_parser("restore", help="restore the faces and paste them back", allow_abbrev=False)
@@ -50,8 +65,72 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser, checkpoint: str) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture, folder or glob")
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=_count, default=32, help="faces per pass (default: %(default)s)")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="what the network reads (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per picture and line")
+    parser.add_argument("--sort", action="store_true", help="best score first; nothing is listed before the end")
+    parser.add_argument(
+        "--min-score",
+        type=_number,
+        metavar="X",
+        help="list and copy only faces at least so good; a picture without any stands in the table as `below`, in"
+        " JSON with no faces; file, drawings and summary hold all faces",
+    )
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write one row per face, and for a picture without a face or with an error; what an earlier run of the"
+        " same settings scored in FILE is not scored again, what failed is tried again",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start the --csv FILE and the drawings anew")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="DIR",
+        help="write copies with boxes and scores as PNG in the same tree below DIR, which is passed over when a"
+        " folder above it is scored",
+    )
+    parser.add_argument(
+        "--copy-best",
+        nargs=2,
+        action=_CopyBest,
+        metavar=("N", "DIR"),
+        help="copy the N pictures with the best faces to DIR/RANK_NAME; DIR is passed over like that of --draw",
+    )
+
+
+def _bounded(kind: type, rule: str, holds: Callable) -> Callable:
+    """An argparse type whose error names the rule."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"has to be {rule} but is {text!r}")
+        return value
+
+    return parse
+
+
+_number = _bounded(float, "a finite number", math.isfinite)
+_fraction = _bounded(float, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+_count = _bounded(int, "a whole number, at least 1", lambda value: value >= 1)
+
+
+class _CopyBest(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            setattr(namespace, self.dest, (_count(values[0]), Path(values[1])))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, f"N {error}") from error
+
+
+def _add_common(parser: argparse.ArgumentParser, checkpoint: str, images: str = "picture, folder or glob") -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=images)
     parser.add_argument(
         "--checkpoint",
         default=checkpoint,
@@ -61,40 +140,184 @@ def _add_common(parser: argparse.ArgumentParser, checkpoint: str) -> None:
         "--detector", default="auto", choices=("auto", "retinaface", "mtcnn"), help="auto never downloads"
     )
     parser.add_argument(
-        "--min-confidence", type=float, default=0.9, help="of the detector, [0, 1] (default: %(default)s)"
+        "--min-confidence", type=_fraction, default=0.9, help="of the detector, [0, 1] (default: %(default)s)"
     )
-    parser.add_argument("--min-face-size", type=int, default=20, help="pixels (default: %(default)s)")
+    parser.add_argument("--min-face-size", type=_count, default=20, help="pixels (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """entries: {file: None, or why it cannot be found}, in order; groups: {folder given: its files}."""
+
+    entries: dict[str, str | None]
+    groups: dict[str, dict[str, None]]
+
+    @property
+    def files(self) -> list[str]:
+        return [name for name, error in self.entries.items() if error is None]
+
+    @property
+    def roots(self) -> list[Path]:
+        loose = [Path(name).parent for name in self.groups.get(LOOSE, ())]
+        return [Path(name).expanduser() for name in self.groups if name != LOOSE] + loose
+
+
 def run_score(options: argparse.Namespace) -> int:
-    """Score every picture, printing results as they come."""
-    paths = _find(options)
+    """Score every picture, printing results as they come; what cannot be read is named at the end."""
+    from faceprior import score_output
+
+    inputs = _gather(options)
+    if not inputs.files:
+        raise ValueError("\n".join(error for error in inputs.entries.values() if error) or "no paths on stdin")
+    for option, folder in _output_folders(options).items():
+        score_output.open_output_folder(folder, inputs.files, option)
+    scorer, detector = _load_scorer(options)
+    record = None
+    if options.csv:
+        record = score_output.ScoreFile(options.csv, _settings(options, scorer, detector), options.overwrite)
+    listing = score_output.Listing(options.json, options.min_score, options.sort)
+    results = {}
+    try:
+        for result in _results(options, inputs, scorer, detector, record):
+            results[result.file] = result
+            listing.add(result)
+    finally:
+        listing.close()
+        score_output.say_summary(inputs.groups, results, len(inputs.entries))
+    if options.copy_best:
+        good = [result.above(options.min_score) for result in results.values()]
+        score_output.copy_best(good, *options.copy_best)
+    return int(any(result.error is not None for result in results.values()))
+
+
+def _gather(options: argparse.Namespace) -> _Inputs:
+    """Find the pictures; what is not there does not stop the others."""
+    from faceprior.images import find_images
+    from faceprior.score_output import without_outputs
+
+    entries, groups, first_names = {}, {}, {}
+    folders = list(_output_folders(options).values())
+    for argument in _arguments(options.images):
+        try:
+            found = without_outputs(argument, find_images(argument), folders)
+        except (ValueError, OSError) as error:
+            entries[argument] = str(error)
+            continue
+        names = [first_names.setdefault(path.resolve(), str(path)) for path in found]
+        entries.update(dict.fromkeys(names))
+        groups.setdefault(argument if Path(argument).expanduser().is_dir() else LOOSE, {}).update(dict.fromkeys(names))
+    return _Inputs(entries, groups)
+
+
+def _arguments(images: list[str]) -> Iterator[str]:
+    """The arguments, with `-` replaced by the lines of stdin (read as bytes: a file name may be no text)."""
+    for argument in images:
+        if argument == "-":
+            lines = (line.rstrip(b"\r") for line in sys.stdin.buffer.read().split(b"\n"))
+            yield from (os.fsdecode(line) for line in lines if line)
+        else:
+            yield argument
+
+
+def _output_folders(options: argparse.Namespace) -> dict[str, Path]:
+    folders = {"--draw": options.draw, "--copy-best": options.copy_best and options.copy_best[1]}
+    return {option: folder for option, folder in folders.items() if folder}
+
+
+def _load_scorer(options: argparse.Namespace) -> tuple:
+    """Return the scorer and the detector, after trying what may be wrong with the options."""
+    from PIL import Image
+
     from faceprior import FaceScorer
+    from faceprior.detect import resolve_detector
 
-    scorer = FaceScorer.from_pretrained(_checkpoint(options, "scorer"), **_dtype(options)).to(_device(options)).eval()
-
-    def score(path: Path) -> dict:
-        from faceprior.images import load_image
-
-        detection = {"min_confidence": options.min_confidence, "min_face_size": options.min_face_size}
-        found = scorer.score(load_image(path), detector=options.detector, **detection)
-        return {"faces": [{key: face.to_dict()[key] for key in ("score", "box", "confidence")} for face in found]}
-
-    failed = []
-    for path, result in _each(paths, score, failed):
-        print(json.dumps({"file": str(path), **result}) if options.json else _describe(path, result), flush=True)
-    return _summary(failed, len(paths))
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image has its own limit
+    folder, device = _checkpoint(options, "scorer"), _device(options)
+    scorer = FaceScorer.from_pretrained(folder, **_dtype(options)).to(device).eval()
+    scorer.score_crops([], options.batch_size, options.prompt)
+    return scorer, resolve_detector(options.detector)
 
 
-def _describe(path: Path, result: dict) -> str:
-    if "error" in result:
-        return f"{path}: error"
-    lines = [
-        f"{path}: {face['score']:.4f}  box {' '.join(f'{v:.0f}' for v in face['box'])}" for face in result["faces"]
-    ]
-    return "\n".join(lines) or f"{path}: no face"
+def _settings(options: argparse.Namespace, scorer, detector) -> dict:
+    """What all rows of a CSV file have in common: a change of any would make them incomparable."""
+    from faceprior.score_output import fingerprint
+
+    names = ("checkpoint", "dtype", "prompt", "min_confidence", "min_face_size")
+    settings = {name: getattr(options, name) for name in names}
+    return {**settings, "detector": detector.name, "weights": fingerprint(scorer)}
+
+
+def _results(options: argparse.Namespace, inputs: _Inputs, scorer, detector, record) -> Iterator:
+    """Yield a PictureScores per input, in order, drawn and on record; what is on record is not scored again."""
+    from tqdm.auto import tqdm
+
+    from faceprior.score_output import PictureScores, draw_scores, drawing_paths, say
+
+    known = {name: found for name in inputs.files if record and (found := record.get(name))}
+    if record and (known or record.dropped):
+        again = f", {record.dropped} that failed or are incomplete are tried again" if record.dropped else ""
+        say(f"{options.csv}: {len(known)} of {len(inputs.files)} pictures were scored before{again}")
+    targets = drawing_paths(inputs.files, inputs.roots, options.draw) if options.draw else {}
+    fresh = _score_pictures(options, scorer, detector, [name for name in inputs.files if name not in known])
+    total = len(inputs.entries)
+    with tqdm(total=total, initial=len(known), unit="picture", disable=None, file=sys.stderr) as bar:
+        for name, error in inputs.entries.items():
+            result = PictureScores(name, error=error) if error else known.get(name) or next(fresh)
+            drawn = name in known and targets and targets[name].exists()
+            if options.draw and result.error is None and not drawn:
+                draw_scores(name, result, targets[name])
+            if name not in known:
+                bar.update()
+                if record:
+                    record.append(result)
+            yield result
+
+
+def _score_pictures(options: argparse.Namespace, scorer, detector, names: list[str]) -> Iterator:
+    """Yield a PictureScores per picture, in order; faces of several pictures go through the network together."""
+    size = options.batch_size
+    waiting, crops, rewards = deque(), [], deque()
+    for name in names:
+        waiting.append(_detect(options, detector, name, crops))
+        while len(crops) >= size or (crops and len(waiting) >= MAX_WAITING * size):
+            rewards += scorer.score_crops(crops[:size], size, options.prompt)
+            del crops[:size]
+        yield from _complete(waiting, rewards)
+    rewards += scorer.score_crops(crops, size, options.prompt)
+    yield from _complete(waiting, rewards)
+
+
+def _detect(options: argparse.Namespace, detector, name: str, crops: list) -> tuple[str, list, str | None]:
+    """Return the picture's faces, or why it cannot be read, and append the faces' crops to `crops`."""
+    from faceprior.blip_inputs import crop_bounds
+    from faceprior.detect import detect_faces
+    from faceprior.images import load_image
+
+    try:
+        picture = load_image(name)
+        faces = detect_faces(picture, detector, options.min_confidence, options.min_face_size)
+        own = [picture.crop(crop_bounds(face.box, *picture.size)) for face in faces]
+    except (ValueError, OSError) as error:
+        return name, [], str(error) or type(error).__name__
+    except Exception as error:  # a library's failure on one picture of thousands: named with the others at the end
+        return name, [], f"{name}: {type(error).__name__}: {error}"
+    crops += own
+    return name, faces, None
+
+
+def _complete(waiting: deque, rewards: deque) -> Iterator:
+    """Yield the first of the waiting pictures as long as all their faces have a reward."""
+    from faceprior.score_output import PictureScores
+
+    while waiting and len(waiting[0][1]) <= len(rewards):
+        name, faces, error = waiting.popleft()
+        scored = [
+            {"score": rewards.popleft(), "box": [float(edge) for edge in face.box], "confidence": face.confidence}
+            for face in faces
+        ]
+        yield PictureScores(name, tuple(sorted(scored, key=lambda face: -face["score"])), error)
 
 
 def run_restore(options: argparse.Namespace) -> int:
@@ -135,10 +358,18 @@ def run_restore(options: argparse.Namespace) -> int:
 
 
 def _targets(options: argparse.Namespace, paths: list[Path]) -> dict[Path, Path]:
-    """Map each picture to DIR/<stem>.png, folders below a given folder kept; equal stems keep their suffix as well."""
+    """Map each picture to DIR/<stem>.png, folders below a given folder kept; equal stems keep their suffix as well.
+
+    Where two given folders hold pictures of one name, the tree below the folder that holds both is kept.
+    """
     from faceprior.images import relative_stem
+    from faceprior.manifest import common_folder
 
     stems = {path: relative_stem(path, *options.images) for path in paths}
+    if len({(stem, path.suffix) for path, stem in stems.items()}) < len(paths):
+        resolved = {path: path.resolve() for path in paths}
+        root = common_folder(list(resolved.values()))
+        stems = {path: whole.relative_to(root).with_suffix("") for path, whole in resolved.items()}
     counts = Counter(stems.values())
     names = {p: f"{stem.name}.png" if counts[stem] == 1 else f"{p.name}.png" for p, stem in stems.items()}
     return {path: options.output / stem.parent / names[path] for path, stem in stems.items()}

@@ -1,19 +1,32 @@
 """The command line, called as a user calls it (in-process where nothing is launched)."""
 
+import csv
+import io
 import json
+import os
+import shutil
+import signal
+import struct
 import subprocess
 import sys
+import threading
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from PIL import Image
 
-from faceprior.cli import main
+from faceprior.blip_inputs import DEFAULT_PROMPT
+from faceprior.cli import main, make_parser
 from faceprior.images import save_image
 from faceprior.procedural import draw_portrait
 from faceprior.restorer import AuthFaceRestorer, RestorerSettings
+from faceprior.score_output import COLOR
+from faceprior.scorer import FaceScorer
 from faceprior.tiny import tiny_controlnet, tiny_sdxl
 
 
@@ -38,6 +51,48 @@ def archive(tmp_path) -> Path:
     return tmp_path / "archive"
 
 
+@pytest.fixture(scope="module")
+def scorer(tiny_models, tmp_path_factory) -> str:
+    """The tiny scorer with a larger head, so that its scores differ in the digits that are printed."""
+    model = FaceScorer.from_pretrained(tiny_models / "scorer")
+    with torch.no_grad():
+        for name, parameter in model.mlp.named_parameters():
+            parameter.mul_(15 if name.endswith("weight") else 1)
+    folder = tmp_path_factory.mktemp("scorer")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def score(scorer, capsys):
+    """Run `faceprior score`; give (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        code = main(["score", *map(str, arguments), "--checkpoint", scorer, "--detector", "mtcnn"])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def portraits(tmp_path_factory) -> Path:
+    """Two folders of a model each: a/ with three faces, b/ with a face and a landscape of the same names."""
+    root = tmp_path_factory.mktemp("portraits")
+    for name, seed in (("a/1.png", 0), ("a/2.png", 1), ("a/10.png", 2), ("b/1.png", 3)):
+        save_image(draw_portrait(seed, 160).image, root / name)
+    save_image(skimage.data.coffee()[:160, :160], root / "b/2.png")
+    return root
+
+
+def rows_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_score_prints_one_json_object_a_picture(archive, tiny_models, capsys):
     assert main(["score", str(archive), "--checkpoint", str(tiny_models / "scorer"), "--json"]) == 1
     out, err = capsys.readouterr()
@@ -46,16 +101,376 @@ def test_score_prints_one_json_object_a_picture(archive, tiny_models, capsys):
     assert set(found["torn.png"]) == set(found["text.jpg"]) == {"file", "error"}
     assert found["coffee.png"]["faces"] == []
     (face,) = found["astronaut.png"]["faces"]
+    assert set(face) == {"score", "box", "confidence"}
     assert 170 < face["box"][0] < face["box"][2] < 290 and face["confidence"] > 0.9
     assert np.isfinite(face["score"])
     assert "2 of 6 pictures failed" in err and "UNTRAINED" in err
 
 
-def test_score_for_people(archive, tiny_models, capsys):
-    assert main(["score", str(archive / "*.png"), "--checkpoint", str(tiny_models / "scorer")]) == 1
-    out = capsys.readouterr().out
-    assert f"{archive}/coffee.png: no face" in out
-    assert f"{archive}/torn.png: error" in out
+def test_score_for_people(archive, score):
+    code, out, err = score(archive / "*.png")
+    assert code == 1
+    head, astronaut, coffee, torn = out.splitlines()
+    assert head.split() == ["score", "confidence", "x0", "y0", "x1", "y1", "file"]
+    assert coffee.split() == ["no", "face", f"{archive}/coffee.png"]
+    assert torn.split() == ["error", f"{archive}/torn.png"]
+    assert astronaut.endswith(f"{archive}/astronaut.png") and len(astronaut.split()) == 7
+    assert f"{archive}/torn.png is truncated" in err and "1 of 3 pictures failed" in err
+
+
+def test_the_scores_are_those_of_the_sdk_whatever_the_batch(portraits, scorer, score):
+    """Batches of 2 go across the pictures; the sums in another order differ in the last digits only."""
+    found = rows_of(score(portraits, "--json", "--batch-size", 2)[1])
+    model = FaceScorer.from_pretrained(scorer)
+    for row in found:
+        expected = [face.to_dict() for face in model.score(row["file"], detector="mtcnn")]
+        assert [face["box"] for face in row["faces"]] == [face["box"] for face in expected]
+        for face, wanted in zip(row["faces"], expected, strict=True):
+            assert face["score"] == pytest.approx(wanted["score"], rel=1e-4)
+    names = [Path(row["file"]).relative_to(portraits).as_posix() for row in found]
+    assert names == ["a/1.png", "a/2.png", "a/10.png", "b/1.png", "b/2.png"]
+
+
+def test_sort_and_min_score(portraits, score):
+    rows = rows_of(score(portraits, "--json")[1])
+    scores = sorted((face["score"] for row in rows for face in row["faces"]), reverse=True)
+    limit = (scores[1] + scores[2]) / 2
+    ranked = rows_of(score(portraits, "--json", "--sort", "--min-score", limit)[1])
+    assert [face["score"] for row in ranked for face in row["faces"]] == pytest.approx(scores[:2])
+    assert [len(row["faces"]) for row in ranked] == [1, 1, 0, 0, 0]
+    _, table, err = score(portraits, "--sort", f"--min-score={limit}")
+    first = [line.split()[0] for line in table.splitlines()[1:]]
+    assert first == [f"{scores[0]:.4f}", f"{scores[1]:.4f}", "below", "below", "no"]
+    assert " 4 " in err.splitlines()[-1]  # the summary holds the faces below the limit, too
+
+
+def test_the_summary_of_each_folder(portraits, score):
+    code, out, err = score(portraits / "a", portraits / "b", "--json")
+    head, *lines = err.splitlines()[-3:]
+    assert code == 0 and head.split() == ["folder", "pictures", "no", "face", "faces", "mean", "median"]
+    scores = [face["score"] for row in rows_of(out)[:3] for face in row["faces"]]
+    middle = [f"{np.mean(scores):.4f}", f"{np.median(scores):.4f}"]
+    assert lines[0].split() == [str(portraits / "a"), "3", "0.0%", "3", *middle]
+    assert lines[1].split()[:4] == [str(portraits / "b"), "2", "50.0%", "1"]
+
+
+def test_csv_holds_a_row_per_face_and_per_picture_without(archive, tmp_path, score):
+    table = tmp_path / "deep/scores.csv"
+    found = {row["file"]: row for row in rows_of(score(archive, "--json", "--csv", table)[1])}
+    rows = read_csv(table)
+    assert list(rows[0]) == ["file", "face", "faces", "score", "confidence", "x0", "y0", "x1", "y1", "error"]
+    assert {row["file"] for row in rows} == set(found)
+    for row in rows:
+        expected = found[row["file"]]
+        assert row["error"] == expected.get("error", "")
+        if row["face"]:
+            face = expected["faces"][int(row["face"]) - 1]
+            assert [float(row[edge]) for edge in ("x0", "y0", "x1", "y1")] == face["box"]
+            assert float(row["score"]) == face["score"] and float(row["confidence"]) == face["confidence"]
+        else:
+            assert row["faces"] == ("" if row["error"] else "0") and row["score"] == ""
+
+
+def test_csv_goes_on_where_it_was_cut(portraits, tmp_path, score):
+    """Cut anywhere behind its head, the file is whole again afterwards, and what it held is not scored again."""
+    table = tmp_path / "scores.csv"
+    _, whole, _ = score(portraits, "--json", "--csv", table)
+    text = table.read_text()
+    lines = text.splitlines(keepends=True)
+    for cut in (len(lines[0]), len(lines[0]) + 20, len("".join(lines[:3])) - 1, len("".join(lines[:3]))):
+        table.write_text(text[:cut])
+        code, again, _ = score(portraits, "--json", "--csv", table)
+        assert code == 0
+        for row, expected in zip(rows_of(again), rows_of(whole), strict=True):
+            assert row["file"] == expected["file"]
+            assert [face["score"] for face in row["faces"]] == pytest.approx(
+                [face["score"] for face in expected["faces"]], rel=1e-4
+            )
+        assert [row["file"] for row in read_csv(table)] == [row["file"] for row in rows_of(whole)]
+    rows = read_csv(table)
+    table.write_text(table.read_text().replace(rows[0]["score"], "7.25"))
+    _, again, err = score(portraits, "--json", "--csv", table)
+    assert rows_of(again)[0]["faces"][0]["score"] == 7.25
+    assert "5 of 5 pictures were scored before" in err
+    _, anew, _ = score(portraits, "--json", "--csv", table, "--overwrite")
+    assert rows_of(anew)[0]["faces"][0]["score"] == pytest.approx(float(rows[0]["score"]), rel=1e-4)
+
+
+def test_a_picture_that_failed_or_lacks_a_row_is_tried_again(tmp_path, score):
+    folder, table = tmp_path / "in", tmp_path / "scores.csv"
+    two = np.concatenate([draw_portrait(0, 160).image, draw_portrait(1, 160).image], axis=1)
+    save_image(two, folder / "two.png")
+    (folder / "late.png").write_bytes(b"not yet copied")
+    assert score(folder, "--csv", table)[0] == 1
+    text = table.read_text()
+    assert [row["face"] for row in read_csv(table)] == ["", "1", "2"]
+    table.write_text("".join(text.splitlines(keepends=True)[:-1]))  # a power cut between the two rows
+    save_image(draw_portrait(2, 160).image, folder / "late.png")
+    code, _, err = score(folder, "--csv", table)
+    assert code == 0 and "2 that failed or are incomplete are tried again" in err
+    assert [(Path(row["file"]).name, row["face"]) for row in read_csv(table)] == [
+        ("late.png", "1"),
+        ("two.png", "1"),
+        ("two.png", "2"),
+    ]
+
+
+def test_csv_of_other_settings_or_hands_is_refused(portraits, tmp_path, scorer, score):
+    table = tmp_path / "scores.csv"
+    picture = portraits / "b/1.png"
+    assert score(picture, "--csv", table)[0] == 0
+    code, out, err = score(picture, "--csv", table, "--min-confidence", 0.8, "--min-face-size", 30)
+    assert code == 2 and not out
+    assert "min_confidence was 0.9 and is 0.8; min_face_size was 20 and is 30)" in err and "--overwrite" in err
+    _, _, err = score(picture, "--csv", table, "--dtype", "bfloat16")
+    assert "(dtype was 'float32' and is 'bfloat16')" in err
+    original = table.read_text()
+    for text, reason in (
+        ("name,score\nx,1\n", "has the columns"),
+        (original.replace(",1,1,", ",1,one,"), "did not write"),
+        (original.replace("\n", ",9\n"), "has the columns"),
+    ):
+        table.write_text(text)
+        code, _, err = score(picture, "--csv", table)
+        assert code == 2 and reason in err and table.read_text() == text
+    (tmp_path / "scores.csv.json").unlink()
+    assert "scores.csv.json, which says how it was made, is not" in score(picture, "--csv", table)[2]
+    assert score(picture, "--csv", table, "--overwrite")[0] == 0
+    assert table.read_text().count("\n") == 2
+
+
+def test_csv_notices_that_the_folder_holds_other_weights(portraits, tmp_path, scorer, capsys):
+    model = FaceScorer.from_pretrained(scorer)
+    model.save_pretrained(tmp_path / "model")
+    command = ["score", str(portraits / "b"), "--checkpoint", str(tmp_path / "model"), "--csv", str(tmp_path / "s.csv")]
+    assert main(command) == 0
+    with torch.no_grad():
+        model.mlp[0].bias.add_(0.1)
+    model.save_pretrained(tmp_path / "model")
+    assert main(command) == 2
+    assert "other settings (weights was" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_done(portraits, tmp_path, score):
+    """The signal comes once three pictures are on record; the same command then goes on with the rest."""
+    table = tmp_path / "scores.csv"
+    (tmp_path / "in").mkdir()
+    for number in range(300):
+        (tmp_path / f"in/{number}.png").write_bytes((portraits / "a/1.png").read_bytes())
+
+    def interrupt() -> None:
+        while not table.exists() or len(table.read_text().splitlines()) < 4:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
+    options = ["--csv", table, "--batch-size", 1, "--json", "--sort"]
+    code, out, err = score(tmp_path / "in", *options)
+    watcher.join()
+    done = len(rows_of(out))
+    assert code == 130 and 3 <= done < 300 and 0 <= len(read_csv(table)) - done <= 1
+    assert f"{done} of 300 pictures done" in err
+    for picture in sorted((tmp_path / "in").iterdir())[20:]:
+        picture.unlink()
+    code, out, err = score(tmp_path / "in", *options)
+    assert code == 0 and len(rows_of(out)) == 20 and "pictures were scored before" in err
+
+
+BAD = {
+    "empty.png": (b"", "is empty"),
+    "text.jpg": (b"no picture", "not an image that Pillow can read"),
+    "bomb.png": (None, "beyond Pillow's own limit"),
+    "torn.png": (None, "is truncated"),
+}
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_bad_files_are_named_and_the_rest_goes_on(portraits, tmp_path, score):
+    folder = tmp_path / "in"
+    (folder / "nothing").mkdir(parents=True)
+    whole = (portraits / "a/1.png").read_bytes()
+    made = {"bomb.png": png_header(60_000, 60_000), "torn.png": whole[: len(whole) // 2]}
+    for name, (data, _) in BAD.items():
+        (folder / name).write_bytes(made[name] if data is None else data)
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    Image.new("RGB", (2000, 1)).save(folder / "line.png")
+    (folder / "good.png").write_bytes(whole)
+    table = tmp_path / "scores.csv"
+    code, out, err = score(folder, "--json", "--csv", table, "--draw", tmp_path / "drawn")
+    found = {Path(row["file"]).name: row for row in rows_of(out)}
+    assert code == 1 and len(found) == 7
+    for name, (_, reason) in BAD.items():
+        assert reason in found[name]["error"] and reason in err
+    assert found["one.png"]["faces"] == found["line.png"]["faces"] == []
+    assert len(found["good.png"]["faces"]) == 1
+    assert "4 of 7 pictures failed" in err
+    assert {path.name for path in (tmp_path / "drawn").glob("*.png")} == {"one.png", "line.png", "good.png"}
+    code, _, err = score(folder / "nothing", folder / "bo[mb")
+    assert code == 2 and "no images in" in err and "bo[mb" in err
+
+
+def test_every_kind_of_picture_gives_the_same_face(tmp_path, score):
+    picture = Image.fromarray(draw_portrait(9, 200).image)
+    picture.save(tmp_path / "plain.png")
+    picture.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    picture.quantize(256).save(tmp_path / "palette.gif")
+    grey = np.asarray(picture.convert("L")).astype(np.uint16)
+    Image.fromarray(grey * 257).save(tmp_path / "sixteen.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown turned by a quarter clockwise
+    picture.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=turned, quality=95)
+    code, out, _ = score(tmp_path, "--json")
+    rows = rows_of(out)
+    assert code == 0 and len(rows) == 5
+    (expected,) = (face for row in rows if row["file"].endswith("plain.png") for face in row["faces"])
+    for row in rows:
+        (face,) = row["faces"]
+        assert np.abs(np.subtract(face["box"], expected["box"])).max() < 8, row["file"]
+
+
+def test_names_that_are_no_text(portraits, tmp_path, score):
+    """A Latin-1 name and one with a line break and a colour code: one line each, and known again by their names."""
+    names = [os.fsdecode(b"in/caf\xe9.png"), "in/two\nlines \x1b[31m.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        try:
+            (tmp_path / name).write_bytes((portraits / "a/1.png").read_bytes())
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    table = tmp_path / "s.csv"
+    options = ["--csv", table, "--draw", tmp_path / "drawn", "--copy-best", 2, tmp_path / "best"]
+    code, out, _ = score(tmp_path / "in", *options)
+    assert code == 0 and len(out.splitlines()) == 3
+    assert r"caf\udce9.png" in out and r"two\nlines \x1b[31m.png" in out
+    assert len(read_csv(table)) == 2
+    assert "2 of 2 pictures were scored before" in score(tmp_path / "in", *options)[2]
+    assert (tmp_path / "drawn" / Path(names[0]).name).is_file()
+    assert rows_of(score(tmp_path / names[0], "--json")[1])[0]["file"] == str(tmp_path / names[0])
+
+
+def test_a_hundred_faces(tmp_path, scorer, score):
+    """Ten by ten portraits in one picture and a single one behind it, in batches that straddle the two."""
+    tiles = [draw_portrait(seed, 96).image for seed in (0, 1, 2)]
+    grid = np.concatenate([np.concatenate([tiles[(r + c) % 3] for c in range(10)], axis=1) for r in range(10)])
+    save_image(grid, tmp_path / "in/grid.png")
+    save_image(draw_portrait(0, 160).image, tmp_path / "in/one.png")
+    options = ["--json", "--batch-size", 16, "--min-confidence", 0.6, "--min-face-size", 30]
+    code, out, _ = score(tmp_path / "in", *options, "--draw", tmp_path / "drawn")
+    crowd, one = rows_of(out)
+    assert code == 0 and len(one["faces"]) == 1 and len(crowd["faces"]) == 100
+    expected = FaceScorer.from_pretrained(scorer).score(grid, faces=[face["box"] for face in crowd["faces"]])
+    scores = [face["score"] for face in crowd["faces"]]
+    assert scores == sorted(scores, reverse=True)
+    assert scores == pytest.approx([face.score for face in expected], rel=1e-4)
+    assert Image.open(tmp_path / "drawn/grid.png").size == (960, 960)
+
+
+def test_a_list_on_stdin_with_a_path_that_is_not_there(portraits, tmp_path, score, monkeypatch):
+    names = [portraits / "b/1.png", tmp_path / "gone.png", portraits / "a/2.png", portraits / "b/1.png"]
+    text = "\r\n".join(map(str, names)) + "\n\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    code, out, err = score("-", "--json")
+    assert code == 1 and [row["file"] for row in rows_of(out)] == [str(name) for name in names[:3]]
+    assert "no file or folder at" in rows_of(out)[1]["error"] and "1 of 3 pictures failed" in err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    code, _, err = score("-")
+    assert code == 2 and "no paths on stdin" in err
+
+
+def test_drawings_keep_the_tree_and_are_not_scored(tmp_path, portraits, score):
+    shutil.copytree(portraits, tmp_path / "in")
+    drawn = tmp_path / "in/drawn"
+    code, out, _ = score(tmp_path / "in/a", tmp_path / "in/b", "--json", "--draw", drawn)
+    assert code == 0
+    tree = sorted(path.relative_to(drawn).as_posix() for path in drawn.rglob("*.png"))
+    assert tree == ["a/1.png", "a/10.png", "a/2.png", "b/1.png", "b/2.png"]
+    before, after = (np.asarray(Image.open(folder / "a/1.png")) for folder in (tmp_path / "in", drawn))
+    ((face,), name) = rows_of(out)[0]["faces"], rows_of(out)[0]["file"]
+    x0, y0, x1, y1 = map(round, face["box"])
+    assert name.endswith("a/1.png") and (after[y0 + 5 : y1 - 5, x0] == COLOR).all()
+    assert (after[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3] == before[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3]).all()
+    assert (after[:, : x0 - 1] == before[:, : x0 - 1]).all() and (after[y1 + 2 :] == before[y1 + 2 :]).all()
+    for images in (tmp_path / "in", tmp_path / "in/**/*.png"):  # even without --draw
+        _, out, err = score(images, "--json")
+        assert len(rows_of(out)) == 5 and "5 pictures passed over" in err
+    assert len(rows_of(score(drawn / "a", "--json")[1])) == 3  # unless asked for by name
+
+
+def test_output_folders_that_would_spoil_something_are_refused(tmp_path, portraits, score):
+    shutil.copytree(portraits / "a", tmp_path / "in")
+    for options in (["--draw", tmp_path / "in"], ["--copy-best", 1, tmp_path]):
+        code, out, err = score(tmp_path / "in", *options)
+        assert code == 2 and not out and "holds a picture to score" in err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    code, _, err = score(tmp_path / "in", "--draw", tmp_path / "mine")
+    assert code == 2 and "has to be new, empty, or from an earlier run" in err
+
+
+def test_pictures_of_one_stem_are_drawn_apart(portraits, tmp_path, score):
+    save_image(draw_portrait(1, 160).image, tmp_path / "1.png")
+    save_image(draw_portrait(2, 160).image, tmp_path / "1.jpg")
+    score(tmp_path / "1.png", tmp_path / "1.jpg", "--draw", tmp_path / "drawn")
+    assert {path.name for path in (tmp_path / "drawn").glob("*.png")} == {"1.png.png", "1.jpg.png"}
+    score(portraits / "a/1.png", portraits / "b/1.png", "--draw", tmp_path / "apart")
+    assert len(list((tmp_path / "apart").rglob("1.png"))) == 2
+
+
+def test_a_missing_drawing_is_made_from_the_file(portraits, tmp_path, score):
+    options = ["--csv", tmp_path / "s.csv", "--draw", tmp_path / "drawn"]
+    score(portraits / "a", *options)
+    first = (tmp_path / "drawn/2.png").read_bytes()
+    (tmp_path / "drawn/2.png").unlink()
+    score(portraits / "a", *options)
+    assert (tmp_path / "drawn/2.png").read_bytes() == first
+
+
+def test_copy_best(portraits, tmp_path, score):
+    rows = rows_of(score(portraits, "--json", "--copy-best", 2, tmp_path / "best")[1])
+    ranked = sorted((row for row in rows if row["faces"]), key=lambda row: -row["faces"][0]["score"])
+    copies = sorted((tmp_path / "best").glob("*.png"))
+    assert [path.name for path in copies] == [f"{i}_{Path(row['file']).name}" for i, row in enumerate(ranked[:2], 1)]
+    assert [path.read_bytes() for path in copies] == [Path(row["file"]).read_bytes() for row in ranked[:2]]
+    limit = ranked[0]["faces"][0]["score"] - 1e-6
+    _, _, err = score(portraits, "--copy-best", 10, tmp_path / "few", f"--min-score={limit}")
+    assert [path.name[:3] for path in (tmp_path / "few").glob("*.png")] == ["01_"]
+    assert "1 picture copied" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--min-confidence", "1.5"], "--min-confidence: has to be a number in [0, 1] but is '1.5'"),
+        (["--min-confidence", "nan"], "a number in [0, 1]"),
+        (["--min-face-size", "0"], "--min-face-size: has to be a whole number, at least 1 but is '0'"),
+        (["--batch-size", "2.5"], "--batch-size: has to be a whole number"),
+        (["--min-score", "inf"], "--min-score: has to be a finite number but is 'inf'"),
+        (["--copy-best", "0", "best"], "--copy-best: N has to be a whole number, at least 1 but is '0'"),
+        (["--detector", "dlib"], "invalid choice"),
+    ],
+)
+def test_options_out_of_range_name_the_rule(options, rule, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["score", "x.png", *options])
+    assert stop.value.code == 2 and rule in capsys.readouterr().err
+
+
+def test_the_default_prompt_is_the_scorers():
+    assert make_parser().parse_args(["score", "x.png"]).prompt == DEFAULT_PROMPT
+
+
+def test_a_prompt_without_its_tokenizer_ends_before_the_first_picture(portraits, score, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = score(portraits, "--prompt", "A happy face.")
+    assert code == 2 and not out and "needs the tokenizer" in err
 
 
 def test_restore_keeps_the_tree_the_size_and_the_background(archive, tmp_path, restorer, capsys):
@@ -72,6 +487,15 @@ def test_restore_keeps_the_tree_the_size_and_the_background(archive, tmp_path, r
     assert (np.asarray(Image.open(output / "coffee.png")) == skimage.data.coffee()).all()
     assert "coffee.png: no face found, copied as it is" in out
     assert "2 of 6 pictures failed" in err
+
+
+def test_restore_keeps_folders_with_equal_names_apart(tmp_path, restorer):
+    for album in ("a", "b"):
+        save_image(skimage.data.coffee()[:64, :64] // (1 + (album == "b")), tmp_path / album / "one.png")
+    command = ["restore", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out")]
+    assert main([*command, "--checkpoint", restorer]) == 0
+    for album in ("a", "b"):
+        assert (tmp_path / "out" / album / "one.png").read_bytes() == (tmp_path / album / "one.png").read_bytes()
 
 
 def test_offline_without_a_checkpoint_the_id_is_named(archive, tmp_path, capsys, monkeypatch):

@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    0: "images losses config manifest",
-    1: "detect align degrade color diffusion metrics training blip_inputs report_parts",
-    2: "procedural pairs portraits convert",
-    3: "scorer guidance restorer report_sections",
+    0: "images losses config manifest judgement_metrics",
+    1: "detect align degrade color diffusion metrics training blip_inputs report_parts judgement_files",
+    2: "procedural pairs portraits convert judgement",
+    3: "scorer guidance restorer report_sections score_output",
     4: "cli report tiny",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
