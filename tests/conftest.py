@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,9 @@ from types import ModuleType
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+
+# A background job starts with Ctrl-C ignored, and its children too; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 STAGES = Path(__file__).resolve().parent.parent / "stages"
 

@@ -518,22 +518,17 @@ def test_numbers_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpo
 # signals
 
 
-@pytest.fixture
-def ctrl_c():
-    """Python's own handler of Ctrl-C; a background job starts with the signal ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_an_ignored_signal_stays_ignored(ctrl_c):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with GracefulStop() as stop:
-        signal.raise_signal(signal.SIGINT)
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with GracefulStop() as stop:
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stop.signal is None
 
 
-def test_first_signal_is_a_request_and_the_second_stops_at_once(ctrl_c):
+def test_first_signal_is_a_request_and_the_second_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), GracefulStop() as stop:
         signal.raise_signal(signal.SIGINT)
@@ -542,7 +537,7 @@ def test_first_signal_is_a_request_and_the_second_stops_at_once(ctrl_c):
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_ctrl_c_ends_the_run_after_its_step(tmp_path, ctrl_c):
+def test_ctrl_c_ends_the_run_after_its_step(tmp_path):
     """In a notebook it stays a KeyboardInterrupt; the step in progress is kept."""
     _, weights = train(tmp_path / "whole", save_every=100)
     accelerator = make_accelerator("cpu")
