@@ -9,7 +9,7 @@ the same bytes on every call, and the same person at every size.
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,9 +33,9 @@ TEST_SEEDS = 20_000
 MIN_SIZE, MAX_SIZE = 64, 2048
 SEEN_CORNER = 0.95  # of the mouth's half width: where an eye sees the corner, just inside the geometric one
 TAGS = (
-    "age_group", "sex", "expression", "hair_color", "hair_style", "fringe", "glasses", "beard", "skin_tone",
-    "eye_color", "freckles", "lipstick", "clothes", "light_side", "light_hardness", "color_temperature", "background",
-    "yaw", "pitch", "roll",
+    "age_group", "sex", "expression", "hair_color", "hair_style", "fringe", "glasses", "ear_rings", "beard",
+    "skin_tone", "eye_color", "freckles", "lipstick", "clothes", "light_side", "light_hardness", "color_temperature",
+    "background", "yaw", "pitch", "roll",
 )  # fmt: skip
 
 
@@ -279,6 +279,8 @@ def _caption_tags(tags: dict) -> list[str]:
         words.append(tags["beard"])
     if tags["glasses"] != "none":
         words.append("glasses" if tags["glasses"] != "aviator" else "aviator glasses")
+    if tags["ear_rings"] != "none":
+        words.append("ear rings")
     if tags["freckles"]:
         words.append("freckles")
     return words + _light_words(tags)
@@ -303,7 +305,7 @@ def _hair_words(tags: dict) -> str:
         "receding": "receding {} hair", "bald": "bald head", "short curly": "short curly {} hair", "afro": "{} afro",
         "bob": "{} bob", "long straight": "long straight {} hair", "long wavy": "long wavy {} hair",
         "long curly": "long curly {} hair", "tied back": "{} hair tied back",
-        "head scarf": "head scarf", "knit cap": "knit cap",
+        "head scarf": "head scarf", "knit cap": "knit cap", "hat": "{} hair, hat", "cap": "{} hair, cap",
     }[style]  # fmt: skip
     return phrase.format(color)
 
@@ -330,8 +332,31 @@ def _draw_file(folder: Path, seed: int, size: int, change: Callable | None) -> P
     drawing = draw_portrait(seed, size)
     image, word = change(drawing.image, seed) if change else (drawing.image, "")
     path = folder / f"portrait_{seed:05d}{'_' * bool(word)}{word}.png"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".txt").write_text(drawing.caption() + "\n")
+    return _save_captioned(image, drawing.caption(), path)
+
+
+def draw_scenes(
+    folder: str | Path, seeds: Iterable[int], size: int = 512, area_bins: Sequence[int] = (0, 1, 2)
+) -> list[Path]:
+    """Draw one scene per seed into `folder`, each a PNG with its caption in a .txt beside it; return the pictures.
+
+    area_bins: indices into AREA_BINS; seed number i of the list gets area_bins[i % len(area_bins)]. Pictures that are
+    there already are kept, so that an interrupted call goes on where it was.
+    """
+    folder, paths = Path(folder), []
+    for i, seed in enumerate(tqdm(list(seeds), desc="drawing", unit="scene")):
+        path = folder / f"scene_{seed:05d}.png"
+        if not path.exists():
+            scene = draw_scene(seed, size, area_bin=area_bins[i % len(area_bins)])
+            _save_captioned(scene.image, scene.caption(), path)
+        paths.append(path)
+    return paths
+
+
+def _save_captioned(image: np.ndarray, caption: str, path: Path) -> Path:
+    """Write the picture and, before it, its caption: where a picture is, its caption is too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".txt").write_text(caption + "\n")
     return save_image(image, path)
 
 

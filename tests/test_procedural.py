@@ -7,7 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from faceprior.drawing.people import CHOICES, HAIR_STYLES, sample_person, trait_names
+from faceprior.drawing.anatomy import Head
+from faceprior.drawing.complexion import Face
+from faceprior.drawing.hair import Hair
+from faceprior.drawing.people import CHOICES, HAIR_STYLES, HATS, HIDDEN_EARS, sample_person, trait_names
 from faceprior.images import cv2
 from faceprior.procedural import (
     AREA_BINS,
@@ -19,6 +22,7 @@ from faceprior.procedural import (
     contact_sheet,
     draw_portrait,
     draw_scene,
+    draw_scenes,
     main,
 )
 
@@ -132,7 +136,7 @@ def test_overrides_are_kept_and_change_nothing_else():
     plain, changed = sample_person(8), sample_person(8, hair_style="bob", glasses="round", yaw=20.0)
     assert (changed.hair_style, changed.glasses, changed.yaw) == ("bob", "round", 20.0)
     differing = {k for k, v in vars(plain).items() if vars(changed)[k] != v}
-    assert differing <= {"hair_style", "glasses", "yaw"}
+    assert differing <= {"hair_style", "hair_below", "ear_rings", "glasses", "yaw"}  # a bob hides the ears
 
 
 def test_yaw_turns_the_nose_to_its_side():
@@ -187,11 +191,83 @@ def test_bad_sizes_and_seeds_are_errors():
         draw_portrait(-1, 64)
 
 
+@pytest.mark.parametrize("kind", ["stud", "hoop", "drop"])
+def test_ear_rings_hang_at_the_ears(kind):
+    """They change a few pixels, all outside the mouth's and the eyes' columns and between eyes and chin."""
+    choices = {"hair_style": "tied back", "yaw": 0.0, "roll": 0.0}
+    plain = draw_portrait(7, 128, **choices, ear_rings="none")
+    worn = draw_portrait(7, 128, **choices, ear_rings=kind)
+    rows, columns = np.nonzero((plain.image != worn.image).any(axis=2))
+    assert 8 < len(rows) < 300
+    left, right = plain.landmarks[0, 0], plain.landmarks[1, 0]
+    assert (columns < left).any() and (columns > right).any()
+    assert not ((columns >= left) & (columns <= right)).any()
+    assert rows.min() > plain.landmarks[0, 1] and rows.max() < plain.box[3]
+    assert "ear rings" in worn.caption() and "ear rings" not in plain.caption()
+
+
+def test_who_wears_ear_rings():
+    """Nobody whose hair hides the ears; women more often than men."""
+    people = [sample_person(seed) for seed in range(300)]
+    wearing = [p for p in people if p.ear_rings != "none"]
+    assert wearing and all(p.hair_below not in HIDDEN_EARS for p in wearing)
+    assert sum(p.sex == "woman" for p in wearing) > 1.5 * sum(p.sex == "man" for p in wearing)
+
+
+@pytest.mark.parametrize("style", ["hat", "cap"])
+def test_a_hat_covers_the_hair_above_its_rim(style):
+    plain, worn = (draw_portrait(5, SIZE, hair_style=s, pitch=0.0) for s in ("short", style))
+    assert 0 < worn.region_masks["hair"].mean() < 0.7 * plain.region_masks["hair"].mean()
+    np.testing.assert_array_equal(plain.landmarks, worn.landmarks)
+    top = int(worn.landmarks[:2, 1].mean() - 0.35 * (worn.box[3] - worn.box[1]))
+    assert not worn.face_mask[:top].any() and not worn.region_masks["hair"][:top].any()
+    assert worn.caption().split(", ")[2:].count(style) == 1
+
+
+def test_few_people_wear_hats_and_all_others_keep_their_hair():
+    """About 5% wear a hat and 3.5% a cap."""
+    styles = [sample_person(seed).hair_style for seed in range(400)]
+    assert 8 <= styles.count("hat") <= 36 and 4 <= styles.count("cap") <= 28
+    assert all(p.hair_below == p.hair_style for p in map(sample_person, range(40)) if p.hair_style not in HATS)
+
+
+def test_a_natural_hairline_wanders_and_a_scarfs_does_not():
+    """Its two sides differ by more than a hundredth of a decimetre."""
+
+    def unevenness(**choices):
+        person = sample_person(3, **choices)
+        line = Hair(person, Head(person, 0.02))._line[0, :, 0]
+        return np.abs(line - line[::-1]).max()
+
+    assert unevenness(hair_style="head scarf") < 1e-6
+    assert unevenness(hair_style="short", fringe=False) > 0.01
+    assert unevenness(hair_style="short", fringe=True) > 0.03
+
+
+def test_a_beard_stands_off_the_chin():
+    shaven, bearded = (
+        Head(sample_person(4, sex="man", beard=beard, expression="neutral"), 0.01) for beard in ("none", "full beard")
+    )
+    y = shaven.chin + 0.1
+    assert bearded.front_z(0.0, y) > shaven.front_z(0.0, y) + 0.02
+
+
+def test_the_whites_of_the_eyes_do_not_glow_on_dark_skin():
+    """The camera opens up by 1.55 for the darkest skin, so the whites have to reflect less than 1 / 1.55 there."""
+
+    def white(melanin):
+        person = sample_person(2, melanin=melanin, gaze_x=0.0, yaw=0.0, asymmetry_eyes=0.0)
+        x, y, z = (np.array([v], np.float32) for v in (person.eye_x + 0.1, 0.0, 0.2))
+        return Face(person, x, y, z, 0.01).albedo[:, 0]
+
+    assert (1.55 * white(1.0) < 0.75 * white(0.0)).all() and (white(1.0) > 0.05).all()
+
+
 @pytest.mark.parametrize("style", HAIR_STYLES)
 def test_every_hair_style_draws(style):
     drawing = draw_portrait(4, 64, hair_style=style)
     hair = drawing.region_masks["hair"].mean()
-    assert hair < 0.5 and (hair > 0.01 or style in ("bald", "head scarf", "knit cap"))
+    assert hair < 0.5 and (hair > 0.005 or style in ("bald", "head scarf", "knit cap"))
 
 
 def test_caption_names_the_tags():
@@ -240,6 +316,19 @@ def test_scene_is_deterministic_and_checks_its_arguments():
         draw_scene(0, area_bin=4)
     with pytest.raises(ValueError, match="faces"):
         draw_scene(0, faces=2, area_bin=3)
+
+
+def test_scenes_in_a_folder_take_turns_in_their_bins_and_are_kept(tmp_path):
+    paths = draw_scenes(tmp_path / "scenes", range(3, 6), 96, area_bins=(1, 2))
+    assert [path.name for path in paths] == ["scene_00003.png", "scene_00004.png", "scene_00005.png"]
+    for path, seed, area_bin in zip(paths, (3, 4, 5), (1, 2, 1), strict=True):
+        scene = draw_scene(seed, 96, area_bin=area_bin)
+        np.testing.assert_array_equal(cv2.imread(str(path))[..., ::-1], scene.image)
+        assert path.with_suffix(".txt").read_text() == scene.caption() + "\n"
+    paths[0].write_bytes(b"kept")
+    paths[1].unlink()
+    assert draw_scenes(tmp_path / "scenes", range(3, 6), 96, area_bins=(1, 2)) == paths
+    assert paths[0].read_bytes() == b"kept" and paths[1].exists()
 
 
 def test_seed_ranges_are_apart():

@@ -54,8 +54,8 @@ def lips(person: SimpleNamespace, x):
     half = mouth_half_width(person)
     u = np.clip(x / half, -1, 1)
     arch = np.maximum(1 - u * u, 0)
-    corner = -0.012 + 0.048 * person.smile
-    line = person.mouth_y + 0.03 * max(person.smile, 0) * (1 - arch) + corner * u * u * (0.5 + 0.5 * u * u)
+    corner = -0.012 + 0.042 * person.smile
+    line = person.mouth_y + 0.022 * max(person.smile, 0) * (1 - arch) + corner * u * u * (0.5 + 0.5 * u * u)
     line = line - 0.008 * ridge(u, 0.16) + 0.005 * ridge(np.abs(u) - 0.38, 0.18)
     inner_top = line + 0.35 * person.mouth_gap * arch**0.75
     inner_bottom = line - 0.65 * person.mouth_gap * arch**0.6
@@ -143,7 +143,7 @@ class Head:
         )
         base = self._stack.front(x, y)
         z = base.copy()
-        for form in (_cheeks, _chin, _brow, _sockets, _nose, _mouth, _folds, _wrinkles):
+        for form in (_cheeks, _chin, _brow, _sockets, _nose, _mouth, _folds, _wrinkles, _beard):
             z = form(self.person, x, y, z)
         fade = smoothstep(0.80, 0.58, x) * smoothstep(1.0, 0.75, y)
         return ((z - base) * fade).astype(np.float32)
@@ -302,6 +302,41 @@ def _wrinkles(p, x, y, z):
     return z
 
 
+def beard_area(person: SimpleNamespace, side, y, z) -> dict[str, np.ndarray]:
+    """Soft masks (N,) of where hair grows: jaw (with cheeks and sideburns), moustache, goatee."""
+    half = mouth_half_width(person)
+    upper, _, _, lower = lips(person, side)
+    bottom = chin_y(person)
+    cheek = np.interp(side, [half - 0.02, half + 0.10, 0.52, 0.62, 0.68], [-0.62, -0.58, -0.42, -0.20, 0.02])
+    on_lips = smoothstep(-0.03, 0.0, upper - y) * smoothstep(-0.035, -0.01, y - lower)
+    off_lips = 1 - on_lips * smoothstep(half + 0.05, half, side)
+    below_neck = smoothstep(bottom - 0.26, bottom + 0.02, y + 0.25 * (z + 0.2))
+    jaw = smoothstep(0.10, -0.09, y - cheek) * below_neck * off_lips * smoothstep(-0.62, -0.5, z)
+    jaw = jaw * (1 - 0.6 * bump(side, y, 0.10, np.min(lower) - 0.03, 0.06, 0.03))
+    base = person.nose_y - 0.105
+    ends = half + 0.03
+    top = base + 0.02 - 0.042 * np.square(side / half)
+    below = upper - 0.012 - 0.5 * np.maximum(side - half, 0)
+    band = smoothstep(0.035, -0.045, y - top) * smoothstep(-0.012, 0.02, y - below)
+    moustache = band * smoothstep(ends + 0.035, ends - 0.07, side) * (y > person.mouth_y - 0.1) * off_lips
+    goatee = jaw * smoothstep(half + 0.09, half - 0.02, side)
+    return {"jaw": jaw, "moustache": moustache, "goatee": goatee}
+
+
+BEARD_PARTS = {"none": (), "stubble": ("jaw", "moustache"), "full beard": ("jaw", "moustache"),
+               "goatee": ("goatee", "moustache"), "moustache": ("moustache",)}  # fmt: skip
+
+
+def _beard(p, x, y, z):
+    """A beard stands off the skin: a little, and more on the chin."""
+    if p.beard in ("none", "stubble"):
+        return z
+    area = beard_area(p, x.ravel(), y.ravel(), z.ravel())
+    grown = np.clip(sum(area[k] for k in BEARD_PARTS[p.beard]), 0, 1).reshape(x.shape)
+    chin = bump(x, y, 0, chin_y(p) + 0.06, 0.22, 0.12)
+    return z + (0.022 + 0.035 * chin * (p.beard != "moustache")) * smoothstep(0.1, 1.0, grown)
+
+
 EAR_CENTRE = (0.735, -0.12, -0.70)
 
 
@@ -325,6 +360,14 @@ def ear_distance(person: SimpleNamespace, x, y, z):
     antihelix = -0.020 * np.exp(-np.square((radius - 0.55) / 0.12)) * smoothstep(-0.15, 0.05, dy)
     plate = np.abs(across + bowl + antihelix - 0.01) - 0.022
     return 0.6 * smooth_max(edge, plate, 0.03)
+
+
+def ear_lobe(person: SimpleNamespace) -> tuple[float, float, float]:
+    """(|x|, y, z) of the place on a lobe's outer side where an ear ring hangs."""
+    angle, dy = 0.50 + float(np.radians(person.ear_angle)), -0.255 * person.ear_size
+    across, along = 0.045, -0.03 - 0.18 * dy
+    out, dz = np.cos(angle) * across - np.sin(angle) * along, np.sin(angle) * across + np.cos(angle) * along
+    return EAR_CENTRE[0] * person.skull_width + float(out), EAR_CENTRE[1] + dy, EAR_CENTRE[2] + float(dz)
 
 
 def limb_distance(x, y, z, start, end, radii):

@@ -104,20 +104,21 @@ class Face:
         p = self.person
         if p.sex == "woman" and p.beard == "none":
             return
-        area = beard_area(p, self.side, self.y, self.z)
+        area = anatomy.beard_area(p, self.side, self.y, self.z)
         shadow = area["jaw"] + area["moustache"]
         self._tint(np.minimum(shadow, 1) * (0.35 if p.beard == "none" else 0.6), (-0.22, -0.16, -0.08))
         if p.beard == "none":
             return
-        keys = {"stubble": ("jaw", "moustache"), "full beard": ("jaw", "moustache"),
-                "goatee": ("goatee", "moustache"), "moustache": ("moustache",)}[p.beard]  # fmt: skip
-        grown = np.clip(sum(area[k] for k in keys), 0, 1)
+        grown = np.clip(sum(area[k] for k in anatomy.BEARD_PARTS[p.beard]), 0, 1)
         strands = sample_noise("strands", self.x * 0.55 + 0.06 * self.y, self.y * 0.25, variant=2)
         specks = sample_noise("grain", self.x * 0.9, self.y * 0.9)
-        density = 0.42 if p.beard == "stubble" else 0.94
-        texture = specks if p.beard == "stubble" else strands
-        self.beard = np.clip(grown * (density + 0.12 * texture), 0, 0.97) * (grown > 0.02)
-        color = (0.7 * hair_color(p) + 0.3 * brow_color(p))[:, None] * (1 + 0.28 * strands)
+        patches = sample_noise("patches", self.x * 0.9 + 0.17, self.y * 0.9 + (p.seed % 89) / 89)
+        density, texture = (0.42, specks) if p.beard == "stubble" else (0.88, 0.5 * strands + 0.5 * specks)
+        thin = 4 * grown * (1 - grown)  # single hairs show at its edge, patches everywhere
+        grown = smoothstep(0.12, 0.95, grown + thin * (0.13 * texture + 0.10 * patches))
+        self.beard = np.clip(grown * (density + 0.08 * texture + 0.07 * patches), 0, 0.97)
+        strands = 0.5 * strands + 0.45 * patches + 0.25 * specks
+        color = (0.7 * hair_color(p) + 0.3 * brow_color(p))[:, None] * np.clip(1 + 0.28 * strands, 0.2, 2.2)
         self.albedo = mix(self.albedo, np.maximum(color, 0.002), self.beard)
         self.gloss *= 1 - 0.85 * self.beard
 
@@ -214,8 +215,9 @@ class Face:
         soft = 0.003 + 0.5 * self.pixel
         radius = np.hypot(ix, iy)
         r = radius / p.iris_radius
-        white = np.array([0.70, 0.66, 0.63], np.float32)[:, None] * (1 - 0.42 * p.melanin)
-        white = white * (1 - 0.25 * np.square(dx / p.eye_half_width))
+        # a camera that opens up for dark skin (`develop`) would show the whites brighter than they are seen
+        white = np.array([0.62, 0.585, 0.555], np.float32)[:, None] / (1 + 1.5 * p.melanin)
+        white = white * (1 - 0.38 * np.square(dx / p.eye_half_width))
         inner = smoothstep(-0.72, -0.95, dx / p.eye_half_width)  # the pink inner corner
         white = mix(white, np.array([0.50, 0.24, 0.21], np.float32), 0.8 * inner)
         angle = np.arctan2(iy, ix) / (2 * np.pi)
@@ -225,7 +227,8 @@ class Face:
         iris = iris * (1 - 0.72 * smoothstep(0.74, 1.0, r))
         iris = iris * smoothstep(0.36, 0.36 + soft / p.iris_radius, r) + 0.003
         ball = mix(white, iris, smoothstep(p.iris_radius + soft, p.iris_radius - soft, radius))
-        return ball * (1 - 0.60 * smoothstep(0.055, 0.0, below_lid))
+        shadow = 0.55 * smoothstep(0.035, 0.0, below_lid) + 0.30 * smoothstep(0.10, 0.0, below_lid)
+        return ball * (1 - shadow)
 
     def _lashes(self, i, dx, y, upper, lower) -> None:
         """The dark line of the upper lashes, single lashes in large pictures, and a faint lower line."""
@@ -254,24 +257,3 @@ def brow_line(person: SimpleNamespace, u):
     arch = person.brow_arch * (np.sin(np.pi * t**1.25) - 0.25 * t)
     frown = 0.030 * max(-person.brow_lift, 0) * (1 - t) ** 2
     return person.brow_y + 0.028 * max(person.brow_lift, 0) + 0.012 + arch - frown - 0.012 * person.age * t * t
-
-
-def beard_area(person: SimpleNamespace, side, y, z) -> dict[str, np.ndarray]:
-    """Soft masks (N,) of where hair grows: jaw (with cheeks and sideburns), moustache, goatee."""
-    half = anatomy.mouth_half_width(person)
-    upper, _, _, lower = anatomy.lips(person, side)
-    bottom = anatomy.chin_y(person)
-    cheek = np.interp(side, [half - 0.02, half + 0.10, 0.52, 0.62, 0.68], [-0.62, -0.58, -0.42, -0.20, 0.02])
-    on_lips = smoothstep(-0.03, 0.0, upper - y) * smoothstep(-0.035, -0.01, y - lower)
-    off_lips = 1 - on_lips * smoothstep(half + 0.05, half, side)
-    below_neck = smoothstep(bottom - 0.22, bottom - 0.02, y + 0.25 * (z + 0.2))
-    jaw = smoothstep(0.05, -0.05, y - cheek) * below_neck * off_lips * smoothstep(-0.62, -0.5, z)
-    jaw = jaw * (1 - 0.6 * bump(side, y, 0.10, np.min(lower) - 0.03, 0.06, 0.03))
-    base = person.nose_y - 0.105
-    ends = half + 0.03
-    top = base + 0.02 - 0.042 * np.square(side / half)
-    below = upper - 0.012 - 0.5 * np.maximum(side - half, 0)
-    band = smoothstep(0.025, -0.035, y - top) * smoothstep(-0.012, 0.02, y - below)
-    moustache = band * smoothstep(ends + 0.035, ends - 0.07, side) * (y > person.mouth_y - 0.1) * off_lips
-    goatee = jaw * smoothstep(half + 0.06, half, side)
-    return {"jaw": jaw, "moustache": moustache, "goatee": goatee}

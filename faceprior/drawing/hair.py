@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from faceprior.drawing.headwear import Hat
 from faceprior.drawing.shapes import Stack, ellipsoid_distance, lookup, smooth_max, smooth_min, smoothstep
 from faceprior.drawing.textures import sample_noise
 
@@ -84,12 +85,16 @@ def _hairline(person: SimpleNamespace, style: Style) -> np.ndarray:
         heights[:] = [0.46, 0.45, 0.42, 0.38, 0.33, 0.27, 0.22, 0.20, 0.16, 0.10, 0.0, -0.05]
     elif style.length is not None:
         heights[1:6] = [y - 0.10, y - 0.28, 0.26, -0.05, -0.4]
-    elif person.sex == "man":
-        heights[2:5] = [y - 0.03, 0.50, 0.30]
+    elif person.sex == "man":  # it recedes over the temples, more with age
+        recess = 0.02 + 0.07 * person.age + 0.05 * ((person.seed // 7) % 10) / 10
+        heights[:5] = [y - 0.01, y + 0.6 * recess, y + recess - 0.02, 0.52 + 0.6 * recess, 0.27]
     if person.fringe and style.fringe:
-        low = 0.34 if style.length is not None else 0.52
+        low = 0.34 if style.length is not None else 0.54
         heights[:4] = [low, low - 0.01, low - 0.05, min(low, 0.30)]
     return np.array(heights)
+
+
+_RAGGED = {"scarf": 0.0, "cap": 0.0, "bald": 0.03, "receding": 0.045}  # by how much a hairline wanders; others: .04
 
 
 class Hair:
@@ -97,7 +102,8 @@ class Hair:
 
     def __init__(self, person: SimpleNamespace, head):
         self.person = person
-        self.style = STYLES[person.hair_style]
+        self.style = STYLES[person.hair_below]
+        self._hat = Hat(person)
         self.side = -1.0 if person.part_side == "left" else 1.0
         self.part_x = self.side * 0.2 if self.style.flow == "part" else 0.0
         self._line = self._build_line()
@@ -111,12 +117,14 @@ class Hair:
         self._column = self._build_column() if s.length is not None else None
 
     def _build_line(self) -> np.ndarray:
-        """(1, 256, 2): height of the hairline over azimuth, and 1 / its steepness."""
-        azimuth = np.linspace(0, np.pi, 256)
-        height = np.interp(azimuth, _AZIMUTHS, _hairline(self.person, self.style))
+        """(1, 512, 2): height of the hairline over signed azimuth, -pi .. pi, and 1 / its steepness."""
+        azimuth = np.linspace(-np.pi, np.pi, 512)
+        height = np.interp(np.abs(azimuth), _AZIMUTHS, _hairline(self.person, self.style))
         height = np.convolve(np.pad(height, 8, mode="edge"), np.ones(17) / 17, mode="valid")
         slope = np.gradient(height, azimuth) / 0.7
-        return np.stack([height, 1 / np.sqrt(1 + slope * slope)], axis=-1).astype(np.float32)[None]
+        return np.stack([height - self._wander(azimuth), 1 / np.sqrt(1 + slope * slope)], axis=-1).astype(np.float32)[
+            None
+        ]
 
     def _build_column(self) -> Stack:
         s, volume = self.style, self.person.hair_volume
@@ -148,7 +156,8 @@ class Hair:
         """How far inside the hair's area a point lies: positive where hair covers, negative on face and neck."""
         part = self.part_x * smoothstep(0.2, 0.7, y) * smoothstep(-0.6, 0.0, z)
         azimuth = self.azimuth(x - part, z)
-        line = lookup(self._line, azimuth * (255 / np.pi), np.zeros_like(azimuth)).T
+        column = (np.copysign(azimuth, x - part) + np.pi) * (511 / (2 * np.pi))
+        line = lookup(self._line, column, np.zeros_like(azimuth)).T
         reach = (y - line[0]) * line[1]
         if self.style.length is None:
             return reach
@@ -156,6 +165,18 @@ class Hair:
         inner = self.style.curtain[0] + (self.style.curtain[1] - self.style.curtain[0]) * t
         reach = np.maximum(reach, (azimuth - inner) * 0.7)
         return np.maximum(reach, 0.8 * (self._closed_y - y)) if self.style.line == "scarf" else reach
+
+    def _wander(self, around):
+        """How far a natural hairline or fringe strays from its even curve, left and right differently."""
+        place, off_sides = (self.person.seed % 997) / 997, smoothstep(1.9, 1.4, np.abs(around))
+        even = np.full_like(around, place)
+        wander = sample_noise("patches", 0.16 * around + place, even)
+        if not (self.person.fringe and self.style.fringe):
+            return _RAGGED.get(self.style.line, 0.04) * wander * off_sides
+        # locks that end at different heights, swept to one side
+        locks = np.abs(sample_noise("locks", 0.21 * around + place, 0.2 + 0 * even, variant=1)) - 0.8
+        sweep = self.side * 0.16 * (((self.person.seed // 997) % 101) / 101 - 0.2)
+        return (0.06 * locks + 0.03 * wander + sweep * np.sin(around)) * smoothstep(1.3, 0.7, np.abs(around))
 
     def envelope(self, x, y, z):
         """Distance to the hair as if it had no hairline."""
@@ -176,6 +197,8 @@ class Hair:
         xn, yn, zn = x[near], y[near], z[near]
         dn = d[near] - self._locks(xn, yn, zn)
         d[near] = smooth_max(dn, -self.reach(xn, yn, zn), self.style.edge)
+        if self._hat.kind:
+            d[near] = smooth_max(d[near], self._hat.height(yn, zn) - 0.02, 0.10)
         return d
 
     def _locks(self, x, y, z):

@@ -1,7 +1,8 @@
 """
 Who is drawn, and how the picture is taken: every trait of a drawn portrait, sampled from a seed.
 
-Each trait has a random stream of its own, so that choosing one (`hair_style="bob"`) leaves all others as they were.
+Each trait has a random stream of its own, so that choosing one (`hair_style="bob"`) leaves all others as they were,
+but for what it hides.
 A few hidden causes (age, sex, build, ancestry) move many traits together: that gives people instead of noise.
 Lengths are decimetres in the head's frame: x to the picture's right, y up, z to the camera, origin midway between the
 eyeballs; angles are degrees.
@@ -29,12 +30,15 @@ SKIN_TONES = {
 }  # of `melanin`
 HAIR_STYLES = (
     "short", "side part", "buzz cut", "receding", "bald", "short curly", "afro",
-    "bob", "long straight", "long wavy", "long curly", "tied back", "head scarf", "knit cap",
+    "bob", "long straight", "long wavy", "long curly", "tied back", "head scarf", "knit cap", "hat", "cap",
 )  # fmt: skip
 HAIR_COLORS = ("black", "dark brown", "brown", "light brown", "blond", "red", "gray", "white")
 EYE_COLORS = ("dark brown", "brown", "hazel", "green", "blue", "gray")
 BEARDS = ("none", "stubble", "moustache", "goatee", "full beard")
 GLASSES = ("none", "round", "rectangular", "aviator")
+EAR_RINGS = ("none", "stud", "hoop", "drop")
+HATS = ("hat", "cap")
+HIDDEN_EARS = ("afro", "short curly", "bob", "long straight", "long wavy", "long curly", "head scarf")
 CLOTHES = ("crew neck", "v-neck", "shirt", "suit", "turtleneck")
 
 
@@ -84,7 +88,7 @@ TRAITS = {
     # nose and mouth
     "nose_y": Trait(-0.385, 0.015, -0.42, -0.33, {"masculine": -0.015, "age": -0.012}),
     "nose_tip": Trait(
-        0.508, 0.022, 0.44, 0.59, {"masculine": 0.03, "age": 0.02, "east_asian": -0.03, "african": -0.04}
+        0.470, 0.022, 0.40, 0.55, {"masculine": 0.03, "age": 0.02, "east_asian": -0.03, "african": -0.04}
     ),
     "nose_root": Trait(0.205, 0.015, 0.15, 0.26, {"masculine": 0.03, "east_asian": -0.035, "african": -0.02}),
     "nose_hump": Trait(0.004, 0.010, -0.025, 0.04, {"masculine": 0.012}),
@@ -250,6 +254,7 @@ def _sample_hair(dice: Dice, person) -> None:
     weights["knit cap"] = 0.05
     weights["head scarf"] = 0.06 * woman
     person.hair_style = dice.pick("hair_style", weights)
+    person.hair_below = _sample_hat(dice, person)
     fair = {"black": 0.06, "dark brown": 0.24, "brown": 0.26, "light brown": 0.14, "blond": 0.2, "red": 0.10}
     dark = {"black": 0.66, "dark brown": 0.30, "brown": 0.04}
     person.natural_hair = dice.pick("natural_hair", fair if person.ancestry == "european" else dark)
@@ -263,6 +268,18 @@ def _sample_hair(dice: Dice, person) -> None:
     beards = {"none": 1.0} if woman else {"none": 0.44, "stubble": 0.2, "full beard": 0.16, "goatee": 0.1,
                                           "moustache": 0.1}  # fmt: skip
     person.beard = dice.pick("beard", beards)
+
+
+def _sample_hat(dice: Dice, person) -> str:
+    """Put a hat or a cap on some heads; returns the hair below it, or for all others their own."""
+    woman, worn = person.sex == "woman", dice.stream("hat").random()
+    if "hair_style" not in dice.chosen and person.hair_style not in ("head scarf", "knit cap"):
+        person.hair_style = "hat" if worn < 0.05 else "cap" if worn < 0.085 else person.hair_style
+    person.brim = dice.uniform("brim", 0.26, 0.56 if woman else 0.36)
+    person.hat_shape = dice.uniform("hat_shape", 0.0, 0.6) if woman else dice.uniform("hat_shape", 0.6, 1.0)
+    below = {"long straight": 0.4, "long wavy": 0.3, "bob": 0.3} if woman else {"short": 0.7, "buzz cut": 0.3}
+    below = dice.pick("hair_below", below)
+    return below if person.hair_style in HATS else person.hair_style
 
 
 def _sample_skin(dice: Dice, person) -> None:
@@ -287,6 +304,13 @@ def _sample_attire(dice: Dice, person) -> None:
     weights = {"none": 1.0, "round": 0.11, "rectangular": 0.17 + 0.2 * old, "aviator": 0.06}
     person.glasses = dice.pick("glasses", weights)
     person.glasses_color = dice.pick("glasses_color", {"black": 1, "tortoise": 0.6, "metal": 0.6, "blue": 0.3})
+    shown = person.hair_below not in HIDDEN_EARS
+    weights = {"none": 1.0}
+    if shown:
+        weights = {"none": 0.45, "stud": 0.2, "hoop": 0.2, "drop": 0.15}
+        weights = weights if person.sex == "woman" else {"none": 0.96, "stud": 0.03, "hoop": 0.01}
+    person.ear_rings = dice.pick("ear_rings", weights)
+    person.metal = dice.pick("metal", {"gold": 1, "silver": 0.8})
     suit = 0.22 if person.sex == "man" else 0.10
     weights = {"crew neck": 0.32, "v-neck": 0.2, "shirt": 0.24, "suit": suit, "turtleneck": 0.1}
     person.clothes = dice.pick("clothes", weights)
@@ -312,13 +336,14 @@ CHOICES = {
     "hair_style": HAIR_STYLES, "hair_color": HAIR_COLORS, "natural_hair": HAIR_COLORS, "part_side": ("left", "right"),
     "beard": BEARDS, "skin_tone": tuple(SKIN_TONES), "eye_color": EYE_COLORS, "glasses": GLASSES,
     "glasses_color": ("black", "tortoise", "metal", "blue"), "clothes": CLOTHES, "light_side": LIGHT_SIDES,
+    "ear_rings": EAR_RINGS, "metal": ("gold", "silver"), "hair_below": HAIR_STYLES[:-4],
     "lipstick_color": ("red", "rose", "berry", "nude"), "light_hardness": ("soft", "hard"),
     "color_temperature": ("warm", "neutral", "cool"), "background": BACKGROUNDS,
 }  # fmt: skip
 FLAGS = ("fringe", "graying", "whitening")
 NUMBERS = (
     *TRAITS, "age", "masculine", "weight", "melanin", "ancestry_strength", "smile", "mouth_gap", "brow_lift",
-    "eye_openness", "hair_volume", "hair_length", "freckles", "lipstick", "eyeliner",
+    "eye_openness", "hair_volume", "hair_length", "brim", "hat_shape", "freckles", "lipstick", "eyeliner",
     "cloth_hue", "cloth_saturation", "cloth_value", "light_reach", "light_azimuth", "rim",
 )  # fmt: skip
 

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from faceprior.drawing.anatomy import ear_lobe
 from faceprior.drawing.backdrop import draw_backdrop
 from faceprior.drawing.complexion import Face, mix
+from faceprior.drawing.headwear import METALS, paint_ear_ring
 from faceprior.drawing.pigments import hair_color
 from faceprior.drawing.shapes import smoothstep
 from faceprior.drawing.textures import sample_noise
@@ -91,8 +93,9 @@ def render_figure(person: SimpleNamespace, camera: Camera) -> Layer:
     face = Face(person, *head, camera.pixel)
     bare = np.minimum(np.minimum(parts["head"], parts["ears"]), parts["neck"])
     cloth = parts["cloth"] < np.minimum(bare, parts["hair"])
+    hat = parts["hat"] < np.minimum(np.minimum(bare, parts["hair"]), parts["cloth"])
     off_ears = parts["ears"] > np.minimum(parts["head"], parts["hair"])
-    hair = _hair_share(figure, head, parts["hair"], bare) * ~cloth * off_ears
+    hair = _hair_share(figure, head, parts["hair"], bare) * ~cloth * ~hat * off_ears
     open_light, key_light = _visibility(figure, hits, normals, lights, size)
 
     radiance = _shade_skin(face, figure, normals, lights, open_light, key_light, hits, size)
@@ -103,14 +106,19 @@ def render_figure(person: SimpleNamespace, camera: Camera) -> Layer:
     i = np.flatnonzero(cloth)
     radiance[:, i] = _shade_cloth(figure, hits.points[:, i], normals[:, i], lights, open_light[i], key_light[i])
 
+    i = np.flatnonzero(hat)
+    radiance[:, i] = _shade_hat(figure, head[:, i], normals[:, i], lights, open_light[i], key_light[i])
+
     picture, coverage = _spread_to_edges(radiance, hits)
     kind = np.zeros(size * size, np.uint8)
-    kind[hits.index] = 1 + (hair > 0.5) + 2 * cloth
+    kind[hits.index] = 1 + (hair > 0.5) + 2 * cloth + 3 * hat
     _soften_edges(picture, kind.reshape(size, size), hits.depth)
     if person.glasses != "none":
         _add_glasses(picture, coverage, figure, camera, hits.depth, lights)
-    on_head = (parts["head"] < np.minimum(parts["ears"], parts["neck"])) & ~cloth
-    skin = (1 - hair) * ~cloth
+    if person.ear_rings != "none":
+        _add_ear_rings(picture, coverage, figure, camera, hits.depth, lights)
+    on_head = (parts["head"] < np.minimum(parts["ears"], parts["neck"])) & ~cloth & ~hat
+    skin = (1 - hair) * ~cloth * ~hat
     hair = hair * (not figure.hair.style.cloth)
     return Layer(picture, coverage, head, hits.index, face, skin, hair, on_head, camera, figure)
 
@@ -140,10 +148,10 @@ def _hair_share(figure: Figure, head, hair_distance, skin_distance):
     """Share (N,) of hair at each point: all of it on the hair's solid, thinning out at the hairline."""
     reach = figure.hair.reach(*head)
     across, along = figure.hair.strands(*head)
-    ragged = 0.026 if figure.person.fringe else 0.014
-    ragged = ragged * (not figure.hair.style.cloth)
+    ragged = 0.030 * (not figure.hair.style.cloth)
     jitter = ragged * sample_noise("strands", across * 0.35, along * 0.2)
-    line = smoothstep(-0.03, 0.08, reach + jitter) * (np.abs(hair_distance) < 0.09)
+    jitter = jitter - 0.6 * ragged * np.abs(sample_noise("grain", across * 0.5, along * 0.3))
+    line = smoothstep(-0.04, 0.09, reach + jitter) * (np.abs(hair_distance) < 0.09)
     thick = np.maximum(smoothstep(0.02, 0.055, skin_distance), smoothstep(0.05, -0.15, head[1]))
     solid = (hair_distance < skin_distance) * thick
     return np.maximum(line * (hair_distance < skin_distance + 0.05), solid)
@@ -201,6 +209,8 @@ def _shade_skin(face: Face, figure: Figure, normals, lights: Lights, open_light,
     key_light = key_light + face.mouth * 0.6 * (1 - key_light)
     open_light = open_light + face.mouth * 0.5 * (1 - open_light)
     light = _irradiance(n, lights, open_light, key_light, (0.30, 0.16, 0.10))
+    around = _irradiance(normals[:, eyes], lights, open_light[eyes], key_light[eyes], (0.30, 0.16, 0.10))
+    light[:, eyes] += 0.6 * face.eye[eyes] * (np.minimum(around, light[:, eyes]) - light[:, eyes])  # in their sockets
     light = _scatter(light, hits, size, face.pixel)
     fresnel = 0.045 + 0.10 * np.clip(1 - n[2], 0, 1) ** 3
     shine = 1.9 * _highlight(n, lights, 14) + 3.2 * _highlight(n, lights, 50)
@@ -209,6 +219,7 @@ def _shade_skin(face: Face, figure: Figure, normals, lights: Lights, open_light,
         face.albedo * light * open_light**0.25 + (shine + 0.25 * _rim(n, lights))[None] * lights.key_color[:, None]
     )
     sparkle = 7.0 * np.clip(_catchlight(lights) @ n, 0, 1) ** 900 + 0.6 * np.clip(lights.fill @ n, 0, 1) ** 300
+    sparkle = sparkle * (0.3 + 0.7 * key_light)
     return radiance + (face.eye * sparkle)[None] * lights.key_color[:, None]
 
 
@@ -284,6 +295,13 @@ def _shade_headwear(figure: Figure, head, normals, lights: Lights, open_light, k
     return color[:, None] * pattern * light + 0.10 * _rim(normals, lights)[None] * lights.key_color[:, None]
 
 
+def _shade_hat(figure: Figure, head, normals, lights: Lights, open_light, key_light) -> np.ndarray:
+    color = 0.15 * figure.garment.color + 0.85 * figure.garment.accent
+    color = figure.hat.colors(*head, color, 0.25 * figure.garment.color)
+    light = _irradiance(normals, lights, open_light, key_light, (0.1, 0.1, 0.1))
+    return color * light + 0.10 * _rim(normals, lights)[None] * lights.key_color[:, None]
+
+
 def _shade_cloth(figure: Figure, points, normals, lights: Lights, open_light, key_light) -> np.ndarray:
     color = figure.garment.colors(*figure.to_body(points))
     light = _irradiance(normals, lights, open_light, key_light, (0.1, 0.1, 0.1))
@@ -320,6 +338,33 @@ def _add_glasses(picture, coverage, figure: Figure, camera: Camera, depth, light
     frame = smoothstep(soft, -soft, frame_distance(person, x, y))[:, None]
     gleam = 0.25 * smoothstep(0.0, 0.012, y - 0.06)[:, None] * (person.glasses_color == "metal") + 0.03
     lay(i, frame, color * (0.8 + lights.ambient + gleam))
+
+
+def _add_ear_rings(picture, coverage, figure: Figure, camera: Camera, depth, lights: Lights) -> None:
+    """Paint ear rings over the picture, in place, at the lobes that the camera sees."""
+    person, size = figure.person, camera.size
+    metal = np.array(METALS[person.metal], np.float32)[:, None]
+    flat, cover = picture.reshape(-1, 3), coverage.reshape(-1, 1)
+    for side in (-1, 1):
+        x, y, z = ear_lobe(person)
+        lobe = figure.from_head(np.array([[side * x], [y], [z]]))
+        column, row = camera.project(lobe)[0]
+        reach = 0.25 / camera.pixel
+        rows, columns = (np.arange(max(int(v - reach), 0), min(int(v + reach) + 2, size)) for v in (row, column))
+        if not rows.size or not columns.size:
+            continue
+        distance = float(np.linalg.norm(lobe[:, 0] - camera.position))
+        i = (rows[:, None] * size + columns).ravel()
+        dx, dy = (columns[None] + 0.5 - column) * camera.pixel, (row - rows[:, None] - 0.5) * camera.pixel
+        dx, dy = (np.broadcast_to(v, (rows.size, columns.size)).ravel() for v in (dx, dy))
+        turn = abs(float(np.sin(np.radians(person.yaw + 40 * side))))
+        amount, normals = paint_ear_ring(person.ear_rings, dx, dy, turn, 0.6 * camera.pixel)
+        amount = (amount * (depth.ravel()[i] > distance - 0.12))[:, None]
+        light = _irradiance(normals, lights, np.float32(0.8), np.float32(0.7), (0.1, 0.1, 0.1))
+        paint = (metal * (0.25 + light) + 1.6 * metal * _highlight(normals, lights, 12)).T
+        share = amount / np.maximum(amount + cover[i] * (1 - amount), 1e-4)
+        flat[i] += share * (paint - flat[i])
+        cover[i] = np.maximum(cover[i], amount)
 
 
 def develop(picture: np.ndarray, exposure: float, melanin: float, seed: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 
 from faceprior.drawing.anatomy import Body, Head, ear_distance
 from faceprior.drawing.hair import Hair
+from faceprior.drawing.headwear import Hat
 from faceprior.drawing.shapes import smooth_min, smoothstep
 from faceprior.drawing.wardrobe import Garment
 from faceprior.images import cv2
@@ -69,13 +70,14 @@ class Camera:
 
 
 class Figure:
-    """Head, ears, neck, hair and garment of one person, posed in the world."""
+    """Head, ears, neck, hair, hat and garment of one person, posed in the world."""
 
     def __init__(self, person: SimpleNamespace, pixel: float):
         self.person = person
         self.head = Head(person, cell=float(np.clip(0.8 * pixel, 0.004, 0.012)))
         self.body = Body(person)
         self.hair = Hair(person, self.head)
+        self.hat = Hat(person)
         self.garment = Garment(person)
         self.head_turn = rotation(person.yaw, -person.pitch, -person.roll)
         self.body_turn = rotation(0.35 * person.yaw, 0, -0.1 * person.roll)
@@ -94,7 +96,7 @@ class Figure:
         return self.head_turn @ (points - NECK_PIVOT[:, None]) + NECK_PIVOT[:, None]
 
     def parts(self, points: np.ndarray) -> dict[str, np.ndarray]:
-        """Distances (N,) to head, ears, neck, hair and garment, each alone."""
+        """Distances (N,) to head, ears, neck, hair, hat and garment, each alone."""
         x, y, z = self.to_head(points)
         head = self.head.distance(x, y, z)
         ears, neck, cloth = (np.full_like(head, FAR) for _ in range(3))
@@ -108,7 +110,8 @@ class Figure:
             neck[below] = self.body.distance(*b)
             cloth[below] = self.garment.distance(*b, neck[below])
         hair = self.hair.distance(x, y, z)
-        return {"head": head, "ears": ears, "neck": neck, "hair": hair, "cloth": cloth}
+        hat = self.hat.distance(x, y, z) if self.hat.kind else np.full_like(head, FAR)
+        return {"head": head, "ears": ears, "neck": neck, "hair": hair, "hat": hat, "cloth": cloth}
 
     def distance(self, points: np.ndarray) -> np.ndarray:
         """Approximate signed distance (N,) to the whole figure."""
@@ -116,9 +119,9 @@ class Figure:
 
 
 def merge(parts: dict[str, np.ndarray]) -> np.ndarray:
-    """One distance for all parts: the skin grows together, hair and garment lie on it."""
+    """One distance for all parts: the skin grows together, hair, hat and garment lie on it."""
     skin = smooth_min(smooth_min(parts["head"], parts["ears"], EAR_BLEND), parts["neck"], NECK_BLEND)
-    return np.minimum(np.minimum(skin, parts["hair"]), parts["cloth"])
+    return np.minimum(np.minimum(skin, parts["hair"]), np.minimum(parts["hat"], parts["cloth"]))
 
 
 @dataclass
