@@ -1,7 +1,7 @@
 """Every formula that is trained on. Losses are computed in float32 whatever the network ran in."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,3 +57,41 @@ def time_weight(t: Tensor, m: float = -0.5, s: float = 1.0) -> Tensor:
     """
     logit = torch.log(t / (1 - t))
     return torch.exp(-((logit - m) ** 2) / (2 * s**2)) / (s * math.sqrt(2 * math.pi))
+
+
+def step_weights(num_train_timesteps: int, m: float = -0.5, s: float = 1.0, constant: bool = False) -> Tensor:
+    """Return `time_weight` of every discrete timestep, (T,); constant: their mean at each of them.
+
+    The paper's ablation (Table 2, "Const.") does not say which constant; with the mean both weigh alike over a training
+    that draws its timesteps evenly, so that they differ in time only.
+    """
+    weights = time_weight(normalized_time(torch.arange(num_train_timesteps), num_train_timesteps), m, s)
+    return weights.mean().expand(num_train_timesteps) if constant else weights
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """F F^T / (C H W): (B, C, H, W) -> (B, C, C), which channels respond together, wherever (Gatys et al., 2016)."""
+    flat = features.float().flatten(2)
+    return flat @ flat.transpose(1, 2) / flat[0].numel()
+
+
+def style_distance(
+    features: Sequence[Tensor], target_features: Sequence[Tensor], level_weights: Sequence[float] = (0.5, 1.0)
+) -> Tensor:
+    """Mean absolute difference of the Gram matrices, weighted over the levels -> (B,) (GFP-GAN).
+
+    features, target_features: one (B, C, H, W) per level, from fine to coarse; the targets get no gradient. The
+    weights of the levels are those of GFP-GAN's code.
+    """
+    levels = zip(features, target_features, level_weights, strict=True)
+    return sum(w * (gram_matrix(a) - gram_matrix(b.detach())).abs().mean(dim=(1, 2)) for a, b, w in levels)
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """softplus(-D(fake)), averaged over each sample's logits (B, ...) -> (B,), as in GFP-GAN's code."""
+    return F.softplus(-fake_logits.float()).flatten(1).mean(dim=1)
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Binary cross-entropy of real as 1 and fake as 0, summed over both: (B, ...) each -> (B,)."""
+    return generator_loss(real_logits) + generator_loss(-fake_logits)

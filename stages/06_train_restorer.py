@@ -6,12 +6,14 @@ Stage 6: train a ControlNet that restores degraded faces on the portrait prior (
 
 Reads   data/portraits/images/ (stage 3) or any folder of aligned faces such as FFHQ; checkpoints/prior/ (stage 5)
 Writes  checkpoints/restorer/: all parts in the official layout, for AuthFaceRestorer.from_pretrained; samples/ (clean,
-        degraded, restored), samples.jsonl, metrics.jsonl, config.yaml
+        degraded, restored), samples.jsonl, landmarks.jsonl (of the faces), metrics.jsonl, config.yaml
 
-The loss is Eq. 1, noise prediction with the empty prompt. The time-aware facial feature loss is not part of it yet.
+The loss is Eq. 1, noise prediction with the empty prompt, and the time-aware latent facial feature loss: discriminators
+of eyes and mouth are trained in turn with the ControlNet. Table 2 is `--facial_loss` time_aware, constant and none.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,18 +26,22 @@ from torch.utils.data import Dataset
 from faceprior import tiny
 from faceprior.config import is_complete, open_output, run_stage
 from faceprior.degrade import PRESETS, DegradationConfig, degrade, scaled
+from faceprior.detect import detect_faces
 from faceprior.diffusion import (
     added_conditions,
     encode_latents,
     encode_prompts,
+    load_part,
     load_pipeline,
     looks_like_path,
     make_noise_scheduler,
     noise_like,
+    pred_original_sample,
     training_target,
 )
+from faceprior.facial import FacialDiscriminators, FacialFeatureLoss, find_landmarks, without_landmarks
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image, to_pixel_values
-from faceprior.losses import noise_loss
+from faceprior.losses import noise_loss, step_weights
 from faceprior.manifest import print_problems, rewrite_rows
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
 from faceprior.training import (
@@ -55,10 +61,18 @@ SAMPLES = "samples.jsonl"
 class Config:
     images: str = "data/portraits/images"  # folder of clean, aligned faces
     prior: str = "checkpoints/prior"  # portrait prior of stage 5: diffusers folder, .safetensors file or hub id
+    init: str = "tiny"  # restorer whose ControlNet is trained on: folder, hub id, or tiny; empty: the prior's encoder
     output: str = "checkpoints/restorer"  # folder for the restorer
     resolution: int = 128  # pixels, side of the training pictures, [64, 2048]
     degradation: Literal["authface", "gfpgan", "diffbir", "codeformer"] = "authface"  # ranges of blur, noise, JPEG ...
     scale_degradation: bool = True  # shrink blur and downsampling with the resolution; they are meant for 512 pixels
+    facial_loss: Literal["time_aware", "constant", "none"] = "time_aware"  # weight of the facial feature loss over time
+    time_m: float = -0.5  # w(t) peaks at t = sigmoid(m), t from 0 (clean) to 1, (-inf, inf)
+    time_s: float = 1.0  # width of w(t) on the logit of t, (0, inf)
+    lambda_d: float = 1.0  # weight of the adversarial part (GFP-GAN's; the paper does not say), [0, inf)
+    lambda_s: float = 200.0  # weight of the style part (GFP-GAN's; the paper does not say), [0, inf)
+    discriminator_learning_rate: float = 2e-3  # of the discriminators' Adam, (0, 1)
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # finds eyes and mouth once; auto never downloads
     steps: int = 40  # optimizer steps, [1, inf)
     batch_size: int = 4  # faces in a micro-batch on one process, [1, 1024]
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
@@ -79,17 +93,18 @@ class Config:
 
 
 class CleanFaces(Dataset):
-    """Square faces as arrays: {"clean": (R, R, 3) uint8}; `degraded_pair` makes the tensors of them."""
+    """Square faces: clean (R, R, 3) uint8, and landmarks (5, 2) in pixels if known; DegradedPair makes the tensors."""
 
-    def __init__(self, paths: list[Path], resolution: int):
-        self.paths, self.resolution = paths, resolution
+    def __init__(self, paths: list[Path], resolution: int, landmarks: torch.Tensor | None = None):
+        self.paths, self.resolution, self.landmarks = paths, resolution, landmarks
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
         size = (self.resolution, self.resolution)
-        return {"clean": as_array(load_image(self.paths[index]).resize(size, Image.LANCZOS))}
+        sample = {"clean": as_array(load_image(self.paths[index]).resize(size, Image.LANCZOS))}
+        return sample if self.landmarks is None else {**sample, "landmarks": self.landmarks[index]}
 
 
 class DegradedPair:
@@ -99,9 +114,9 @@ class DegradedPair:
         self.config = config
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict:
-        degraded = degrade(sample["clean"], self.config, rng)
-        clean, condition = to_pixel_values([sample["clean"], degraded])
-        return {"pixel_values": clean, "controlnet_cond": condition / 2 + 0.5}
+        clean = sample.pop("clean")
+        pixel_values, condition = to_pixel_values([clean, degrade(clean, self.config, rng)])
+        return {**sample, "pixel_values": pixel_values, "controlnet_cond": condition / 2 + 0.5}
 
 
 def main(config: Config) -> None:
@@ -116,6 +131,10 @@ def main(config: Config) -> None:
             print(f"{output} is complete")
             return
 
+    landmarks = None
+    if config.facial_loss != "none":
+        find = partial(largest_face, detector=config.detector)
+        landmarks = find_landmarks(paths, output, config.resolution, accelerator, find)
     dtype = weight_dtype(config.mixed_precision)
     prior = load_pipeline(config.prior, dtype).to(accelerator.device)
     controlnet = make_controlnet(config, prior).to(accelerator.device)
@@ -124,15 +143,12 @@ def main(config: Config) -> None:
     noise_scheduler = make_noise_scheduler(prior)
     null_prompt = encode_prompts(prior, [""] * config.batch_size)
     conditions = added_conditions(null_prompt, config.resolution, config.resolution)
-    run = TrainingRun(
-        output,
-        config.steps,
-        accelerator,
-        {"controlnet": model},
-        {"controlnet": optimizer},
-        save_every=config.save_every,
-    )
-    faces, augment = CleanFaces(paths, config.resolution), DegradedPair(degradation(config))
+    facial = make_facial_loss(config, prior, noise_scheduler, accelerator)
+    modules, optimizers = {"controlnet": model}, {"controlnet": optimizer}
+    if facial:
+        modules["discriminators"], optimizers["discriminators"] = facial.discriminators, facial.optimizer
+    run = TrainingRun(output, config.steps, accelerator, modules, optimizers, save_every=config.save_every)
+    faces, augment = CleanFaces(paths, config.resolution, landmarks), DegradedPair(degradation(config))
     for batch in run.batches(faces, config.batch_size, config.seed, augment, config.num_workers):
         generators = run.generators(batch)
         with accelerator.accumulate(model), accelerator.autocast():
@@ -157,12 +173,20 @@ def main(config: Config) -> None:
                 mid_block_additional_residual=mid.to(dtype),
             ).sample
             loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
+            parts = {}
+            if facial:
+                prediction = pred_original_sample(noise_scheduler, model_pred, timesteps, noisy_latents)
+                terms = facial(prediction, latents, batch["landmarks"], timesteps)
+                parts = {"noise": loss, **terms.means()}
+                loss = loss + parts["facial"]
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(controlnet.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        run.log(loss=loss)
+            if facial:
+                parts["discriminator"] = facial.train_discriminators(prediction, latents, batch["landmarks"]).mean()
+        run.log(loss=loss, **parts)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -174,6 +198,8 @@ def main(config: Config) -> None:
         restore_samples(config, output, restorer, faces)
         run.finish(trained_parameters=sum(p.numel() for p in controlnet.parameters()), faces=len(faces))
         print_problems(problems, "picture")
+        if facial and (missing := without_landmarks(paths, landmarks)):
+            print(f"trained with the noise loss only, no face found in {len(missing)}: {', '.join(missing)}")
         print(f"{output}: trained for {config.steps} steps; samples in {output / 'samples'}")
     accelerator.end_training()
 
@@ -195,18 +221,42 @@ def readable_images(config: Config) -> tuple[list[Path], list[tuple[str, str]]]:
 
 
 def make_controlnet(config: Config, prior: DiffusionPipeline) -> ControlNetModel:
-    """Copy the prior's encoder into a ControlNet (float32, trained); everything of the prior is frozen."""
+    """Return the ControlNet to train, float32, and freeze everything of the prior."""
     for part in prior.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    # the condition is brought to the latents' size by one stride of 2 less than it has widths
-    widths = (16, 32, 96, 256) if prior.vae_scale_factor == 8 else (16, 32, 64)
-    with seeded(config.seed, "controlnet"):
-        controlnet = ControlNetModel.from_unet(prior.unet, conditioning_embedding_out_channels=widths).float()
+    if config.init:  # not in the paper, which begins with the prior's encoder
+        controlnet = load_part(
+            ControlNetModel, tiny.resolve(config.init, "restorer"), "ControlNet", subfolder="controlnet"
+        )
+        if controlnet.config.block_out_channels != prior.unet.config.block_out_channels:
+            raise ValueError(f"the ControlNet of {config.init} does not fit the prior {config.prior}: give `--init ''`")
+    else:  # the condition is brought to the latents' size by one stride of 2 less than it has widths
+        widths = (16, 32, 96, 256) if prior.vae_scale_factor == 8 else (16, 32, 64)
+        with seeded(config.seed, "controlnet"):
+            controlnet = ControlNetModel.from_unet(prior.unet, conditioning_embedding_out_channels=widths).float()
     if config.gradient_checkpointing:
         prior.unet.enable_gradient_checkpointing()
         controlnet.enable_gradient_checkpointing()
     return controlnet.requires_grad_(True).train()
+
+
+def make_facial_loss(config: Config, prior, noise_scheduler, accelerator) -> FacialFeatureLoss | None:
+    if config.facial_loss == "none":
+        return None
+    with seeded(config.seed, "discriminators"):
+        discriminators = FacialDiscriminators(prior.vae.config.latent_channels).to(accelerator.device)
+    timesteps, is_constant = noise_scheduler.config.num_train_timesteps, config.facial_loss == "constant"
+    weights = step_weights(timesteps, config.time_m, config.time_s, is_constant)
+    lambdas = (config.lambda_d, config.lambda_s)
+    rate = config.discriminator_learning_rate
+    return FacialFeatureLoss(discriminators, accelerator, config.resolution, weights, *lambdas, rate)
+
+
+def largest_face(image: Image.Image, detector: str) -> np.ndarray | None:
+    """Return the landmarks (5, 2) of the largest face; an aligned face fills a good part of its picture."""
+    faces = detect_faces(image, detector, min_confidence=0.5, min_face_size=min(image.size) / 4)
+    return next((face.landmarks for face in faces if face.landmarks is not None), None)
 
 
 def degradation(config: Config) -> DegradationConfig:

@@ -475,7 +475,7 @@ def test_every_number_of_a_stage_has_a_range(name):
         assert helps[key], f"{key} has no help"
         numeric = {int, float} & {hint, *typing.get_args(hint)}
         if numeric:
-            assert re.search(r"[\[(]-?[\d.e-]+, (-?[\d.e-]+|inf)[\])]", helps[key]), f"{key} has no range"
+            assert re.search(r"[\[(](-?[\d.e-]+|-inf), (-?[\d.e-]+|inf)[\])]", helps[key]), f"{key} has no range"
 
 
 @pytest.mark.parametrize("name", NUMBERED)

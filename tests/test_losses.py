@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from faceprior.losses import guidance_loss, noise_loss, normalized_time, pairwise_ranking_loss, time_weight
+from faceprior.losses import (
+    discriminator_loss,
+    generator_loss,
+    gram_matrix,
+    guidance_loss,
+    noise_loss,
+    normalized_time,
+    pairwise_ranking_loss,
+    step_weights,
+    style_distance,
+    time_weight,
+)
 
 
 def test_ranking_loss_by_hand():
@@ -99,3 +110,50 @@ def test_time_weight_peaks_at_sigmoid_of_m(m, s):
     assert abs(t[weights.argmax()].item() - peak) <= 0.001
     assert time_weight(torch.tensor(peak), m, s).item() == pytest.approx(1 / (s * math.sqrt(2 * math.pi)), rel=1e-5)
     assert (weights.diff()[t[1:] <= peak] > 0).all() and (weights.diff()[t[:-1] >= peak] < 0).all()
+
+
+def test_step_weights_by_hand():
+    """Of four steps, t is 1/8, 3/8, 5/8, 7/8; the constant is their mean, so both weigh alike over a training."""
+    expected = time_weight(torch.tensor([0.125, 0.375, 0.625, 0.875]), 0.5, 2.0)
+    torch.testing.assert_close(step_weights(4, 0.5, 2.0), expected)
+    torch.testing.assert_close(step_weights(4, 0.5, 2.0, constant=True), expected.mean().expand(4))
+
+
+def test_gram_matrix_by_hand():
+    """Channels (1, 2) and (3, 4) on one row of two cells: products 5, 11, 25 over C H W = 4."""
+    features = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    expected = torch.tensor([[[5.0, 11.0], [11.0, 25.0]]]) / 4
+    assert torch.equal(gram_matrix(features), expected)
+    assert torch.equal(gram_matrix(features.flip(3)), expected)  # wherever the channels respond
+    assert gram_matrix(features.bfloat16()).dtype == torch.float32
+
+
+def test_style_distance_by_hand():
+    """Against zeros the mean entry of the Gram matrix: 52 / 4 / 4 = 3.25; half of it for the fine level, whole for the
+    coarse one, whose features are twice as large, so that its Gram matrix is four times: 1.625 + 13."""
+    fine = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    levels, zeros = (fine, 2 * fine), (torch.zeros_like(fine),) * 2
+    assert style_distance(levels, zeros).tolist() == [1.625 + 13]
+    assert style_distance(zeros, levels).tolist() == [1.625 + 13]
+    assert style_distance(levels, levels).tolist() == [0]
+
+
+def test_style_distance_is_per_sample_and_leaves_the_target():
+    features, targets = (torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2))
+    both = style_distance([features], [targets], [1.0])
+    assert both.shape == (2,)
+    both[0].backward()
+    assert targets.grad is None
+    assert features.grad[0].abs().sum() > 0 and features.grad[1].abs().sum() == 0
+
+
+def test_losses_of_the_two_sides_by_hand():
+    """softplus(0) = ln 2, softplus(-ln 3) = ln 4/3, softplus(ln 3) = ln 4.
+
+    Fake logits 0 and ln 3: the generator wants them high, (ln 2 + ln 4/3) / 2; the discriminator low,
+    (ln 2 + ln 4) / 2, and real logits ln 3 high, ln 4/3.
+    """
+    fake, real = torch.tensor([[0.0, math.log(3)]]), torch.full((1, 2), math.log(3))
+    assert generator_loss(fake).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
+    expected = math.log(4 / 3) + (math.log(2) + math.log(4)) / 2
+    assert discriminator_loss(real, fake).item() == pytest.approx(expected)
