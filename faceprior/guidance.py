@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from faceprior.diffusion import (
     PromptEmbeddings,
     added_conditions,
+    decode_latents,
     downsample_mask,
     encode_latents,
     encode_prompts,
@@ -32,8 +33,10 @@ from faceprior.diffusion import (
     make_noise_scheduler,
     noise_like,
     pred_original_sample,
+    training_target,
 )
-from faceprior.losses import guidance_loss
+from faceprior.features import FeatureNetwork
+from faceprior.losses import guidance_loss, noise_loss
 from faceprior.pairs import PairDataset, read_pairs
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
 
@@ -142,6 +145,27 @@ class GuidanceTuner:
         prediction = self._denoise(unet or self.unet, noisy_bad, timesteps, embeddings, size)
         mask = downsample_mask(batch["mask"].to(device), tuple(latents.shape[-2:]))
         return guidance_loss(target, prediction, mask, self.distance)
+
+    def denoising_loss(
+        self,
+        batch: dict[str, Any],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        unet: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the usual noise prediction loss on the good pictures, whole and at all timesteps; as `loss`.
+
+        Plain fine-tuning, a baseline to compare the guidance loss with; not in the paper.
+        """
+        device, size = self.unet.device, batch["good"].shape[-2:]
+        generators = _one_per_sample(generator, len(batch["good"]))
+        with torch.no_grad():
+            latents = encode_latents(self._pipeline.vae, batch["good"])
+        timesteps = sample_timesteps(generators, 0, self.noise_scheduler.config.num_train_timesteps, device)
+        noise = noise_like(latents, generators)
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        embeddings = encode_prompts(self._pipeline, drop_prompts(batch["prompt"], self.prompt_drop, generators))
+        model_pred = self._predict(unet or self.unet, noisy_latents, timesteps, embeddings, size)
+        return noise_loss(model_pred, training_target(self.noise_scheduler, latents, noise, timesteps))
 
     def fit(
         self,
@@ -253,15 +277,38 @@ class GuidanceTuner:
     def _denoise(
         self, unet: Callable, noisy: Tensor, timesteps: Tensor, embeddings: PromptEmbeddings, size: torch.Size
     ) -> Tensor:
-        model_pred = unet(
-            noisy, timesteps, embeddings.prompt_embeds, added_cond_kwargs=added_conditions(embeddings, *size)
-        ).sample
+        model_pred = self._predict(unet, noisy, timesteps, embeddings, size)
         return pred_original_sample(self.noise_scheduler, model_pred, timesteps, noisy)
+
+    def _predict(
+        self, unet: Callable, noisy: Tensor, timesteps: Tensor, embeddings: PromptEmbeddings, size: torch.Size
+    ) -> Tensor:
+        conditions = added_conditions(embeddings, *size)
+        return unet(noisy, timesteps, embeddings.prompt_embeds, added_cond_kwargs=conditions).sample
 
     @torch.no_grad()
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self._trained():
             parameter.copy_(tensors[name])
+
+
+def dino_distance(vae: AutoencoderKL, network: FeatureNetwork) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the second distance of Face Score's Eq. 7, between a vision transformer's features of the decoded faces.
+
+    The distance takes masked latents (B, C, h, w), decodes both with the frozen `vae` and gives 1 - cos of the
+    network's [CLS] features, averaged over the batch; gradients reach the second of them. The paper names DINO but
+    neither the model nor the features: [CLS] is what DINO is trained by, and its cosine how DINO features are compared.
+    """
+    network.requires_grad_(False).eval()
+
+    def distance(target: Tensor, prediction: Tensor) -> Tensor:
+        network.to(prediction.device)
+        with torch.no_grad():
+            good = network.features(decode_latents(vae, target).float())
+        bad = network.features(decode_latents(vae, prediction).float())
+        return (1 - F.cosine_similarity(good, bad, dim=1)).mean()
+
+    return distance
 
 
 def load_tuned(

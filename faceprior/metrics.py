@@ -156,7 +156,7 @@ def fid(
     biased upwards.
 
     extractor: another network, from pixels (B, 3, 299, 299) float32 in 0..255 on `device` to features (B,
-    D); the number is then no longer comparable with published FIDs.
+    D), such as `features.tiny_fid_extractor`; the number is then no longer comparable with published FIDs.
 
     Raises MetricUnavailable if Inception is wanted and its weights are not on the disk.
     """

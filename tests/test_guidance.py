@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_stage
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from faceprior import tiny
 from faceprior.diffusion import load_pipeline
-from faceprior.guidance import TRAIN, GuidanceTuner, load_tuned
+from faceprior.features import FeatureNetwork
+from faceprior.guidance import TRAIN, GuidanceTuner, dino_distance, load_tuned
 from faceprior.images import save_image
 from faceprior.pairs import FacePair, box_mask
 from faceprior.procedural import draw_portrait
-from faceprior.training import quiet_libraries
+from faceprior.training import quiet_libraries, seeded
 
 ONE = {"num_images_per_prompt": 1}
 
@@ -31,7 +33,7 @@ def quiet():
 def bases():
     """Untuned pipelines by kind; a tuner gets a copy."""
     velocity = tiny.tiny_sd15()
-    velocity.scheduler.register_to_config(prediction_type="v_prediction")
+    velocity.scheduler = velocity.scheduler.from_config(velocity.scheduler.config, prediction_type="v_prediction")
     return {"sd15": tiny.tiny_sd15(), "v_prediction": velocity, "sdxl": tiny.tiny_sdxl()}
 
 
@@ -134,6 +136,31 @@ def test_the_loss_by_hand(bases, batch, kind, train):
     assert not seen[0][0].requires_grad and seen[0][1].requires_grad
 
 
+@pytest.mark.parametrize("kind", ["sd15", "v_prediction"])
+def test_the_denoising_loss_by_hand(bases, batch, kind):
+    """Mean squared error of the noise, or velocity, on the good pictures, whole and at all 1000 timesteps.
+
+    The velocity is sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) latents; the second timestep lies in the upper half,
+    where the guidance loss never goes.
+    """
+    pipeline, stream = bases[kind], generator(2)
+    tuner = GuidanceTuner(copy.deepcopy(pipeline), prompt_drop=0)
+    loss = tuner.denoising_loss(batch, generator(2))
+    timesteps = torch.cat([torch.randint(0, 1000, (1,), generator=stream) for _ in range(2)])
+    assert timesteps.max() >= 500
+    noise = torch.cat([torch.randn(1, 4, 16, 16, generator=stream) for _ in range(2)])
+    with torch.no_grad():
+        latents = pipeline.vae.encode(batch["good"]).latent_dist.mean * pipeline.vae.config.scaling_factor
+        alpha_bar = pipeline.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+        encoded = pipeline.encode_prompt(batch["prompt"], device="cpu", do_classifier_free_guidance=False, **ONE)
+        model_pred = pipeline.unet(noisy, timesteps, encoded[0]).sample
+    target = noise if kind == "sd15" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+    torch.testing.assert_close(loss, ((model_pred - target) ** 2).mean(), rtol=1e-4, atol=1e-6)
+    loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in tuner.trainable_parameters())
+
+
 def test_one_generator_per_sample_gives_a_sample_its_own_stream(bases, batch):
     """The two losses of batches of one, at their own seeds, average to that of the batch of two."""
     tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]))
@@ -152,6 +179,46 @@ def test_equal_sides_and_untouched_weights_give_no_loss(bases, batch, train):
     assert tuner.loss({**batch, "bad": batch["good"]}, generator()).item() == 0
     perturb(tuner)
     assert tuner.loss({**batch, "bad": batch["good"]}, generator()).item() > 0
+
+
+@pytest.fixture(scope="module")
+def features():
+    """An untrained feature network of 64 px pictures."""
+    with seeded(0):
+        return FeatureNetwork.from_tags({"sex": ("woman", "man")}, 64, 16, hidden_size=16, layers=1, heads=2)
+
+
+def test_dino_distance_by_hand(bases, features):
+    """1 - cos of the [CLS] features of what diffusers' own VAE decodes, averaged over the batch."""
+    vae = copy.deepcopy(bases["sd15"].vae)
+    vae.register_to_config(scaling_factor=0.5)
+    good, bad = (4 * torch.randn(2, 4, 16, 16, generator=generator(seed)) for seed in (0, 1))
+    one, other = (features.features(vae.decode(latents / 0.5).sample) for latents in (good, bad))
+    expected = 1 - ((one * other).sum(dim=1) / one.norm(dim=1) / other.norm(dim=1)).mean()
+    distance = dino_distance(vae, features)
+    torch.testing.assert_close(distance(good, bad), expected)
+    assert expected > 1e-4 and abs(distance(good, good).item()) < 1e-6
+
+
+def test_the_dino_distance_trains_the_unet_only(bases, batch, features):
+    tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]))
+    tuner.distance = dino_distance(tuner.pipeline().vae, features)
+    perturb(tuner)
+    tuner.loss(batch, generator()).backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in tuner.trainable_parameters())
+    frozen = [*features.parameters(), *tuner.pipeline().vae.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_stage_4_finds_the_network_of_the_dino_distance(features, tmp_path, monkeypatch):
+    """By its folder, and for `tiny` among the tiny models, where an untrained one is no answer."""
+    stage = load_stage("04_guidance_tune")
+    monkeypatch.setattr(stage.tiny, "tiny_folder", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match="make_tiny.py --only features"):
+        stage.load_features("tiny")
+    features.save_pretrained(tmp_path / "features")
+    for name in ("tiny", str(tmp_path / "features")):
+        assert stage.load_features(name).groups == features.groups
 
 
 def test_an_empty_mask_gives_no_loss(bases, batch):
