@@ -8,7 +8,7 @@ mask stays the photograph's own.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class FacePair:
     photograph: the source's name; good, bad, mask: paths relative to the manifest's folder; box: xyxy, and landmarks:
     (5, 2) in picture sides or None, in pixels of `good`; confidence: the detector's; area_ratio: face box / picture;
     strength: the noise factor; prompt, seed, base: of the inpainting, base being the model; difference: mean absolute
-    change inside of the mask, 0-255.
+    change inside of the mask, 0-255; round_trip: whether the good face went through the VAE, too; crop: the square
+    (xyxy) in which a small face was worked on, None for the whole picture.
     """
 
     id: str
@@ -52,6 +53,8 @@ class FacePair:
     seed: int
     base: str
     difference: float
+    round_trip: bool = False
+    crop: list[int] | None = None
 
     def to_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,7 +63,7 @@ class FacePair:
 _ROW_TYPES = {
     "id": str, "photograph": str, "good": str, "bad": str, "mask": str, "box": list, "confidence": (int, float),
     "area_ratio": (int, float), "strength": (int, float), "prompt": str, "seed": int, "base": str,
-    "difference": (int, float),
+    "difference": (int, float), "round_trip": bool,
 }  # fmt: skip
 
 
@@ -73,14 +76,29 @@ def read_pairs(folder: str | Path) -> tuple[list[FacePair], list[tuple[str, str]
     return read_manifest(folder, _pair_from_row, "pair", "01_make_pairs")
 
 
+def gather_pairs(folders: str) -> tuple[list[FacePair], list[tuple[str, str]]]:
+    """Read the pairs of one or several folders, separated by commas; their paths then begin with the folder's."""
+    pairs, problems = [], []
+    for folder in (name.strip() for name in folders.split(",")):
+        found, wrong = read_pairs(folder)
+        pairs += [
+            replace(pair, **{key: str(Path(folder) / getattr(pair, key)) for key in ("good", "bad", "mask")})
+            for pair in found
+        ]
+        problems += wrong
+    return pairs, problems
+
+
 def _pair_from_row(folder: Path, row: dict[str, Any]) -> FacePair:
+    row = {"landmarks": None, "round_trip": False, "crop": None, **row}
     require_keys(row, _ROW_TYPES)
     for key in ("good", "bad", "mask"):
         resolve_file(folder, row[key])
     if any(isinstance(edge, str) for edge in row["box"]):
         raise ValueError(f"`box` has to be four numbers but is {row['box']}")
-    Face(row["box"], row.get("landmarks"), row["confidence"])  # checks all three
-    return FacePair(**{key: row.get(key) for key in FacePair.__dataclass_fields__})
+    Face(row["box"], row["landmarks"], row["confidence"])  # checks all three
+    area_bin(row["area_ratio"])  # checks it
+    return FacePair(**{key: row[key] for key in FacePair.__dataclass_fields__})
 
 
 def noise_factor(
@@ -97,12 +115,19 @@ def area_bin(area_ratio: float, limits: tuple[float, ...] = AREA_LIMITS) -> int:
     return next(i for i, limit in enumerate(limits) if area_ratio <= limit)
 
 
-def prepare_photograph(image: Image.Image, resolution: int, multiple: int) -> Image.Image:
-    """Bring a photograph to about resolution x resolution pixels: not distorted, sides cropped to a `multiple`."""
+def prepare_photograph(image: Image.Image, resolution: int, multiple: int, max_resolution: int = 0) -> Image.Image:
+    """Bring a photograph to a size between resolution^2 and max_resolution^2 pixels, sides cropped to a `multiple`.
+
+    It is never distorted, and one that lies between is not resampled: its pixels stay as they are. max_resolution: 0
+    for `resolution`, so that every photograph is brought to about that size.
+    """
     width, height = image.size
-    scale = resolution / (width * height) ** 0.5
-    sides = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
-    scale = max(sides[0] / width, sides[1] / height)
+    side = (width * height) ** 0.5
+    scale = min(max(side, resolution), max_resolution or resolution) / side
+    kept = scale == 1
+    round_to = math.floor if kept else round
+    sides = [max(multiple, round_to(length * scale / multiple) * multiple) for length in (width, height)]
+    scale = max(sides[0] / width, sides[1] / height, kept)
     grown = image.resize([max(s, round(v * scale)) for s, v in zip(sides, (width, height), strict=True)], Image.LANCZOS)
     left, top = (grown.width - sides[0]) // 2, (grown.height - sides[1]) // 2
     return grown.crop((left, top, left + sides[0], top + sides[1]))
@@ -146,6 +171,14 @@ class FaceInpainter:
         if int(strength * self.steps) < 1:
             least = math.ceil(1 / strength)
             raise ValueError(f"noise factor {strength} x {self.steps} steps runs no step: give at least {least} steps")
+
+    @torch.no_grad()
+    def round_trip(self, images: list[Image.Image], masks: list[Image.Image]) -> list[Image.Image]:
+        """Return the pictures with their masked regions encoded and decoded by the VAE, nothing else; as `__call__`."""
+        self._check_sizes(images, masks)
+        vae = self.pipeline.vae
+        decoded = to_pil(decode_latents(vae, encode_latents(vae, to_pixel_values(images))))
+        return [Image.composite(new, old, mask) for new, old, mask in zip(decoded, images, masks, strict=True)]
 
     @torch.no_grad()
     def __call__(
@@ -202,6 +235,36 @@ class FaceInpainter:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
+def cut_out(
+    images: list[Image.Image], squares: list[tuple[int, int, int, int] | None], resolution: int
+) -> list[Image.Image]:
+    """Return the squares (xyxy) of the pictures, resized to `resolution`; the whole picture where there is None."""
+    size = (resolution, resolution)
+    cut = zip(images, squares, strict=True)
+    return [image.crop(square).resize(size, _filter(image)) if square else image for image, square in cut]
+
+
+def put_back(
+    images: list[Image.Image],
+    views: list[Image.Image],
+    squares: list[tuple[int, int, int, int] | None],
+    masks: list[Image.Image],
+) -> list[Image.Image]:
+    """Return the pictures with the masked pixels of the views that `cut_out` gave; all others are as they were."""
+    results = []
+    for image, view, square, mask in zip(images, views, squares, masks, strict=True):
+        changed = view
+        if square:
+            changed = image.copy()
+            changed.paste(view.resize((square[2] - square[0], square[3] - square[1]), Image.LANCZOS), square[:2])
+        results.append(Image.composite(changed, image, mask))
+    return results
+
+
+def _filter(image: Image.Image) -> Image.Resampling:
+    return Image.NEAREST if image.mode == "L" else Image.LANCZOS  # a mask stays one
+
+
 _EMBEDDINGS = (
     "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
 )  # fmt: skip
@@ -220,8 +283,8 @@ def masked_difference(good: Image.Image, bad: Image.Image, mask: Image.Image) ->
 class PairDataset(Dataset):
     """Pairs as tensors of one size.
 
-    Each sample: good, bad (3, R, R) float32 in [-1, 1]; mask (1, R, R) in {0, 1}; prompt. The picture's largest square
-    that is centred on the face, as far as the border allows, is resized to `resolution` R.
+    Each sample: good, bad (3, R, R) float32 in [-1, 1]; mask (1, R, R) in {0, 1}; prompt. It shows the square around
+    the face that `face_square` gives, resized to `resolution` R.
     """
 
     def __init__(self, folder: str | Path, pairs: list[FacePair], resolution: int):
@@ -238,7 +301,7 @@ class PairDataset(Dataset):
                 f"pair {pair.id} in {self.folder}: good, bad and mask have to be of one size but are "
                 f"{good.size}, {bad.size} and {mask.size}"
             )
-        square, size = face_square(good.size, pair.box), (self.resolution, self.resolution)
+        square, size = face_square(good.size, pair.box, self.resolution), (self.resolution, self.resolution)
         good, bad = (image.crop(square).resize(size, Image.LANCZOS) for image in (good, bad))
         inside = np.asarray(mask.convert("L").crop(square).resize(size, Image.NEAREST)) > 0
         return {
@@ -249,9 +312,14 @@ class PairDataset(Dataset):
         }
 
 
-def face_square(size: tuple[int, int], box) -> tuple[int, int, int, int]:
-    """Return the largest square (xyxy) inside of a (width, height) picture, as near to the face's centre as it fits."""
-    side = min(size)
+def face_square(size: tuple[int, int], box, resolution: int) -> tuple[int, int, int, int]:
+    """Return a square (xyxy) inside of a (width, height) picture, as near to the face's centre as it fits.
+
+    Its side is 1.5 times the face's longer one, but `resolution` at least, so that a small face in a large picture
+    keeps its scale, and the picture's shorter side at most.
+    """
+    face = max(box[2] - box[0], box[3] - box[1])
+    side = min(max(math.ceil(1.5 * face), resolution), *size)
     corner = []
     for length, low, high in ((size[0], box[0], box[2]), (size[1], box[1], box[3])):
         corner.append(int(np.clip(round((low + high - side) / 2), 0, length - side)))

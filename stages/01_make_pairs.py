@@ -1,7 +1,7 @@
 """
 Stage 1: make (good, bad) face pairs by inpainting (Face Score, arXiv 2406.17100, sections 4.4 and 8.4).
 
-    python stages/01_make_pairs.py                                     # offline: drawn portraits, the tiny model
+    python stages/01_make_pairs.py                                     # offline: drawn pictures, the tiny model
     python stages/01_make_pairs.py --images photos/ --config stages/presets/sd15.yaml
 
 Reads   photographs of people: a folder, a glob or one file
@@ -38,10 +38,13 @@ from faceprior.pairs import (
     FacePair,
     area_bin,
     box_mask,
+    cut_out,
+    face_square,
     masked_difference,
     prepare_photograph,
+    put_back,
 )
-from faceprior.procedural import draw_folder
+from faceprior.procedural import draw_folder, draw_scenes
 from faceprior.training import (
     METRICS_FILE,
     finish,
@@ -58,21 +61,26 @@ PHOTOGRAPHS, REJECTED = "photographs.jsonl", "rejected.jsonl"
 class Config:
     images: str = ""  # folder, glob or file of photographs; empty: the project draws some
     num_drawn: int = 48  # portraits to draw when no photographs are given, [1, inf)
+    num_scenes: int = 8  # and scenes with smaller faces, drawn at `max_resolution`, [0, inf)
     base: str = "tiny"  # model that inpaints: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
     output: str = "data/pairs"  # folder for the pairs
-    resolution: int = 128  # pixels; pictures are brought to about resolution x resolution, [64, 2048]
+    resolution: int = 128  # pixels; smaller pictures are enlarged to about resolution x resolution, [64, 2048]
+    max_resolution: int = 512  # pixels; larger ones are shrunk to about that; 0: to `resolution`, [0, 2048]
     prompt: str = ""  # prompt of the inpainting; empty: the caption beside the photograph, else "A face."
     steps: int = 50  # sampling steps, of which the last int(noise factor x steps) are run, [1, 1000]
-    guidance_scale: float = 7.5  # classifier-free guidance, [1, 30]
+    guidance_scale: float = 2.5  # classifier-free guidance, [1, 30]
     area_limits: tuple[float, ...] = AREA_LIMITS  # upper face-area ratio of each bin (Table 8), (0, 1]
     noise_factors: tuple[float, ...] = NOISE_FACTORS  # noise factor of each bin (Table 8), (0, 1]
+    padded_crop: bool = True  # small faces are worked on in a crop of `resolution` around them (the paper: false)
+    crop_noise_factors: tuple[float, ...] = (0.2, 0.2, 0.3, 0.4)  # noise factor of each bin in such a crop, (0, 1]
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
     min_confidence: float = 0.9  # of the detector, [0, 1]
     min_face_size: int = 16  # pixels of the prepared picture, shorter side of the face box, [8, 1024]
     min_side: int = 64  # pixels; photographs with a shorter side are left out, [1, inf)
+    round_trip: bool = True  # the good face goes through the VAE, too, so that its traces are on both sides; paper: no
     min_difference: float = 1.0  # mean change of the face, 0-255; pairs that differ less are rejected, [0, 255]
-    batch_size: int = 8  # faces inpainted at once, [1, 256]
+    batch_size: int = 8  # faces inpainted at once, fewer of pictures larger than resolution x resolution, [1, 256]
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the networks
     seed: int = 0  # every face's own seed is derived from it and from the photograph's name, [0, inf)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -80,10 +88,13 @@ class Config:
 
 
 def main(config: Config) -> None:
-    if len(config.area_limits) != len(config.noise_factors):
+    for name in ("noise_factors", "crop_noise_factors"):
+        if len(getattr(config, name)) != len(config.area_limits):
+            raise ValueError(f"`{name}` needs one value for each of the {len(config.area_limits)} `area_limits`")
+    if 0 < config.max_resolution < config.resolution:
         raise ValueError(
-            f"`area_limits` and `noise_factors` have to be of one length but have "
-            f"{len(config.area_limits)} and {len(config.noise_factors)}"
+            f"`max_resolution` has to be 0, or `resolution` ({config.resolution}) at least, but is "
+            f"{config.max_resolution}"
         )
     quiet_libraries()
     device = resolve_device(config.device)
@@ -93,12 +104,12 @@ def main(config: Config) -> None:
         print(f"{output} is complete: {len(resume_rows(output / MANIFEST))} pairs")
         return
     if sources is None:
-        sources = draw_folder(output / "drawn", range(config.num_drawn), 2 * config.resolution)
+        sources = draw_sources(config, output / "drawn")
 
     base = tiny.resolve(config.base, "sd15")
     pipeline = load_pipeline(base, weight_dtype(config.mixed_precision), config.vae).to(device)
     inpainter = FaceInpainter(pipeline, config.steps, config.guidance_scale)
-    for factor in config.noise_factors:
+    for factor in (*config.noise_factors, *(config.crop_noise_factors if config.padded_crop else ())):
         inpainter.check_strength(factor)
 
     problems = find_faces(config, output, sources, inpainter.multiple)
@@ -107,6 +118,13 @@ def main(config: Config) -> None:
     finish(output, pairs=len(pairs), rejected=len(rejected), photographs=len(sources))
     print_problems(problems + [(row["id"], row["reason"]) for row in rejected])
     print(f"{len(pairs)} pairs in {output}: {count_bins(config, pairs)}")
+
+
+def draw_sources(config: Config, folder: Path) -> list[Path]:
+    """Draw portraits, whose faces fall into the last bin of Table 8, and scenes for the other three."""
+    seeds = range(config.num_drawn, config.num_drawn + config.num_scenes)  # other people than the portraits'
+    portraits = draw_folder(folder, range(config.num_drawn), config.resolution)
+    return portraits + draw_scenes(folder, seeds, config.max_resolution or config.resolution)
 
 
 def left_to_do(output: Path, sources: list[Path]) -> list[tuple[str, Path]]:
@@ -138,7 +156,7 @@ def prepare(config: Config, output: Path, path: Path, name: str, multiple: int) 
             f"{photograph.width} x {photograph.height} pixels: the shorter side is below {config.min_side}"
         )
     prompt = config.prompt or read_caption(path) or "A face."
-    good = prepare_photograph(photograph, config.resolution, multiple)
+    good = prepare_photograph(photograph, config.resolution, multiple, config.max_resolution)
     faces = detect_faces(good, config.detector, config.min_confidence, config.min_face_size)
     faces = [face for face in faces if min(face.width, face.height) >= config.min_face_size]
     if not faces:
@@ -174,17 +192,30 @@ def plan_batches(config: Config, photographs: list[dict]) -> list[list[dict]]:
         for index, face in enumerate(row["faces"]):
             found, (width, height) = Face.from_dict(face), row["size"]
             ratio = min(found.area / (width * height), config.area_limits[-1])
+            crop = small_crop(config, row["size"], found)
+            factors = config.crop_noise_factors if crop else config.noise_factors
             plan = {
                 "id": f"{safe_name(row['photograph'])}_{index}",
                 "row": row,
                 "face": found,
                 "area_ratio": ratio,
-                "strength": config.noise_factors[area_bin(ratio, config.area_limits)],
+                "crop": crop,
+                "strength": factors[area_bin(ratio, config.area_limits)],
                 "seed": stable_seed(config.seed, row["photograph"], index),
             }
-            groups.setdefault((plan["strength"], width, height), []).append(plan)
-    size = config.batch_size
-    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+            size = (config.resolution, config.resolution) if crop else (width, height)
+            groups.setdefault((plan["strength"], *size), []).append(plan)
+    batches = []
+    for (_, width, height), group in groups.items():
+        size = max(1, config.batch_size // max(1, round(width * height / config.resolution**2)))
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return batches
+
+
+def small_crop(config: Config, size: tuple[int, int], face: Face) -> tuple[int, int, int, int] | None:
+    """Return the square around a face that is worked on, None for the whole picture."""
+    square = face_square(size, face.box, config.resolution)
+    return square if config.padded_crop and (square[2] - square[0]) ** 2 < size[0] * size[1] else None
 
 
 def inpaint_batch(
@@ -194,34 +225,45 @@ def inpaint_batch(
     goods = [Image.open(output / plan["row"]["good"]).convert("RGB") for plan in batch]
     masks = [box_mask(good.size, plan["face"].box) for good, plan in zip(goods, batch, strict=True)]
     prompts, seeds = [plan["row"]["prompt"] for plan in batch], [plan["seed"] for plan in batch]
-    bads = inpainter(goods, masks, batch[0]["strength"], prompts, seeds)
+    crops = [plan["crop"] for plan in batch]
+    views, view_masks = (cut_out(pictures, crops, config.resolution) for pictures in (goods, masks))
+    bads = put_back(goods, inpainter(views, view_masks, batch[0]["strength"], prompts, seeds), crops, masks)
+    if config.round_trip:
+        goods = put_back(goods, inpainter.round_trip(views, view_masks), crops, masks)
     for plan, good, bad, mask in zip(batch, goods, bads, masks, strict=True):
         if plan["id"] not in differences:
             differences[plan["id"]] = masked_difference(good, bad, mask)
-            write_pair(config, output, plan, bad, mask, differences[plan["id"]])
+            write_pair(config, output, plan, good, bad, mask, differences[plan["id"]])
 
 
 def write_pair(
-    config: Config, output: Path, plan: dict, bad: Image.Image, mask: Image.Image, difference: float
+    config: Config,
+    output: Path,
+    plan: dict,
+    good: Image.Image,
+    bad: Image.Image,
+    mask: Image.Image,
+    difference: float,
 ) -> None:
     if difference < config.min_difference:
         reason = f"pair is hard to tell apart: mean change {difference:.2f} is below {config.min_difference}"
         append_row(output / REJECTED, {"id": plan["id"], "reason": reason, "difference": difference})
         return
-    files = {"bad": f"bad/{plan['id']}.png", "mask": f"mask/{plan['id']}.png"}
-    save_image(bad, output / files["bad"])
-    save_image(mask, output / files["mask"])
+    images = {"bad": bad, "mask": mask} | ({"good": good} if config.round_trip else {})
+    files = {side: f"{side}/{plan['id']}.png" for side in images}
+    for side, image in images.items():
+        save_image(image, output / files[side])
     face, row = plan["face"].to_dict(), plan["row"]
     pair = FacePair(
         id=plan["id"],
         photograph=row["photograph"],
-        good=row["good"],
-        **files,
+        **{"good": row["good"], **files},
         **{key: face[key] for key in ("box", "landmarks", "confidence")},
-        **{key: plan[key] for key in ("area_ratio", "strength", "seed")},
+        **{key: plan[key] for key in ("area_ratio", "strength", "seed", "crop")},
         prompt=row["prompt"],
         base=config.base,
         difference=difference,
+        round_trip=config.round_trip,
     )
     append_row(output / MANIFEST, pair.to_row())
 
@@ -230,8 +272,8 @@ def count_bins(config: Config, pairs: list[dict]) -> str:
     counts = [0] * len(config.area_limits)
     for pair in pairs:
         counts[area_bin(pair["area_ratio"], config.area_limits)] += 1
-    named = zip(config.area_limits, config.noise_factors, counts, strict=True)
-    return ", ".join(f"{n} up to {limit:.1%} of the area (noise factor {f})" for limit, f, n in named)
+    named = zip(config.area_limits, counts, strict=True)
+    return ", ".join(f"{n} up to {limit:.1%} of the area" for limit, n in named)
 
 
 if __name__ == "__main__":

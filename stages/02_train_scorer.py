@@ -9,23 +9,28 @@ Writes  checkpoints/scorer/: the scorer with the best validation accuracy, for F
         (both scores of every validation pair), metrics.jsonl, config.yaml
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from faceprior import tiny
+from faceprior.blip_inputs import crop_bounds
 from faceprior.config import is_complete, open_output, run_stage
-from faceprior.images import load_image
+from faceprior.degrade import DegradationConfig, apply_degradation, sample_degradation
+from faceprior.images import as_array, load_image
 from faceprior.losses import pairwise_ranking_loss
 from faceprior.manifest import print_problems, rewrite_rows
-from faceprior.pairs import FacePair, read_pairs
+from faceprior.pairs import AREA_LIMITS, FacePair, area_bin, gather_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import (
     TrainingRun,
+    collate,
     make_accelerator,
     make_optimizer,
     quiet_libraries,
@@ -38,9 +43,10 @@ SCORES = "scores.jsonl"
 
 @dataclass
 class Config:
-    pairs: str = "data/pairs"  # folder of stage 1
+    pairs: str = "data/pairs"  # folder of stage 1, or several, separated by commas
     init: str = "tiny"  # weights to start from: folder (ours, ImageReward, FaceScore), hub id, or tiny
     output: str = "checkpoints/scorer"  # folder for the scorer
+    augment: bool = True  # the same flip, blur, resampling and JPEG on both sides, in training; not in the paper
     frozen: float = 0.7  # share of the transformer layers, from the first, that keep their weights, [0, 1]
     steps: int = 60  # optimizer steps, [1, inf)
     batch_size: int = 16  # pairs in a micro-batch on one process, [1, 4096]
@@ -60,25 +66,54 @@ class Config:
 
 
 class FaceCrops(Dataset):
-    """The face crops of pairs, ready for the scorer: good and bad, each (3, 224, 224), CLIP-normalised."""
+    """The face crops of pairs in their own pixels: good and bad, each (H, W, 3) uint8."""
 
-    def __init__(self, folder: Path, pairs: list[FacePair], scorer: FaceScorer):
-        self.folder, self.pairs, self.preprocess = folder, pairs, scorer.preprocess
+    def __init__(self, pairs: list[FacePair]):
+        self.pairs = pairs
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         pair = self.pairs[index]
-        sides = {"good": pair.good, "bad": pair.bad}
-        return {
-            side: self.preprocess(load_image(self.folder / name), [pair.box])[0].cpu() for side, name in sides.items()
-        }
+        images = {"good": load_image(pair.good), "bad": load_image(pair.bad)}
+        return {side: as_array(image.crop(crop_bounds(pair.box, *image.size))) for side, image in images.items()}
+
+
+def to_pixel_values(
+    scorer: FaceScorer, augment: bool, sample: dict[str, np.ndarray], rng: np.random.Generator | None = None
+) -> dict[str, torch.Tensor]:
+    """Bring both crops to the scorer's size and range, (3, 224, 224) each, after the same augmentation or none."""
+    if augment:
+        sample = augment_alike(sample, rng)
+    return {side: scorer.preprocess(crop)[0].cpu() for side, crop in sample.items()}
+
+
+def augment_alike(sample: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Flip both crops, half of the time, and degrade them mildly, half of the time, by the same random numbers.
+
+    Sharpness and compression then tell nothing about the side. It acts before the crops are resized, so the blur and
+    the reduction are shares of the face: at most a hundredth of its side, and to two thirds of its pixels a side.
+    """
+    flip, degraded = rng.random(2) < 0.5
+    side = min(sample["good"].shape[:2])
+    mild = DegradationConfig(
+        blur_kernel=2 * math.ceil(0.03 * side) + 1,
+        blur_sigma=(0.0, 0.01 * side),
+        isotropic_prob=1.0,
+        downsample=(1.0, 1.5),
+        noise=(0.0, 0.0),
+        jpeg=(70, 100),
+    )
+    degradation = sample_degradation(mild, rng)
+    if degraded:
+        sample = {name: apply_degradation(crop, degradation, rng) for name, crop in sample.items()}
+    return {name: np.ascontiguousarray(crop[:, ::-1]) for name, crop in sample.items()} if flip else sample
 
 
 def main(config: Config) -> None:
     quiet_libraries()
-    pairs, problems = read_pairs(config.pairs)
+    pairs, problems = gather_pairs(config.pairs)
     training, validation = split(config, pairs)
     accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
     with accelerator.main_process_first():
@@ -86,13 +121,12 @@ def main(config: Config) -> None:
         if is_complete(output):
             print(f"{output} is complete")
             return
-        init = tiny.resolve(config.init, "scorer")
+        init = tiny.resolve(config.init, "reward")
 
     scorer = FaceScorer.from_pretrained(init)
     scorer.freeze(config.frozen)
     trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
-    train_crops, validation_crops = (FaceCrops(Path(config.pairs), side, scorer) for side in (training, validation))
     model, optimizer = accelerator.prepare(scorer, optimizer)
     run = TrainingRun(
         output,
@@ -104,10 +138,11 @@ def main(config: Config) -> None:
         config.warmup_steps,
         config.schedule,
     )
-    evaluate = partial(keep_best, run, output, scorer, validation, validation_crops, config)
+    evaluate = partial(keep_best, run, output, scorer, validation, config)
+    prepare = partial(to_pixel_values, scorer, config.augment)
     if run.step == 0:
         run.state["start"] = evaluate()
-    for batch in run.batches(train_crops, config.batch_size, config.seed, num_workers=config.num_workers):
+    for batch in run.batches(FaceCrops(training), config.batch_size, config.seed, prepare, config.num_workers):
         model.train()
         with accelerator.accumulate(model), seeded(config.seed, int(batch["position"][0]), "dropout"):
             good, bad = model(torch.cat([batch["good"], batch["bad"]])).chunk(2)
@@ -122,9 +157,18 @@ def main(config: Config) -> None:
             run.log(**evaluate())
 
     start, best = run.state["start"]["validation_accuracy"], run.state["best"][0]
-    run.finish(start_accuracy=start, accuracy=best, training_pairs=len(training), validation_pairs=len(validation))
+    run.finish(
+        start_accuracy=start,
+        accuracy=best,
+        training_pairs=len(training),
+        validation_pairs=len(validation),
+        accuracy_by_area=run.state["by_area"],
+    )
     print_problems(problems, "pair")
     print(f"{output}: {best:.1%} of {len(validation)} held-out pairs in the right order ({start:.1%} before training)")
+    for row in run.state["by_area"]:
+        told = f"{row['accuracy']:.1%} of {row['pairs']}" if row["pairs"] else "none held out"
+        print(f"  faces up to {row['up_to']:.1%} of the picture: {told}")
 
 
 def split(config: Config, pairs: list[FacePair]) -> tuple[list[FacePair], list[FacePair]]:
@@ -141,14 +185,14 @@ def keep_best(
     output: Path,
     scorer: FaceScorer,
     pairs: list[FacePair],
-    crops: FaceCrops,
     config: Config,
 ) -> dict[str, float]:
     """Score the held-out pairs; keep the weights and scores if more are in order than ever (at a tie: a lower loss)."""
-    good, bad = validate(run, scorer, crops, config.batch_size)
+    good, bad = validate(run, scorer, FaceCrops(pairs), config.batch_size)
     accuracy, loss = (good > bad).float().mean().item(), pairwise_ranking_loss(good, bad).item()
     if [accuracy, -loss] > run.state.get("best", [-1.0, 0.0]):
         run.state["best"] = [accuracy, -loss]
+        run.state["by_area"] = accuracy_by_area(pairs, (good > bad).tolist())
         if run.accelerator.is_main_process:
             scorer.save_pretrained(output)
             sides = zip(pairs, good.tolist(), bad.tolist(), strict=True)
@@ -165,12 +209,24 @@ def validate(
     """Return the rewards (N,) of the good and of the bad sides."""
     scorer.eval()
     rewards = []
-    for batch in DataLoader(crops, batch_size):
+    prepare = partial(to_pixel_values, scorer, False)
+    for batch in DataLoader(crops, batch_size, collate_fn=lambda samples: collate([prepare(s) for s in samples])):
         sides = torch.cat([batch["good"], batch["bad"]]).to(run.accelerator.device)
         with run.accelerator.autocast():
             rewards.append(scorer(sides).float().cpu().view(2, -1))
     good, bad = torch.cat(rewards, dim=1)
     return good, bad
+
+
+def accuracy_by_area(pairs: list[FacePair], right: list[bool]) -> list[dict]:
+    """Return the number of pairs and the share in the right order for each bin of the face-area ratio (Table 8)."""
+    bins: list[list[bool]] = [[] for _ in AREA_LIMITS]
+    for pair, value in zip(pairs, right, strict=True):
+        bins[area_bin(pair.area_ratio)].append(value)
+    return [
+        {"up_to": limit, "pairs": len(own), "accuracy": sum(own) / len(own) if own else None}
+        for limit, own in zip(AREA_LIMITS, bins, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from typing import Literal
 from faceprior import tiny
 from faceprior.config import is_complete, open_output, run_stage
 from faceprior.diffusion import sample_images
-from faceprior.guidance import GuidanceTuner
+from faceprior.features import FeatureNetwork
+from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
 from faceprior.manifest import print_problems, rewrite_rows
-from faceprior.pairs import PairDataset, read_pairs
+from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, quiet_libraries, weight_dtype
 
 SAMPLES = "samples.jsonl"
@@ -28,14 +29,17 @@ SAMPLES = "samples.jsonl"
 
 @dataclass
 class Config:
-    pairs: str = "data/pairs"  # folder of stage 1
+    pairs: str = "data/pairs"  # folder of stage 1, or several, separated by commas
     base: str = "tiny"  # model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
     output: str = "checkpoints/guided"  # folder for the tuned model
     train: Literal["self_attention", "lora", "full"] = "self_attention"  # what is trained; the paper: self_attention
     rank: int = 16  # of the LoRA, [1, 1024]
     alpha: int = 16  # of the LoRA: its weight is alpha / rank, [1, 4096]
-    t_end: float = 0.5  # timesteps are drawn from the first share of the schedule, (0, 1]
+    objective: Literal["guidance", "denoising"] = "guidance"  # denoising: plain fine-tuning on good, a baseline
+    t_end: float = 0.5  # guidance: timesteps are drawn from the first share of the schedule, (0, 1]
+    distance: Literal["l2", "dino"] = "l2"  # guidance: of masked latents, or of features of what they decode to (Eq. 7)
+    feature_network: str = "tiny"  # distance dino: folder or hub id of a ViT such as facebook/dino-vits8, or tiny
     prompt_drop: float = 0.2  # share of the samples whose prompt is dropped, [0, 1]
     resolution: int = 128  # pixels, side of the training pictures, [64, 2048]
     steps: int = 60  # optimizer steps, [1, inf)
@@ -49,7 +53,7 @@ class Config:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
     num_samples: int = 4  # pictures drawn before and after, [0, 64]
     sample_steps: int = 25  # sampling steps of those pictures, [1, 1000]
-    guidance_scale: float = 7.5  # classifier-free guidance of those pictures, [1, 30]
+    guidance_scale: float = 2.5  # classifier-free guidance of those pictures, [1, 30]
     num_workers: int = 0  # processes that load pictures, [0, 64]
     seed: int = 0  # of the data order, timesteps and noise, [0, inf)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -58,7 +62,7 @@ class Config:
 
 def main(config: Config) -> None:
     quiet_libraries()
-    pairs, problems = read_pairs(config.pairs)
+    pairs, problems = gather_pairs(config.pairs)
     accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
     with accelerator.main_process_first():
         output = open_output(config) if accelerator.is_main_process else Path(config.output)
@@ -77,6 +81,8 @@ def main(config: Config) -> None:
         t_end=config.t_end,
         prompt_drop=config.prompt_drop,
     ).to(accelerator.device)
+    if config.distance == "dino":
+        tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network))
     if config.gradient_checkpointing:
         tuner.unet.enable_gradient_checkpointing()
     trained = tuner.trainable_parameters()
@@ -85,11 +91,12 @@ def main(config: Config) -> None:
     run = TrainingRun(
         output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, save_every=config.save_every
     )
-    dataset = PairDataset(config.pairs, pairs, config.resolution)
+    dataset = PairDataset("", pairs, config.resolution)
+    loss_of = tuner.loss if config.objective == "guidance" else tuner.denoising_loss
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
         unet.train()
         with accelerator.accumulate(unet):
-            loss = tuner.loss(batch, run.generators(batch), unet)
+            loss = loss_of(batch, run.generators(batch), unet)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)
@@ -106,6 +113,11 @@ def main(config: Config) -> None:
         print_problems(problems, "pair")
         print(f"{output}: tuned for {config.steps} steps; samples before and after in {output / 'samples'}")
     accelerator.end_training()
+
+
+def load_features(name: str) -> FeatureNetwork:
+    """Load the network of the dino distance; `tiny` is never built untrained: its features would mean nothing."""
+    return FeatureNetwork.from_pretrained(tiny.tiny_folder() / "features" if name == tiny.NAME else name)
 
 
 def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:

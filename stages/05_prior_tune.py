@@ -68,7 +68,7 @@ class Config:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
     num_samples: int = 4  # pictures drawn before and after, [0, 64]
     sample_steps: int = 25  # sampling steps of those pictures, [1, 1000]
-    guidance_scale: float = 5.0  # classifier-free guidance of those pictures, [1, 30]
+    guidance_scale: float = 2.5  # classifier-free guidance of those pictures, [1, 30]
     num_workers: int = 0  # processes that load pictures, [0, 64]
     seed: int = 0  # of the data order, timesteps and noise, [0, inf)
     device: str = "auto"  # auto, cpu, cuda or cuda:N

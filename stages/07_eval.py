@@ -68,7 +68,7 @@ class Config:
     degradation: Literal["authface", "gfpgan", "diffbir", "codeformer"] = "authface"  # ranges of blur, noise, JPEG ...
     scale_degradation: bool = True  # shrink blur and downsampling with the resolution; they are meant for 512 pixels
     sample_steps: int = 25  # sampling steps of the generated pictures (the paper: 50), [1, 1000]
-    guidance_scale: float = 7.5  # classifier-free guidance of the generated pictures, [1, 30]
+    guidance_scale: float = 2.5  # classifier-free guidance of the generated pictures, [1, 30]
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
     min_confidence: float = 0.9  # of the detector, [0, 1]
     min_face_size: int = 16  # pixels, [8, 1024]

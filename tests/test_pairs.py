@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +21,13 @@ from faceprior.pairs import (
     PairDataset,
     area_bin,
     box_mask,
+    cut_out,
     face_square,
+    gather_pairs,
     masked_difference,
     noise_factor,
     prepare_photograph,
+    put_back,
     read_pairs,
 )
 from faceprior.procedural import draw_portrait
@@ -86,6 +91,32 @@ def test_prepared_photographs(size, expected):
     """300 x 200 at 128: 128 / sqrt(60000) = .523, 156.8 and 104.5 pixels, in multiples of 16: 160 and 112."""
     photograph = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
     assert prepare_photograph(photograph, 128, 16).size == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "max_resolution", "expected"),
+    [
+        ((128, 128), 512, (128, 128)),
+        ((300, 200), 512, (288, 192)),
+        ((512, 500), 512, (512, 496)),
+        ((40, 40), 512, (128, 128)),
+        ((1024, 1024), 512, (512, 512)),
+        ((600, 400), 256, (320, 208)),
+        ((600, 400), 128, (160, 112)),
+        ((3000, 30), 512, (2992, 16)),
+        ((3000, 12), 512, (2992, 16)),
+    ],
+)
+def test_photographs_between_two_resolutions_keep_their_size(size, max_resolution, expected):
+    """600 x 400 at 256: 256 / sqrt(240000) = .523, 313.5 and 209.0 pixels, in multiples of 16: 320 and 208."""
+    assert prepare_photograph(Image.new("RGB", size), 128, 16, max_resolution).size == expected
+
+
+def test_a_photograph_that_keeps_its_size_keeps_its_pixels():
+    """300 x 200: 6 columns are cut off on each side, and 4 rows."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    prepared = prepare_photograph(Image.fromarray(pixels), 128, 16, 512)
+    assert (np.asarray(prepared) == pixels[4:196, 6:294]).all()
 
 
 def test_prepared_photographs_are_not_distorted():
@@ -187,6 +218,21 @@ def test_a_face_depends_on_its_own_seed_only(pipelines, faces, kind):
     assert np.abs(np.asarray(alone, int) - np.asarray(another, int)).max() > 1
 
 
+def test_a_round_trip_is_the_vae_inside_of_the_mask(pipelines, faces):
+    images, masks = zip(*faces, strict=True)
+    tripped = FaceInpainter(pipelines["sd15"]).round_trip(images, masks)
+    for image, mask, result in zip(images, masks, tripped, strict=True):
+        with torch.no_grad():
+            decoded = pipelines["sd15"].vae(to_pixel_values(image)).sample
+        inside = np.asarray(mask) > 0
+        expected = np.where(inside[..., None], np.asarray(to_pil(decoded)[0], int), np.asarray(image, int))
+        assert np.abs(np.asarray(result, int) - expected).max() <= 1
+        assert (np.asarray(result)[~inside] == np.asarray(image)[~inside]).all()
+        assert (np.asarray(result)[inside] != np.asarray(image)[inside]).mean() > 0.5
+    with pytest.raises(ValueError, match="one size"):
+        FaceInpainter(pipelines["sd15"]).round_trip([images[0]], [masks[0].resize((32, 32))])
+
+
 def inpaint_by_hand(pipeline, image, mask, steps, run, guidance_scale, prompt, seed):
     """DDIM (Song et al., Eq. 12, no noise) over the last `run` steps, the kept region being put back at every step."""
     vae, unet, ratio = pipeline.vae, pipeline.unet, 1000 // steps
@@ -237,7 +283,9 @@ def test_prompts_are_encoded_once(pipelines, faces):
 
 def test_sdxl_is_told_what_its_pipeline_tells_it(pipelines, faces):
     """The size, uncropped, and zeros instead of the empty prompt, as `force_zeros_for_empty_prompt` says."""
-    inpainter = FaceInpainter(pipelines["sdxl"], steps=10)
+    pipeline = tiny.tiny_sdxl()
+    pipeline.register_to_config(force_zeros_for_empty_prompt=True)  # as SDXL's own
+    inpainter = FaceInpainter(pipeline, steps=10)
     calls = []
     unet = inpainter.pipeline.unet
     hook = unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
@@ -286,7 +334,7 @@ ROW = {
     "box": [30.0, 20.0, 50.0, 44.0],
     "landmarks": [[35.0, 28.0], [45.0, 28.0], [40.0, 33.0], [36.0, 38.0], [44.0, 38.0]],
     "confidence": 0.99, "area_ratio": 0.09375, "strength": 0.2, "prompt": "a man", "seed": 3, "base": "tiny",
-    "difference": 12.5,
+    "difference": 12.5, "round_trip": True,
 }  # fmt: skip
 
 
@@ -319,6 +367,27 @@ def test_a_row_makes_the_round_trip(folder):
     assert pairs[0] == pair and pairs[1].landmarks is None and not problems
 
 
+def test_rows_before_the_round_trip_have_none(folder):
+    write_manifest(folder, {key: value for key, value in {"id": "a", **ROW}.items() if key != "round_trip"})
+    assert read_pairs(folder)[0][0].round_trip is False
+
+
+def test_pairs_of_several_folders(folder, tmp_path_factory, monkeypatch):
+    """Named with a comma between; the samples of both are found, and what is wrong in either is told."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    shutil.copytree(folder, "more")
+    write_manifest(folder, {"id": "a", **ROW})
+    write_manifest(Path("more"), {"id": "b", **ROW}, "torn")
+    pairs, problems = gather_pairs(f"{folder}, more")
+    assert [pair.id for pair in pairs] == ["a", "b"] and pairs[1].bad == "more/bad/a.png"
+    assert [place for place, _ in problems] == ["more/manifest.jsonl:2"]
+    first, second = PairDataset("", pairs, 32)
+    assert torch.equal(first["bad"], second["bad"])
+    assert gather_pairs("more")[0] == pairs[1:]
+    with pytest.raises(FileNotFoundError, match="no pairs in missing"):
+        gather_pairs(f"{folder},missing")
+
+
 BAD_ROWS = {
     "no mask": ({"mask": None}, "`mask` has to be"),
     "no confidence": ({"confidence": "high"}, "`confidence` has to be"),
@@ -331,6 +400,8 @@ BAD_ROWS = {
     "box inverted": ({"box": [30, 2, 10, 40]}, "x0 <= x1"),
     "landmarks": ({"landmarks": [[1, 2]]}, r"have to be \(5, 2\)"),
     "seed": ({"seed": True}, "`seed` has to be"),
+    "area": ({"area_ratio": 1.5}, r"has to be in \(0, 1.0\] but is 1.5"),
+    "round trip": ({"round_trip": 1}, "`round_trip` has to be"),
 }
 
 
@@ -365,11 +436,11 @@ def test_no_usable_pair_is_an_error_with_the_first_reason(folder):
 
 
 def test_a_sample(folder):
-    """The face's middle is at (40, 32): of 80 x 64 pixels the square is x 8..72, y 0..64, halved to 32 x 32.
+    """A face 20 x 43 high, middle (40, 32): 1.5 x 43 = 64.5 pixels do not fit, so of 80 x 64 the square is x 8..72.
 
-    There the mask x 30..50, y 20..44 lies at x (30 - 8) / 2 = 11 .. 21, y 10..22.
+    Halved to 32 x 32, the mask x 30..50, y 20..44 lies at x (30 - 8) / 2 = 11 .. 21, y 10..22.
     """
-    dataset = PairDataset(folder, [FacePair(id="a_0", **ROW)], resolution=32)
+    dataset = PairDataset(folder, [FacePair(id="a_0", **ROW | {"box": [30.0, 10.5, 50.0, 53.5]})], resolution=32)
     assert len(dataset) == 1
     sample = dataset[0]
     expected = torch.zeros(1, 32, 32)
@@ -384,6 +455,16 @@ def test_a_sample(folder):
     # the pixel at (0, 0) covers x 8..10, y 0..2 of the ramp 3 x: 27 of 255
     assert sample["good"][0, 5, 0].item() == pytest.approx((27 - 0.5 - 127.5) / 127.5, abs=0.02)
     assert sample["prompt"] == "a man"
+
+
+def test_a_small_face_keeps_its_scale(folder):
+    """The face is 24 high, so 36 pixels are enough, of which a resolution of 40 makes x 20..60, y 12..52."""
+    sample = PairDataset(folder, [FacePair(id="a_0", **ROW)], resolution=40)[0]
+    for side in ("good", "bad"):
+        pixels = to_pixel_values(Image.open(folder / side / "a.png").crop((20, 12, 60, 52)))[0]
+        assert torch.equal(sample[side], pixels)
+    assert torch.equal(sample["mask"].nonzero().aminmax(dim=0).min, torch.tensor([0, 8, 10]))
+    assert sample["mask"].sum() == 20 * 24
 
 
 def test_sides_of_different_sizes_are_an_error(folder):
@@ -404,4 +485,41 @@ def test_sides_of_different_sizes_are_an_error(folder):
 )
 def test_the_square_around_a_face(size, box, expected):
     """As near to the face's middle as the border allows: 40 - 32 = 8; clamped to 0 .. 80 - 64 = 16."""
-    assert face_square(size, box) == expected
+    assert face_square(size, box, 128) == face_square(size, box, max(size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("box", "resolution", "expected"),
+    [
+        ((240, 100, 270, 136), 128, (191, 54, 319, 182)),
+        ((240, 100, 440, 300), 128, (190, 50, 490, 350)),
+        ((0, 500, 30, 512), 128, (0, 384, 128, 512)),
+        ((100, 100, 500, 500), 128, (0, 0, 512, 512)),
+        ((240, 100, 270, 136), 512, (0, 0, 512, 512)),
+    ],
+)
+def test_the_square_around_a_small_face(box, resolution, expected):
+    """Middle (255, 118) +- 64; a face of 200 takes 300; one of 400 the 512 that there are."""
+    assert face_square((512, 512), box, resolution) == expected
+
+
+def test_a_crop_is_put_back_where_it_was():
+    """Of a view only the masked pixels come back, at their place; without a square the picture itself is the view."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (96, 160, 3), dtype=np.uint8)) for _ in range(2)]
+    masks = [box_mask((160, 96), (100, 20, 120, 44))] * 2
+    squares = [(80, 10, 144, 74), None]
+    views = cut_out(images, squares, 64)
+    assert views[1] is images[1] and views[0].size == (64, 64)
+    assert (np.asarray(views[0]) == np.asarray(images[0])[10:74, 80:144]).all()
+    view_mask = np.asarray(cut_out(masks, squares, 64)[0])
+    assert set(np.unique(view_mask)) == {0, 255} and (view_mask == np.asarray(masks[0])[10:74, 80:144]).all()
+    black = [Image.new("RGB", view.size) for view in views]
+    for image, result in zip(images, put_back(images, black, squares, masks), strict=True):
+        inside = np.asarray(masks[0]) > 0
+        assert (np.asarray(result)[inside] == 0).all()
+        assert (np.asarray(result)[~inside] == np.asarray(image)[~inside]).all()
+    larger = put_back(images, cut_out(images, [(60, 0, 156, 96), None], 64), [(60, 0, 156, 96), None], masks)
+    assert (np.asarray(larger[1]) == np.asarray(images[1])).all()
+    change = np.abs(np.asarray(larger[0]).astype(int) - np.asarray(images[0]))
+    assert change[~inside].max() == 0 and change[inside].max() > 0  # shrunk by 2/3 and grown again

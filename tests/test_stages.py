@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +21,11 @@ from conftest import STAGES, load_stage
 from PIL import Image
 from safetensors.torch import load_file
 
+from faceprior import tiny
 from faceprior.config import parse_config
 from faceprior.manifest import read_rows
+from faceprior.pairs import FacePair, area_bin, noise_factor
+from faceprior.procedural import draw_folder, draw_portrait
 
 NAMES = sorted(path.stem for path in STAGES.glob("0*.py"))
 PAIRS, SCORER, PORTRAITS, GUIDANCE, PRIOR, RESTORER, EVAL = NAMES
@@ -29,13 +34,14 @@ PAIRS, SCORER, PORTRAITS, GUIDANCE, PRIOR, RESTORER, EVAL = NAMES
 def settings(tiny_models: Path) -> dict[str, dict]:
     """Return the smallest settings of every stage that still do all of its work."""
     sd15, sdxl, scorer = (str(tiny_models / kind) for kind in ("sd15", "sdxl", "scorer"))
+    pictures = {"num_drawn": 6, "num_scenes": 1, "max_resolution": 256, "min_face_size": 10}  # a scene of three faces
     return {
-        PAIRS: {"num_drawn": 6, "base": sd15, "batch_size": 2},
+        PAIRS: {**pictures, "base": sd15, "batch_size": 2},
         SCORER: {"init": scorer, "steps": 3, "batch_size": 4, "eval_every": 2, "save_every": 2},
         PORTRAITS: {"num_drawn": 10},
         GUIDANCE: {"base": sd15, "steps": 3, "batch_size": 2, "save_every": 1, "num_samples": 2, "sample_steps": 3},
         PRIOR: {"base": sdxl, "steps": 3, "batch_size": 2, "save_every": 2, "num_samples": 2, "sample_steps": 3},
-        RESTORER: {"steps": 3, "batch_size": 2, "save_every": 2, "num_samples": 2, "sample_steps": 3},
+        RESTORER: {"init": "", "steps": 3, "batch_size": 2, "save_every": 2, "num_samples": 2, "sample_steps": 3},
         EVAL: {"base": sd15, "num_prompts": 2, "num_faces": 2, "sample_steps": 3},
     }
 
@@ -47,7 +53,7 @@ def run(name: str, **values) -> None:
 
 def snapshot(folder: Path) -> dict[str, str]:
     """Return a digest of every file below a folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".tmp")  # a kill's remains
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -92,12 +98,137 @@ def test_stages_are_the_seven():
 
 def test_pairs_keep_the_photograph_outside_of_the_mask(chain):
     pairs = rows(chain / "data/pairs/manifest.jsonl")
-    assert len(pairs) == 6
+    assert [pair["photograph"][:5] for pair in pairs] == ["portr"] * 6 + ["scene"] * 3
     for pair in pairs:
         good, bad, mask = (np.asarray(Image.open(chain / "data/pairs" / pair[k])) for k in ("good", "bad", "mask"))
-        assert (good[mask == 0] == bad[mask == 0]).all()
+        photograph = np.asarray(Image.open(chain / "data/pairs/drawn" / pair["photograph"]))
+        assert (photograph[mask == 0] == good[mask == 0]).all()
+        assert (photograph[mask == 0] == bad[mask == 0]).all()
         assert (good[mask > 0] != bad[mask > 0]).any()
-        assert pair["strength"] == (0.4 if pair["area_ratio"] > 0.1 else 0.2)
+        if pair["photograph"].startswith("scene"):  # a small face: in a crop around it, with the crop's noise factors
+            (x0, y0, x1, y1), box = pair["crop"], pair["box"]
+            assert (x1 - x0, y1 - y0) == (128, 128) and x0 <= box[0] < box[2] <= x1 and y0 <= box[1] < box[3] <= y1
+            assert pair["strength"] == (0.2, 0.2, 0.3, 0.4)[area_bin(pair["area_ratio"])]
+        else:
+            assert pair["crop"] is None and pair["strength"] == noise_factor(pair["area_ratio"])
+        assert pair["round_trip"] and (good[mask > 0] != photograph[mask > 0]).any()
+    assert {pair["strength"] for pair in pairs} >= {0.2, 0.4}
+
+
+def test_without_the_round_trip_the_good_side_is_the_photograph(chain, tmp_path, tiny_models):
+    """The bad side is the same either way; two portraits are enough."""
+    values = settings(tiny_models)[PAIRS] | {"num_drawn": 2, "num_scenes": 0, "round_trip": False}
+    run(PAIRS, **values, output=str(tmp_path / "pairs"))
+    with_trip = {pair["id"]: pair for pair in rows(chain / "data/pairs/manifest.jsonl")}
+    for pair in rows(tmp_path / "pairs/manifest.jsonl"):
+        assert not pair["round_trip"] and pair["good"] != with_trip[pair["id"]]["good"]
+        good = (tmp_path / "pairs" / pair["good"]).read_bytes()
+        assert good == (chain / "data/pairs" / pair["good"]).read_bytes()  # what the round trip started from
+        bad = (tmp_path / "pairs" / pair["bad"]).read_bytes()
+        assert bad == (chain / "data/pairs" / with_trip[pair["id"]]["bad"]).read_bytes()
+
+
+def test_batches_of_pairs_hold_fewer_large_pictures():
+    """8 faces at 128 x 128: 8 of 160 x 112 pixels, 2 of 256 x 256, 1 of 512 x 512; strengths are never mixed."""
+    stage = load_stage(PAIRS)
+    sizes = {"a": (160, 112), "b": (256, 256), "c": (512, 512)}
+    face = {"landmarks": None, "confidence": 1.0}
+    photographs = [
+        {"photograph": f"{name}{i}", "size": size, "faces": [face | {"box": [0, 0, s, s]} for s in (10, 70)]}
+        for name, size in sizes.items()
+        for i in range(9)
+    ]
+    batches = stage.plan_batches(stage.Config(padded_crop=False), photographs)
+    assert all(len({(face["strength"], face["row"]["size"]) for face in batch}) == 1 for batch in batches)
+    for name, counts in {"a": [8, 1] * 2, "b": [2, 2, 2, 2, 1] * 2, "c": [1] * 18}.items():
+        own = [len(batch) for batch in batches if batch[0]["row"]["photograph"][0] == name]
+        assert sorted(own) == sorted(counts)
+    crops = stage.plan_batches(stage.Config(), photographs)  # of one size: 27 faces at .2, 18 at .3, 9 at .4
+    assert sorted(map(len, crops)) == [1, 2, 3] + [8] * 6
+
+
+def test_a_largest_resolution_below_the_resolution_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`max_resolution` has to be 0, or `resolution` \(128\) at least, but is 127"):
+        run(PAIRS, max_resolution=127, output=str(tmp_path / "pairs"))
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_both_sides_of_a_pair_are_augmented_alike():
+    """Equal sides stay equal; over many draws crops are flipped, left alone, or mildly degraded, and never else."""
+    stage = load_stage(SCORER)
+    crop = draw_portrait(1, 128).image[20:100, 30:90]
+    flipped, kinds = crop[:, ::-1].astype(int), Counter()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        sample = stage.augment_alike({"good": crop, "bad": crop.copy()}, rng)
+        assert (sample["good"] == sample["bad"]).all() and sample["good"].shape == crop.shape
+        assert rng.random() == stage_rng_after(stage, seed, crop)  # as many numbers whatever the pixels
+        straight, turned = (np.abs(sample["good"] - side).mean() for side in (crop.astype(int), flipped))
+        assert min(straight, turned) < 8  # grey levels
+        kinds[turned < straight, min(straight, turned) == 0] += 1
+    assert len(kinds) == 4 and min(kinds.values()) >= 5
+
+
+def stage_rng_after(stage, seed: int, crop: np.ndarray) -> float:
+    rng = np.random.default_rng(seed)
+    stage.augment_alike({"good": crop, "bad": 255 - crop}, rng)
+    return rng.random()
+
+
+def test_augmentation_acts_in_training_only(chain):
+    """Without it the crops are what the scorer itself cuts out; with it they differ, by the stream's generator."""
+    from faceprior import FaceScorer
+
+    stage, scorer = load_stage(SCORER), FaceScorer.from_pretrained(chain / "checkpoints/scorer")
+    pair = rows(chain / "data/pairs/manifest.jsonl")[0]
+    paths = {side: str(chain / "data/pairs" / pair[side]) for side in ("good", "bad", "mask")}
+    sample = stage.FaceCrops([FacePair(**pair | paths)])[0]
+    plain = stage.to_pixel_values(scorer, False, sample)
+    assert torch.equal(plain["good"], scorer.preprocess(paths["good"], [pair["box"]])[0])
+    first, again, other = (stage.to_pixel_values(scorer, True, sample, np.random.default_rng(s)) for s in (1, 1, 3))
+    assert torch.equal(first["bad"], again["bad"]) and not torch.equal(first["bad"], other["bad"])
+
+
+def test_accuracy_by_area():
+    """Ratios at the limits belong to the lower bin; of the last bin's three pairs two are right."""
+    stage = load_stage(SCORER)
+    pairs = [SimpleNamespace(area_ratio=ratio) for ratio in (0.005, 0.1, 0.2, 0.5, 1.0)]
+    result = stage.accuracy_by_area(pairs, [True, False, True, True, False])
+    assert [row["up_to"] for row in result] == [0.005, 0.01, 0.1, 1.0]
+    assert [(row["pairs"], row["accuracy"]) for row in result] == [(1, 1), (0, None), (1, 0), (3, pytest.approx(2 / 3))]
+
+
+def test_accuracy_by_area_is_that_of_the_kept_scores(chain):
+    scores = rows(chain / "checkpoints/scorer/scores.jsonl")
+    done = json.loads((chain / "checkpoints/scorer/done.json").read_text())
+    assert sum(row["pairs"] for row in done["accuracy_by_area"]) == len(scores)
+    right = sum(row["pairs"] * (row["accuracy"] or 0) for row in done["accuracy_by_area"])
+    assert right == pytest.approx(sum(row["good"] > row["bad"] for row in scores))
+
+
+def test_plain_fine_tuning_trains_the_same_parameters(workplace, tiny_models):
+    """The baseline: another log than the guidance loss, from two folders of pairs."""
+    shutil.copytree("data/pairs", "more")
+    values = settings(tiny_models)[GUIDANCE] | {"num_samples": 0, "objective": "denoising", "output": "plain"}
+    run(GUIDANCE, **values, pairs="data/pairs,more")
+    assert json.loads(Path("plain/done.json").read_text())["pairs"] == 18
+    losses = [[row["loss"] for row in rows(Path(f) / "metrics.jsonl")] for f in ("plain", "checkpoints/guided")]
+    assert losses[0] != losses[1]
+    name = "unet/diffusion_pytorch_model.safetensors"
+    before, after = load_file(tiny_models / "sd15" / name), load_file(f"plain/{name}")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(".attn1." in key for key in changed)
+
+
+def test_the_dino_distance_gives_another_loss(workplace, tiny_models):
+    """From the same weights, pairs and noise as the l2 distance; 1 - cos lies in [0, 2]."""
+    from faceprior.features import FeatureNetwork
+
+    FeatureNetwork.from_tags({"sex": ("woman", "man")}, hidden_size=16, layers=1, heads=2).save_pretrained("features")
+    values = settings(tiny_models)[GUIDANCE] | {"num_samples": 0, "steps": 1, "output": "dino"}
+    run(GUIDANCE, **values, distance="dino", feature_network="features")
+    losses = [rows(Path(folder) / "metrics.jsonl")[0]["loss"] for folder in ("dino", "checkpoints/guided")]
+    assert losses[0] != losses[1] and 0 < losses[0] < 2
 
 
 def test_scorer_is_loadable_and_its_scores_are_kept(chain):
@@ -140,7 +271,7 @@ def test_tuned_models_load_with_stock_diffusers_and_draw_the_sample(chain, name)
         height=128,
         width=128,
         num_inference_steps=3,
-        guidance_scale=7.5 if name == "guided" else 5.0,
+        guidance_scale=2.5,
         generator=torch.Generator().manual_seed(sample["seed"]),
     ).images[0]
     difference = np.abs(np.asarray(image, int) - np.asarray(Image.open(folder / sample["after"]), int))
@@ -189,6 +320,40 @@ def test_loras_in_half_precision(workplace, tiny_models):
     run(EVAL, **values)
     for made in ("guided", "prior", "restorer", "half"):
         assert all(np.isfinite(row.get("loss", 0)) for row in rows(Path(made) / "metrics.jsonl"))
+
+
+def test_facial_loss_changes_the_restorer_by_its_gradient_only(workplace, tiny_models, capsys):
+    """Without it the numbers are those of both lambdas at 0, bit for bit: its discriminators take part in nothing else.
+
+    With it every part is logged, and a face without landmarks is trained with the noise loss only.
+    """
+    Image.new("RGB", (128, 128), "gray").save("data/portraits/images/nobody.png")
+    values = settings(tiny_models)[RESTORER] | {"accumulation": 2, "num_samples": 0, "device": "cpu"}
+    kinds = {
+        "none": {"facial_loss": "none"},
+        "zero": {"lambda_d": 0.0, "lambda_s": 0.0},
+        "time_aware": {},
+        "constant": {"facial_loss": "constant"},
+    }
+    weights, logs = {}, {}
+    for output, options in kinds.items():
+        run(RESTORER, **values, **options, output=output)
+        assert ("found in 1: nobody.png" in capsys.readouterr().out) == (output != "none")
+        weights[output] = load_file(f"{output}/controlnet/diffusion_pytorch_model.safetensors")
+        logs[output] = rows(Path(output) / "metrics.jsonl")
+
+    def same(a, b):
+        return all(torch.equal(weights[a][key], weights[b][key]) for key in weights[a])
+
+    assert same("none", "zero")
+    assert not same("none", "time_aware") and not same("none", "constant") and not same("time_aware", "constant")
+    assert not Path("none/landmarks.jsonl").exists()
+    missing = [row["image"] for row in rows(Path("zero/landmarks.jsonl")) if row["landmarks"] is None]
+    assert missing == ["nobody.png"]
+    for row, zero, none in zip(logs["time_aware"], logs["zero"], logs["none"], strict=True):
+        assert row["loss"] == pytest.approx(row["noise"] + row["facial"], rel=1e-5)
+        assert row["facial"] > 0 and row["adversarial"] > 0 and row["style"] > 0 and row["discriminator"] > 0
+        assert zero["loss"] == none["loss"] and none.keys() == {"step", "loss", "learning_rate"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -241,9 +406,7 @@ def test_a_missing_input_names_the_command_that_makes_it(workplace, name, missin
 @pytest.mark.parametrize("name", [PAIRS, PORTRAITS])
 def test_one_bad_file_is_reported_and_the_rest_is_done(workplace, name, tiny_models, capsys):
     photographs = Path("photographs")
-    photographs.mkdir()
-    for path in sorted(Path("data/pairs/drawn").glob("*"))[:4]:
-        shutil.copy(path, photographs)
+    draw_folder(photographs, range(2), 256)
     whole = (photographs / "portrait_00000.png").read_bytes()
     (photographs / "truncated.png").write_bytes(whole[: len(whole) // 2])
     (photographs / "text.jpg").write_text("no picture")
@@ -335,7 +498,7 @@ def test_sigkill_while_pairs_are_made(chain, tmp_path, tiny_models):
     """Killed after the first pair, the same command ends with the files of the uninterrupted run."""
     process = start(PAIRS, settings(tiny_models)[PAIRS], tmp_path)
     kill_when(process, lambda: count_lines(tmp_path / "data/pairs/manifest.jsonl") >= 1, signal.SIGKILL)
-    assert count_lines(tmp_path / "data/pairs/manifest.jsonl") < 6
+    assert count_lines(tmp_path / "data/pairs/manifest.jsonl") < 9
     finished = start(PAIRS, settings(tiny_models)[PAIRS], tmp_path)
     assert finished.communicate()[0] and finished.returncode == 0
     assert snapshot(tmp_path / "data/pairs") == snapshot(chain / "data/pairs")
@@ -355,10 +518,47 @@ def test_killed_while_training(chain, tmp_path, tiny_models, number, code):
     assert snapshot(output) == snapshot(chain / "checkpoints/guided")
 
 
-def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models):
-    """Two processes with one pair each see what one process with two pairs sees, so the losses agree."""
+def test_killed_between_two_steps_of_the_restorer(chain, tmp_path, tiny_models):
+    """Killed after its checkpoint, the same command goes on with the discriminators too and leaves the same files."""
     shutil.copytree(chain / "data", tmp_path / "data")
-    values = {**settings(tiny_models)[GUIDANCE], "batch_size": 1, "device": "cpu"}
+    shutil.copytree(chain / "checkpoints/prior", tmp_path / "checkpoints/prior")
+    process = start(RESTORER, settings(tiny_models)[RESTORER], tmp_path)
+    output = tmp_path / "checkpoints/restorer"
+    kill_when(process, (output / "resume").exists, signal.SIGKILL)
+    kept = load_file(output / "resume/parameters.safetensors")
+    assert {key.split(".")[0] for key in kept} == {"controlnet", "discriminators"}
+    assert not (output / "done.json").exists()
+    finished = start(RESTORER, settings(tiny_models)[RESTORER], tmp_path)
+    assert finished.communicate()[0] and finished.returncode == 0
+    assert snapshot(output) == snapshot(chain / "checkpoints/restorer")
+
+
+def test_the_restorer_goes_on_from_a_controlnet(tmp_path):
+    """`init` takes a restorer's ControlNet as it is; empty, the paper's start, it is the prior's encoder."""
+    stage = load_stage(RESTORER)
+    restorer = tiny.tiny_restorer(seed=1)
+    torch.nn.init.ones_(restorer.pipeline.controlnet.controlnet_mid_block.weight)
+    restorer.save_pretrained(tmp_path)
+    prior = tiny.tiny_sdxl()
+    begun = stage.make_controlnet(stage.Config(init=str(tmp_path)), prior)
+    assert all(
+        torch.equal(a, b) for a, b in zip(begun.parameters(), restorer.pipeline.controlnet.parameters(), strict=True)
+    )
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in begun.parameters())
+    copied = stage.make_controlnet(stage.Config(init=""), prior)
+    assert torch.equal(copied.conv_in.weight, prior.unet.conv_in.weight)
+    assert copied.controlnet_mid_block.weight.abs().max() == 0
+    prior.unet.register_to_config(block_out_channels=(32, 64, 96))
+    with pytest.raises(ValueError, match="does not fit the prior"):
+        stage.make_controlnet(stage.Config(init=str(tmp_path)), prior)
+
+
+@pytest.mark.parametrize(("name", "folder"), [(GUIDANCE, "guided"), (RESTORER, "restorer")])
+def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models, name, folder):
+    """Two processes with one sample each see what one process with two sees, so the losses agree."""
+    shutil.copytree(chain / "data", tmp_path / "data")
+    shutil.copytree(chain / "checkpoints/prior", tmp_path / "checkpoints/prior")
+    values = {**settings(tiny_models)[name], "batch_size": 1, "device": "cpu"}
     # accelerate starts several processes on a CPU by itself only through MPI; with --multi_gpu torchrun starts them
     launch = [
         sys.executable,
@@ -372,12 +572,13 @@ def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models):
         "--main_process_port",
         "0",
     ]
-    process = start(GUIDANCE, values, tmp_path, *launch, "--mixed_precision", "no", "--dynamo_backend", "no")
+    process = start(name, values, tmp_path, *launch, "--mixed_precision", "no", "--dynamo_backend", "no")
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 0, printed
-    one, two = (rows(folder / "checkpoints/guided/metrics.jsonl") for folder in (chain, tmp_path))
+    one, two = (rows(root / f"checkpoints/{folder}/metrics.jsonl") for root in (chain, tmp_path))
     assert [row["step"] for row in two] == [1, 2, 3]
-    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
+    for key in one[0]:
+        np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one], rtol=1e-4, err_msg=key)
 
 
 def test_stage_configs_hold_scalars_only():
