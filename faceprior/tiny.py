@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -47,7 +48,8 @@ glasses aviator sunglasses full beard goatee moustache mustache stubble clean sh
 freckles ear rings earrings skin pale tan deep texture pores wrinkles soft hard rim lit lighting from left right
 front above warm cool tones color studio background plain gradient foliage street lights night room indoor outdoor
 bokeh blurred depth field sharp focus close shoulders looking turned tilted down camera jacket shirt suit sweater
-collar high low quality natural key bad deformed poorly drawn mutated ugly anatomy
+collar high low quality natural key bad deformed poorly drawn mutated ugly anatomy brimmed fedora sun straw baseball
+visor hoop stud drop wearing beret turban child
 """.split()  # noqa: SIM905
 
 
@@ -55,7 +57,7 @@ def tiny_sd15(seed: int = 0) -> StableDiffusionPipeline:
     """Build the Stable Diffusion 1.5 type pipeline: 128 px, latents of 4 x 32 x 32."""
     with seeded(seed):
         unet = UNet2DConditionModel(
-            **_UNET, cross_attention_dim=64, transformer_layers_per_block=1, attention_head_dim=(2, 4, 6)
+            **_UNET, cross_attention_dim=64, transformer_layers_per_block=1, attention_head_dim=(2, 2, 3)
         )
         return StableDiffusionPipeline(
             vae=make_vae(),
@@ -76,7 +78,7 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
             **_UNET,
             cross_attention_dim=64 + 64,
             transformer_layers_per_block=(1, 1, 1),
-            attention_head_dim=(2, 4, 6),
+            attention_head_dim=(2, 2, 3),
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
@@ -90,6 +92,7 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
             tokenizer_2=_tokenizer(),
             unet=unet,
             scheduler=_scheduler(),
+            force_zeros_for_empty_prompt=False,  # it is trained with the empty prompt as the missing one
             add_watermarker=False,
         )
 
@@ -103,17 +106,23 @@ def tiny_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetMode
 def tiny_scorer(seed: int = 0) -> FaceScorer:
     """Build the BLIP reward model; like the real one it reads faces of 224 x 224 pixels."""
     with seeded(seed):
-        return FaceScorer(
-            vision_hidden_size=128,
+        scorer = FaceScorer(
+            vision_hidden_size=96,
             vision_layers=6,
-            vision_heads=2,
-            vision_intermediate=512,
-            text_hidden_size=128,
-            text_layers=4,
-            text_heads=2,
-            text_intermediate=512,
+            vision_heads=3,
+            vision_intermediate=384,
+            text_hidden_size=96,
+            text_layers=3,
+            text_heads=3,
+            text_intermediate=384,
+            text_dropout=0.0,
             vocab_size=2304,
         )
+        # BLIP's and ImageReward's own start is meant for large pretrained towers: so small they would learn nothing
+        for module in scorer.modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.xavier_uniform_(module.weight)
+        return scorer
 
 
 def tiny_restorer(seed: int = 0) -> AuthFaceRestorer:
@@ -124,15 +133,22 @@ def tiny_restorer(seed: int = 0) -> AuthFaceRestorer:
 
 
 # Kind of model -> the function that builds it.
-_BUILDERS = {"sd15": tiny_sd15, "sdxl": tiny_sdxl, "scorer": tiny_scorer, "restorer": tiny_restorer}
+_BUILDERS = {
+    "sd15": tiny_sd15,
+    "sdxl": tiny_sdxl,
+    "reward": tiny_scorer,
+    "scorer": tiny_scorer,
+    "restorer": tiny_restorer,
+}
 KINDS = tuple(_BUILDERS)
 
 
 def resolve(name: str, kind: str, root: Path | None = None) -> str:
     """Return the folder of the tiny model of that `kind` for the name `tiny`; any other name comes back as it is.
 
-    kind: sd15, sdxl, scorer or restorer; root: the folder of the tiny models, `tiny_folder()` by default. The shipped
-    weights are taken where there are any; else untrained ones are built from the seed once, with a warning.
+    kind: sd15, sdxl, reward (what stage 2 starts from), scorer or restorer; root: the folder of the tiny models,
+    `tiny_folder()` by default. The shipped weights are taken where there are any; else untrained ones are built from
+    the seed once, with a warning.
     """
     if name != NAME:
         return name
@@ -192,7 +208,7 @@ _KIND_OF_CLASS = {
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLControlNetPipeline": "restorer",
-    "FaceScorer": "scorer",
+    "FaceScorer": "reward",  # stage 2 starts from it
 }
 
 
@@ -200,7 +216,7 @@ _UNET = {
     "sample_size": RESOLUTION // 4,
     "in_channels": 4,
     "out_channels": 4,
-    "block_out_channels": (32, 64, 96),
+    "block_out_channels": (48, 80, 96),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "layers_per_block": 1,

@@ -1,0 +1,228 @@
+"""What several figures share: the models, the drawn test pictures, the base's samples and the faces in them.
+
+Pictures that take a network are kept below results/tiny and made once for each model and each setting.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from diffusers import AutoencoderKL, DiffusionPipeline
+from figures_table import Missing
+from PIL import Image
+from tiny_stages import run
+from tqdm.auto import tqdm
+
+from faceprior import tiny
+from faceprior.detect import Face, detect_faces
+from faceprior.diffusion import decode_latents, encode_latents, load_part, load_pipeline, sample_images
+from faceprior.features import FeatureNetwork
+from faceprior.images import atomic_write, load_image, save_image, to_pil, to_pixel_values
+from faceprior.procedural import TEST_SEEDS, Drawing, contact_sheet, draw_portrait
+from faceprior.scorer import FaceScorer
+from faceprior.training import resolve_device
+
+SHIPPED = ("sd15", "sdxl", "scorer", "restorer", "features")  # the others lie in the work folder
+BATCH = 16
+SEEN = 0.7  # the least confidence that MTCNN gives at all
+FOUND = 0.9  # the confidence from which a face counts as found
+
+drawn_portrait = cache(lambda index, size: draw_portrait(TEST_SEEDS + index, size))
+
+
+class Bench:
+    """The models to measure and the pictures to measure them on; config: see figures.py."""
+
+    def __init__(self, config):
+        self.config, self.work, self.output = config, Path(config.work), Path(config.output)
+        self.models = Path(config.models) if config.models else tiny.tiny_folder()
+        self.device = resolve_device(config.device)
+
+    # --- models ---
+
+    def folder(self, kind: str) -> Path:
+        """Return the folder of a finished model, shipped or in the work folder; Missing names the way to it."""
+        if kind in SHIPPED:
+            folder = self.models / kind
+            info, command = tiny.info(folder), f"`python checkpoints/make_tiny.py --only {kind}`"
+            if info is None:
+                raise Missing(f"there is no {folder}: {command} trains it")
+            if not (info.get("trained") or self.config.untrained):
+                raise Missing(f"{folder} is untrained: {command} trains it")
+            return folder
+        return self.finished(kind)
+
+    def finished(self, name: str) -> Path:
+        """Return a finished run's folder in the work folder."""
+        folder = self.work / name
+        if not (folder / "done.json").is_file():
+            raise Missing(f"no finished {folder}: `python checkpoints/make_tiny.py --only {name}` makes it")
+        return folder
+
+    def digest(self, kind: str) -> str | None:
+        """Return a digest of a model's weights, None where there is no such model."""
+        try:
+            return digest_of(self.folder(kind))
+        except Missing:
+            return None
+
+    @cached_property
+    def scorer(self) -> FaceScorer:
+        return FaceScorer.from_pretrained(self.folder("scorer"), dtype=torch.float32).to(self.device)
+
+    @cached_property
+    def features(self) -> FeatureNetwork:
+        return FeatureNetwork.from_pretrained(self.folder("features")).to(self.device)
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return load_part(AutoencoderKL, str(self.folder("sd15") / "vae"), "VAE").to(self.device)
+
+    @torch.no_grad()
+    def round_trip(self, images: list[Image.Image]) -> list[Image.Image]:
+        """Return pictures of one size as the autoencoder gives them back."""
+        decoded = []
+        for start in range(0, len(images), BATCH):
+            pixels = to_pixel_values(images[start : start + BATCH])
+            decoded += to_pil(decode_latents(self.vae, encode_latents(self.vae, pixels)))
+        return decoded
+
+    def score(self, images: list[Image.Image], boxes: list) -> list[float]:
+        """Return the Face Score of one known face in each picture."""
+        return [found[0].score for found in self.scorer.score(images, faces=[[box] for box in boxes])]
+
+    @torch.no_grad()
+    def outputs(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return the feature network's outputs for pictures of one size, (B, outputs) on the CPU."""
+        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        return torch.cat([self.features(to_pixel_values(batch).to(self.device)).cpu() for batch in batches])
+
+    def told(self, images: list[Image.Image]) -> list[dict[str, str]]:
+        """Return what the feature network sees in each picture: tag -> value."""
+        chosen = {}
+        for name, logits in self.features.tag_logits(self.outputs(images)).items():
+            values = list(self.features.groups[name])
+            chosen[name] = [values[index] for index in logits.argmax(dim=1).tolist()]
+        return [dict(zip(chosen, values, strict=True)) for values in zip(*chosen.values(), strict=True)]
+
+    # --- drawn test portraits ---
+
+    def portraits(self, count: int) -> list[Drawing]:
+        """Return the first test portraits, drawn at the models' resolution."""
+        return [drawn_portrait(index, tiny.RESOLUTION) for index in range(count)]
+
+    # --- samples ---
+
+    def samples(self, name: str, load: Callable[[], DiffusionPipeline] | None = None) -> list[Image.Image]:
+        """Return the samples of a base: picture i has test portrait i's caption as its prompt, and the seed i.
+
+        name: sd15, sdxl or a model in the work folder, which `load` loads. They are kept, and made where missing.
+        """
+        config, source = self.config, self.folder(name)
+        settings = {key: getattr(config, key) for key in ("sample_steps", "guidance_scale", "mixed_precision")}
+        prompts = [drawing.caption() for drawing in self.portraits(config.num_samples)]
+        folder = self.fresh(f"samples/{name}", {**settings, "model": digest_of(source), "drawings": drawing_digest()})
+        left = [index for index in range(config.num_samples) if not picture(folder, index).is_file()]
+        if left:
+            pipeline = (load() if load else load_pipeline(source)).to(self.device)
+            with self.half_precision(pipeline.unet):
+                for start in tqdm(range(0, len(left), BATCH), desc=f"sampling {name}", unit="batch"):
+                    batch = left[start : start + BATCH]
+                    options = (tiny.RESOLUTION, config.sample_steps, config.guidance_scale)
+                    images = sample_images(pipeline, [prompts[i] for i in batch], batch, *options)
+                    for index, image in zip(batch, images, strict=True):
+                        save_image(image, picture(folder, index))
+        return [load_image(picture(folder, index)) for index in range(config.num_samples)]
+
+    @contextmanager
+    def half_precision(self, *networks: torch.nn.Module) -> Iterator[None]:
+        """Run the networks' matrix products in bfloat16, if so configured; all else, the VAE too, stays float32."""
+        originals = [network.forward for network in networks]
+        if self.config.mixed_precision == "bf16":
+            for network in networks:
+                network.forward = _under_autocast(network.forward, self.device.type)
+        try:
+            yield
+        finally:
+            for network, forward in zip(networks, originals, strict=True):
+                network.forward = forward
+
+    def fresh(self, name: str, key: dict) -> Path:
+        """Return the folder `name` below the results for pictures of that key; pictures of another key are deleted."""
+        folder = self.output / name
+        file = folder.with_name(folder.name + ".key.json")
+        if not file.is_file() or json.loads(file.read_text()) != key:
+            shutil.rmtree(folder, ignore_errors=True)
+            with atomic_write(file, "w") as stream:
+                json.dump(key, stream)
+        return folder
+
+    def sheet(self, name: str, images: list[Image.Image], columns: int) -> None:
+        """Write a contact sheet of pictures of one size."""
+        if images:
+            arrays = [np.asarray(image.convert("RGB")) for image in images]
+            save_image(contact_sheet(arrays, columns), self.output / "sheets" / f"{name}.png")
+
+    def train(self, stage: str, name: str, like: str, **changes) -> Path:
+        """Return the model `name` in the work folder, trained by a stage as `like` was but for the changes."""
+        source, output = self.finished(like), self.work / name
+        key, stamp = digest_of(source), self.work / f"{name}.key.json"
+        if stamp.is_file() and json.loads(stamp.read_text()) != key:
+            raise Missing(f"{output} was trained beside another {source}: remove it and {stamp}")
+        if not (output / "done.json").is_file():
+            words = " ".join(f"--{option} {value}" for option, value in changes.items())
+            command = f"python stages/{stage}.py --config {source / 'config.yaml'} --output {output} {words}"
+            if not self.config.train_ablations:
+                raise Missing(f"there is no {output}: `{command}` trains it")
+            stamp.write_text(json.dumps(key))
+            try:
+                run(stage, output, config=source / "config.yaml", **changes)
+            except subprocess.CalledProcessError as error:
+                raise Missing(f"`{command}` failed (exit code {error.returncode})") from error
+        return output
+
+
+def _under_autocast(forward: Callable, device: str) -> Callable:
+    def call(*args, **kwargs):
+        with torch.autocast(device, torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    return convert_outputs_to_fp32(call)
+
+
+def picture(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.png"
+
+
+def best_face(image: Image.Image) -> Face | None:
+    """Return the face that MTCNN is surest of, None where it sees none."""
+    faces = detect_faces(image, "mtcnn", SEEN, min_face_size=20)
+    return max(faces, key=lambda face: face.confidence, default=None)
+
+
+def confidence_of(face: Face | None) -> float:
+    """Return MTCNN's confidence, 0 where it sees no face."""
+    return 0.0 if face is None else face.confidence
+
+
+def digest_of(folder: Path) -> str:
+    """Return a digest of a model's weights, whatever else lies in its folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        if "resume" not in path.parts:
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def drawing_digest() -> str:
+    """Return a digest of one test portrait: figures of other drawings are other figures."""
+    return hashlib.sha256(drawn_portrait(0, tiny.RESOLUTION).image.tobytes()).hexdigest()[:16]

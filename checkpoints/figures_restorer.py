@@ -1,0 +1,191 @@
+"""Figures of the restorer: against its degraded input, and with other facial losses (AuthFace, Table 2)."""
+
+from dataclasses import dataclass
+from functools import cache, partial
+
+import numpy as np
+import torch
+from figures_bench import BATCH, Bench, best_face, digest_of, drawing_digest, picture
+from figures_table import Missing, cell, difference_of, jackknife, mean_of
+from PIL import Image
+from tqdm.auto import tqdm
+
+from faceprior import tiny
+from faceprior.align import align_face
+from faceprior.degrade import PRESETS, degrade, scaled
+from faceprior.images import cv2, load_image, save_image, to_pixel_values
+from faceprior.metrics import frechet_distance, landmark_error, psnr
+from faceprior.procedural import TEST_SEEDS, draw_portrait
+from faceprior.restorer import AuthFaceRestorer
+
+STAGE = "06_train_restorer"
+SEEDS = TEST_SEEDS + 8000
+ABLATIONS = {
+    "restorer_constant": ("constant", "the same weight at all timesteps"),
+    "restorer_none": ("none", "no facial loss"),
+}
+
+
+@dataclass(frozen=True)
+class FaceToRestore:
+    """An aligned drawn face: clean and degraded, its true landmarks (5, 2) and the mask (H, W) of eyes and mouth."""
+
+    clean: Image.Image
+    degraded: Image.Image
+    landmarks: np.ndarray
+    mask: np.ndarray
+
+
+@cache
+def draw_face(index: int) -> FaceToRestore:
+    """Draw a test portrait, large as stage 03 does, align it by its true landmarks, and degrade it as stage 06 does."""
+    drawing = draw_portrait(SEEDS + index, 4 * tiny.RESOLUTION)
+    aligned = align_face(drawing.image, drawing.landmarks, tiny.RESOLUTION)
+    ranges = scaled(PRESETS["authface"], tiny.RESOLUTION)
+    degraded = degrade(np.asarray(aligned.crop), ranges, np.random.default_rng([1, index]))
+    corners = np.c_[drawing.landmarks, np.ones(5)]
+    mask = drawing.region_masks["eyes"] | drawing.region_masks["mouth"]
+    return FaceToRestore(
+        aligned.crop, Image.fromarray(degraded), corners @ aligned.matrix.T, map_mask(mask, aligned.matrix)
+    )
+
+
+def map_mask(mask: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Bring a portrait's mask (H, W) bool to the aligned crop: (R, R) float32 in [0, 1]."""
+    size = (tiny.RESOLUTION, tiny.RESOLUTION)
+    return cv2.warpAffine(mask.astype(np.float32), matrix, size, flags=cv2.INTER_LINEAR)
+
+
+def restored(bench: Bench, name: str) -> list[Image.Image]:
+    """Return the test faces as a restorer gives them back; kept, and made where missing."""
+    source, config = bench.folder(name), bench.config
+    key = {"model": digest_of(source), "mixed_precision": config.mixed_precision, "drawings": drawing_digest()}
+    folder = bench.fresh(f"restored/{name}", {**key, "steps": config.restore_steps})
+    left = [index for index in range(config.num_faces) if not picture(folder, index).is_file()]
+    if left:
+        restorer = AuthFaceRestorer.from_pretrained(str(source)).to(bench.device)
+        options = {"steps": config.restore_steps} if config.restore_steps else {}
+        with bench.half_precision(restorer.pipeline.unet, restorer.pipeline.controlnet):
+            for start in tqdm(range(0, len(left), BATCH), desc=f"restoring, {name}", unit="batch"):
+                batch = left[start : start + BATCH]
+                degraded = [draw_face(index).degraded for index in batch]
+                images = restorer.restore_crops(degraded, batch_size=BATCH, **options)
+                for index, image in zip(batch, images, strict=True):
+                    save_image(image, picture(folder, index))
+    return [load_image(picture(folder, index)) for index in range(config.num_faces)]
+
+
+def measure_restorer(bench: Bench) -> list[dict]:
+    """The restored faces against their degraded inputs."""
+    after, faces = restored(bench, "restorer"), [draw_face(index) for index in range(bench.config.num_faces)]
+    before, clean = [face.degraded for face in faces], [face.clean for face in faces]
+    bench.sheet("restored", [image for row in zip(before, after, clean, strict=True) for image in row][:96], 12)
+    values = [[psnr(a, b) for a, b in zip(images, clean, strict=True)] for images in (after, before)]
+    means = f"restored {np.mean(values[0]):.2f} dB, degraded {np.mean(values[1]):.2f} dB"
+    gain = cell("PSNR, restored - degraded", partial(difference_of, *values), (">=", 1), "dB", means)
+    return [gain, landmark_row(faces, after), fid_row(bench, before, after, clean)]
+
+
+def landmark_row(faces: list[FaceToRestore], after: list[Image.Image]) -> dict:
+    """Return the restored faces' landmark error over the degraded ones', by MTCNN against the true landmarks."""
+    kinds = {"clean": [face.clean for face in faces], "degraded": [face.degraded for face in faces], "restored": after}
+    errors = {
+        kind: [error_of(image, face) for image, face in zip(images, faces, strict=True)]
+        for kind, images in kinds.items()
+    }
+    usable = [i for i in range(len(faces)) if None not in (errors["degraded"][i], errors["restored"][i])]
+    unseen = ", ".join(f"{errors[kind].count(None)} {kind}" for kind in kinds)
+    note = f"no face seen in {unseen}"
+    if usable:
+        means = {
+            kind: np.mean([e for e in (errors[kind][i] for i in usable) if e is not None] or [np.nan]) for kind in kinds
+        }
+        note = (
+            ", ".join(f"{kind} {mean:.3f}" for kind, mean in means.items())
+            + f" of the distance between the eyes; {note}"
+        )
+
+    def ratio(items: np.ndarray) -> float:
+        chosen = [usable[item] for item in items]
+        return float(
+            np.mean([errors["restored"][i] for i in chosen]) / np.mean([errors["degraded"][i] for i in chosen])
+        )
+
+    return cell("landmark error, restored / degraded", lambda: jackknife(ratio, len(usable)), ("<=", 0.7), note=note)
+
+
+def error_of(image: Image.Image, face: FaceToRestore) -> float | None:
+    """Return MTCNN's landmark error, None where it sees no face."""
+    found = best_face(image)
+    return None if found is None else landmark_error(found.landmarks, face.landmarks)
+
+
+def fid_row(bench: Bench, before: list[Image.Image], after: list[Image.Image], clean: list[Image.Image]) -> dict:
+    """Return the tiny FID of the restored faces over the degraded ones'; the reference are the clean faces."""
+
+    def measure():
+        features = [features_of(bench, images) for images in (before, after, clean)]
+
+        def distances(items):
+            return [frechet_distance(values[items], features[2][items]) for values in features[:2]]
+
+        found = distances(np.arange(len(clean)))
+        notes.append(f"degraded {found[0]:.3g}, restored {found[1]:.3g}")
+        return jackknife(lambda items: np.divide(*distances(items)[::-1]), len(clean))
+
+    notes: list[str] = []
+    row = cell("tiny FID to the clean faces, restored / degraded", measure, ("<=", 0.5))
+    return {**row, "note": "; ".join(filter(None, (row["note"], *notes)))}
+
+
+@torch.no_grad()
+def features_of(bench: Bench, images: list[Image.Image]) -> np.ndarray:
+    """Return the feature network's features of pictures of one size, (B, D)."""
+    batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+    return torch.cat([bench.features.features(to_pixel_values(b).to(bench.device)).cpu() for b in batches]).numpy()
+
+
+@torch.no_grad()
+def eyes_and_mouth(bench: Bench, images: list[Image.Image]) -> list[float]:
+    """Return the feature network's distance between restored and clean faces in eyes and mouth."""
+    distances = []
+    for index, image in enumerate(images):
+        face = draw_face(index)
+        pixels, clean = (to_pixel_values(picture).to(bench.device) for picture in (image, face.clean))
+        mask = torch.from_numpy(face.mask)[None, None].to(bench.device)
+        distances.append(float(bench.features.perceptual_distance(pixels, clean, mask)))
+    return distances
+
+
+def measure_facial_loss(bench: Bench) -> list[dict]:
+    """The time-aware facial loss against a constant one and none: Table 2's row, trained here where missing."""
+    shipped = restored(bench, "restorer")
+    own, rows = eyes_and_mouth(bench, shipped), []
+    title = "distance to the clean eyes and mouths"
+    rows.append(cell(f"{title}, time-aware", partial(mean_of, own)))
+    columns = [[draw_face(index).degraded for index in range(len(shipped))]]
+    for name, (kind, what) in ABLATIONS.items():
+        try:
+            bench.train(STAGE, name, like="restorer", facial_loss=kind)
+            images = restored(bench, name)
+        except Missing as missing:
+            reason = missing
+            rows.append(
+                cell(f"{title}, time-aware - {kind}", lambda reason=reason: raise_(reason), ("<", 0), note=what)
+            )
+            continue
+        columns.append(images)
+        values = eyes_and_mouth(bench, images)
+        rows.append(cell(f"{title}, {kind}", partial(mean_of, values), note=what))
+        rows.append(cell(f"{title}, time-aware - {kind}", partial(difference_of, own, values), ("<", 0)))
+    columns += [shipped, [draw_face(index).clean for index in range(len(shipped))]]
+    bench.sheet(
+        "facial_losses",
+        [image for row in zip(*columns, strict=True) for image in row][: 16 * len(columns)],
+        2 * len(columns),
+    )
+    return rows
+
+
+def raise_(error: Exception) -> None:
+    raise error

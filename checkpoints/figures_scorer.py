@@ -1,0 +1,179 @@
+"""Figures of the scorer: unseen pairs, strength of damage, sharpness, and the order of a base's samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from figures_bench import Bench, best_face, digest_of, drawing_digest
+from figures_faces import told_residuals
+from figures_table import Missing, cell, correlation_of, mean_of, rank_correlation, share_of
+from PIL import Image
+from tiny_damage import DAMAGES, LEVELS, UNSEEN
+from tiny_stages import run
+
+from faceprior import tiny
+from faceprior.images import cv2, load_image
+from faceprior.pairs import AREA_LIMITS, area_bin, face_square, gather_pairs
+from faceprior.procedural import TEST_SEEDS, draw_folder, draw_scenes
+
+PORTRAIT_SEEDS, SCENE_SEEDS = TEST_SEEDS + 3000, TEST_SEEDS + 6000  # other people than those of the samples' prompts
+SCENE_BINS = (0, 1, 2, 2)  # of Table 8, in turn; the third holds fewer faces in a picture
+MULTIPLE = 16  # sides that the autoencoder takes
+
+
+@dataclass(frozen=True)
+class PairFace:
+    """A pair's face and what is around it: both sides, the face's box in them, and its bin of Table 8."""
+
+    good: Image.Image
+    bad: Image.Image
+    box: tuple[float, ...]
+    bin: int
+
+
+def pair_faces(bench: Bench) -> list[PairFace]:
+    """Return the pairs that stage 01 makes of drawings from test seeds; made once and kept."""
+    config = bench.config
+    key = {"num_portraits": config.pair_portraits, "num_scenes": config.pair_scenes, "drawings": drawing_digest()}
+    drawn = bench.fresh("pairs_drawn", key)
+    draw_folder(drawn, range(PORTRAIT_SEEDS, PORTRAIT_SEEDS + config.pair_portraits), tiny.RESOLUTION)
+    if config.pair_scenes:
+        seeds = range(SCENE_SEEDS, SCENE_SEEDS + config.pair_scenes)
+        draw_scenes(drawn, seeds, 4 * tiny.RESOLUTION, SCENE_BINS)
+    base = bench.folder("sd15")
+    options = {"mixed_precision": config.mixed_precision, "steps": config.pair_steps, "device": config.device}
+    folder = bench.fresh("pairs", {**key, **options, "base": digest_of(base)})
+    if not (folder / "done.json").is_file():
+        run("01_make_pairs", folder, images=drawn, base=base, **options)
+    pairs, _ = gather_pairs(str(folder))
+    return [pair_face(pair) for pair in pairs]
+
+
+def pair_face(pair) -> PairFace:
+    good, bad = load_image(pair.good), load_image(pair.bad)
+    x0, y0, x1, y1 = face_square(good.size, pair.box, tiny.RESOLUTION)
+    side = (x1 - x0) // MULTIPLE * MULTIPLE
+    square = (x0, y0, x0 + side, y0 + side)
+    box = tuple(np.clip(np.array(pair.box) - (x0, y0, x0, y0), 0, side).tolist())
+    return PairFace(good.crop(square), bad.crop(square), box, area_bin(pair.area_ratio))
+
+
+def measure_pairs(bench: Bench) -> list[dict]:
+    """The order of pairs that no training saw, in each bin of Table 8."""
+    faces = pair_faces(bench)
+    for number in range(len(AREA_LIMITS)):
+        own = [face for face in faces if face.bin == number][:32]
+        sides = [side.resize((128, 128)) for face in own for side in (face.good, face.bad)]
+        bench.sheet(f"pairs_bin{number}", sides, 8)
+    right = np.array(order_kept(bench, faces))
+    rows = []
+    for number, name in enumerate(bin_names()):
+        own = [bool(kept) for kept, face in zip(right, faces, strict=True) if face.bin == number]
+        rows.append(cell(f"pairs in order, face of {name} of the picture", partial(share_of, own), (">=", 0.95), "%"))
+    return [*rows, cell("pairs in order, all", partial(share_of, right.tolist()), unit="%")]
+
+
+def bin_names() -> list[str]:
+    edges = (0, *AREA_LIMITS)
+    return [f"{low:.1%} to {high:.1%}" for low, high in zip(edges, edges[1:], strict=False)]
+
+
+def order_kept(
+    bench: Bench,
+    faces: list[PairFace],
+    change_good: Callable[[Image.Image], Image.Image] | None = None,
+    change_bad: Callable[[Image.Image], Image.Image] | None = None,
+) -> list[bool]:
+    """Tell of each pair whether its good side, changed or not, scores above its bad side, changed or not."""
+    if not faces:
+        raise Missing("there are no pairs")
+    boxes = [face.box for face in faces]
+    good = [change_good(face.good) if change_good else face.good for face in faces]
+    bad = [change_bad(face.bad) if change_bad else face.bad for face in faces]
+    return [a > b for a, b in zip(bench.score(good, boxes), bench.score(bad, boxes), strict=True)]
+
+
+def light_blur(image: Image.Image) -> Image.Image:
+    return Image.fromarray(cv2.blur(np.asarray(image), (3, 3)))
+
+
+def measure_sharpness(bench: Bench) -> list[dict]:
+    """Whether the scorer only measures how sharp a face is, or whether it went through the autoencoder."""
+    faces = pair_faces(bench)
+    again = "both sides of a pair have been through it once; here the good one twice"
+
+    def trip(image):
+        return bench.round_trip([image])[0]
+
+    checks = (
+        ("good face once more through the autoencoder, above its bad twin", (trip, None), again),
+        ("good face under a 3 x 3 box blur, above its bad twin", (light_blur, None), ""),
+        ("both faces under the same blur, order kept", (light_blur, light_blur), ""),
+    )
+    rows = []
+    for name, changes, note in checks:
+        right = order_kept(bench, faces, *changes)
+        groups = [[kept for kept, face in zip(right, faces, strict=True) if face.bin == b] for b in range(4)]
+        by_bin = "by bin " + ", ".join(f"{100 * np.mean(group):.0f}%" if group else "-" for group in groups)
+        rows.append(cell(name, partial(share_of, right), (">=", 0.9), "%", "; ".join(filter(None, (note, by_bin)))))
+    return rows
+
+
+def damage_ladder(score: Callable, drawing, kind: str, seed: int) -> float:
+    """Return how well scores fall with the strength of a damage: -Spearman of level 0 .. 5 and score, 1 at best.
+
+    score: (images, boxes) -> scores. The damage is the same at every level but for its strength.
+    """
+    images = [drawing.image]
+    for strength in LEVELS:
+        images.append(DAMAGES[kind](drawing.image, drawing.landmarks, strength, np.random.default_rng(seed)))
+    scores = score([Image.fromarray(image) for image in images], [drawing.box] * len(images))
+    return -rank_correlation(range(len(images)), scores)
+
+
+def measure_damage(bench: Bench) -> list[dict]:
+    """Strength of damage against score: twelve kinds in five strengths."""
+    drawings = bench.portraits(bench.config.num_damaged)
+    falls = {
+        kind: [damage_ladder(bench.score, drawing, kind, seed) for seed, drawing in enumerate(drawings)]
+        for kind in DAMAGES
+    }
+    seen = [kind for kind in DAMAGES if kind not in UNSEEN]
+    rows = []
+    for name, kinds in (("eight kinds seen in training", seen), ("four kinds never seen", UNSEEN)):
+        means = np.mean([falls[kind] for kind in kinds], axis=0).tolist()  # faces are independent, kinds are not
+        rows.append(cell(f"score falls with damage, {name} (-Spearman)", partial(mean_of, means), (">=", 0.9)))
+    for kind in (*seen, *UNSEEN):
+        note = "never seen in training" if kind in UNSEEN else ""
+        rows.append(cell(f"score falls with {kind.replace('_', ' ')}", partial(mean_of, falls[kind]), note=note))
+    return rows
+
+
+def measure_ranking(bench: Bench) -> list[dict]:
+    """The base's samples in the scorer's order, against two judges that the scorer does not know."""
+    images = bench.samples("sd15")
+    found = [(image, face) for image in images if (face := best_face(image)) is not None]
+    images, faces = [image for image, _ in found], [face for _, face in found]
+    scores = bench.score(images, [face.box for face in faces]) if found else []
+    order = np.argsort(scores)[::-1]
+    ends = [*order[:10], *order[-10:]] if len(order) >= 20 else list(order)
+    bench.sheet("samples_best_and_worst", [images[i] for i in ends], 10)
+    confidences = [face.confidence for face in faces]
+    note = "samples in which MTCNN sees a face"
+    rows = [
+        cell(
+            "samples' Face Score and MTCNN's confidence (Spearman)",
+            lambda: correlation_of(scores, confidences),
+            (">", 0.3),
+            note=note,
+        )
+    ]
+
+    def against_landmarks():
+        residuals = told_residuals(bench, images, faces)
+        return correlation_of(scores, [-residual for residual in residuals])
+
+    title = "samples' Face Score and agreement of landmarks (Spearman)"
+    note = "agreement: minus the mean distance of the feature network's landmarks and MTCNN's"
+    return [*rows, cell(title, against_landmarks, (">", 0.3), note=note)]

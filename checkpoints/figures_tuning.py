@@ -1,0 +1,102 @@
+"""Figures of the guidance tuning: against the base, all timesteps, and plain fine-tuning, on the same noise."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from figures_bench import FOUND, Bench, best_face, confidence_of
+from figures_faces import Proportions, drawn_proportions
+from figures_table import cell, difference_of
+from PIL import Image
+
+from faceprior.diffusion import load_pipeline
+from faceprior.guidance import load_tuned
+
+STAGE = "04_guidance_tune"
+ABLATIONS = {  # name in the work folder -> what it is, and what is changed
+    "guided_all": ("guidance at all timesteps", {"t_end": 1.0}),
+    "guided_denoising": ("plain fine-tuning on the good faces", {"objective": "denoising"}),
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One sample: its Face Score and its distance from drawn proportions (None without a face), MTCNN's confidence."""
+
+    score: float | None
+    distance: float | None
+    confidence: float
+
+
+def judge(bench: Bench, images: list[Image.Image], proportions: Proportions) -> list[Judged]:
+    """Return the judgements of pictures, each by the face that MTCNN is surest of."""
+    faces = [best_face(image) for image in images]
+    sure = [i for i, face in enumerate(faces) if confidence_of(face) >= FOUND]
+    scores = bench.score([images[i] for i in sure], [faces[i].box for i in sure]) if sure else []
+    by_number = dict(zip(sure, scores, strict=True))
+    return [
+        Judged(
+            by_number.get(i),
+            proportions.distance(face.landmarks) if i in by_number else None,
+            confidence_of(face),
+        )
+        for i, face in enumerate(faces)
+    ]
+
+
+def both(a: list[Judged], b: list[Judged], key: str) -> tuple[list[float], list[float]]:
+    """Return the values of the samples that have one on both sides."""
+    pairs = [(getattr(x, key), getattr(y, key)) for x, y in zip(a, b, strict=True)]
+    kept = [pair for pair in pairs if None not in pair]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def compare(a: list[Judged], b: list[Judged], name: str, p_below: float | None) -> list[dict]:
+    """Return the rows of a - b at the same prompts and seeds."""
+    found = "samples with a face on both sides"
+    measures = (
+        ("Face Score", "score", (">", 0), found),
+        ("MTCNN's confidence", "confidence", (">", 0), "0 where it sees no face"),
+        ("distance from drawn proportions", "distance", ("<", 0), found),
+    )
+    rows = []
+    for what, key, aim, note in measures:
+        limit = p_below if key == "score" else None
+        values = both(a, b, key)
+        rows.append(cell(f"{what}, {name}", partial(difference_of, *values), aim, note=note, p_below=limit))
+    return rows
+
+
+def measure_tuning(bench: Bench) -> list[dict]:
+    """The tuned model against the base."""
+    base, tuned = bench.samples("sd15"), tuned_samples(bench, "guided")
+    side_by_side = [image for pair in zip(base, tuned, strict=True) for image in pair]
+    bench.sheet("base_and_tuned", side_by_side[:96], 12)
+    proportions = drawn_proportions(bench)
+    judged = [judge(bench, images, proportions) for images in (tuned, base)]
+    return compare(*judged, "tuned - base", 0.01)
+
+
+def measure_ablation(bench: Bench, name: str) -> list[dict]:
+    """The tuned model against an ablation, which is trained here where it is missing."""
+    what, changes = ABLATIONS[name]
+    tuned = tuned_samples(bench, "guided")
+    bench.train(STAGE, name, like="guided", **changes)
+    other = tuned_samples(bench, name)
+    bench.sheet(f"tuned_and_{name}", [image for pair in zip(tuned, other, strict=True) for image in pair][:96], 12)
+    proportions = drawn_proportions(bench)
+    judged = [judge(bench, images, proportions) for images in (tuned, other)]
+    against_base = [judge(bench, bench.samples("sd15"), proportions)]
+    rows = compare(*judged, f"tuned - {what}", None)
+    beside = both(judged[1], against_base[0], "score")
+    return [*rows, cell(f"Face Score, {what} - base", partial(difference_of, *beside))]
+
+
+def tuned_samples(bench: Bench, name: str) -> list[Image.Image]:
+    """Return the samples of a model that stage 04 tuned; a LoRA stands on its base."""
+
+    def load():
+        folder = bench.folder(name)
+        whole = (folder / "model_index.json").is_file()
+        return load_pipeline(folder) if whole else load_tuned(folder, str(bench.folder("sd15")))
+
+    return bench.samples(name, load)

@@ -1,0 +1,46 @@
+"""The README's pictures, cut from what `figures.py` and the demo left: python checkpoints/strips.py
+
+The first ones of every sheet, not the best ones.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from faceprior.images import load_image
+from faceprior.procedural import TEST_SEEDS, contact_sheet, draw_portrait
+
+ROOT = Path(__file__).resolve().parent.parent
+SHEETS, DEMO, OUTPUT = ROOT / "results/tiny/sheets", ROOT / "results/demo", ROOT / "examples/pictures"
+TILE = 128
+
+
+def main() -> None:
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    save(contact_sheet([draw_portrait(TEST_SEEDS + i, 160).image for i in range(14)], 7), "portraits")
+    save(np.vstack([row(SHEETS / f"pairs_bin{number}.png", 8) for number in range(4)]), "pairs")
+    save(np.vstack([row(SHEETS / "base_and_tuned.png", 12), row(SHEETS / "base_and_tuned.png", 12, 1)]), "tuned")
+    save(np.vstack([row(SHEETS / "restored.png", 12), row(SHEETS / "restored.png", 12, 1)]), "restored")
+    photographs = [np.asarray(beside(name)) for name in ("astronaut", "grace_hopper")]
+    save(np.hstack(photographs), "photographs")
+
+
+def row(sheet: Path, tiles: int, number: int = 0) -> np.ndarray:
+    """Return one row of a contact sheet, (TILE, tiles * TILE, 3)."""
+    return np.asarray(load_image(sheet))[number * TILE : (number + 1) * TILE, : tiles * TILE]
+
+
+def beside(name: str, height: int = 320) -> Image.Image:
+    """Return a photograph and its restoration beside it."""
+    pictures = [load_image(DEMO / folder / f"{name}.png") for folder in ("photographs", "restored")]
+    pictures = [picture.resize((round(picture.width * height / picture.height), height)) for picture in pictures]
+    return Image.fromarray(np.hstack([np.asarray(picture) for picture in pictures]))
+
+
+def save(image: np.ndarray, name: str) -> None:
+    Image.fromarray(image).save(OUTPUT / f"{name}.jpg", quality=88, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

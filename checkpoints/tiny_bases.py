@@ -1,0 +1,196 @@
+"""The tiny base models, honest ones: trained on portraits and scenes, so that small faces come out worse than large."""
+
+import inspect
+import json
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from tiny_data import Drawings, save_arrays
+from tiny_vae import pixel_batches
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from faceprior import tiny
+from faceprior.diffusion import added_conditions, encode_prompts, noise_like
+from faceprior.training import (
+    TrainingRun,
+    drop_prompts,
+    make_accelerator,
+    make_optimizer,
+    sample_timesteps,
+)
+
+BATCH = 32
+SNR_GAMMA = 5.0  # Min-SNR weighting of the loss (arXiv 2303.09556)
+
+
+class Latents(Dataset):
+    """The drawings' latents and those of their mirror images, encoded once: {"mean", "std", "caption"}."""
+
+    def __init__(self, work: Path, vae: AutoencoderKL):
+        path, drawings = work / "latents.npz", Drawings(work, "train")
+        if not path.is_file():
+            save_arrays(path, **encode_drawings(vae, drawings))
+        arrays = np.load(path)
+        self.mean, self.std = arrays["mean"], arrays["std"]
+        self.captions = drawings.captions + [swap_sides(caption) for caption in drawings.captions]
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def __getitem__(self, index: int) -> dict:
+        tensors = {name: torch.from_numpy(getattr(self, name)[index]).float() for name in ("mean", "std")}
+        return {**tensors, "caption": self.captions[index]}
+
+
+@torch.no_grad()
+def encode_drawings(vae: AutoencoderKL, drawings: Drawings) -> dict[str, np.ndarray]:
+    """Return the posteriors' means and deviations, (2 N, 4, R / 4, R / 4) float16: as drawn, then mirrored."""
+    encoded = {name: ([], []) for name in ("mean", "std")}
+    for pixels in tqdm(pixel_batches(drawings, len(drawings)), desc="encoding", total=-(-len(drawings) // 32)):
+        for side, picture in enumerate((pixels, pixels.flip(-1))):
+            posterior = vae.encode(picture.to(vae.device)).latent_dist
+            for name, halves in encoded.items():
+                halves[side].append(getattr(posterior, name).half().cpu().numpy())
+    return {name: np.concatenate(halves[0] + halves[1]) for name, halves in encoded.items()}
+
+
+def swap_sides(caption: str) -> str:
+    """Exchange the words left and right."""
+    return re.sub(r"\b(left|right)\b", lambda word: {"left": "right", "right": "left"}[word[0]], caption)
+
+
+def thin_out(caption: str, rng: np.random.Generator) -> str:
+    """Keep every tag in half of the cases, else the first and a random share of the others: people write few words."""
+    first, *tags = caption.split(", ")
+    if rng.random() < 0.5:
+        return caption
+    share = rng.random()
+    return ", ".join([first, *(tag for tag in tags if rng.random() < share)])
+
+
+def shorten(sample: dict, rng: np.random.Generator) -> dict:
+    return {**sample, "caption": thin_out(sample["caption"], rng)}
+
+
+def train_sd15(config, work: Path) -> None:
+    """Train the Stable Diffusion 1.5 type U-Net and its text encoder together."""
+    if not (work / "sd15" / "done.json").is_file():
+        pipeline = tiny.tiny_sd15()
+        pipeline.vae = AutoencoderKL.from_pretrained(work / "vae")
+        trained = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        train_base(config, work, "sd15", pipeline, trained, config.base_steps, config.base_learning_rate)
+
+
+def train_sdxl(config, work: Path) -> None:
+    """Train the SDXL type pipeline from the other one's U-Net, and share its first text encoder."""
+    if not (work / "sdxl" / "done.json").is_file():
+        pipeline = tiny.tiny_sdxl()
+        start = DiffusionPipeline.from_pretrained(tiny.tiny_folder() / "sd15")
+        pipeline.vae, pipeline.text_encoder = start.vae, start.text_encoder
+        warm_start(pipeline.unet, start.unet)
+        trained = {"unet": pipeline.unet, "text_encoder_2": pipeline.text_encoder_2}
+        train_base(config, work, "sdxl", pipeline, trained, config.sdxl_steps, config.base_learning_rate)
+
+
+@torch.no_grad()
+def warm_start(unet: torch.nn.Module, start: torch.nn.Module) -> None:
+    """Copy what both U-Nets have: 1x1 convolutions to linear layers, keys and values to the first text's columns."""
+    given = start.state_dict()
+    for name, parameter in unet.named_parameters():
+        if name not in given:
+            continue
+        weight = given[name].float()
+        if weight.ndim == parameter.ndim + 2:
+            weight = weight[:, :, 0, 0]
+        if weight.shape == parameter.shape:
+            parameter.copy_(weight)
+        else:
+            parameter.zero_()
+            parameter[:, : weight.shape[1]] = weight
+
+
+def train_base(
+    config,
+    work: Path,
+    kind: str,
+    pipeline: DiffusionPipeline,
+    trained: dict[str, torch.nn.Module],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Train parts of a pipeline to predict noise, keep a moving average of them, and write checkpoints/tiny/`kind`."""
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    networks = torch.nn.ModuleDict(trained).requires_grad_(True).train()
+    pipeline.unet.set_attn_processor(AttnProcessor())  # at these sizes a third faster on a CPU than torch's fused one
+    accelerator = make_accelerator(config.device, config.mixed_precision)
+    optimizer = make_optimizer(networks.parameters(), "adamw", learning_rate, 1e-2)
+    latents_of, pipeline = Latents(work, pipeline.vae), pipeline.to(accelerator.device)
+    networks, optimizer = accelerator.prepare(networks, optimizer)
+    average = deepcopy(networks)
+    run = TrainingRun(
+        work / kind,
+        steps,
+        accelerator,
+        {"networks": networks, "average": average},
+        {"networks": optimizer},
+        100,
+        warmup_steps=100,
+        schedule="cosine",
+    )
+    for batch in run.batches(latents_of, batch_size=BATCH, seed=0, augment=shorten):
+        generators = run.generators(batch)
+        latents = batch["mean"] + batch["std"] * noise_like(batch["mean"], generators)
+        noise = noise_like(latents, generators)
+        timesteps = sample_timesteps(generators, 0, scheduler.config.num_train_timesteps, latents.device)
+        prompts = drop_prompts(batch["caption"], 0.1, generators)
+        with accelerator.autocast():
+            embeddings = inspect.unwrap(encode_prompts)(pipeline, prompts)  # with gradients
+            model_pred = networks["unet"](
+                scheduler.add_noise(latents, noise, timesteps),
+                timesteps,
+                embeddings.prompt_embeds,
+                added_cond_kwargs=added_conditions(embeddings, config.resolution, config.resolution),
+            ).sample
+        errors = (model_pred.float() - noise).square().mean(dim=(1, 2, 3))
+        loss = (min_snr_weights(scheduler, timesteps) * errors).mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(networks.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(average, networks, min(config.ema_decay, (run.step + 1) / (run.step + 10)))
+        run.log(loss=loss, mse=errors.mean())
+    for name, part in trained.items():
+        part.load_state_dict(average[name].state_dict())
+    save_pipeline(pipeline, tiny.tiny_folder() / kind, run.steps)
+    run.finish()
+
+
+def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """min(SNR, gamma) / SNR: details that any network denoises well weigh less (Min-SNR, for noise prediction)."""
+    signal = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = signal / (1 - signal)
+    return snr.clamp(max=SNR_GAMMA) / snr
+
+
+@torch.no_grad()
+def update_average(average: torch.nn.Module, networks: torch.nn.Module, decay: float) -> None:
+    for kept, new in zip(average.parameters(), networks.parameters(), strict=True):
+        kept.lerp_(new, 1 - decay)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, steps: int) -> None:
+    """Write the trained pipeline in float16 with its `tiny.json`."""
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    for path in folder.glob("text_encoder*/config.json"):  # else transformers loads float16 beside a float32 U-Net
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    (folder / tiny.INFO_FILE).write_text(json.dumps({"kind": folder.name, "seed": 0, "trained": True, "steps": steps}))

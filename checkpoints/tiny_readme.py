@@ -1,0 +1,89 @@
+"""checkpoints/tiny/README.md: what was trained, from which seeds, for how long, and how far it came."""
+
+import json
+import os
+import platform
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from faceprior import tiny
+from faceprior.manifest import append_row, resume_rows
+from faceprior.training import METRICS_FILE
+
+DURATIONS = "durations.jsonl"
+PARTS = {
+    "sd15": "Stable Diffusion 1.5 type pipeline: tokenizer, text encoder, VAE, U-Net",
+    "sdxl": "SDXL type pipeline, begun from the other U-Net; its VAE and first text encoder are the same",
+    "reward": "BLIP reward model, pretrained on drawn faces and spoiled twins: ImageReward's part",
+    "scorer": "the same after stage 2 on inpainted pairs: Face Score's part",
+    "restorer": "portrait prior of stage 5 and ControlNet of stage 6",
+    "features": "vision transformer that tells tags and landmarks: DINO's, Inception's and LPIPS's part",
+}
+HEADER = """# The tiny models
+
+Small models of the real diffusers and transformers classes, trained from nothing by `make tiny` on portraits and
+scenes that the project draws. They know drawn people only: they show the methods at work where there is neither GPU
+nor hub, and are no substitute for the published models. `make figures` measures them.
+"""
+FOOTER = """
+Losses are means over the last 50 steps.
+
+- Data: {data}, from the training seeds in `faceprior/procedural.py`; every run has the seed 0
+- Machine: {machines}
+- Licence: Apache-2.0, as the code. The pictures are drawn by it: no photograph of anyone was used
+"""
+RUNS = ("vae", "features", "reward", "sd15", "sdxl", "scorer", "guided", "prior", "restorer")
+
+
+def note_duration(work: Path, step: str, seconds: float) -> None:
+    if seconds > 1:  # not a step that was complete
+        append_row(work / DURATIONS, {"step": step, "seconds": round(seconds, 1), "machine": machine()})
+
+
+def machine() -> str:
+    """Name the processor or GPU, and torch's version."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{(models or [platform.processor()])[0]}, {os.cpu_count()} cores"
+    return f"{name}, torch {torch.__version__.split('+')[0]}"
+
+
+def write_readme(config, work: Path) -> None:
+    """Write the record of the training beside the weights."""
+    rows = resume_rows(work / DURATIONS)
+    hours = defaultdict(float)
+    for row in rows:
+        hours[row["step"]] += row["seconds"] / 3600
+    lines = [HEADER, "| folder | what it is | MB |", "|---|---|---|"]
+    for kind, what in PARTS.items():
+        size = sum(f.stat().st_size for f in (tiny.tiny_folder() / kind).rglob("*") if f.is_file()) / 1e6
+        lines.append(f"| `{kind}/` | {what} | {size:.1f} |")
+    lines += ["", "| run | steps | loss at the end | hours | result |", "|---|---|---|---|---|"]
+    for name in RUNS:
+        metrics, summary = resume_rows(work / name / METRICS_FILE), read_summary(work / name)
+        if metrics:
+            tail = [row["loss"] for row in metrics[-50:] if "loss" in row]
+            loss = f"{sum(tail) / len(tail):.4g}" if tail else ""
+            took = f"{hours[name]:.2f}" if name in hours else ""
+            lines.append(f"| {name} | {metrics[-1]['step']} | {loss} | {took} | {summary} |")
+    data = f"{config.num_drawn} drawings of {config.resolution} pixels, every fifth a scene"
+    machines = "; ".join(sorted({row["machine"] for row in rows}))
+    lines.append(FOOTER.format(data=data, machines=machines))
+    (tiny.tiny_folder() / "README.md").write_text("\n".join(lines))
+
+
+def read_summary(folder: Path) -> str:
+    """Return what a run says of itself in done.json, but its steps, as short text."""
+    path = folder / "done.json"
+    values = json.loads(path.read_text()) if path.is_file() else {"state": "not finished"}
+    shown = {k: v for k, v in values.items() if isinstance(v, int | float | str) and k != "steps"}
+    return ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in shown.items())
+
+
+def _short(value: int | float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,190 @@
+"""The tiny reward model's pretraining, ImageReward's part: drawn faces against spoiled and inpainted twins of them.
+
+Both sides have gone through the same autoencoder or neither has, and both get the same mild blur, resampling, JPEG,
+flip and light, so that neither sharpness nor the autoencoder's traces tell them apart. None of this is in the paper.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from tiny_damage import DAMAGES, LEVELS, PHOTOMETRIC, UNSEEN
+from tiny_data import Drawings, save_arrays
+from tiny_vae import pixel_batches
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from faceprior import tiny
+from faceprior.images import as_array, cv2, load_image, to_pil
+from faceprior.losses import pairwise_ranking_loss
+from faceprior.pairs import read_pairs
+from faceprior.scorer import FaceScorer
+from faceprior.training import TrainingRun, make_accelerator, make_optimizer
+
+INPAINTED = 0.5  # share of the samples that are pairs of stage 1
+DRAWN = 3000  # drawings of the split that are used, at most
+SEEN = tuple(name for name in DAMAGES if name not in UNSEEN)
+STRUCTURAL = tuple(name for name in SEEN if name not in PHOTOMETRIC)
+
+
+class DrawnFaces(Dataset):
+    """Drawn portraits: {"images": [as drawn, as the autoencoder gives it back], "landmarks", "box", "pair"}.
+
+    pair: good, bad and box of a pair of stage 1, of other portraits; None without `pairs`.
+    """
+
+    def __init__(self, work: Path, split: str, vae: AutoencoderKL, pairs: Path | None = None):
+        self.folder, self.pairs = pairs, read_pairs(pairs)[0] if pairs else []
+        drawings = Drawings(work, split)
+        path = work / f"round_trip_{split}.npz"
+        if not path.is_file():
+            save_arrays(path, images=round_trip(vae, drawings))
+        self.images = (drawings.images, np.load(path)["images"])
+        self.faces = [record["faces"][0] for record in drawings.records]
+        kinds = [record["kind"] for record in drawings.records[:DRAWN]]
+        self.portraits = [i for i, kind in enumerate(kinds) if kind == "portrait"]
+
+    def __len__(self) -> int:
+        return len(self.portraits)
+
+    def __getitem__(self, index: int) -> dict:
+        number = self.portraits[index]
+        face = self.faces[number]
+        landmarks = np.array(face["landmarks"], np.float32)
+        images = [images[number] for images in self.images]
+        return {"images": images, "landmarks": landmarks, "box": face["box"], "pair": self._pair(index)}
+
+    def _pair(self, index: int) -> tuple[np.ndarray, np.ndarray, list[float]] | None:
+        if not self.pairs:
+            return None
+        pair = self.pairs[index % len(self.pairs)]
+        good, bad = (as_array(load_image(self.folder / name)) for name in (pair.good, pair.bad))
+        return good, bad, pair.box
+
+
+@torch.no_grad()
+def round_trip(vae: AutoencoderKL, drawings: Drawings) -> np.ndarray:
+    """Return the first drawings as the autoencoder gives them back, (N, R, R, 3) uint8."""
+    images, count = [], min(DRAWN, len(drawings))
+    for pixels in tqdm(pixel_batches(drawings, count), desc="round trip", total=-(-count // 32)):
+        decoded = vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample
+        images += [np.asarray(image) for image in to_pil(decoded.cpu())]
+    return np.stack(images)
+
+
+class SpoiledTwin:
+    """Turns a drawn face into `good` and `bad`, (3, 224, 224) each, CLIP-normalised."""
+
+    def __init__(self, scorer: FaceScorer):
+        self.preprocess = scorer.preprocess
+
+    def __call__(self, sample: dict, rng: np.random.Generator) -> dict:
+        image, landmarks, box = sample["images"][rng.integers(2)], sample["landmarks"], sample["box"]
+        good, bad = spoil(image, landmarks, rng)
+        if sample["pair"] and rng.random() < INPAINTED:
+            good, bad, box = sample["pair"]
+        both = alike((good, bad), rng)
+        box = jitter(box, rng)
+        sides = self.preprocess([Image.fromarray(side) for side in both], [box, box])
+        return {"good": sides[0], "bad": sides[1]}
+
+
+def spoil(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return a face and a worse one: two doses of one damage, or a light veil against broken features."""
+    seed = int(rng.integers(2**31))
+
+    def dose(picture: np.ndarray, name: str, strength: float) -> np.ndarray:
+        if strength == 0:
+            return picture
+        return DAMAGES[name](picture, landmarks, strength, np.random.default_rng(seed))
+
+    if rng.random() < 0.6:
+        name = str(rng.choice(SEEN))
+        weak, strong = sorted(rng.choice((0.0, *LEVELS), 2, replace=False))
+        weak = weak if rng.random() < 0.5 else 0.0
+        return dose(image, name, weak), dose(image, name, strong)
+    name, strength = str(rng.choice(STRUCTURAL)), rng.uniform(0.4, 1.0)
+    veiled = dose(image, str(rng.choice(PHOTOMETRIC)), rng.uniform(0.05, 0.25))
+    return veiled, dose(veiled if rng.random() < 0.4 else image, name, strength)
+
+
+def alike(sides: tuple[np.ndarray, ...], rng: np.random.Generator) -> list[np.ndarray]:
+    """Give all sides the same mild blur, resampling, JPEG, light and flip."""
+    sigma, size = rng.uniform(0, 1.1) * (rng.random() < 0.4), round(128 * rng.uniform(0.5, 1))
+    quality, gain = int(rng.integers(40, 96)), rng.uniform(0.8, 1.2)
+    resampled, compressed, flipped = rng.random() < 0.3, rng.random() < 0.4, rng.random() < 0.5
+    result = []
+    for side in sides:
+        if sigma > 0.1:
+            side = cv2.GaussianBlur(side, (0, 0), sigma)
+        if resampled:
+            shape = side.shape[1::-1]
+            side = cv2.resize(
+                cv2.resize(side, (size, size), interpolation=cv2.INTER_AREA), shape, interpolation=cv2.INTER_CUBIC
+            )
+        if compressed:
+            side = cv2.imdecode(cv2.imencode(".jpg", side, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+        side = (side * gain).clip(0, 255).astype(np.uint8)
+        result.append(np.ascontiguousarray(side[:, ::-1]) if flipped else side)
+    return result
+
+
+def jitter(box: list[float], rng: np.random.Generator) -> list[float]:
+    """Move each edge by up to a tenth of the box, since detectors do not agree on them."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    moved = np.array(box) + rng.uniform(-0.1, 0.1, 4) * (width, height, width, height)
+    return moved.clip(0, 128).tolist()
+
+
+def train_reward(config, work: Path) -> None:
+    """Pretrain the BLIP reward model, and write it to checkpoints/tiny/reward in float16."""
+    output = work / "reward"
+    if (output / "done.json").is_file():
+        return
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    scorer = tiny.tiny_scorer()
+    accelerator = make_accelerator(config.device, config.mixed_precision)
+    training = DrawnFaces(work, "train", vae, work / "reward_pairs")
+    held_out = DrawnFaces(work, "validation", vae)
+    optimizer = make_optimizer(scorer.parameters(), "adamw", config.reward_learning_rate, 1e-2)
+    model, optimizer = accelerator.prepare(scorer.eval(), optimizer)  # without dropout: its noise would hide the signal
+    run = TrainingRun(
+        output,
+        config.reward_steps,
+        accelerator,
+        {"scorer": model},
+        {"scorer": optimizer},
+        100,
+        warmup_steps=100,
+        schedule="cosine",
+    )
+    twin = SpoiledTwin(scorer)
+    for batch in run.batches(training, batch_size=16, seed=0, augment=twin):
+        with accelerator.autocast():
+            good, bad = model(torch.cat([batch["good"], batch["bad"]])).float().chunk(2)
+        loss = pairwise_ranking_loss(good, bad) + 1e-3 * (good**2 + bad**2).mean()  # small margins, around zero
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(scorer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(loss=loss, accuracy=(good > bad).float().mean(), margin=(good - bad).mean())
+    folder = tiny.tiny_folder() / "reward"
+    accuracy = measure_order(scorer.eval(), held_out, twin)
+    scorer.to(torch.float16).save_pretrained(folder)
+    info = {"kind": "reward", "seed": 0, "trained": True, "steps": run.steps}
+    (folder / tiny.INFO_FILE).write_text(json.dumps(info))
+    run.finish(validation_accuracy=accuracy)
+
+
+@torch.no_grad()
+def measure_order(scorer: FaceScorer, faces: DrawnFaces, twin: SpoiledTwin) -> float:
+    """Return the share of the held-out faces that score above their twins."""
+    right = []
+    for index in range(len(faces)):
+        pair = twin(faces[index], np.random.default_rng([1, index]))
+        good, bad = scorer(torch.stack([pair["good"], pair["bad"]]).to(scorer.device))
+        right.append(bool(good > bad))
+    return float(np.mean(right))

@@ -1,0 +1,444 @@
+"""checkpoints/figures.py: its statistics by hand, the judges of shape, what is kept, and the table from end to end."""
+
+import importlib
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_stage
+from PIL import Image
+from scipy import stats
+
+from faceprior import tiny
+from faceprior.config import make_config
+from faceprior.features import FeatureNetwork
+from faceprior.images import save_image
+from faceprior.procedural import TEST_SEEDS, draw_portrait
+from faceprior.training import quiet_libraries
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module of checkpoints/, which find each other as scripts do."""
+    monkeypatch.syspath_prepend(str(CHECKPOINTS))
+    return importlib.import_module
+
+
+# --- statistics ---
+
+
+def test_wilson_by_hand(load):
+    """9 of 10, z^2 = 3.8415: middle (.9 + .19207) / 1.38415 = .7890, half 1.96 / 1.38415 sqrt(.009 + .0096) = .1931."""
+    share_of = load("figures_table").share_of
+    found = share_of([True] * 9 + [False])
+    assert found.value == 0.9 and found.n == 10
+    assert found.low == pytest.approx(0.7890 - 0.1931, abs=1e-3)
+    assert found.high == pytest.approx(0.7890 + 0.1931, abs=1e-3)
+    everything = share_of([True] * 10)
+    assert everything.high == pytest.approx(1) and everything.low == pytest.approx(10 / (10 + 1.959964**2), abs=1e-4)
+    wanted = stats.binomtest(30, 40).proportion_ci(method="wilson")
+    assert share_of([True] * 30 + [False] * 10)[1:3] == pytest.approx((wanted.low, wanted.high), abs=1e-5)
+
+
+def test_mean_and_difference_by_hand(load):
+    """1, 2, 3: deviation 1, t(.975, 2) = 4.3027, half 4.3027 / sqrt 3. Differences of 1, 2, 3 to zeros are the same."""
+    table = load("figures_table")
+    half = 4.30265 / math.sqrt(3)
+    assert table.mean_of([1, 2, 3]) == pytest.approx((2, 2 - half, 2 + half, 3), abs=1e-4)
+    estimate, p_value = table.difference_of([1, 2, 3], [0, 0, 0])
+    assert estimate == pytest.approx((2, 2 - half, 2 + half, 3), abs=1e-4)
+    assert p_value == pytest.approx(stats.ttest_1samp([1, 2, 3], 0).pvalue)
+
+
+def test_correlation_by_hand(load):
+    """Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24) = .8; a constant side orders nothing."""
+    table = load("figures_table")
+    found = table.correlation_of([1, 2, 3, 4, 5], [20, 10, 40, 30, 500])
+    assert found.value == pytest.approx(0.8)
+    half = 1.959964 * math.sqrt((1 + 0.32) / 2)
+    assert found[1:3] == pytest.approx((math.tanh(math.atanh(0.8) - half), math.tanh(math.atanh(0.8) + half)))
+    assert table.rank_correlation([1, 2, 3], [7, 7, 7]) == 0
+    a, b = np.random.default_rng(0).integers(0, 5, (2, 50))
+    assert table.rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+
+
+def test_jackknife_of_a_mean(load):
+    """Of a mean, one item left out at a time, it gives the mean's standard error s / sqrt(n) exactly."""
+    values = np.array([1.0, 4.0, 2.0, 8.0, 5.0, 7.0, 1.0, 3.0, 6.0, 9.0, 2.0, 4.0])
+    found = load("figures_table").jackknife(lambda items: values[items].mean(), 12, groups=6)
+    groups = np.array([values[np.arange(12) % 6 == g].mean() for g in range(6)])
+    half = stats.t.ppf(0.975, 5) * groups.std(ddof=1) / math.sqrt(6)
+    assert found == pytest.approx((values.mean(), values.mean() - half, values.mean() + half, 12))
+
+
+def test_too_few_items_are_no_estimate(load):
+    table = load("figures_table")
+    for estimate, values in ((table.mean_of, []), (table.share_of, []), (table.jackknife, None)):
+        with pytest.raises(table.Missing, match="too few"):
+            estimate(values) if values is not None else estimate(np.mean, 3)
+    with pytest.raises(table.Missing, match="4 usable pictures are too few, 5 are needed"):
+        table.correlation_of([1, 2, 3, 4], [1, 2, 3, 4])
+    row = table.cell("share", lambda: table.share_of([]), (">=", 0.95), "%")
+    assert row["value"] is None and row["met"] is None and row["aim"] == ">= 95.0%"
+    assert row["note"].startswith("not measured: 0 usable pictures")
+
+
+def test_rows_and_their_texts(load):
+    """The aim is met by the value; with a p value both have to hold."""
+    table = load("figures_table")
+    row = table.cell("a", lambda: table.Estimate(0.96, 0.9, 0.99, 100), (">=", 0.95), "%", "note")
+    assert table.columns(row) == ("a", "96.0% (90.0% to 99.0%)", "100", ">= 95.0%", "yes", "note")
+    assert table.cell("a", lambda: table.Estimate(0.94, 0.9, 0.99, 100), (">=", 0.95))["met"] is False
+    unsure = table.cell("b", lambda: (table.Estimate(1, -1, 3, 9), 0.4), (">", 0), p_below=0.01)
+    assert unsure["met"] is False and unsure["aim"] == "> 0, p < 0.01" and "p = 0.4" in unsure["note"]
+    assert table.cell("b", lambda: (table.Estimate(1, 0.5, 1.5, 9), 0.001), (">", 0), p_below=0.01)["met"] is True
+    single = table.cell("c", lambda: table.mean_of([3.0]), unit="dB")
+    assert single["low"] is None and table.columns(single)[1] == "3 dB" and single["met"] is None
+
+
+# --- judges ---
+
+
+def test_damage_ladder_of_made_scorers(load):
+    """A scorer that knows the level falls perfectly, its opposite rises, one that sees nothing does neither.
+
+    The made scorer measures the distance from the clean picture, which grows with the strength of noise.
+    """
+    ladder = load("figures_scorer").damage_ladder
+    drawing = draw_portrait(3, 64)
+
+    def distances(images, boxes):
+        assert boxes == [drawing.box] * 6
+        return [float(np.abs(np.asarray(image).astype(float) - drawing.image).mean()) for image in images]
+
+    assert ladder(lambda i, b: [-d for d in distances(i, b)], drawing, "noise", 0) == pytest.approx(1)
+    assert ladder(distances, drawing, "noise", 0) == pytest.approx(-1)
+    assert ladder(lambda images, boxes: [1.0] * 6, drawing, "noise", 0) == 0
+    order = [5.0, 4.0, 3.0, 2.0, 0.0, 1.0]  # one swap of neighbours: 1 - 6 * 2 / (6 * 35)
+    assert ladder(lambda images, boxes: order, drawing, "noise", 0) == pytest.approx(1 - 12 / 210)
+
+
+def faces(count=40):
+    mean = np.array([[40, 50], [80, 50], [60, 75], [45, 95], [75, 95]], float)
+    return [mean + np.random.default_rng(seed).normal(0, 1.5, (5, 2)) for seed in range(count)]
+
+
+def test_the_eyes_frame_forgets_place_size_and_roll(load):
+    """Eyes at (0, 0) and (2, 0), nose at (1, 1): half a unit below the middle. A similarity changes nothing."""
+    eye_frame = load("figures_faces").eye_frame
+    points = np.array([[0, 0], [2, 0], [1, 1], [0, 2], [2, 2]], float)
+    assert eye_frame(points) == pytest.approx([0, 0.5, -0.5, 1, 0.5, 1])
+    turn = np.array([[math.cos(0.4), -math.sin(0.4)], [math.sin(0.4), math.cos(0.4)]])
+    assert eye_frame(3 * points @ turn.T + (7, -5)) == pytest.approx([0, 0.5, -0.5, 1, 0.5, 1])
+    with pytest.raises(ValueError, match="both eyes on one point"):
+        eye_frame(np.zeros((5, 2)))
+
+
+def test_distance_from_proportions(load):
+    """0 for the mean face, and the further a nose is out of place, the larger."""
+    judges = load("figures_faces")
+    proportions = judges.Proportions.of(faces())
+    x, y = proportions.mean.reshape(3, 2).T
+    mean_face = np.array([[-0.5, 0], [0.5, 0], *zip(x, y, strict=True)]) * 40 + (60, 50)
+    assert proportions.distance(mean_face) == pytest.approx(0, abs=1e-6)
+    moved = [mean_face + np.array([[0, 0], [0, 0], [dx, 0], [0, 0], [0, 0]]) for dx in (2, 5, 10)]
+    distances = [proportions.distance(face) for face in moved]
+    assert 0 < distances[0] < distances[1] < distances[2]
+    assert distances[2] == pytest.approx(5 * distances[0])
+    own = [proportions.distance(face) ** 2 for face in faces()]
+    assert np.mean(own) == pytest.approx(6 * 39 / 40, rel=0.01)  # of the six dimensions, (n - 1) / n each
+    with pytest.raises(load("figures_table").Missing, match="7 faces"):
+        judges.Proportions.of(faces(7))
+
+
+def test_prompts_and_what_is_told(load):
+    """Hidden hair is not asked for; glasses count by whether there are any."""
+    bases = load("figures_bases")
+    hair, glasses = bases.TRAITS[:2]
+    assert hair.is_named({"hair_style": "bob"}) and not hair.is_named({"hair_style": "bald"})
+    assert glasses.read({"glasses": "round"}) is True and glasses.read({"glasses": "none"}) is False
+    assert bases.most_common([1, 1, 2, 1]) == 0.75
+
+
+def test_faces_to_restore(load):
+    """True landmarks and masks go where the alignment brings the face: the mask lies around eyes and mouth."""
+    face = load("figures_restorer").draw_face(0)
+    eyes_and_mouth = [*face.landmarks[:2], face.landmarks[3:].mean(axis=0)]
+    for x, y in eyes_and_mouth:
+        assert face.mask[round(y) - 2 : round(y) + 3, round(x) - 2 : round(x) + 3].max() == 1
+    rows, columns = np.nonzero(face.mask)
+    assert 0.01 < face.mask.mean() < 0.15 and 20 < rows.min() < rows.max() < 120 and columns.min() > 20
+    assert face.clean.size == face.degraded.size == (128, 128)
+    assert np.abs(np.asarray(face.clean).astype(int) - np.asarray(face.degraded)).mean() > 1
+
+
+def test_pairs_of_values_on_both_sides(load):
+    tuning = load("figures_tuning")
+    a = [tuning.Judged(1.0, 0.5, 0.9), tuning.Judged(None, None, 0.0), tuning.Judged(2.0, 0.4, 1.0)]
+    b = [tuning.Judged(0.0, 0.6, 0.8), tuning.Judged(5.0, 0.1, 1.0), tuning.Judged(None, None, 0.7)]
+    assert tuning.both(a, b, "score") == ([1.0], [0.0])
+    assert tuning.both(a, b, "confidence") == ([0.9, 0.0, 1.0], [0.8, 1.0, 0.7])
+
+
+def test_differences_are_tuned_minus_other(load):
+    tuning = load("figures_tuning")
+    tuned = [tuning.Judged(score, 1.0, 0.9) for score in (3.0, 4.0, 5.5)]
+    base = [tuning.Judged(score, 3.0, 0.8) for score in (1.0, 2.0, 3.0)]
+    score, confidence, distance = tuning.compare(tuned, base, "tuned - base", 0.01)
+    assert score["value"] == pytest.approx(6.5 / 3) and score["met"] is True and score["aim"] == "> 0, p < 0.01"
+    assert confidence["value"] == pytest.approx(0.1) and confidence["met"] is True
+    assert distance["value"] == -2 and distance["met"] is True
+
+
+class MadeBench(SimpleNamespace):
+    """A bench whose scorer measures the brightness of the box."""
+
+    def score(self, images, boxes):
+        return [float(np.asarray(image.crop(box)).mean()) for image, box in zip(images, boxes, strict=True)]
+
+
+def test_order_of_pairs_by_a_made_scorer(load):
+    """A brighter good side is in order, a darker one is not; a change is made on its own side only."""
+    scorer = load("figures_scorer")
+    sides = [Image.new("RGB", (16, 16), (level,) * 3) for level in (50, 100, 150)]
+    pairs = [scorer.PairFace(sides[a], sides[b], (2, 2, 10, 10), 0) for a, b in ((1, 0), (0, 1), (2, 1))]
+    assert scorer.order_kept(MadeBench(), pairs) == [True, False, True]
+    assert scorer.order_kept(MadeBench(), pairs, change_good=lambda image: sides[0]) == [False, False, False]
+    assert scorer.order_kept(MadeBench(), pairs, None, lambda image: sides[0]) == [True, False, True]
+    spot = np.zeros((9, 9, 3), np.uint8)
+    spot[4, 4] = 90
+    assert np.asarray(scorer.light_blur(Image.fromarray(spot)))[3:6, 3:6].tolist() == [[[10] * 3] * 3] * 3
+    assert scorer.bin_names() == ["0.0% to 0.5%", "0.5% to 1.0%", "1.0% to 10.0%", "10.0% to 100.0%"]
+
+
+def test_the_square_around_a_pair_s_face(load, tmp_path):
+    """The box moves with the crop: what is in it stays the same, and the sides suit the autoencoder."""
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3)).astype(np.uint8)
+    good = save_image(Image.fromarray(noise), tmp_path / "good.png")
+    for box in ([200, 150, 240, 190], [150, 60, 290, 250]):
+        pair = SimpleNamespace(good=good, bad=good, box=box, area_ratio=0.008)
+        face = load("figures_scorer").pair_face(pair)
+        assert face.bin == 1 and face.good.width == face.good.height and face.good.width % 16 == 0
+        assert (np.asarray(face.bad.crop(face.box)) == noise[box[1] : box[3], box[0] : box[2]]).all()
+
+
+def test_ratios_of_restored_to_degraded(load, models):
+    """Faces given back as they came have ratio 1; the clean ones have no distance to themselves, and better marks."""
+    restorer, bench_module = load("figures_restorer"), load("figures_bench")
+    faces = [restorer.draw_face(index) for index in range(6)]
+    degraded, clean = [face.degraded for face in faces], [face.clean for face in faces]
+    row = restorer.landmark_row(faces, degraded)
+    assert row["value"] == 1 and row["low"] == 1 and row["met"] is False and "no face seen in" in row["note"]
+    assert 0 < restorer.landmark_row(faces, clean)["value"] != 1
+    blank = restorer.landmark_row(faces, [Image.new("RGB", (128, 128))] * 6)
+    assert blank["value"] is None and "6 restored" in blank["note"]
+    bench = bench_module.Bench(load("figures").Config(models=str(models), untrained=True, device="cpu"))
+    assert restorer.fid_row(bench, degraded, degraded, clean)["value"] == pytest.approx(1)
+    assert restorer.fid_row(bench, degraded, clean, clean)["value"] == pytest.approx(0, abs=1e-3)
+
+
+# --- the whole ---
+
+
+@pytest.fixture(scope="module")
+def models(tiny_models, tmp_path_factory):
+    """All shipped kinds, untrained."""
+    quiet_libraries()
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("sd15", "sdxl", "scorer"):
+        (folder / kind).symlink_to(tiny_models / kind)
+    tiny.write(folder / "restorer", "restorer")
+    tags = {
+        "hair_color": ("black", "brown"), "glasses": ("none", "round"), "beard": ("none", "full beard"),
+        "light_side": ("left", "front", "right"),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    FeatureNetwork.from_tags(tags, hidden_size=16, layers=1, heads=2).save_pretrained(folder / "features")
+    (folder / "features" / tiny.INFO_FILE).write_text(json.dumps({"kind": "features", "trained": False}))
+    return folder
+
+
+@pytest.fixture
+def settings(models, tmp_path):
+    return {
+        "work": str(tmp_path / "work"), "models": str(models), "output": str(tmp_path / "results"), "untrained": True,
+        "num_portraits": 10, "num_samples": 6, "sample_steps": 1, "num_damaged": 2, "num_faces": 4, "restore_steps": 1,
+        "pair_portraits": 2, "pair_scenes": 0, "pair_steps": 17, "train_ablations": False, "mixed_precision": "no",
+        "device": "cpu",
+    }  # fmt: skip
+
+
+def finished_model(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder)
+    (folder / "done.json").write_text("{}")
+    (folder / "config.yaml").write_text("04_guidance_tune:\n  steps: 1\n")
+
+
+def keep_samples(bench, name: str, shift: int) -> None:
+    """Put drawn portraits where the samples of a model would be: an untrained one draws no faces."""
+    bench.samples(name)
+    for index in range(bench.config.num_samples):
+        image = draw_portrait(TEST_SEEDS + shift + index, 128).image
+        save_image(Image.fromarray(image), bench.output / f"samples/{name}/{index:05d}.png")
+
+
+def run_here(stage: str, output: Path, **options) -> None:
+    """Run a stage in this process, which has its libraries loaded."""
+    module = load_stage(stage)
+    module.main(make_config(module.Config, {"output": str(output), **{k: str(v) for k, v in options.items()}}))
+
+
+def test_the_table_from_end_to_end(load, settings, models, tmp_path, monkeypatch, capsys):
+    """Every piece; the same model twice differs by exactly nothing, and what is not there is named."""
+    figures, bench_module = load("figures"), load("figures_bench")
+    monkeypatch.setattr(load("figures_scorer"), "run", run_here)
+    config = figures.Config(**settings)
+    for name, source in (("guided", "sd15"), ("guided_all", "sd15"), ("restorer", "restorer")):
+        finished_model(models / source, tmp_path / "work" / name)
+    finished_model(models / "restorer", tmp_path / "work/restorer_constant")
+    bench = bench_module.Bench(config)
+    for name, shift in (("sd15", 0), ("guided", 100), ("guided_all", 100)):
+        keep_samples(bench, name, shift)
+    figures.main(config)
+    saved = json.loads((tmp_path / "results/figures.json").read_text())
+    assert list(saved["groups"]) == list(figures.make_pieces())
+    cells = {name: group["cells"] for name, group in saved["groups"].items()}
+    for name in ("vae", "samples_sd15", "prompts_sdxl", "damage", "sharpness", "ranking", "tuning", "ablations_all"):
+        assert all(row["value"] is not None for row in cells[name]), (name, cells[name])
+    assert cells["samples_sd15"][0]["value"] == 1 and cells["samples_sd15"][0]["n"] == 6
+    by_bin = cells["pairs"]
+    assert [row["n"] for row in by_bin] == [0, 0, 0, 2, 2] and "not measured" in by_bin[0]["note"]
+    assert cells["restorer"][0]["n"] == 4 and cells["restorer"][2]["value"] > 0
+    assert [row["value"] for row in cells["ablations_all"][:3]] == [0, 0, 0]
+    assert not any(row["met"] for row in cells["ablations_all"])
+    assert "--objective denoising` trains it" in cells["ablations_denoising"][0]["note"]
+    time_aware, constant, difference, missing = cells["facial_loss"]
+    assert time_aware["value"] == constant["value"] > 0 == difference["value"]
+    assert "06_train_restorer.py --config" in missing["note"] and "--facial_loss none` trains it" in missing["note"]
+    page = (tmp_path / "results/figures.md").read_text()
+    assert page in capsys.readouterr().out
+    assert "Drawn people only" in page and f"figures.py --work {tmp_path / 'work'}" in page and "torch" in page
+    sheets = {path.stem for path in (tmp_path / "results/sheets").iterdir()}
+    assert {"vae", "samples_sdxl", "pairs_bin3", "samples_best_and_worst", "base_and_tuned", "restored"} <= sheets
+
+
+def test_what_is_measured_is_kept(load, settings, models, tmp_path, monkeypatch):
+    """A second run measures nothing; other settings, other weights and `--overwrite` measure anew."""
+    figures = load("figures")
+    measured = []
+    table = load("figures_table")
+
+    def count(bench):
+        measured.append(bench.config.num_portraits)
+        return [table.cell("a", lambda: table.mean_of([1.0, 2.0]))]
+
+    pieces = {"a": figures.Piece("A", count, ("num_portraits",), ("scorer",))}
+    monkeypatch.setattr(figures, "make_pieces", lambda: pieces)
+    own = tmp_path / "models"
+    shutil.copytree(models, own)
+    settings = {**settings, "models": str(own)}
+    for change, runs in (({}, 1), ({}, 1), ({"num_faces": 9}, 1), ({"num_portraits": 11}, 2), ({"overwrite": True}, 3)):
+        settings |= change
+        figures.main(figures.Config(**settings))
+        assert len(measured) == runs, change
+    settings["overwrite"] = False
+    shutil.rmtree(own / "scorer")
+    tiny.write(own / "scorer", "scorer", seed=5)
+    figures.main(figures.Config(**settings))
+    assert len(measured) == 4
+
+
+def test_a_missing_model_is_named_and_tried_again(load, settings, tmp_path):
+    """An untrained model counts as missing; what could not be measured is measured once it can be."""
+    figures = load("figures")
+    figures.main(figures.Config(**{**settings, "untrained": False, "only": "damage"}))
+    path = tmp_path / "results/figures.json"
+    (row,) = json.loads(path.read_text())["groups"]["damage"]["cells"]
+    assert row["value"] is None and "make_tiny.py --only scorer` trains it" in row["note"]
+    figures.main(figures.Config(**{**settings, "only": "damage"}))
+    rows = json.loads(path.read_text())["groups"]["damage"]["cells"]
+    assert len(rows) == 14 and all(row["value"] is not None for row in rows)
+    with pytest.raises(ValueError, match="`only` has to be all or one of vae, samples_sd15"):
+        figures.main(figures.Config(**{**settings, "only": "nothing"}))
+
+
+def test_what_was_missing_is_tried_again(load, settings, models, tmp_path, monkeypatch):
+    """With the same settings and models, too: an ablation that was not to be trained may be trained now."""
+    figures, table = load("figures"), load("figures_table")
+    there = []
+
+    def measure(bench):
+        if not there:
+            raise table.Missing("there is no ablation")
+        return [table.cell("a", lambda: table.mean_of([1.0, 2.0]))]
+
+    monkeypatch.setattr(figures, "make_pieces", lambda: {"a": figures.Piece("A", measure, (), ())})
+    for value in (None, 1.5):
+        figures.main(figures.Config(**settings))
+        (row,) = json.loads((tmp_path / "results/figures.json").read_text())["groups"]["a"]["cells"]
+        assert row["value"] == value
+        there.append(True)
+
+
+def test_samples_are_made_once_and_only_what_is_missing(load, settings, tmp_path):
+    """More samples add pictures; other sampling makes all anew."""
+    figures, bench_module = load("figures"), load("figures_bench")
+
+    def stamps(**changes):
+        bench = bench_module.Bench(figures.Config(**{**settings, **changes}))
+        assert len(bench.samples("sd15")) == bench.config.num_samples
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results/samples/sd15").iterdir()}
+
+    two, three = stamps(num_samples=2), stamps(num_samples=3)
+    assert len(three) == 3 and two.items() <= three.items()
+    other = stamps(num_samples=2, guidance_scale=3.0)
+    assert other.keys() == two.keys() and other != two
+
+
+def test_a_stage_trains_an_ablation(load, settings, models, tmp_path, monkeypatch):
+    """The stage gets the other run's settings and the change; a model that stands beside another run is refused."""
+    figures, bench_module = load("figures"), load("figures_bench")
+    table = load("figures_table")
+    bench = bench_module.Bench(figures.Config(**{**settings, "train_ablations": True}))
+    finished_model(models / "sd15", tmp_path / "work/guided")
+    calls = []
+
+    def run(stage, output, **options):
+        calls.append((stage, options))
+        finished_model(models / "sd15", output)
+
+    monkeypatch.setattr(bench_module, "run", run)
+    for _ in range(2):
+        assert bench.train("04_guidance_tune", "guided_all", "guided", t_end=1.0) == tmp_path / "work/guided_all"
+    assert calls == [("04_guidance_tune", {"config": tmp_path / "work/guided/config.yaml", "t_end": 1.0})]
+    weights = tmp_path / "work/guided/vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(table.Missing, match="was trained beside another"):
+        bench.train("04_guidance_tune", "guided_all", "guided", t_end=1.0)
+
+
+def test_half_precision_is_the_networks_only(load, settings):
+    """Inside, a product is rounded to 8 bits of mantissa and comes back as float32; afterwards it is exact again."""
+    figures, bench_module = load("figures"), load("figures_bench")
+    bench = bench_module.Bench(figures.Config(**{**settings, "mixed_precision": "bf16"}))
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(layer.weight, 1.001)
+    one = torch.ones(1, 1)
+    with bench.half_precision(layer):
+        assert layer(one).item() == 1.0 and layer(one).dtype == torch.float32
+    assert layer(one).item() == pytest.approx(1.001)
+
+
+def test_the_command_that_measures_the_same(load):
+    figures = load("figures")
+    config = figures.Config(num_faces=3, train_ablations=False, untrained=True, only="vae")
+    assert figures.command_of(config) == (
+        "python checkpoints/figures.py --work data/tiny --num_faces 3 --no-train_ablations --untrained"
+    )

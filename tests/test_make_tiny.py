@@ -1,0 +1,219 @@
+"""The training of the tiny models, in a few steps on a few drawings."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from faceprior import tiny
+from faceprior.images import save_image
+from faceprior.scorer import FaceScorer
+from faceprior.training import quiet_libraries
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def siblings():
+    """The modules of checkpoints/ import each other as a script's neighbours."""
+    quiet_libraries()
+    sys.path.insert(0, str(CHECKPOINTS))
+    yield
+    sys.path.remove(str(CHECKPOINTS))
+
+
+@pytest.fixture(scope="module")
+def work(siblings, tmp_path_factory):
+    """Ten training drawings, two of them scenes, and four for validation."""
+    import tiny_data
+
+    folder = tmp_path_factory.mktemp("work")
+    for split, count in (("train", 10), ("validation", 4)):
+        drawings = [tiny_data.draw_one(128, split, i) for i in range(count)]
+        tiny_data.save_arrays(
+            folder / split / "000000.npz",
+            images=np.stack([d.image for d in drawings]),
+            captions=np.array([d.caption() for d in drawings]),
+            records=np.array([json.dumps(tiny_data.describe(d)) for d in drawings]),
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config():
+    return SimpleNamespace(
+        resolution=128, vae_steps=2, vae_learning_rate=1e-3, base_steps=2, sdxl_steps=2, base_learning_rate=1e-3,
+        reward_steps=2, reward_learning_rate=1e-3, ema_decay=0.9, mixed_precision="no", device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where the trained models go instead of checkpoints/tiny."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "tiny_folder", lambda: folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def vae(work, config, home):
+    from tiny_vae import train_vae
+
+    train_vae(config, work)
+    return AutoencoderKL.from_pretrained(work / "vae")
+
+
+def test_drawings_know_what_they_show(work):
+    from tiny_data import Drawings
+
+    drawings = Drawings(work, "train")
+    assert [record["kind"] for record in drawings.records[:6]] == ["scene", *["portrait"] * 4, "scene"]
+    assert drawings.images.shape == (10, 128, 128, 3) and len(drawings) == 10
+    landmarks = np.array(drawings.records[1]["faces"][0]["landmarks"])
+    assert landmarks.shape == (5, 2) and (landmarks > 0).all() and (landmarks < 128).all()
+    assert (
+        drawings.records[1]["faces"][0]["tags"]["hair_color"] in drawings.captions[1] or "bald" in drawings.captions[1]
+    )
+    with pytest.raises(FileNotFoundError, match="--only draw"):
+        Drawings(work, "test")
+
+
+def test_the_latents_are_normalised_and_the_picture_stays(vae, work):
+    """z' = (z - m) / s inside of the 1x1 convolutions: deviation 1 per channel, the same reconstruction."""
+    import tiny_vae
+    from tiny_data import Drawings
+
+    drawings = Drawings(work, "train")
+    means = tiny_vae.encode_mean(vae, next(tiny_vae.pixel_batches(drawings, 10)))
+    torch.testing.assert_close(means.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(means.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    fresh = tiny.make_vae()
+    pixels = next(tiny_vae.pixel_batches(drawings, 2))
+    with torch.no_grad():
+        before = fresh.decode(fresh.encode(pixels).latent_dist.mean).sample
+        tiny_vae.normalise_latents(fresh, drawings)
+        after = fresh.decode(fresh.encode(pixels).latent_dist.mean).sample
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
+    assert json.loads((work / "vae/done.json").read_text())["psnr"] > 3
+
+
+def test_the_bases_are_trained_and_load_with_stock_diffusers(vae, work, config, home, monkeypatch):
+    import tiny_bases
+    from tiny_bases import train_sd15, train_sdxl
+
+    monkeypatch.setattr(tiny_bases, "BATCH", 2)
+    train_sd15(config, work)
+    train_sdxl(config, work)
+    for kind, pipeline_class in (("sd15", StableDiffusionPipeline), ("sdxl", StableDiffusionXLPipeline)):
+        assert tiny.info(home / kind) == {"kind": kind, "seed": 0, "trained": True, "steps": 2}
+        pipeline = pipeline_class.from_pretrained(home / kind)
+        pipeline.set_progress_bar_config(disable=True)
+        image = pipeline("portrait photo", num_inference_steps=1, height=128, width=128).images[0]
+        assert image.size == (128, 128)
+    first, second = (json.loads(line) for line in (work / "sd15/metrics.jsonl").read_text().splitlines())
+    assert first["loss"] <= first["mse"] and second["step"] == 2
+    changed = StableDiffusionPipeline.from_pretrained(home / "sd15").text_encoder.state_dict()
+    kept = StableDiffusionXLPipeline.from_pretrained(home / "sdxl").text_encoder.state_dict()
+    fresh = tiny.tiny_sd15().text_encoder.state_dict()
+    assert all(torch.equal(changed[key], kept[key]) for key in changed)
+    assert any(not torch.allclose(changed[key].float(), fresh[key], atol=1e-4) for key in changed)
+
+
+def test_the_sdxl_type_starts_as_the_other_base():
+    """With the first text encoder's states in the first columns and no size condition both predict the same."""
+    from tiny_bases import warm_start
+
+    first, second = tiny.tiny_sd15().unet.eval(), tiny.tiny_sdxl().unet.eval()
+    warm_start(second, first)
+    for parameter in second.add_embedding.parameters():
+        torch.nn.init.zeros_(parameter)
+    noisy, timesteps = torch.randn(2, 4, 32, 32), torch.tensor([3, 700])
+    states = torch.randn(2, 77, 64)
+    conditions = {"text_embeds": torch.randn(2, 64), "time_ids": torch.randn(2, 6)}
+    with torch.no_grad():
+        expected = first(noisy, timesteps, states).sample
+        both = torch.cat([states, torch.randn(2, 77, 64)], dim=-1)
+        found = second(noisy, timesteps, both, added_cond_kwargs=conditions).sample
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_captions_of_mirror_images_and_short_ones():
+    from tiny_bases import swap_sides, thin_out
+
+    caption = "portrait photo, young woman, soft light from the left, studio background"
+    assert swap_sides(caption) == caption.replace("left", "right") and swap_sides(swap_sides(caption)) == caption
+    rng = np.random.default_rng(0)
+    short = {thin_out(caption, rng) for _ in range(200)}
+    assert caption in short and "portrait photo" in short and len(short) == 8  # every subset of the three tags
+    assert all(text.startswith("portrait photo") for text in short)
+
+
+def test_min_snr_weights_by_hand():
+    """SNR = a / (1 - a): a = .5 gives 1, weight 1; a = .9 gives 9, weight 5 / 9."""
+    from tiny_bases import min_snr_weights
+
+    scheduler = SimpleNamespace(alphas_cumprod=torch.tensor([0.9, 0.5, 0.1]))
+    weights = min_snr_weights(scheduler, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(weights, torch.tensor([5 / 9, 1.0, 1.0]))
+
+
+def test_every_damage_grows_with_its_strength():
+    import tiny_damage
+
+    from faceprior.procedural import draw_portrait
+
+    drawing = draw_portrait(10_007, 128)
+    for name, damage in tiny_damage.DAMAGES.items():
+        weak, strong = (damage(drawing.image, drawing.landmarks, s, np.random.default_rng(1)) for s in (0.2, 1.0))
+        again = damage(drawing.image, drawing.landmarks, 1.0, np.random.default_rng(1))
+        assert strong.shape == drawing.image.shape and strong.dtype == np.uint8 and (strong == again).all(), name
+        change = [np.abs(side.astype(float) - drawing.image).mean() for side in (weak, strong)]
+        assert 0 < change[0] < change[1], name
+        corner = (slice(0, 8), slice(0, 8))
+        if name not in tiny_damage.PHOTOMETRIC:
+            assert (strong[corner] == drawing.image[corner]).all(), name
+    assert {*tiny_damage.UNSEEN} < tiny_damage.DAMAGES.keys()
+
+
+def test_twins_differ_in_the_damage_only():
+    """What is done alike to both sides leaves equal pictures equal; the kinds kept out are never shown."""
+    import tiny_reward
+    from tiny_damage import UNSEEN
+
+    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    for seed in range(20):
+        first, second = tiny_reward.alike((image, image.copy()), np.random.default_rng(seed))
+        assert (first == second).all()
+        assert min(tiny_reward.jitter([1.0, 5.0, 120.0, 128.0], np.random.default_rng(seed))) >= 0
+    assert not {*tiny_reward.SEEN} & {*UNSEEN}
+
+
+def test_the_reward_model_is_pretrained(vae, work, config, home):
+    """On spoiled twins and on pairs of stage 1."""
+    import tiny_reward
+
+    image = tiny_reward.Drawings(work, "train").images[1]
+    for name, picture in (("good", image), ("bad", image[::-1]), ("mask", image)):
+        save_image(picture, work / f"reward_pairs/{name}.png")
+    pair = {
+        "id": "a", "photograph": "a.png", "good": "good.png", "bad": "bad.png", "mask": "mask.png",
+        "box": [30, 30, 90, 100], "landmarks": None, "confidence": 1.0, "area_ratio": 0.2, "strength": 0.4,
+        "prompt": "", "seed": 0, "base": "tiny", "difference": 9.0, "round_trip": True,
+    }  # fmt: skip
+    (work / "reward_pairs/manifest.jsonl").write_text(json.dumps(pair) + "\n")
+    tiny_reward.train_reward(config, work)
+    assert tiny.info(home / "reward")["trained"] is True
+    scorer = FaceScorer.from_pretrained(home / "reward")
+    assert scorer.score_crops([np.zeros((64, 64, 3), np.uint8)])
+    assert 0 <= json.loads((work / "reward/done.json").read_text())["validation_accuracy"] <= 1
+    tiny_reward.train_reward(config, work)  # complete: nothing is done again
+    assert len((work / "reward/metrics.jsonl").read_text().splitlines()) == 2
+    faces = tiny_reward.DrawnFaces(work, "train", vae, work / "reward_pairs")
+    good, bad, box = faces[3]["pair"]
+    assert (good == image).all() and (bad == image[::-1]).all() and box == [30, 30, 90, 100]
