@@ -19,9 +19,7 @@ TILE = 128
 def main() -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     save(contact_sheet([draw_portrait(TEST_SEEDS + i, 160).image for i in range(14)], 7), "portraits")
-    save(np.vstack([row(SHEETS / f"pairs_bin{number}.png", 8) for number in range(4)]), "pairs")
-    save(np.vstack([row(SHEETS / "base_and_tuned.png", 12), row(SHEETS / "base_and_tuned.png", 12, 1)]), "tuned")
-    save(np.vstack([row(SHEETS / "restored.png", 12), row(SHEETS / "restored.png", 12, 1)]), "restored")
+    save(np.vstack([row(SHEETS / "restored.png", 9, number) for number in range(2)]), "restored")
     photographs = [np.asarray(beside(name)) for name in ("astronaut", "grace_hopper")]
     save(np.hstack(photographs), "photographs")
 

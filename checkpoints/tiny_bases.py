@@ -191,6 +191,15 @@ def update_average(average: torch.nn.Module, networks: torch.nn.Module, decay: f
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path, steps: int) -> None:
     """Write the trained pipeline in float16 with its `tiny.json`."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    for path in folder.glob("text_encoder*/config.json"):  # else transformers loads float16 beside a float32 U-Net
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    tidy_configs(folder)
     (folder / tiny.INFO_FILE).write_text(json.dumps({"kind": folder.name, "seed": 0, "trained": True, "steps": steps}))
+
+
+def tidy_configs(folder: Path) -> None:
+    """Drop where the parts came from, and let transformers load the text encoders in float32, as diffusers the rest."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        if path.parent.name.startswith("text_encoder"):
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tiny_bases import tidy_configs
 
 from faceprior import tiny
 from faceprior.procedural import TRAIN_SEEDS, draw_folder
@@ -43,7 +44,7 @@ def make_pairs(config, work: Path) -> None:
 
 def train_scorer(config, work: Path) -> None:
     """Stage 2: from the reward model, 70% of it frozen."""
-    options = {"pairs": work / "pairs", "steps": config.scorer_steps}
+    options = {"pairs": work / "pairs", "steps": config.scorer_steps, "learning_rate": 1e-3}
     run("02_train_scorer", work / "scorer", **options, **precision(config))
     if not shipped("scorer"):
         scorer = FaceScorer.from_pretrained(work / "scorer").to(torch.float16)
@@ -83,4 +84,5 @@ def ship(kind: str, save, steps: int) -> None:
     folder = tiny.tiny_folder() / kind
     shutil.rmtree(folder, ignore_errors=True)
     save(folder)
+    tidy_configs(folder)
     (folder / tiny.INFO_FILE).write_text(json.dumps({"kind": kind, "seed": 0, "trained": True, "steps": steps}))

@@ -2,15 +2,19 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline
+from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image, ImageFilter
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from faceprior import tiny
+from faceprior.detect import detect_faces
 from faceprior.drawing import people
-from faceprior.procedural import draw_portrait
+from faceprior.procedural import TEST_SEEDS, draw_portrait
 from faceprior.restorer import AuthFaceRestorer, RestorerSettings
 from faceprior.scorer import FaceScorer
 from faceprior.training import quiet_libraries
@@ -192,7 +196,7 @@ def test_other_names_come_back(name, tmp_path):
 
 
 def test_an_unknown_kind(tmp_path):
-    with pytest.raises(ValueError, match="`kind` has to be one of sd15, sdxl, scorer, restorer but is 'sd3'"):
+    with pytest.raises(ValueError, match="`kind` has to be one of sd15, sdxl, reward, scorer, restorer but is 'sd3'"):
         tiny.resolve("tiny", "sd3", tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -241,3 +245,42 @@ def test_a_model_made_from_a_tiny_folder_is_marked_and_others_are_not(root, tmp_
 def test_the_folder_of_the_tiny_models():
     """In a checkout beside the package, else in the user's cache."""
     assert tiny.tiny_folder().parts[-2:] in {("checkpoints", "tiny"), ("faceprior", "tiny")}
+
+
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
+
+
+def test_the_shipped_models_are_trained_and_small():
+    """Float16 safetensors, a file at most 20 MB, all together at most 40 MB."""
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6 and max(path.stat().st_size for path in files) <= 20e6
+    for kind in (*tiny.KINDS, "features"):
+        about = tiny.info(SHIPPED / kind)
+        assert about["kind"] == kind and about["trained"] is True and about["steps"] > 100
+    for path in SHIPPED.rglob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        assert kinds <= {"F16", "I64"}, path
+
+
+def test_the_shipped_base_draws_faces_with_stock_diffusers():
+    pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED / "sd15")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["portrait photo, young woman, long straight black hair, soft light from the left, studio background"] * 4
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    images = pipeline(prompts, num_inference_steps=25, guidance_scale=2.5, generator=generators).images
+    assert all(image.size == (128, 128) for image in images)
+    assert sum(bool(detect_faces(image, "mtcnn", 0.9)) for image in images) >= 3
+
+
+def test_the_shipped_scorer_tells_a_face_from_a_spoiled_one():
+    """Of sixteen people that no training saw, under strong blur."""
+    scorer = FaceScorer.from_pretrained(SHIPPED / "scorer")
+    order = []
+    for seed in range(TEST_SEEDS, TEST_SEEDS + 16):
+        drawing = draw_portrait(seed, 128)
+        sides = [Image.fromarray(drawing.image), Image.fromarray(drawing.image).filter(ImageFilter.GaussianBlur(4))]
+        with torch.no_grad():
+            good, bad = scorer(scorer.preprocess(sides, [drawing.box] * 2))
+        order.append(bool(good > bad))
+    assert sum(order) >= 12
