@@ -147,6 +147,8 @@ class FacialFeatureLoss:
 
     discriminators: on the accelerator's device, the same in every process, not prepared by it; weights: (T,) by
     timestep, of `faceprior.losses.step_weights`.
+    lambda_d, lambda_s: GFP-GAN's, since the paper's are not published; with them the tiny ControlNet's noise loss
+    rose, so stage 6 takes a twentieth of both where no preset says otherwise.
     """
 
     def __init__(

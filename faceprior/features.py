@@ -11,6 +11,7 @@ numbers compare with each other and with no published ones. The face scorer is n
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from faceprior.images import ImageSource, as_array, to_pixel_values
 
+logger = logging.getLogger(__name__)
 LANDMARK_OUTPUTS = tuple(f"landmark_{number}_{axis}" for number in range(5) for axis in "xy")
 PROCESSOR_FILE = "preprocessor_config.json"
 
@@ -268,7 +270,7 @@ def _find_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), local_files_only=True, **options))
     except (OSError, ValueError):
-        pass  # not in the cache
+        logger.debug("%s is not in the hub's cache", name)
     try:
         return Path(snapshot_download(str(name), **options))
     except (OSError, ValueError) as error:
