@@ -18,7 +18,7 @@ from faceprior.detect import (
 )
 
 # read off the photograph by eye: pupils, tip of the nose, corners of the mouth, by the picture's sides
-ASTRONAUT_LANDMARKS = np.array([[205, 102], [249, 105], [228, 128], [206, 142], [246, 144]])
+ASTRONAUT_LANDMARKS = np.array([[204, 101], [247, 103.5], [223, 127.5], [203, 139.5], [244.5, 141.5]])
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def fresh_detectors(monkeypatch, tmp_path):
 
 
 def test_mtcnn_finds_the_astronaut():
-    """Landmarks within a tenth of the 44 px between her eyes, in the picture's sides."""
+    """Landmarks within a tenth of the 43 px between her eyes, in the picture's sides."""
     (face,) = detect_faces(skimage.data.astronaut(), detector="mtcnn")
-    np.testing.assert_allclose(face.landmarks, ASTRONAUT_LANDMARKS, atol=4.4)
+    np.testing.assert_allclose(face.landmarks, ASTRONAUT_LANDMARKS, atol=4.3)
     assert face.confidence > 0.99
     x0, y0, x1, y1 = face.box
     assert (face.landmarks > (x0, y0)).all() and (face.landmarks < (x1, y1)).all()
@@ -50,6 +50,16 @@ def test_mtcnn_on_another_photograph():
     left_eye, right_eye, nose, left_mouth, right_mouth = face.landmarks
     assert left_eye[0] < nose[0] < right_eye[0] and left_mouth[0] < nose[0] < right_mouth[0]
     assert left_eye[1] < nose[1] < left_mouth[1]
+
+
+@pytest.mark.parametrize("side", [256, 512, 1024])
+def test_mtcnn_points_at_the_same_places_in_a_mirrored_picture(side):
+    """Without its systematic shift both agree to 2% of the face's width and half a pixel; with it they differ by 6%."""
+    picture = Image.fromarray(skimage.data.astronaut()).resize((side, side))
+    (face,) = detect_faces(picture, detector="mtcnn", min_face_size=20)
+    (mirrored,) = detect_faces(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), detector="mtcnn", min_face_size=20)
+    back = (side - 1 - mirrored.landmarks[:, 0])[[1, 0, 2, 4, 3]]
+    assert abs((face.landmarks[:, 0] - back).mean()) < 0.02 * face.width + 0.5
 
 
 def test_mtcnn_takes_rgb():
@@ -74,7 +84,7 @@ def test_tiny_pictures_do_not_crash(size):
 def test_pictures_of_other_modes(mode):
     picture = Image.fromarray(skimage.data.astronaut()).convert(mode)
     (face,) = detect_faces(picture, detector="mtcnn")
-    np.testing.assert_allclose(face.landmarks, ASTRONAUT_LANDMARKS, atol=4.4)
+    np.testing.assert_allclose(face.landmarks, ASTRONAUT_LANDMARKS, atol=4.3)
 
 
 def test_two_faces_largest_first():
@@ -95,7 +105,7 @@ def test_large_pictures_are_searched_small_and_scaled_back():
     small = skimage.data.astronaut()
     large = small.repeat(6, axis=0).repeat(6, axis=1)
     (face,) = detect_faces(large, detector="mtcnn", min_face_size=200)
-    np.testing.assert_allclose(face.landmarks, 6 * (ASTRONAUT_LANDMARKS + 0.5) - 0.5, atol=6 * 4.4)
+    np.testing.assert_allclose(face.landmarks, 6 * (ASTRONAUT_LANDMARKS + 0.5) - 0.5, atol=6 * 4.3)
     assert 400 < face.height < 700
     assert detect_faces(large, detector="mtcnn", min_face_size=750) == []
 
