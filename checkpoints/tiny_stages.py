@@ -53,22 +53,21 @@ def make_reward_pairs(config, work: Path) -> None:
 
 def make_pairs(config, work: Path) -> None:
     """Stage 1: pairs in all four bins of Table 8."""
-    options = {"num_drawn": config.num_pairs, "num_scenes": config.num_pairs // 8}
+    options = {"num_drawn": config.num_pairs, "num_scenes": config.num_pairs // 4}
     run("01_make_pairs", work / "pairs", **options, **precision(config))
 
 
 def train_scorer(config, work: Path) -> None:
     """Stage 2: from the reward model, 70% of it frozen."""
-    options = {"pairs": work / "pairs", "steps": config.scorer_steps, "learning_rate": 1e-3}
+    options = {"pairs": work / "pairs", "steps": config.scorer_steps, "learning_rate": 5e-4}
     run("02_train_scorer", work / "scorer", **options, **precision(config))
-    if not shipped("scorer"):
-        scorer = FaceScorer.from_pretrained(work / "scorer").to(torch.float16)
-        ship("scorer", scorer.save_pretrained, config.scorer_steps)
+    scorer = FaceScorer.from_pretrained(work / "scorer").to(torch.float16)
+    ship(work / "scorer", scorer.save_pretrained, config.scorer_steps)
 
 
 def tune(config, work: Path) -> None:
     """Stage 4: the guidance loss on the pairs. The tuned model is measured, not shipped."""
-    options = {"pairs": work / "pairs", "steps": config.guidance_steps, "batch_size": 16}
+    options = {"pairs": work / "pairs", "steps": config.guidance_steps, "batch_size": 16, "learning_rate": 2e-4}
     run("04_guidance_tune", work / "guided", **options, **precision(config))
 
 
@@ -99,20 +98,18 @@ def train_restorer(config, work: Path) -> None:
     run("06_train_restorer", work / "control", **options, **first)
     last = {"init": work / "control", "steps": config.restorer_steps, "learning_rate": 3e-4}
     run("06_train_restorer", work / "restorer", **options, **last)
-    if not shipped("restorer"):
-        restorer = AuthFaceRestorer.from_pretrained(work / "restorer", torch.float16)
-        restorer.pipeline.to(dtype=torch.float16)
-        ship("restorer", restorer.save_pretrained, config.control_steps + config.restorer_steps)
+    restorer = AuthFaceRestorer.from_pretrained(work / "restorer", torch.float16)
+    restorer.pipeline.to(dtype=torch.float16)
+    ship(work / "restorer", restorer.save_pretrained, config.control_steps + config.restorer_steps)
 
 
-def shipped(kind: str) -> bool:
-    return bool((tiny.info(tiny.tiny_folder() / kind) or {}).get("trained"))
-
-
-def ship(kind: str, save, steps: int) -> None:
-    """Write a trained model to checkpoints/tiny/`kind` with its `tiny.json`."""
-    folder = tiny.tiny_folder() / kind
-    shutil.rmtree(folder, ignore_errors=True)
-    save(folder)
-    tidy_configs(folder)
-    (folder / tiny.INFO_FILE).write_text(json.dumps({"kind": kind, "seed": 0, "trained": True, "steps": steps}))
+def ship(source: Path, save, steps: int) -> None:
+    """Write what a run trained to checkpoints/tiny with its `tiny.json`, once in the life of its work folder."""
+    folder, mark = tiny.tiny_folder() / source.name, source / "shipped"
+    if not mark.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        save(folder)
+        tidy_configs(folder)
+        info = {"kind": source.name, "seed": 0, "trained": True, "steps": steps}
+        (folder / tiny.INFO_FILE).write_text(json.dumps(info))
+        mark.touch()

@@ -28,7 +28,7 @@ MAX_DETECTION_SIDE = 2048
 MTCNN_WINDOW = 12
 # How far right and below MTCNN points, in widths and heights of its box. The first can be seen without knowing the
 # truth: in a mirrored picture it errs to the same side, in photographs and drawings at every size.
-MTCNN_SHIFT = np.array([0.028, 0.012], np.float32)
+MTCNN_SHIFT = np.array([0.026, 0.0125], np.float32)
 
 _RETINAFACE_SUFFIXES = {"tensorflow": ".h5", "pytorch": ".pth", "onnx": ".onnx"}
 _RETINAFACE_THRESHOLD = 0.5
