@@ -204,7 +204,7 @@ def _gather(options: argparse.Namespace) -> _Inputs:
         except (ValueError, OSError) as error:
             entries[argument] = str(error)
             continue
-        names = [first_names.setdefault(path.resolve(), str(path)) for path in found]
+        names = [first_names.setdefault(os.path.realpath(path), str(path)) for path in found]
         entries.update(dict.fromkeys(names))
         groups.setdefault(argument if Path(argument).expanduser().is_dir() else LOOSE, {}).update(dict.fromkeys(names))
     return _Inputs(entries, groups)
@@ -341,7 +341,7 @@ def _targets(options: argparse.Namespace, paths: list[Path]) -> dict[Path, Path]
 
     stems = {path: relative_stem(path, *options.images) for path in paths}
     if len({(stem, path.suffix) for path, stem in stems.items()}) < len(paths):
-        resolved = {path: path.resolve() for path in paths}
+        resolved = {path: Path(os.path.realpath(path)) for path in paths}
         root = common_folder(list(resolved.values()))
         stems = {path: whole.relative_to(root).with_suffix("") for path, whole in resolved.items()}
     counts = Counter(stems.values())
