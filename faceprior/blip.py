@@ -65,7 +65,7 @@ class FoldedCrossAttention(nn.Module):
 
     The library's own brings every patch to keys and values, 197 times two projections at full size, for a handful of
     words that look at them. Per head q (E K)^T = (q K^T) E^T and p (E V) = (p E) V: the same numbers and gradients
-    from a twentieth of the work. Same parameters, same names.
+    from a tenth of the work. Same parameters, same names.
     """
 
     def __init__(self, attention: nn.Module):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -544,6 +545,49 @@ def test_missing_pictures_and_checkpoints_end_with_one_line(tmp_path, capsys):
     save_image(skimage.data.coffee(), tmp_path / "coffee.png")
     assert main(["score", str(tmp_path / "coffee.png"), "--checkpoint", str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("was_here",)
+
+
+def write_code(path: Path) -> None:
+    torch.save({"mlp.layers.0.weight": Code()}, path)
+
+
+def write_truncated(path: Path) -> None:
+    torch.save({"mlp.layers.0.weight": torch.zeros(100, 100)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def write_another_model(path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (write_code, f"is refused: only tensors are loaded .*it asks for {os.mkdir.__module__}.mkdir"),
+        (write_truncated, r"\(2000 bytes\) is truncated"),
+        (write_another_model, r"is not a checkpoint of this face scorer: missing .*; unexpected \(2\): weight, bias"),
+    ],
+)
+def test_a_bad_checkpoint_ends_with_one_line(portraits, tmp_path, monkeypatch, capsys, write, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("bad").mkdir()
+    write(Path("bad/FS_model.pt"))
+    Path("bad/med_config.json").write_text('{"num_attention_heads": 4}')
+    assert main(["score", str(portraits), "--checkpoint", "bad"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and not Path("was_here").exists()
+    assert re.fullmatch(rf"faceprior: error: bad/FS_model.pt {reason}.*\n", err), err
+
+
+def test_a_folder_of_another_model_ends_with_one_line(portraits, tiny_models, capsys):
+    assert main(["score", str(portraits), "--checkpoint", str(tiny_models / "sd15/unet")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "holds the configuration of UNet2DConditionModel, not of a FaceScorer" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
