@@ -79,11 +79,12 @@ class FoldedCrossAttention(nn.Module):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         """words (B, L, text width), patches (B, N, vision width) -> (B, L, text width), and no weights."""
         query = self.query(hidden_states).unflatten(-1, (self.num_heads, -1))  # (B, L, heads, width / heads)
+        query = query * query.shape[-1] ** -0.5  # before the sums, which half precision holds the better
         (key, key_bias), (value, value_bias) = map(self._per_head, (self.key, self.value))
         words = torch.einsum("blhd,hdc->bhlc", query, key)
         offsets = torch.einsum("blhd,hd->bhl", query, key_bias)
         scores = words.flatten(1, 2) @ encoder_hidden_states.mT + offsets.flatten(1)[..., None]  # (B, heads * L, N)
-        weights = self.dropout((scores * query.shape[-1] ** -0.5).softmax(-1))
+        weights = self.dropout(scores.softmax(-1))
         seen = (weights @ encoder_hidden_states).view_as(words)
         context = torch.einsum("bhlc,hdc->blhd", seen, value)
         share = weights.sum(-1).view_as(words[..., 0]).mT[..., None]  # 1 without dropout: (B, L, heads, 1)

@@ -283,9 +283,9 @@ def _score_pictures(options: argparse.Namespace, scorer, detector, names: list[s
     for name, faces in zip(names, found, strict=True):
         if isinstance(faces, Exception):
             yield PictureScores(name, error=_reason(name, faces))
-        else:
-            plain = (face.to_dict() for face in faces)
-            yield PictureScores(name, tuple({k: f[k] for k in ("score", "box", "confidence")} for f in plain))
+            continue
+        scored = [{"score": face.score, "box": list(face.box), "confidence": face.confidence} for face in faces]
+        yield PictureScores(name, tuple(scored))
 
 
 def _reason(name: str, error: Exception) -> str:
