@@ -65,9 +65,9 @@ class OfficialWay(nn.Module):
         self.to(scorer.device).eval()
 
     def score(self, path: Path) -> list[float]:
-        """One picture's rewards, in the order of its boxes."""
+        """One picture's rewards by box, from left to right."""
         picture = Image.open(path).convert("RGB")
-        faces = detect_faces(np.array(picture), DETECTOR)
+        faces = sorted(detect_faces(np.array(picture), DETECTOR), key=lambda face: face.box)
         if not faces:
             return []
         crops = [picture.crop(crop_bounds(face.box, *picture.size)) for face in faces]
@@ -125,10 +125,9 @@ def draw(path: Path, seeds: range) -> Path:
 
 
 def ours(scorer: FaceScorer, paths: list[Path]) -> list[list[float]]:
-    """What the command line does as well; back in the order of the boxes."""
+    """What the command line does as well; each picture's rewards by box, from left to right."""
     found = scorer.score(paths, detector=DETECTOR)
-    area = lambda face: (face.box[2] - face.box[0]) * (face.box[3] - face.box[1])  # noqa: E731
-    return [[face.score for face in sorted(faces, key=area, reverse=True)] for faces in found]
+    return [[face.score for face in sorted(faces, key=lambda face: face.box)] for faces in found]
 
 
 def measure(ways: dict[str, Callable], paths: list[Path], repeats: int) -> tuple[dict, dict]:
