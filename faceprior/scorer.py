@@ -8,6 +8,7 @@ unit: a higher one is a better face; with the published weights plausible faces 
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from faceprior.blip_inputs import DEFAULT_PROMPT, crop_bounds, preprocess, tokenize_prompt
+from faceprior.blip import reward_head, text_tower, vision_tower
+from faceprior.blip_inputs import DEFAULT_PROMPT, normalise, preprocess, tokenize_prompt
 from faceprior.convert import (
     HUB_OPTIONS,
     describe_mismatch,
@@ -34,8 +34,10 @@ from faceprior.convert import (
     read_official_checkpoint,
     require_same_tensors,
 )
-from faceprior.detect import Face, detect_faces
-from faceprior.images import load_image
+from faceprior.crops import iter_faces
+from faceprior.detect import Face
+
+MAX_WAITING = 4  # batches of pictures that may wait for a batch of faces to fill
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ class FaceScorer(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         _check_config(self.config)
-        self.vision_model = BlipVisionModel(_vision_config(self.config))
-        self.text_model = BlipTextModel(_text_config(self.config), add_pooling_layer=False)
-        self.mlp = _reward_head(text_hidden_size)
+        self.vision_model = vision_tower(self.config)
+        self.text_model = text_tower(self.config)
+        self.mlp = reward_head(text_hidden_size)
 
     @classmethod
     def from_pretrained(
@@ -335,41 +337,61 @@ class FaceScorer(ModelMixin, ConfigMixin):
             ImageError, FileNotFoundError: from `load_image`.
         """
         many = isinstance(images, (list, tuple))
-        given = faces if many or faces is None else [faces]
-        if given is not None and many and len(given) != len(images):
-            raise ValueError(f"`faces` has to have one list per picture: {len(given)} for {len(images)} pictures")
-        found: list[list[Face]] = []
-
-        def crops() -> Iterator[Image.Image]:
-            for index, image in enumerate(images if many else [images]):
-                picture = load_image(image)
-                if given is None:
-                    found.append(detect_faces(picture, detector, min_confidence, min_face_size))
-                else:
-                    found.append([_as_face(face) for face in given[index]])
-                yield from [picture.crop(crop_bounds(face.box, *picture.size)) for face in found[-1]]
-
-        rewards = iter(self._rewards(crops(), prompt, batch_size))
-        scores = [_ranked(here, list(itertools.islice(rewards, len(here)))) for here in found]
+        pictures, given = (images, faces) if many else ([images], None if faces is None else [faces])
+        scores = []
+        for found in self.score_each(pictures, given, detector, min_confidence, min_face_size, batch_size, prompt):
+            if isinstance(found, Exception):
+                raise found
+            scores.append(found)
         return scores if many else scores[0]
+
+    def score_each(
+        self,
+        images: Iterable[Any],
+        faces: Sequence[Sequence[Any]] | None = None,
+        detector: str | Callable = "auto",
+        min_confidence: float = 0.9,
+        min_face_size: float = 20,
+        batch_size: int = 32,
+        prompt: str = DEFAULT_PROMPT,
+    ) -> Iterator[list[FaceScore] | Exception]:
+        """`score` for any number of pictures, one bad one among them or not.
+
+        Pictures are read and searched in threads, ahead of the network, which takes the faces of several pictures
+        at once. Arguments as in `score`, but `images` is any iterable.
+
+        Yields:
+            In the order of the pictures the faces of each, best first; or the exception that it failed with.
+        """
+        batch_size, input_ids = _checked(batch_size), self._prompt_ids(prompt)
+        found_ahead = iter_faces(images, self.config.image_size, faces, detector, min_confidence, min_face_size)
+        waiting, pixels, rewards = deque(), [], deque()
+        for found in found_ahead:
+            waiting.append(found)
+            if not isinstance(found, Exception):
+                pixels += found[1]
+            while len(pixels) >= batch_size or (pixels and len(waiting) >= MAX_WAITING * batch_size):
+                rewards += self._rewards(normalise(torch.stack(pixels[:batch_size]).to(self.device)), input_ids)
+                del pixels[:batch_size]
+            yield from _complete(waiting, rewards)
+        if pixels:
+            rewards += self._rewards(normalise(torch.stack(pixels).to(self.device)), input_ids)
+        yield from _complete(waiting, rewards)
 
     def score_crops(self, crops: Iterable[Any], batch_size: int = 32, prompt: str = DEFAULT_PROMPT) -> list[float]:
         """Score pictures that are face crops already, in their order.
 
         crops: paths, PIL images or arrays; any iterable, read in batches.
         """
-        return self._rewards(map(load_image, crops), prompt, batch_size)
-
-    def _rewards(self, crops: Iterable[Image.Image], prompt: str, batch_size: int) -> list[float]:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
         input_ids = self._prompt_ids(prompt)
         crops, rewards = iter(crops), []
-        with _evaluating(self):
-            while batch := list(itertools.islice(crops, batch_size)):
-                pixel_values = self.preprocess(batch).to(self.device)
-                with torch.inference_mode():
-                    rewards += self(pixel_values, input_ids).tolist()
+        while batch := list(itertools.islice(crops, _checked(batch_size))):
+            rewards += self._rewards(self.preprocess(batch).to(self.device), input_ids)
+        return rewards
+
+    def _rewards(self, pixel_values: Tensor, input_ids: Tensor) -> list[float]:
+        with _evaluating(self), torch.inference_mode():
+            rewards = self(pixel_values, input_ids).tolist()
         if not all(map(math.isfinite, rewards)):
             raise ValueError(f"a reward is not finite: the network overflowed in {self.dtype}, use float32")
         return rewards
@@ -380,58 +402,6 @@ class FaceScorer(ModelMixin, ConfigMixin):
         ids = list(self.config.prompt_token_ids) if default else tokenize_prompt(prompt)
         _require_known(ids, self.config, prompt)
         return torch.tensor(ids, device=self.device)
-
-
-def _vision_config(sizes: Any) -> BlipVisionConfig:
-    return BlipVisionConfig(
-        hidden_size=sizes.vision_hidden_size,
-        num_hidden_layers=sizes.vision_layers,
-        num_attention_heads=sizes.vision_heads,
-        intermediate_size=sizes.vision_intermediate,
-        image_size=sizes.image_size,
-        patch_size=sizes.patch_size,
-        hidden_act="gelu",  # with erf
-        layer_norm_eps=1e-6,
-        initializer_range=0.02,  # the library's default, 1e-10, is for loading only
-    )
-
-
-def _text_config(sizes: Any) -> BlipTextConfig:
-    return BlipTextConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.text_hidden_size,
-        encoder_hidden_size=sizes.vision_hidden_size,
-        num_hidden_layers=sizes.text_layers,
-        num_attention_heads=sizes.text_heads,
-        intermediate_size=sizes.text_intermediate,
-        max_position_embeddings=sizes.max_positions,
-        hidden_act="gelu",
-        layer_norm_eps=sizes.text_layer_norm_eps,
-        hidden_dropout_prob=sizes.text_dropout,
-        attention_probs_dropout_prob=sizes.text_dropout,
-        is_decoder=True,  # builds the cross attention; `forward` calls it as an encoder
-        bos_token_id=None,
-        sep_token_id=None,
-    )
-
-
-def _reward_head(input_size: int) -> nn.Sequential:
-    """ImageReward's MLP: linear layers without activations, weights from N(0, (1 / (input_size + 1))^2)."""
-    head = nn.Sequential(
-        nn.Linear(input_size, 1024),
-        nn.Dropout(0.2),
-        nn.Linear(1024, 128),
-        nn.Dropout(0.2),
-        nn.Linear(128, 64),
-        nn.Dropout(0.1),
-        nn.Linear(64, 16),
-        nn.Linear(16, 1),
-    )
-    for layer in head:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=1 / (input_size + 1))
-            nn.init.zeros_(layer.bias)
-    return head
 
 
 def _check_config(config: Any) -> None:
@@ -464,13 +434,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _as_face(face: Any) -> Face:
-    return face if isinstance(face, Face) else Face(box=face, landmarks=None, confidence=1.0)
+def _checked(batch_size: int) -> int:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
+    return batch_size
 
 
-def _ranked(faces: list[Face], rewards: list[float]) -> list[FaceScore]:
-    scores = [
-        FaceScore(score=reward, box=face.box, landmarks=face.landmarks, confidence=face.confidence)
-        for face, reward in zip(faces, rewards, strict=True)
-    ]
+def _complete(waiting: deque, rewards: deque) -> Iterator[list[FaceScore] | Exception]:
+    """Take the first of the waiting pictures out, as long as all their faces have a reward."""
+    while waiting:
+        if isinstance(waiting[0], Exception):
+            yield waiting.popleft()
+        elif len(waiting[0][0]) <= len(rewards):
+            yield _ranked([(face, rewards.popleft()) for face in waiting.popleft()[0]])
+        else:
+            return
+
+
+def _ranked(rewarded: list[tuple[Face, float]]) -> list[FaceScore]:
+    scores = [FaceScore(reward, face.box, face.landmarks, face.confidence) for face, reward in rewarded]
     return sorted(scores, key=lambda score: score.score, reverse=True)

@@ -325,8 +325,19 @@ def test_links_are_followed_once(tmp_path):
     touch(tmp_path, "real/a.png")
     os.symlink(tmp_path, tmp_path / "real" / "loop")
     os.symlink(tmp_path / "real" / "a.png", tmp_path / "same.png")
-    os.symlink(tmp_path / "nowhere.png", tmp_path / "broken.png")
     assert len(find_images(tmp_path)) == 1
+
+
+def test_links_that_lead_nowhere_are_listed_and_named(tmp_path):
+    touch(tmp_path, "a.png")
+    os.symlink("nowhere.png", tmp_path / "broken.png")
+    os.symlink("loop.png", tmp_path / "loop.png")
+    os.symlink("nowhere", tmp_path / "no_picture")
+    for found in (find_images(tmp_path), find_images(tmp_path / "*.png")):
+        assert names_of(found, tmp_path) == ["a.png", "broken.png", "loop.png"]
+    for name, target in (("broken.png", "nowhere.png"), ("loop.png", "loop.png")):
+        with pytest.raises(ImageError, match=f"{name} is a link that leads nowhere: there is no {target}"):
+            load_image(tmp_path / name)
 
 
 def test_natural_key_is_a_total_order():
