@@ -39,3 +39,28 @@ def tiny_models(tmp_path_factory) -> Path:
     for kind in ("sd15", "sdxl", "scorer"):
         tiny.write(folder / kind, kind)
     return folder
+
+
+@pytest.fixture
+def simulated_benchmark(tmp_path) -> Path:
+    """A benchmark folder of drawn portraits, which three degradations stand for as models, ranked by nobody yet.
+
+    Its last prompt has empty pictures, without any face.
+    """
+    from PIL import Image, ImageFilter
+
+    from faceprior.images import save_image
+    from faceprior.procedural import TEST_SEEDS, draw_portrait
+
+    folder, names = tmp_path / "benchmark", ("0001", "0002", "0003")
+    models = {"soft": 1.5, "smudged": 5.0, "sharp": 0.0}  # blur in pixels
+    portraits = [draw_portrait(TEST_SEEDS + i, 192) for i in range(2)]
+    captions = [*(portrait.caption() for portrait in portraits), "an empty room, nobody is there"]
+    images = [*(portrait.image for portrait in portraits), Image.new("RGB", (192, 192), (90, 110, 130))]
+    for model, sigma in models.items():
+        for name, image in zip(names, images, strict=True):
+            degraded = Image.fromarray(image) if not isinstance(image, Image.Image) else image
+            save_image(degraded.filter(ImageFilter.GaussianBlur(sigma)), folder / "images" / model / f"{name}.png")
+    rows = [f'{name},"{caption}"' for name, caption in zip(names, captions, strict=True)]
+    (folder / "prompts.csv").write_text("\n".join(["id,prompt", *rows]) + "\n")
+    return folder
