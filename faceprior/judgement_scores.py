@@ -33,8 +33,6 @@ from faceprior.metrics import MetricUnavailable
 if TYPE_CHECKING:
     import torch
 
-    from faceprior.scorer import FaceScorer
-
 logger = logging.getLogger(__name__)
 
 FACE_PROMPT = "A face"
@@ -142,13 +140,13 @@ def reward_judge(
     name: str,
     source: str,
     way_out: str,
-    load_scorer: Callable[[str], "FaceScorer"],
+    load_scorer: Callable[[str], Any],
     detector: Detector | None = None,
 ) -> Judge:
     """A BLIP reward (Face Score or ImageReward) on the face with the default prompt, or on the picture and its prompt.
 
-    source: folder or hub id of the scorer. way_out: how to get it. load_scorer: opens its folder. detector: who finds
-    the faces; without one the whole picture is looked at.
+    source: folder or hub id of the scorer. way_out: how to get it. load_scorer: a folder's `FaceScorer`. detector: who
+    finds the faces; without one the whole picture is looked at.
 
     Raises MetricUnavailable without the weights, or without the tokenizer that other prompts than the default need.
     """
@@ -192,7 +190,7 @@ def _tokenizer_folder(folder: Path) -> Path:
     return cached.parent
 
 
-def _reward(scorer: "FaceScorer", picture: Image.Image, token_ids: list[int]) -> float:
+def _reward(scorer: Any, picture: Image.Image, token_ids: list[int]) -> float:
     import torch
 
     with torch.inference_mode():
