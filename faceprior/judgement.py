@@ -57,7 +57,7 @@ HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
 METRICS = {
     "IR": "ImageReward on the whole picture and its prompt",
     "ASP": "the LAION aesthetic predictor on the whole picture",
-    "FQA": "ModelScope's `cv_manual_face-quality-assessment_fqa` on the face, which is not measured here",
+    "FQA": "ModelScope's `cv_manual_face-quality-assessment_fqa` on the face",
     "LocalIR": "ImageReward on the face",
     "HPS": "HPS v1 on the whole picture and its prompt",
     "LocalHPS": "HPS v1 on the face",
@@ -252,10 +252,11 @@ def _describe(result: Tables) -> str:
     discarded = f": {', '.join(result.discarded)}" if result.discarded else ""
     return f"""# The judgement of people
 
-Rows marked "paper" are those of {PUBLISHED.source}. Those marked "measured" are of this folder; for those marked
-"missing" Table 2 says what they need. LocalX is X on the face with the prompt "A face".
+Rows marked "paper" are those of {PUBLISHED.source}.
+Those marked "measured" are of this folder; for those marked "missing" Table 2 says what they need.
+LocalX is X on the face with the prompt "A face".
 
-- annotators: {len(result.annotators)} (the paper: 5)
+- annotators: {len(result.annotators)} (the paper: 5): {", ".join(result.annotators)}
 - triplets: {result.triplets} ranked, {len(result.discarded)} discarded{discarded}
 - agreement (labels that more than three fifths of the annotators gave): {agreed}
 - pairs that people did not order: {result.human_ties}, left out of Table 2; a metric's own ties count half there
@@ -349,7 +350,7 @@ def measure_missing(benchmark: Benchmark, options: argparse.Namespace) -> dict[s
     """Measure what has no file in scores/ and can be measured here; metric -> why the others cannot."""
     from faceprior.judgement_scores import face_finder, measure
 
-    reasons: dict[str, str] = {}
+    reasons = {"FQA": "it is not measured here, but by the package modelscope (`pip install modelscope`)"}
     judges, detector = _judges(options)
     find_face = face_finder(detector)
     for name, make_judge in judges.items():
@@ -400,6 +401,7 @@ def _resolve(checkpoint: str) -> str:
         return checkpoint
     from faceprior import tiny
 
+    print(f"FS: {tiny.NOTICE}", file=sys.stderr)
     return tiny.resolve(checkpoint, "scorer")
 
 

@@ -40,12 +40,12 @@ FACE_PROMPT = "A face"
 HPS_V1, HPS_V2 = ("ViT-L-14-quickgelu", "shortest"), ("ViT-H-14", "longest")
 _EDGE = 2**20  # bytes that are hashed at both ends of a file of weights
 
-# what pyiqa and its parts load, by the folder they look in
+# what pyiqa and its parts load; in its cache a file is called as in its address
 _PYIQA_URL = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
 _FACEXLIB_URL = "https://github.com/xinntao/facexlib/releases/download/"
 _CLIP_URL = "https://openaipublic.azureedge.net/clip/models/"
 _CLIP_FILE = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"
-_AESTHETIC = ("sac+logos+ava1-l14-linearMSE.pth",)
+_AESTHETIC = ("sac%2Blogos%2Bava1-l14-linearMSE.pth",)
 _FACE_QUALITY = ("topiq_nr_cgfiqa_res50-0a8b8e4f.pth",)
 _FACE_PARTS = ("v0.1.0/detection_Resnet50_Final.pth", "v0.2.2/parsing_parsenet.pth")
 
@@ -217,7 +217,7 @@ def clip_judge(
 
     Raises MetricUnavailable without open_clip or the weights.
     """
-    require("open_clip", "open_clip_torch", {weights or Path("checkpoint"): way_out})
+    require("open_clip", "open_clip_torch", {weights: way_out})
 
     def load() -> Score:
         clip, transform, tokenize = _open_clip(weights, *model, str(device))
@@ -262,6 +262,8 @@ def aesthetic_judge(device: "torch.device | str") -> Judge:
     require("pyiqa", "pyiqa", {clip: _curl(clip, _CLIP_URL + _CLIP_FILE)} | files)
 
     def load() -> Score:
+        if _sha256(clip) != _CLIP_FILE.split("/")[0]:  # its own loader would download it again
+            raise MetricUnavailable(f"{_short(clip)} is damaged: {_curl(clip, _CLIP_URL + _CLIP_FILE)}")
         metric = _pyiqa("laion_aes", files, device)
         return lambda picture, prompt, face: metric(picture)
 
@@ -291,8 +293,11 @@ def _pyiqa(
 ) -> Callable[[Image.Image], float]:
     import torch
 
-    for path in files:  # pyiqa would unpickle whatever they hold
-        torch.load(path, map_location="cpu", weights_only=True)
+    for path, way_out in files.items():  # pyiqa would unpickle whatever they hold
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise MetricUnavailable(f"{_short(path)} is damaged or holds more than tensors: {way_out}") from error
     with contextlib.redirect_stdout(sys.stderr):  # it prints what it loads
         import pyiqa
 
@@ -306,6 +311,14 @@ def _pyiqa(
     return score
 
 
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(functools.partial(file.read, _EDGE), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _in_cache(url: str, names: tuple[str, ...]) -> dict[Path, str]:
     """pyiqa's files -> how to get them."""
     import torch
@@ -315,18 +328,28 @@ def _in_cache(url: str, names: tuple[str, ...]) -> dict[Path, str]:
 
 
 def _curl(path: Path, url: str) -> str:
-    return f"`curl -L --create-dirs -o {path} {url}`"
+    return f"`curl -L --create-dirs -o {_short(path)} {url}`"
+
+
+def _short(path: Path) -> str:
+    """With ~ for the home folder: tables are passed on."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 # --- what they share
 
 
-def require(module: str, package: str, files: Mapping[Path, str]) -> None:
+def require(module: str, package: str, files: Mapping[Path | None, str]) -> None:
     """Check that a library and files (path -> how to get it) are here, before anything is imported.
 
     Raises MetricUnavailable that names all that is missing.
     """
-    missing = [f"{path} ({way_out})" for path, way_out in files.items() if not path.is_file()]
+    missing = [
+        f"{_short(path) if path else 'its checkpoint'} ({way_out})"
+        for path, way_out in files.items()
+        if path is None or not path.is_file()
+    ]
     if importlib.util.find_spec(module) is None:
         missing.insert(0, f"the package {package} (`pip install {package}`)")
     if missing:

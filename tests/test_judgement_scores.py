@@ -4,13 +4,17 @@ The benchmark is of drawn portraits, its annotators are simulated, and all weigh
 """
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_scorer import make_scorer, save_official
+from torchvision.transforms.functional import to_tensor
 
+from faceprior.align import align_face
 from faceprior.blip_inputs import CLIP_MEAN, CLIP_STD, crop_bounds
 from faceprior.detect import detect_faces, resolve_detector
 from faceprior.images import load_image
@@ -20,6 +24,7 @@ from faceprior.judgement_scores import (
     Judge,
     clip_judge,
     face_finder,
+    face_quality_judge,
     measure,
     require,
 )
@@ -251,6 +256,42 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_hps):
         clip_judge("HPS", file, "", ("tiny_hps", "shortest"), "cpu").load()
 
 
+@pytest.fixture
+def random_topiq(no_weights):
+    """The networks of pyiqa's `topiq_nr-face` at their size, with random weights where pyiqa looks: (network, file)."""
+    pytest.importorskip("pyiqa")
+    from facexlib.detection.retinaface import RetinaFace
+    from facexlib.parsing.parsenet import ParseNet
+    from pyiqa.archs.topiq_arch import CFANet
+
+    options = {"semantic_model_name": "resnet50", "use_ref": False, "test_img_size": 512}
+    network = CFANet(model_name="", backbone_pretrain=False, pretrained=False, **options).eval()
+    folder = Path(torch.hub.get_dir(), "pyiqa")
+    folder.mkdir(parents=True)
+    torch.save(RetinaFace("resnet50", half=False).state_dict(), folder / "detection_Resnet50_Final.pth")
+    torch.save(ParseNet(512, 512, parsing_ch=19).state_dict(), folder / "parsing_parsenet.pth")
+    file = folder / "topiq_nr_cgfiqa_res50-0a8b8e4f.pth"
+    torch.save({"params": network.state_dict()}, file)
+    return network, file
+
+
+@pytest.mark.slow
+def test_face_quality_is_that_of_the_aligned_face(random_topiq, simulated_benchmark, detector, monkeypatch):
+    network, file = random_topiq
+    monkeypatch.setattr("pyiqa.archs.topiq_arch.DEFAULT_CACHE_DIR", str(file.parent))  # read when it was imported
+    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(file.parent))
+    picture = load_image(simulated_benchmark / "images" / "sharp" / "0001.png")
+    face = face_finder(detector)(simulated_benchmark / "images" / "sharp" / "0001.png")
+    judge = face_quality_judge("cpu", detector)
+    crop = to_tensor(align_face(picture, face.landmarks, 512).crop)[None]
+    with torch.no_grad():
+        assert judge.load()(picture, "", face) == pytest.approx(network(crop).item(), abs=1e-5)
+    assert judge.by.startswith("pyiqa's topiq_nr-face (") and judge.needs_face
+    torch.save({"params": Path}, file)
+    with pytest.raises(MetricUnavailable, match="is damaged or holds more than tensors: `curl"):
+        face_quality_judge("cpu", detector).load()
+
+
 # --- what is missing
 
 
@@ -271,13 +312,31 @@ def test_the_command_makes_the_tables_and_names_what_is_missing(ranked, no_weigh
         "HPS": "`--hps FILE`",
         "LocalHPS": "`--hps FILE`",
         "HPSv2": "`hf download xswu/HPSv2 HPS_v2_compressed.pt`",
-        "ASP": "sac+logos+ava1-l14-linearMSE.pth (`curl -L --create-dirs -o ",
+        "ASP": "sac%2Blogos%2Bava1-l14-linearMSE.pth (`curl -L --create-dirs -o ",
         "topiq_nr-face": "topiq_nr_cgfiqa_res50-0a8b8e4f.pth (`curl -L --create-dirs -o ",
-        "FQA": "which is not measured here",
+        "FQA": "`pip install modelscope`",
     }.items():
         assert command in notes[name], name
     assert "| FQA | 70.22 | - | - | - | paper |" in text and "| soft | " in text
     assert not list(ranked.rglob("scores/.*"))
+
+
+def test_weights_in_the_hub_s_cache_are_found(ranked, image_reward, no_weights, tmp_path, capsys):
+    """As `hf download` leaves them. The file of HPS v2 is no checkpoint, which is told as such."""
+    for repository, files in {"THUDM--ImageReward": image_reward[1], "xswu--HPSv2": tmp_path / "hps"}.items():
+        folder = tmp_path / "hub" / f"models--{repository}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        if not files.exists():
+            files.mkdir()
+            (files / "HPS_v2_compressed.pt").write_text("no checkpoint")
+        shutil.copytree(files, folder / "snapshots" / ("0" * 40))
+    assert main([str(ranked), "--detector", "mtcnn"]) == 0
+    assert {path.name for path in (ranked / "scores").iterdir()} == {"IR.jsonl", "LocalIR.jsonl"}
+    notes = {
+        row["metric"]: row["note"] for row in json.loads((ranked / "tables.json").read_text())["measured"]["table_2"]
+    }
+    assert notes["LocalIR"].startswith("THUDM/ImageReward (") and "its checkpoint" not in notes["HPSv2"]
 
 
 def test_a_package_that_is_missing_is_named_with_its_command(tmp_path):
