@@ -12,7 +12,7 @@ test: .venv/ready
 
 # the local pages in a real Chromium; installs nothing by itself
 test-browser: .venv/ready
-	@$(BIN)/python -c "import gradio, playwright" || { echo 'needs: $(BIN)/python -m pip install --editable .[browser]'; exit 1; }
+	@$(BIN)/python -c "import gradio, playwright" 2>/dev/null || { echo 'needs: $(BIN)/python -m pip install --editable .[browser]'; exit 1; }
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo 'needs: apt-get install chromium'; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser
 

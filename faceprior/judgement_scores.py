@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,8 +44,8 @@ _PYIQA_URL = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/
 _FACEXLIB_URL = "https://github.com/xinntao/facexlib/releases/download/"
 _CLIP_URL = "https://openaipublic.azureedge.net/clip/models/"
 _CLIP_FILE = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"
-_AESTHETIC = ("sac%2Blogos%2Bava1-l14-linearMSE.pth",)
-_FACE_QUALITY = ("topiq_nr_cgfiqa_res50-0a8b8e4f.pth",)
+_AESTHETIC = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
+_FACE_QUALITY = "topiq_nr_cgfiqa_res50-0a8b8e4f.pth"
 _FACE_PARTS = ("v0.1.0/detection_Resnet50_Final.pth", "v0.2.2/parsing_parsenet.pth")
 
 Score = Callable[[Image.Image, str, Face | None], float]
@@ -276,7 +275,7 @@ def face_quality_judge(device: "torch.device | str", detector: Detector) -> Judg
     pyiqa itself would take the face in the middle; here it is the one that all metrics look at. This is not the
     paper's FQA. Raises MetricUnavailable without pyiqa or its weights.
     """
-    files = _in_cache(_PYIQA_URL, _FACE_QUALITY) | _in_cache(_FACEXLIB_URL, _FACE_PARTS)
+    files = _in_cache(_PYIQA_URL, _FACE_QUALITY) | _in_cache(_FACEXLIB_URL, *_FACE_PARTS)
     require("pyiqa", "pyiqa", files)
 
     def load() -> Score:
@@ -319,7 +318,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _in_cache(url: str, names: tuple[str, ...]) -> dict[Path, str]:
+def _in_cache(url: str, *names: str) -> dict[Path, str]:
     """pyiqa's files -> how to get them."""
     import torch
 
@@ -372,6 +371,6 @@ def _by(source: str, weights: Path, detector: Detector | None) -> str:
     digest = hashlib.sha256(str(size).encode())
     with open(weights, "rb") as file:
         digest.update(file.read(_EDGE))
-        file.seek(max(0, size - _EDGE), os.SEEK_SET)
+        file.seek(max(0, size - _EDGE))
         digest.update(file.read())
     return f"{source} ({digest.hexdigest()[:8]})" + (f", faces by {detector.name}" if detector else "")

@@ -21,6 +21,7 @@ from PIL import Image
 from faceprior.images import load_image
 from faceprior.judgement_files import (
     RANKED_MODELS,
+    Benchmark,
     BenchmarkError,
     is_file_stem,
     read_benchmark,
@@ -72,17 +73,16 @@ class Ranking:
     """One annotator's ranking of a benchmark. All of its state is the annotator's file, read anew for every answer.
 
     models: which three to rank, needed where the benchmark has more; an annotator's file keeps its own.
-    Raises BenchmarkError for a folder, a name or models that break a rule.
+    Raises BenchmarkError for a file, a name or models that break a rule.
     """
 
-    def __init__(self, folder: str | Path, annotator: str, models: tuple[str, ...] = ()):
+    def __init__(self, benchmark: Benchmark, annotator: str, models: tuple[str, ...] = ()):
         if not is_file_stem(annotator):
             raise BenchmarkError(
                 f"the name {annotator!r} cannot be the name of a file: it may not be empty, begin with a dot or hold a"
                 " slash; give another"
             )
-        self.benchmark = read_benchmark(folder)
-        self.annotator = annotator
+        self.benchmark, self.annotator = benchmark, annotator
         self.path = self.benchmark.folder / "rankings" / f"{annotator}.csv"
         self.models = _ranked_models(self.benchmark.images, {model for _, model in self._read()} | set(models))
         for model in self.models:
@@ -163,8 +163,8 @@ def order_scores(order: str) -> list[int]:
     return [RANKED_MODELS - better[place] for place in PLACES]
 
 
-def rank_page(folder: str | Path, models: tuple[str, ...] = ()) -> "gradio.Blocks":
-    """The page on which people rank; `launch` serves it."""
+def rank_page(benchmark: Benchmark, models: tuple[str, ...] = ()) -> "gradio.Blocks":
+    """The page on which people rank; `launch` serves it. models: as for `Ranking`."""
     import gradio as gr
 
     with gr.Blocks(title="Rank faces", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
@@ -190,11 +190,11 @@ def rank_page(folder: str | Path, models: tuple[str, ...] = ()) -> "gradio.Block
         view = [name, order, line, prompt, progress, *images]
         # one after the other, so that an answer is on the disk before the next is looked at
         options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "answers"}
-        start = functools.partial(_start, folder, models)
+        start = functools.partial(_start, benchmark, models)
         gr.on([begin.click, own_name.submit], start, own_name, [entry, desk, problem, annotator, *view], **options)
         keys = dict(zip(PLACES, buttons, strict=True)) | {"=": tie, "discard": discard, "undo": undo}
         for key, button in keys.items():
-            act = functools.partial(_act, folder, models, key)
+            act = functools.partial(_act, benchmark, models, key)
             button.click(act, [annotator, name, order], view, trigger_mode="multiple", **options)
     return page
 
@@ -214,22 +214,22 @@ def _place(place: str) -> "tuple[gradio.Image, gradio.Button]":
         return image, gr.Button(place, elem_id=f"place-{place}")
 
 
-def _start(folder: str | Path, models: tuple[str, ...], annotator: str) -> list[Any]:
+def _start(benchmark: Benchmark, models: tuple[str, ...], annotator: str) -> list[Any]:
     """From the entry to the desk, or what is wrong with the name."""
     import gradio as gr
 
     try:
-        ranking = Ranking(folder, annotator.strip(), models)
+        ranking = Ranking(benchmark, annotator.strip(), models)
         return [gr.update(visible=False), gr.update(visible=True), "", ranking.annotator, *_triplet(ranking)]
     except (ValueError, OSError) as error:
         return [gr.skip(), gr.skip(), str(error), *[gr.skip()] * (1 + VIEW)]
 
 
-def _act(folder: str | Path, models: tuple[str, ...], key: str, annotator: str, name: str, order: str) -> list[Any]:
+def _act(benchmark: Benchmark, models: tuple[str, ...], key: str, annotator: str, name: str, order: str) -> list[Any]:
     """What a key does to the triplet `name` that was on the page when it was pressed."""
     import gradio as gr
 
-    ranking = Ranking(folder, annotator, models)
+    ranking = Ranking(benchmark, annotator, models)
     if (ranking.current() or "") != name:  # a key too many, or answered in another window
         return _triplet(ranking)
     if key == "undo" and not order:
@@ -249,9 +249,9 @@ def _act(folder: str | Path, models: tuple[str, ...], key: str, annotator: str, 
 def _triplet(ranking: Ranking) -> list[Any]:
     """The next triplet, as the VIEW parts of the page: its id, order, line, prompt, progress, pictures."""
     name, done = ranking.current(), ranking.progress()
-    progress = f"{done.answered} of {done.total} ranked" + f", {done.discarded} of them discarded" * (
-        done.discarded > 0
-    )
+    progress = f"{done.answered} of {done.total} ranked"
+    if done.discarded:
+        progress += f", {done.discarded} of them discarded"
     if name is None:
         thanks = f"### All triplets are ranked. Thank you!\n\nThe answers are in `{ranking.path}`."
         return ["", "", _order_line(""), thanks, progress, *[None] * len(PLACES)]
@@ -301,8 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
-        Ranking(options.folder, "anyone", tuple(options.models))  # what is wrong with the folder is told here
-        launch(rank_page(options.folder, tuple(options.models)), options.port)
+        benchmark, models = read_benchmark(options.folder), tuple(options.models)
+        Ranking(benchmark, "anyone", models)  # what is wrong with the pictures is told here
+        launch(rank_page(benchmark, models), options.port)
     except ModuleNotFoundError as error:
         print(f'faceprior.pages: error: {error}: pip install "faceprior[pages]"', file=sys.stderr)
         return 2

@@ -43,7 +43,7 @@ def test_keys_make_an_order_and_an_order_scores(keys, order, scores):
 
 
 def test_every_answer_is_on_the_disk_and_can_be_taken_back(simulated_benchmark):
-    ranking = Ranking(simulated_benchmark, "simulated one")
+    ranking = Ranking(read_benchmark(simulated_benchmark), "simulated one")
     assert ranking.progress() == Progress(0, 0, 3) and ranking.current() == "0001"
     ranking.undo()  # nothing to take back
     ranking.answer("0001", [3, 1, 2])
@@ -54,7 +54,7 @@ def test_every_answer_is_on_the_disk_and_can_be_taken_back(simulated_benchmark):
         rows = {(row["id"], row["model"]): row["score"] for row in csv.DictReader(file)}
     assert [rows["0001", model] for model in (best, middle, worst)] == ["3", "2", "1"]
     assert [rows["0002", model] for model in ranking.models] == ["", "", ""]
-    again = Ranking(simulated_benchmark, "simulated one")
+    again = Ranking(read_benchmark(simulated_benchmark), "simulated one")
     assert again.progress() == Progress(2, 1, 3) and again.current() == "0003"
     again.undo()
     assert ranking.current() == "0002" and ranking.progress() == Progress(1, 0, 3)
@@ -67,18 +67,18 @@ def test_every_answer_is_on_the_disk_and_can_be_taken_back(simulated_benchmark):
 
 def test_the_order_of_the_pictures_tells_nothing(simulated_benchmark):
     """Each of 3! orders comes about as often: 600 draws of probability 1/6, within five standard deviations (46)."""
-    ranking = Ranking(simulated_benchmark, "simulated")
+    ranking = Ranking(read_benchmark(simulated_benchmark), "simulated")
     orders = [tuple(ranking.shown(f"{i:04d}")) for i in range(600)]
     counts = [orders.count(order) for order in sorted(set(orders))]
     assert len(counts) == 6 and max(abs(count - 100) for count in counts) < 46
-    assert ranking.shown("0001") == Ranking(simulated_benchmark, "simulated").shown("0001")
-    others = [Ranking(simulated_benchmark, f"simulated {i}").shown("0001") for i in range(12)]
+    assert ranking.shown("0001") == Ranking(read_benchmark(simulated_benchmark), "simulated").shown("0001")
+    others = [Ranking(read_benchmark(simulated_benchmark), f"simulated {i}").shown("0001") for i in range(12)]
     assert len({tuple(order) for order in others}) > 1
 
 
 def test_the_pictures_stand_in_their_order(simulated_benchmark):
     """The blurred ones have a smaller deviation: sharp > soft > smudged."""
-    ranking = Ranking(simulated_benchmark, "simulated")
+    ranking = Ranking(read_benchmark(simulated_benchmark), "simulated")
     deviations = [np.asarray(picture, float).std() for picture in ranking.pictures("0001")]
     order = sorted(zip(deviations, ranking.shown("0001"), strict=True), reverse=True)
     assert [model for _, model in order] == ["sharp", "soft", "smudged"]
@@ -87,23 +87,23 @@ def test_the_pictures_stand_in_their_order(simulated_benchmark):
 @pytest.mark.parametrize("name", ["", ".hidden", "../evil", "a/b", "a\\b", "a\nb"])
 def test_a_name_that_is_no_file_s_name_is_refused(simulated_benchmark, name):
     with pytest.raises(BenchmarkError, match=r"the name .* cannot be the name of a file"):
-        Ranking(simulated_benchmark, name)
+        Ranking(read_benchmark(simulated_benchmark), name)
 
 
 def test_three_of_more_models(simulated_benchmark):
     shutil.copytree(simulated_benchmark / "images" / "soft", simulated_benchmark / "images" / "more")
     with pytest.raises(BenchmarkError, match=r"these are more, sharp, smudged, soft: name three of .* with --models"):
-        Ranking(simulated_benchmark, "simulated")
+        Ranking(read_benchmark(simulated_benchmark), "simulated")
     with pytest.raises(BenchmarkError, match="these are nothing, sharp, soft"):
-        Ranking(simulated_benchmark, "simulated", ("sharp", "soft", "nothing"))
+        Ranking(read_benchmark(simulated_benchmark), "simulated", ("sharp", "soft", "nothing"))
     chosen = ("sharp", "soft", "more")
-    Ranking(simulated_benchmark, "simulated", chosen).answer("0001", [1, 2, 3])
-    assert set(Ranking(simulated_benchmark, "simulated").models) == set(chosen)  # the file knows
+    Ranking(read_benchmark(simulated_benchmark), "simulated", chosen).answer("0001", [1, 2, 3])
+    assert set(Ranking(read_benchmark(simulated_benchmark), "simulated").models) == set(chosen)  # the file knows
     with pytest.raises(BenchmarkError, match="these are more, sharp, smudged, soft"):
-        Ranking(simulated_benchmark, "simulated", ("sharp", "soft", "smudged"))
+        Ranking(read_benchmark(simulated_benchmark), "simulated", ("sharp", "soft", "smudged"))
     (simulated_benchmark / "images" / "more" / "0003.png").unlink()
     with pytest.raises(BenchmarkError, match="no picture of more for the prompt '0003': add .*more/0003.png"):
-        Ranking(simulated_benchmark, "simulated")
+        Ranking(read_benchmark(simulated_benchmark), "simulated")
 
 
 def test_the_command_names_what_is_wrong(simulated_benchmark, tmp_path, capsys):
@@ -200,7 +200,7 @@ def test_people_rank_on_the_page(simulated_benchmark, browser):
         desk.press("2 = 1", order="2 = 1")
         desk.press("Backspace Backspace", order="2")
         desk.press("= 1 3", "1 of 3 ranked")
-        first, second, third = Ranking(simulated_benchmark, "simulated one").shown("0001")
+        first, second, third = Ranking(read_benchmark(simulated_benchmark), "simulated one").shown("0001")
         scores = scores_on_disk(simulated_benchmark, "simulated one")
         assert [scores["0001", model] for model in (first, second, third)] == [3, 3, 1]
 
