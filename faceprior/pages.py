@@ -55,7 +55,7 @@ document.addEventListener("keydown", (event) => {
 });
 </script>"""
 _STYLE = """
-.picture img { object-fit: contain; max-height: 62vh; }
+.picture img { width: 100%; height: 58vh; object-fit: contain; }
 #order { text-align: center; }
 #progress { text-align: right; }
 """
@@ -182,7 +182,7 @@ def rank_page(benchmark: Benchmark, models: tuple[str, ...] = ()) -> "gradio.Blo
                 images, buttons = zip(*(_place(place) for place in PLACES), strict=True)
             line = gr.Markdown(elem_id="order")
             with gr.Row():
-                tie = gr.Button("= as good as", elem_id="tie")
+                tie = gr.Button("= as good as the last", elem_id="tie")
                 discard = gr.Button("0 no valid face", elem_id="discard")
                 undo = gr.Button("⌫ take back", elem_id="undo")
             gr.Markdown(KEYS + RULES)
