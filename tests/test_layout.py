@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: "images losses config manifest judgement_metrics blip",
     1: "detect align degrade color diffusion metrics training blip_inputs report_parts judgement_files facial features",
-    2: "procedural pairs portraits convert judgement crops",
-    3: "scorer guidance restorer report_sections score_output",
-    4: "cli report tiny",
+    2: "procedural pairs portraits convert crops",
+    3: "scorer guidance restorer report_sections score_output judgement_scores",
+    4: "cli report tiny judgement pages",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 MODULES = sorted(path.stem for path in (ROOT / "faceprior").glob("*.py") if not path.stem.startswith("_"))

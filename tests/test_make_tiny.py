@@ -48,7 +48,8 @@ def work(siblings, tmp_path_factory):
 def config():
     return SimpleNamespace(
         resolution=128, vae_steps=2, vae_learning_rate=1e-3, base_steps=2, sdxl_steps=2, base_learning_rate=1e-3,
-        refine_steps=2, refine_learning_rate=1e-3, reward_steps=2, reward_learning_rate=1e-3, ema_decay=0.9, mixed_precision="no", device="cpu",
+        refine_steps=2, refine_learning_rate=1e-3, reward_steps=2, reward_learning_rate=1e-3, ema_decay=0.9,
+        mixed_precision="no", device="cpu",
     )  # fmt: skip
 
 
