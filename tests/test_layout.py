@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    0: "images losses config manifest judgement_metrics",
-    1: "detect align degrade color diffusion metrics training blip_inputs report_parts judgement_files facial features",
-    2: "procedural pairs portraits convert judgement",
+    0: "images losses config manifest background judgement_metrics",
+    1: "detect align degrade color diffusion metrics training sources blip_inputs report_parts judgement_files facial "
+    "features",
+    2: "procedural pairs filters portraits convert judgement",
     3: "scorer guidance restorer report_sections score_output",
     4: "cli report tiny",
 }
