@@ -60,8 +60,8 @@ def sharpness(picture: Image.Image, box: Sequence[float]) -> float:
     """Return the variance of the Laplacian over that of the grey levels in a face's box (xyxy): 0 flat, 20 white noise.
 
     Larger faces are first shrunk to 64 pixels, so that blur is measured relative to the face; the ratio does not depend
-    on contrast. A sharp face has 0.2 to 1; one blurred by a Gaussian of 1%, 2%, 3% of its side about 0.15, 0.045, 0.025
-    (drawn and photographed alike).
+    on contrast. A sharp face has 0.15 to 1; one blurred by a Gaussian of 1%, 2%, 3% of its side about 0.15, 0.045 and
+    0.025, drawn or photographed.
     """
     x0, y0, x1, y1 = (round(edge) for edge in box)
     gray = np.asarray(picture.convert("L").crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))), np.float32)

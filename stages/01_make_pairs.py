@@ -75,6 +75,7 @@ class Config:
     min_confidence: float = 0.9  # filter low_confidence: of the detector, [0, 1]
     min_sharpness: float = 0.05  # filter blurry: 0.05 is a blur of 2% of the face's side, 0.1 of 1.2%; 0: off, [0, 20]
     min_difference: float = 1.0  # filter indistinguishable: mean change of the face, 0-255; 0: off, [0, 255]
+    drop_not_found: bool = True  # filter face_not_found: drop pairs whose good face is not found again behind the VAE
     drop_lost: bool = False  # filter face_lost: drop pairs in whose bad picture the detector finds no face any more
     batch_size: int = 8  # faces inpainted at once, fewer of pictures larger than resolution x resolution, [1, 256]
     num_workers: int = 2  # threads that read, detect and write while the network runs, 0: none, [0, 64]
@@ -158,8 +159,7 @@ def find_faces(
         return row | {"filter": "unreadable", "reason": str(error)}
     width, height = photograph.size
     if min(width, height) < config.min_side:
-        reason = f"{width} x {height} pixels: the shorter side is below {config.min_side}"
-        return row | {"filter": "small_photograph", "reason": reason}
+        return row | {"filter": "small_photograph", "reason": f"{width} x {height} pixels: below {config.min_side}"}
     good = prepare_photograph(photograph, config.resolution, multiple, config.max_resolution)
     faces = detect_faces(good, detector, 0, config.min_face_size / 2)  # smaller ones are found, to be counted
     if not faces:
@@ -244,7 +244,7 @@ def judge_pair(
     if difference < config.min_difference:
         reason = f"hard to tell apart: mean change {difference:.2f} is below {config.min_difference}"
         return rejected("indistinguishable", reason)
-    if config.round_trip and not sees_face(config, detector, plan, good):
+    if config.drop_not_found and config.round_trip and not sees_face(config, detector, plan, good):
         return rejected("face_not_found", "the face is not found again in the good picture, behind the VAE")
     lost = not sees_face(config, detector, plan, bad)
     if lost and config.drop_lost:
