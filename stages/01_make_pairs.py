@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.background import in_background, in_groups
-from faceprior.config import is_complete, open_output, run_stage
+from faceprior.config import DONE_FILE, is_complete, open_output, run_stage
 from faceprior.detect import Detector, detect_faces, resolve_detector
 from faceprior.diffusion import load_pipeline
 from faceprior.filters import FILTERS, NearDuplicates, count_rounds, finds_face, judge_face, perceptual_hash
@@ -95,6 +95,7 @@ def main(config: Config) -> None:
     if is_complete(output) and (sources is None or all(source.name in photographs for source in sources)):
         print(f"{output} is complete: {len(resume_rows(output / MANIFEST))} pairs")
         return
+    (output / DONE_FILE).unlink(missing_ok=True)  # photographs came in: not complete before they are done, too
     if sources is None:
         sources = draw_sources(config, output / "drawn")
 
@@ -170,7 +171,7 @@ def find_faces(
     if any("filter" not in face for face in row["faces"]):
         save_image(good, output / file)
     prompt = config.prompt or caption or "A face."
-    return row | {"good": file, "prompt": prompt, "size": good.size, "hash": f"{perceptual_hash(good):016x}"}
+    return row | {"good": file, "prompt": prompt, "size": good.size, "hash": f"{perceptual_hash(photograph):016x}"}
 
 
 def rejection(identity: str, photograph: str, name: str, reason: str) -> dict:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import STAGES, load_stage
 from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file
@@ -160,6 +161,17 @@ def test_batches_of_pairs_hold_fewer_large_pictures():
         assert sorted(own) == sorted(counts)
     crops = list(batches(stage.Config()))  # of one size: 27 faces at .2, 18 at .3, 9 at .4
     assert sorted(map(len, crops)) == [1, 2, 3] + [8] * 6
+
+
+@pytest.mark.parametrize("preset", sorted((STAGES / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_take_50_steps_and_the_noise_factors_of_the_paper(preset):
+    """3, 5, 10 and 20 of them; a preset without the section takes another's pairs."""
+    stage = load_stage(PAIRS)
+    if PAIRS not in yaml.safe_load(preset.read_text()):
+        return
+    config = parse_config(stage.Config, ["--config", str(preset)])
+    assert [int(factor * config.steps) for factor in config.noise_factors] == [3, 5, 10, 20]
+    assert config.min_sharpness > 0 and config.max_hash_distance >= 0
 
 
 def few_steps(tiny_models) -> dict:
