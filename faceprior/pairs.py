@@ -123,8 +123,8 @@ def area_bin(area_ratio: float, limits: tuple[float, ...] = AREA_LIMITS) -> int:
 class FacePlan:
     """How one face of a photograph is to be inpainted.
 
-    id, photograph, good, prompt: of the pair; size: (width, height) of `good`; crop: the square (xyxy) that the network
-    sees, None for the whole picture; view_size: what it sees in pixels. The rest as in `FacePair`.
+    view_size: (width, height) in pixels of what the network sees, which is the square `crop` or the whole picture. The
+    rest as in `FacePair`.
     """
 
     id: str

@@ -638,14 +638,17 @@ def test_a_run_is_a_function_of_its_settings(workplace, name, tiny_models):
 
 def start(name: str, values: dict, folder: Path, *launcher: str) -> subprocess.Popen:
     """Start a stage in a process of its own, in `folder`."""
-    options = [f"--{key}={value}" for key, value in values.items()]
+    switches = {True: "--{}", False: "--no-{}"}
+    options = [
+        switches[value].format(key) if isinstance(value, bool) else f"--{key}={value}" for key, value in values.items()
+    ]
     command = [*(launcher or [sys.executable]), str(STAGES / f"{name}.py"), *options]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def kill_when(process: subprocess.Popen, condition, number: int) -> None:
     """Send a signal as soon as `condition` holds."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the stage never came that far"
