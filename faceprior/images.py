@@ -8,6 +8,7 @@ file.
 import contextlib
 import glob
 import importlib
+import io
 import logging
 import os
 import re
@@ -85,6 +86,17 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         f"an image has to be a path, a PIL image or an array but is {type(source).__name__}"
         " (pixel values come back as pictures through `to_pil`)"
     )
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture from the bytes of a file, such as a member of an archive, as `load_image` reads the file.
+
+    name: what its errors call it. Raises ImageError.
+    """
+    if not data:
+        raise ImageError(f"{name} is empty (0 bytes)")
+    with io.BytesIO(data) as file, _open(file, Path(name)) as image:
+        return _to_rgb(image, name, max_pixels)
 
 
 def as_array(image: ImageSource) -> np.ndarray:

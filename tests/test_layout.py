@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    0: "images losses config manifest judgement_metrics blip",
-    1: "detect align degrade color diffusion metrics training blip_inputs report_parts judgement_files facial features",
-    2: "procedural pairs portraits convert crops",
+    0: "images losses config manifest background judgement_metrics blip",
+    1: "detect align degrade color diffusion metrics training sources blip_inputs report_parts judgement_files facial "
+    "features",
+    2: "procedural pairs filters portraits convert crops",
     3: "scorer guidance restorer report_sections score_output judgement_scores",
     4: "cli report tiny judgement pages",
 }
