@@ -287,11 +287,7 @@ def restore_samples(config: Config, output: Path, restorer: AuthFaceRestorer, fa
         clean = faces[index]["clean"]
         degraded = degrade(clean, ranges, np.random.default_rng([config.seed, index]))
         restored = restorer.restore_crops([Image.fromarray(degraded)])[0]
-        images = {
-            "clean": Image.fromarray(clean),
-            "degraded": Image.fromarray(degraded),
-            "restored": restored,
-        }
+        images = {"clean": Image.fromarray(clean), "degraded": Image.fromarray(degraded), "restored": restored}
         files = {kind: f"samples/{index:03d}_{kind}.png" for kind in images}
         for kind, image in images.items():
             save_image(image, output / files[kind])
