@@ -27,6 +27,8 @@ from faceprior.training import (
 )
 
 BATCH = 32
+CONFIGS = ("config.json", "model_index.json", "tokenizer_config.json")
+ORIGINS = ("_name_or_path", "is_local", "local_files_only")  # in them: of the machine that wrote them
 SNR_GAMMA = 5.0  # Min-SNR weighting of the loss (arXiv 2303.09556)
 
 
@@ -210,9 +212,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, steps: int) -> None
 
 def tidy_configs(folder: Path) -> None:
     """Drop where the parts came from, and let transformers load the text encoders in float32, as diffusers the rest."""
-    for path in folder.rglob("config.json"):
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
+    for path in (path for name in CONFIGS for path in folder.rglob(name)):
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key not in ORIGINS}
         if path.parent.name.startswith("text_encoder"):
             config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from tiny_bases import tidy_configs
 from tiny_damage import DAMAGES, LEVELS, PHOTOMETRIC, UNSEEN
 from tiny_data import Drawings, save_arrays
 from tiny_vae import pixel_batches
@@ -177,6 +178,7 @@ def train_reward(config, work: Path) -> None:
     folder = tiny.tiny_folder() / "reward"
     accuracy = measure_order(scorer.eval(), held_out, twin)
     scorer.to(torch.float16).save_pretrained(folder)
+    tidy_configs(folder)
     info = {"kind": "reward", "seed": 0, "trained": True, "steps": run.steps}
     (folder / tiny.INFO_FILE).write_text(json.dumps(info))
     run.finish(validation_accuracy=accuracy)
