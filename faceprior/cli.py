@@ -9,6 +9,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from faceprior import __version__
@@ -246,7 +247,8 @@ def _settings(options: argparse.Namespace, scorer, detector) -> dict:
 
     names = ("checkpoint", "dtype", "prompt", "min_confidence", "min_face_size")
     settings = {name: getattr(options, name) for name in names}
-    return {**settings, "detector": detector.name, "weights": fingerprint(scorer)}
+    reference = scorer.reference and f"{scorer.reference.name} (n = {scorer.reference.n})"
+    return {**settings, "detector": detector.name, "weights": fingerprint(scorer), "reference": reference}
 
 
 def _results(options: argparse.Namespace, inputs: _Inputs, scorer, detector, record) -> Iterator:
@@ -277,16 +279,16 @@ def _results(options: argparse.Namespace, inputs: _Inputs, scorer, detector, rec
 
 def _score_pictures(options: argparse.Namespace, scorer, detector, names: list[str]) -> Iterator:
     """Yield a PictureScores per picture, in order; faces of several pictures go through the network together."""
-    size = options.batch_size
+    size, percentile = options.batch_size, partial(scorer.percentile, prompt=options.prompt)
     waiting, crops, rewards = deque(), [], deque()
     for name in names:
         waiting.append(_detect(options, detector, name, crops))
         while len(crops) >= size or (crops and len(waiting) >= MAX_WAITING * size):
             rewards += scorer.score_crops(crops[:size], size, options.prompt)
             del crops[:size]
-        yield from _complete(waiting, rewards)
+        yield from _complete(waiting, rewards, percentile)
     rewards += scorer.score_crops(crops, size, options.prompt)
-    yield from _complete(waiting, rewards)
+    yield from _complete(waiting, rewards, percentile)
 
 
 def _detect(options: argparse.Namespace, detector, name: str, crops: list) -> tuple[str, list, str | None]:
@@ -307,14 +309,19 @@ def _detect(options: argparse.Namespace, detector, name: str, crops: list) -> tu
     return name, faces, None
 
 
-def _complete(waiting: deque, rewards: deque) -> Iterator:
+def _complete(waiting: deque, rewards: deque, percentile: Callable) -> Iterator:
     """Yield the first of the waiting pictures as long as all their faces have a reward."""
     from faceprior.score_output import PictureScores
 
     while waiting and len(waiting[0][1]) <= len(rewards):
         name, faces, error = waiting.popleft()
         scored = [
-            {"score": rewards.popleft(), "box": [float(edge) for edge in face.box], "confidence": face.confidence}
+            {
+                "score": (reward := rewards.popleft()),
+                "percentile": percentile(reward),
+                "box": [float(edge) for edge in face.box],
+                "confidence": face.confidence,
+            }
             for face in faces
         ]
         yield PictureScores(name, tuple(sorted(scored, key=lambda face: -face["score"])), error)
