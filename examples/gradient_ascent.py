@@ -1,0 +1,41 @@
+"""Climb the Face Score of a blurred face by its gradient: on the pixels, and on a VAE's latents.
+
+    python examples/gradient_ascent.py
+
+It stops at the clean face's score. Pixels, free to change anywhere, get there by a pattern that only the network sees;
+latents decode to pictures, so what changes looks like a sharper face. On the small embedded models.
+"""
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageFilter
+
+from faceprior import FaceScorer, tiny
+from faceprior.diffusion import decode_latents, encode_latents
+from faceprior.images import save_image, to_pil, to_pixel_values
+from faceprior.procedural import draw_portrait
+
+drawing = draw_portrait(3, size=128)
+blurred = to_pixel_values(Image.fromarray(drawing.image).filter(ImageFilter.GaussianBlur(1.5)))
+scorer = FaceScorer.from_pretrained(tiny.resolve("tiny", "scorer")).requires_grad_(False)
+vae = AutoencoderKL.from_pretrained(tiny.resolve("tiny", "sd15"), subfolder="vae").requires_grad_(False)
+goal = scorer.score(drawing.image, faces=[drawing.box])[0].score
+
+
+def ascend(name, variable, decode, learning_rate, steps=30):
+    optimizer = torch.optim.Adam([variable.requires_grad_()], learning_rate)
+    for step in range(steps + 1):
+        image = decode(variable)
+        score = scorer(scorer.preprocess(image, boxes=[drawing.box]))[0]  # with its graph, down to `variable`
+        last = step == steps or score >= goal
+        if step == 0 or last:
+            print(f"{name}, step {step}: Face Score {score:.4f} (the clean face: {goal:.4f})")
+            save_image(to_pil(image)[0], f"results/ascent_{name}_{'after' if step else 'before'}.png")
+        if step and last:
+            break
+        (variable.grad,) = torch.autograd.grad(-score, variable)
+        optimizer.step()
+
+
+ascend("pixels", blurred.clone(), lambda pixels: pixels.clamp(-1, 1), learning_rate=0.005)
+ascend("latents", encode_latents(vae, blurred), lambda latents: decode_latents(vae, latents), learning_rate=0.02)
