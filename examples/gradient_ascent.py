@@ -23,18 +23,16 @@ goal = scorer.score(drawing.image, faces=[drawing.box])[0].score
 
 
 def ascend(name, variable, decode, learning_rate, steps=30):
-    optimizer = torch.optim.Adam([variable.requires_grad_()], learning_rate)
-    for step in range(steps + 1):
+    optimizer, seen = torch.optim.Adam([variable.requires_grad_()], learning_rate), []
+    while len(seen) < 2 or (len(seen) <= steps and seen[-1][0] < goal):
         image = decode(variable)
         score = scorer(scorer.preprocess(image, boxes=[drawing.box]))[0]  # with its graph, down to `variable`
-        last = step == steps or score >= goal
-        if step == 0 or last:
-            print(f"{name}, step {step}: Face Score {score:.4f} (the clean face: {goal:.4f})")
-            save_image(to_pil(image)[0], f"results/ascent_{name}_{'after' if step else 'before'}.png")
-        if step and last:
-            break
+        seen.append((score.item(), to_pil(image)[0]))
         (variable.grad,) = torch.autograd.grad(-score, variable)
         optimizer.step()
+    for when, (value, picture) in {"before": seen[0], "after": seen[-1]}.items():
+        print(f"{name}, {when}: Face Score {value:.4f} (the clean face: {goal:.4f})")
+        save_image(picture, f"results/ascent_{name}_{when}.png")
 
 
 ascend("pixels", blurred.clone(), lambda pixels: pixels.clamp(-1, 1), learning_rate=0.005)
