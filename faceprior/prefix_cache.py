@@ -65,9 +65,8 @@ class PrefixCache(Dataset):
         prepare: a sample of `crops` -> {side: pixels (3, S, S)}; encode: pixels (B, 3, S, S) -> (B, 1 + patches, C);
         share: (rank, number) of this process among those that fill one folder.
         """
-        missing = [i for i in range(len(self)) if not self._has(i)]
         rank, number = share if self.folder is not None else (0, 1)
-        missing = missing[rank::number]
+        missing = [i for i in range(rank, len(self), number) if not self._has(i)]
         logger.info("vision prefixes in %s: %d of %d to make", self.folder or "memory", len(missing), len(self))
         todo = iter(missing)
         loader = DataLoader(
