@@ -21,7 +21,7 @@ SHORTCUT_PAIRS = 1000  # most that the shortcut tests score, evenly over all
 HISTOGRAM_BINS = 20
 INPUT_SIDE = 224  # pixels of the network's input
 
-Score = Callable[[list[FacePair], Change | None, Change | None], tuple[list[float], list[float]]]
+Score = Callable[[list[FacePair], Change | None, Change | None], list[list[float]]]
 
 
 def report_scores(good: list[float], bad: list[float]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Config:
     schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
     validation: float = 0.2  # share of the photographs whose pairs are held out, (0, 1)
-    vae: str = "tiny"  # of the shortcut test: folder or hub id of a VAE or its pipeline, tiny, or empty for none
+    vae: str = "tiny"  # of the shortcut test: folder (of a pipeline, too) or hub id of a VAE, tiny, or empty for none
     eval_every: int = 20  # steps between two validations, [1, inf)
     save_every: int = 20  # steps between two checkpoints, [1, inf)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # autocast of the forward pass
@@ -271,8 +271,8 @@ def write_report(
     device = run.accelerator.device
     scorer, vae = FaceScorer.from_pretrained(output).to(device), vae and vae.to(device)
 
-    def score(pairs: list[FacePair], *changes: Callable | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return validate(run, scorer, FaceCrops(pairs, *changes), config.batch_size)
+    def score(pairs: list[FacePair], *changes: Callable | None) -> list[list[float]]:
+        return [side.tolist() for side in validate(run, scorer, FaceCrops(pairs, *changes), config.batch_size)]
 
     report = report_scores([row["good"] for row in rows], [row["bad"] for row in rows])
     report["accuracy_by_area"] = run.state["by_area"]

@@ -178,7 +178,7 @@ def test_csv_holds_a_row_per_face_and_per_picture_without(archive, tmp_path, sco
 def test_percentiles_of_a_scorer_with_a_reference(portraits, tmp_path, scorer, capsys):
     """In JSON, CSV and table, read back from the CSV; a file of another reference is refused."""
     model = FaceScorer.from_pretrained(scorer)
-    model.reference = ScoreReference.from_scores("drawn", [-1e3, 1e3], [-1e3, -1e3])  # a straight line through 50%
+    model.reference = ScoreReference.from_scores("drawn", [-1e6, 1e6], [-1e6, -1e6])  # a straight line through 50%
     model.save_pretrained(tmp_path / "model")
     table = tmp_path / "scores.csv"
     command = ["score", str(portraits / "a"), "--checkpoint", str(tmp_path / "model"), "--detector", "mtcnn"]
@@ -189,7 +189,7 @@ def test_percentiles_of_a_scorer_with_a_reference(portraits, tmp_path, scorer, c
     faces = [face for row in rows_of(outputs[0]) for face in row["faces"]]
     assert faces and outputs[1] == outputs[0]
     for face in faces:
-        assert face["percentile"] == pytest.approx(50 + face["score"] / 20, abs=1e-6)
+        assert face["percentile"] == pytest.approx(50 + face["score"] / 2e4, abs=1e-6)
     assert [float(row["percentile"]) for row in read_csv(table)] == [face["percentile"] for face in faces]
     assert [float(line.split()[1]) for line in outputs[2].splitlines()[1:]] == [
         pytest.approx(face["percentile"], abs=0.06) for face in faces
