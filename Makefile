@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check tiny figures clean
+.PHONY: demo test test-browser check tiny figures clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# the local pages in a real Chromium; installs nothing by itself
+test-browser: .venv/ready
+	@$(BIN)/python -c "import gradio, playwright" 2>/dev/null || { echo 'needs: $(BIN)/python -m pip install --editable .[browser]'; exit 1; }
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo 'needs: apt-get install chromium'; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -42,6 +42,8 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-image>=0.25", "matplotlib>=3.10"],  # they bring two real photographs
+        "pages": ["gradio>=6.31,<7"],  # people rank faces on a local page
+        "browser": ["gradio>=6.31,<7", "playwright>=1.65,<2"],  # the tests of the pages, with a Chromium of the system
         "dev": [
             "scikit-image>=0.25",
             "matplotlib>=3.10",

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tiny_bases import train_sd15, train_sdxl
+from tiny_bases import refine_sd15, train_sd15, train_sdxl
 from tiny_data import draw
 from tiny_features import train_features
 from tiny_readme import note_duration, write_readme
 from tiny_reward import train_reward
-from tiny_stages import make_pairs, make_reward_pairs, train_prior, train_restorer, train_scorer, tune
+from tiny_stages import draw_faces, make_pairs, make_reward_pairs, train_prior, train_restorer, train_scorer, tune
 from tiny_vae import train_vae
 
 from faceprior.config import run_stage
@@ -28,6 +28,7 @@ STEPS = {
     "vae": train_vae,
     "features": train_features,
     "sd15": train_sd15,
+    "sd15_fine": refine_sd15,
     "sdxl": train_sdxl,
     "reward_pairs": make_reward_pairs,
     "reward": train_reward,
@@ -35,6 +36,7 @@ STEPS = {
     "scorer": train_scorer,
     "guided": tune,
     "prior": train_prior,
+    "faces": draw_faces,
     "restorer": train_restorer,
 }
 
@@ -47,20 +49,25 @@ class Config:
     resolution: int = 128  # pixels, [64, 256]
     vae_steps: int = 3000  # of batch 8, [1, inf)
     vae_learning_rate: float = 1.5e-3  # of AdamW, (0, 1)
-    feature_steps: int = 2500  # of batch 32, [1, inf)
+    feature_steps: int = 5000  # of batch 32, [1, inf)
     feature_learning_rate: float = 1e-3  # of AdamW, (0, 1)
-    num_reward_pairs: int = 1000  # portraits, inpainted for the reward model, [1, 4000]
-    reward_steps: int = 1200  # of 16 pairs, [1, inf)
+    num_reward_portraits: int = 1200  # drawings, inpainted for the reward model, [1, 4000]
+    num_reward_scenes: int = 200  # and scenes with smaller faces, [0, 1000]
+    reward_steps: int = 3000  # of 16 pairs, [1, inf)
     reward_learning_rate: float = 5e-4  # of AdamW, (0, 1)
     base_steps: int = 3000  # of batch 32, [1, inf)
     sdxl_steps: int = 700  # of batch 32, from the other base's weights, [1, inf)
     base_learning_rate: float = 1e-3  # of AdamW, (0, 1)
-    num_pairs: int = 300  # portraits for pairs, and an eighth of it scenes, [1, inf)
+    refine_steps: int = 700  # of batch 32, of the first base's U-Net by the plain loss, [1, inf)
+    refine_learning_rate: float = 5e-4  # of AdamW, (0, 1)
+    num_pairs: int = 400  # portraits for pairs, and a quarter of it scenes, [1, inf)
     scorer_steps: int = 200  # of stage 2, [1, inf)
-    guidance_steps: int = 300  # of stage 4, [1, inf)
+    guidance_steps: int = 200  # of stage 4, [1, inf)
     num_portraits: int = 300  # drawn for stage 3, [1, inf)
     prior_steps: int = 150  # of stage 5, [1, inf)
-    restorer_steps: int = 600  # of stage 6, [1, inf)
+    num_faces: int = 1500  # aligned faces, drawn for stage 6, [1, 8000]
+    control_steps: int = 2600  # of stage 6 without the facial loss, of batch 8, [1, inf)
+    restorer_steps: int = 400  # of stage 6 with it, [1, inf)
     ema_decay: float = 0.998  # of the weights that are kept, [0, 1)
     mixed_precision: Literal["no", "bf16"] = "bf16"  # bf16 is 1.4 to 2 times as fast on a CPU that has it
     shard: int = 0  # which half of the drawings to draw, to use two processes, [0, 1]

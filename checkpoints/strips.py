@@ -19,6 +19,8 @@ TILE = 128
 def main() -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     save(contact_sheet([draw_portrait(TEST_SEEDS + i, 160).image for i in range(14)], 7), "portraits")
+    save(np.vstack([row(SHEETS / f"pairs_bin{number}.png", 8) for number in (0, 2, 3)]), "pairs")
+    save(np.vstack([row(SHEETS / "base_and_tuned.png", 8, number) for number in range(2)]), "tuned")
     save(np.vstack([row(SHEETS / "restored.png", 9, number) for number in range(2)]), "restored")
     photographs = [np.asarray(beside(name)) for name in ("astronaut", "grace_hopper")]
     save(np.hstack(photographs), "photographs")

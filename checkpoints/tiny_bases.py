@@ -88,6 +88,14 @@ def train_sd15(config, work: Path) -> None:
         train_base(config, work, "sd15", pipeline, trained, config.base_steps, config.base_learning_rate)
 
 
+def refine_sd15(config, work: Path) -> None:
+    """Go on with the U-Net alone by the plain loss, in which fine details such as eyes weigh more."""
+    if not (work / "sd15_fine" / "done.json").is_file():
+        pipeline = DiffusionPipeline.from_pretrained(tiny.tiny_folder() / "sd15")
+        trained = {"unet": pipeline.unet}
+        train_base(config, work, "sd15_fine", pipeline, trained, config.refine_steps, config.refine_learning_rate)
+
+
 def train_sdxl(config, work: Path) -> None:
     """Train the SDXL type pipeline from the other one's U-Net, and share its first text encoder."""
     if not (work / "sdxl" / "done.json").is_file():
@@ -119,13 +127,18 @@ def warm_start(unet: torch.nn.Module, start: torch.nn.Module) -> None:
 def train_base(
     config,
     work: Path,
-    kind: str,
+    name: str,
     pipeline: DiffusionPipeline,
     trained: dict[str, torch.nn.Module],
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Train parts of a pipeline to predict noise, keep a moving average of them, and write checkpoints/tiny/`kind`."""
+    """Train parts of a pipeline to predict noise, keep a moving average of them, and write them to checkpoints/tiny.
+
+    name: the run's, which begins with the kind of pipeline; the weights of a run that ends in `_fine` replace those
+    that it began with, and all timesteps count alike in it.
+    """
+    kind, fine = name.removesuffix("_fine"), name.endswith("_fine")
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -138,7 +151,7 @@ def train_base(
     networks, optimizer = accelerator.prepare(networks, optimizer)
     average = deepcopy(networks)
     run = TrainingRun(
-        work / kind,
+        work / name,
         steps,
         accelerator,
         {"networks": networks, "average": average},
@@ -162,15 +175,15 @@ def train_base(
                 added_cond_kwargs=added_conditions(embeddings, config.resolution, config.resolution),
             ).sample
         errors = (model_pred.float() - noise).square().mean(dim=(1, 2, 3))
-        loss = (min_snr_weights(scheduler, timesteps) * errors).mean()
+        loss = errors.mean() if fine else (min_snr_weights(scheduler, timesteps) * errors).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(networks.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, networks, min(config.ema_decay, (run.step + 1) / (run.step + 10)))
         run.log(loss=loss, mse=errors.mean())
-    for name, part in trained.items():
-        part.load_state_dict(average[name].state_dict())
+    for part_name, part in trained.items():
+        part.load_state_dict(average[part_name].state_dict())
     save_pipeline(pipeline, tiny.tiny_folder() / kind, run.steps)
     run.finish()
 

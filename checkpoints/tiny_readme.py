@@ -12,7 +12,7 @@ from faceprior import tiny
 from faceprior.manifest import append_row, resume_rows
 from faceprior.training import METRICS_FILE
 
-DURATIONS = "durations.jsonl"
+DURATIONS, RECORD = "durations.jsonl", "runs.json"
 PARTS = {
     "sd15": "Stable Diffusion 1.5 type pipeline: tokenizer, text encoder, VAE, U-Net",
     "sdxl": "SDXL type pipeline, begun from the other U-Net; its VAE and first text encoder are the same",
@@ -34,7 +34,8 @@ Losses are means over the last 50 steps.
 - Machine: {machines}
 - Licence: Apache-2.0, as the code. The pictures are drawn by it: no photograph of anyone was used
 """
-RUNS = ("vae", "features", "reward", "sd15", "sdxl", "scorer", "guided", "prior", "restorer")
+RUNS = ("vae", "features", "sd15", "sd15_fine", "sdxl", "reward", "scorer", "guided", "prior", "control", "restorer")
+COLUMNS = ("run", "steps", "loss", "hours", "result")
 
 
 def note_duration(work: Path, step: str, seconds: float) -> None:
@@ -54,33 +55,54 @@ def machine() -> str:
 
 
 def write_readme(config, work: Path) -> None:
-    """Write the record of the training beside the weights."""
-    rows = resume_rows(work / DURATIONS)
-    hours = defaultdict(float)
-    for row in rows:
-        hours[row["step"]] += row["seconds"] / 3600
+    """Write the record of the training beside the weights: runs.json, which other work folders add to, and README.md.
+
+    A run that goes on from shipped weights of an earlier one keeps that one's row, and has its own below it.
+    """
+    record = tiny.tiny_folder() / RECORD
+    runs = json.loads(record.read_text()) if record.is_file() else []
+    for row in finished_runs(work):
+        if row not in runs:
+            runs.append(row)
+    record.write_text(json.dumps(runs, indent=1) + "\n")
+    data = f"{config.num_drawn} drawings of {config.resolution} pixels, every fifth a scene"
     lines = [HEADER, "| folder | what it is | MB |", "|---|---|---|"]
     for kind, what in PARTS.items():
         size = sum(f.stat().st_size for f in (tiny.tiny_folder() / kind).rglob("*") if f.is_file()) / 1e6
         lines.append(f"| `{kind}/` | {what} | {size:.1f} |")
     lines += ["", "| run | steps | loss at the end | hours | result |", "|---|---|---|---|---|"]
-    for name in RUNS:
-        metrics, summary = resume_rows(work / name / METRICS_FILE), read_summary(work / name)
-        if metrics:
-            tail = [row["loss"] for row in metrics[-50:] if "loss" in row]
-            loss = f"{sum(tail) / len(tail):.4g}" if tail else ""
-            took = f"{hours[name]:.2f}" if name in hours else ""
-            lines.append(f"| {name} | {metrics[-1]['step']} | {loss} | {took} | {summary} |")
-    data = f"{config.num_drawn} drawings of {config.resolution} pixels, every fifth a scene"
-    machines = "; ".join(sorted({row["machine"] for row in rows}))
+    lines += [f"| {' | '.join(str(row[key]) for key in COLUMNS)} |" for row in runs]
+    machines = "; ".join(sorted({row["machine"] for row in runs}))
     lines.append(FOOTER.format(data=data, machines=machines))
     (tiny.tiny_folder() / "README.md").write_text("\n".join(lines))
 
 
+def finished_runs(work: Path) -> list[dict]:
+    """Return a row for every finished run of a work folder, in the order of RUNS."""
+    hours, machines, rows = defaultdict(float), {}, []
+    for row in resume_rows(work / DURATIONS):
+        hours[row["step"]] += row["seconds"] / 3600
+        machines[row["step"]] = row["machine"]
+    for name in RUNS:
+        metrics = resume_rows(work / name / METRICS_FILE)
+        if metrics and (work / name / "done.json").is_file():
+            tail = [row["loss"] for row in metrics[-50:] if "loss" in row]
+            rows.append(
+                {
+                    "run": name,
+                    "steps": metrics[-1]["step"],
+                    "loss": f"{sum(tail) / len(tail):.4g}" if tail else "",
+                    "hours": f"{hours[name]:.2f}" if name in hours else "",
+                    "result": read_summary(work / name),
+                    "machine": machines.get(name, machine()),
+                }
+            )
+    return rows
+
+
 def read_summary(folder: Path) -> str:
     """Return what a run says of itself in done.json, but its steps, as short text."""
-    path = folder / "done.json"
-    values = json.loads(path.read_text()) if path.is_file() else {"state": "not finished"}
+    values = json.loads((folder / "done.json").read_text())
     shown = {k: v for k, v in values.items() if isinstance(v, int | float | str) and k != "steps"}
     return ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in shown.items())
 

@@ -5,6 +5,7 @@ flip and light, so that neither sharpness nor the autoencoder's traces tell them
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from faceprior import tiny
 from faceprior.images import as_array, cv2, load_image, to_pil
 from faceprior.losses import pairwise_ranking_loss
-from faceprior.pairs import read_pairs
+from faceprior.pairs import face_square, read_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
@@ -33,7 +34,7 @@ STRUCTURAL = tuple(name for name in SEEN if name not in PHOTOMETRIC)
 class DrawnFaces(Dataset):
     """Drawn portraits: {"images": [as drawn, as the autoencoder gives it back], "landmarks", "box", "pair"}.
 
-    pair: good, bad and box of a pair of stage 1, of other portraits; None without `pairs`.
+    pair: reads good, bad and box of a pair of stage 1, of other portraits; None without `pairs`.
     """
 
     def __init__(self, work: Path, split: str, vae: AutoencoderKL, pairs: Path | None = None):
@@ -55,14 +56,15 @@ class DrawnFaces(Dataset):
         face = self.faces[number]
         landmarks = np.array(face["landmarks"], np.float32)
         images = [images[number] for images in self.images]
-        return {"images": images, "landmarks": landmarks, "box": face["box"], "pair": self._pair(index)}
+        pair = partial(self._pair, index) if self.pairs else None
+        return {"images": images, "landmarks": landmarks, "box": face["box"], "pair": pair}
 
-    def _pair(self, index: int) -> tuple[np.ndarray, np.ndarray, list[float]] | None:
-        if not self.pairs:
-            return None
+    def _pair(self, index: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
         pair = self.pairs[index % len(self.pairs)]
-        good, bad = (as_array(load_image(self.folder / name)) for name in (pair.good, pair.bad))
-        return good, bad, pair.box
+        good, bad = (load_image(self.folder / name) for name in (pair.good, pair.bad))
+        square = face_square(good.size, pair.box, tiny.RESOLUTION)
+        corner = np.array([*square[:2], *square[:2]])
+        return as_array(good.crop(square)), as_array(bad.crop(square)), (pair.box - corner).tolist()
 
 
 @torch.no_grad()
@@ -85,9 +87,9 @@ class SpoiledTwin:
         image, landmarks, box = sample["images"][rng.integers(2)], sample["landmarks"], sample["box"]
         good, bad = spoil(image, landmarks, rng)
         if sample["pair"] and rng.random() < INPAINTED:
-            good, bad, box = sample["pair"]
+            good, bad, box = sample["pair"]()
         both = alike((good, bad), rng)
-        box = jitter(box, rng)
+        box = jitter(box, good.shape[1], rng)
         sides = self.preprocess([Image.fromarray(side) for side in both], [box, box])
         return {"good": sides[0], "bad": sides[1]}
 
@@ -113,7 +115,8 @@ def spoil(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Generator) ->
 
 def alike(sides: tuple[np.ndarray, ...], rng: np.random.Generator) -> list[np.ndarray]:
     """Give all sides the same mild blur, resampling, JPEG, light and flip."""
-    sigma, size = rng.uniform(0, 1.1) * (rng.random() < 0.4), round(128 * rng.uniform(0.5, 1))
+    width = sides[0].shape[1]
+    sigma, size = rng.uniform(0, 1.1) * (rng.random() < 0.4) * width / 128, round(width * rng.uniform(0.5, 1))
     quality, gain = int(rng.integers(40, 96)), rng.uniform(0.8, 1.2)
     resampled, compressed, flipped = rng.random() < 0.3, rng.random() < 0.4, rng.random() < 0.5
     result = []
@@ -132,11 +135,11 @@ def alike(sides: tuple[np.ndarray, ...], rng: np.random.Generator) -> list[np.nd
     return result
 
 
-def jitter(box: list[float], rng: np.random.Generator) -> list[float]:
-    """Move each edge by up to a tenth of the box, since detectors do not agree on them."""
+def jitter(box: list[float], side: int, rng: np.random.Generator) -> list[float]:
+    """Move each edge by up to a tenth of the box in a square picture, since detectors do not agree on them."""
     width, height = box[2] - box[0], box[3] - box[1]
     moved = np.array(box) + rng.uniform(-0.1, 0.1, 4) * (width, height, width, height)
-    return moved.clip(0, 128).tolist()
+    return moved.clip(0, side).tolist()
 
 
 def train_reward(config, work: Path) -> None:

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import torch
 from tiny_bases import tidy_configs
+from tiny_data import Drawings
+from tqdm.auto import tqdm
 
 from faceprior import tiny
-from faceprior.procedural import TRAIN_SEEDS, draw_folder
+from faceprior.align import align_face
+from faceprior.images import save_image
+from faceprior.procedural import TRAIN_SEEDS, draw_portrait, draw_scenes, save_captioned
 from faceprior.restorer import AuthFaceRestorer
 from faceprior.scorer import FaceScorer
 
 ROOT = Path(__file__).resolve().parent.parent
-REWARD_SEEDS = TRAIN_SEEDS + 1000  # of the portraits behind the reward model's pairs
+REWARD_FIRST = 1000  # the first drawing behind the reward model's pairs: stage 1 draws others
+FACE_SEEDS = TRAIN_SEEDS + 1000  # of the faces that the restorer is trained on: stage 3 draws others
+REWARD_SCENES = TRAIN_SEEDS + 9000  # and the first scene's seed
 
 
 def run(stage: str, output: Path, **options) -> None:
@@ -30,30 +36,38 @@ def precision(config) -> dict[str, str]:
 
 
 def make_reward_pairs(config, work: Path) -> None:
-    """Stage 1 on other portraits than the later pairs': the reward model, too, has seen what generators do to faces."""
-    seeds = range(REWARD_SEEDS, REWARD_SEEDS + config.num_reward_pairs)
-    draw_folder(work / "reward_drawn", seeds, config.resolution)
-    run("01_make_pairs", work / "reward_pairs", images=work / "reward_drawn", batch_size=16, **precision(config))
+    """Stage 1 on other drawings than the later pairs': the reward model, too, has seen what generators do to faces.
+
+    In fewer sampling steps than the pairs of the method: there are many, and none of them is measured.
+    """
+    drawn, drawings = work / "reward_drawn", Drawings(work, "train")
+    portraits = [i for i, record in enumerate(drawings.records) if record["kind"] == "portrait" and i >= REWARD_FIRST]
+    for index in portraits[: config.num_reward_portraits]:
+        path = drawn / f"portrait_{index:05d}.png"
+        if not path.is_file():
+            save_captioned(drawings.images[index], drawings.captions[index], path)
+    seeds = range(REWARD_SCENES, REWARD_SCENES + config.num_reward_scenes)
+    draw_scenes(drawn, seeds, 4 * config.resolution)
+    run("01_make_pairs", work / "reward_pairs", images=drawn, batch_size=16, steps=20, **precision(config))
 
 
 def make_pairs(config, work: Path) -> None:
     """Stage 1: pairs in all four bins of Table 8."""
-    options = {"num_drawn": config.num_pairs, "num_scenes": config.num_pairs // 8}
+    options = {"num_drawn": config.num_pairs, "num_scenes": config.num_pairs // 4}
     run("01_make_pairs", work / "pairs", **options, **precision(config))
 
 
 def train_scorer(config, work: Path) -> None:
     """Stage 2: from the reward model, 70% of it frozen."""
-    options = {"pairs": work / "pairs", "steps": config.scorer_steps, "learning_rate": 1e-3}
+    options = {"pairs": work / "pairs", "steps": config.scorer_steps, "learning_rate": 5e-4}
     run("02_train_scorer", work / "scorer", **options, **precision(config))
-    if not shipped("scorer"):
-        scorer = FaceScorer.from_pretrained(work / "scorer").to(torch.float16)
-        ship("scorer", scorer.save_pretrained, config.scorer_steps)
+    scorer = FaceScorer.from_pretrained(work / "scorer").to(torch.float16)
+    ship(work / "scorer", scorer.save_pretrained, config.scorer_steps)
 
 
 def tune(config, work: Path) -> None:
     """Stage 4: the guidance loss on the pairs. The tuned model is measured, not shipped."""
-    options = {"pairs": work / "pairs", "steps": config.guidance_steps, "batch_size": 16}
+    options = {"pairs": work / "pairs", "steps": config.guidance_steps, "batch_size": 16, "learning_rate": 2e-4}
     run("04_guidance_tune", work / "guided", **options, **precision(config))
 
 
@@ -64,25 +78,38 @@ def train_prior(config, work: Path) -> None:
     run("05_prior_tune", work / "prior", **options, **precision(config))
 
 
+def draw_faces(config, work: Path) -> None:
+    """FFHQ's part: clean faces, aligned by their true landmarks."""
+    for seed in tqdm(range(FACE_SEEDS, FACE_SEEDS + config.num_faces), desc="drawing", unit="face"):
+        path = work / "faces" / f"{seed:05d}.png"
+        if not path.is_file():
+            drawing = draw_portrait(seed, 2 * config.resolution)
+            save_image(align_face(drawing.image, drawing.landmarks, config.resolution).crop, path)
+
+
 def train_restorer(config, work: Path) -> None:
-    """Stage 6: the prior's ControlNet, with the time-aware facial loss."""
-    options = {"images": work / "portraits/images", "prior": work / "prior", "init": ""}
-    options |= {"steps": config.restorer_steps, "batch_size": 8, "learning_rate": 1e-3}
-    run("06_train_restorer", work / "restorer", **options, **precision(config))
-    if not shipped("restorer"):
-        restorer = AuthFaceRestorer.from_pretrained(work / "restorer", torch.float16)
-        restorer.pipeline.to(dtype=torch.float16)
-        ship("restorer", restorer.save_pretrained, config.restorer_steps)
+    """Stage 6: the prior's ControlNet learns to follow the degraded face, then with the time-aware facial loss.
+
+    The facial loss begins late, since it has to see eyes and mouths: its three kinds (Table 2) share the first run.
+    """
+    options = {"images": work / "faces", "prior": work / "prior", "batch_size": 8, "schedule": "cosine"}
+    options |= {"warmup_steps": 50, "save_every": 100, **precision(config)}
+    first = {"init": "", "facial_loss": "none", "steps": config.control_steps, "learning_rate": 1e-3}
+    run("06_train_restorer", work / "control", **options, **first)
+    last = {"init": work / "control", "steps": config.restorer_steps, "learning_rate": 3e-4}
+    run("06_train_restorer", work / "restorer", **options, **last)
+    restorer = AuthFaceRestorer.from_pretrained(work / "restorer", torch.float16)
+    restorer.pipeline.to(dtype=torch.float16)
+    ship(work / "restorer", restorer.save_pretrained, config.control_steps + config.restorer_steps)
 
 
-def shipped(kind: str) -> bool:
-    return bool((tiny.info(tiny.tiny_folder() / kind) or {}).get("trained"))
-
-
-def ship(kind: str, save, steps: int) -> None:
-    """Write a trained model to checkpoints/tiny/`kind` with its `tiny.json`."""
-    folder = tiny.tiny_folder() / kind
-    shutil.rmtree(folder, ignore_errors=True)
-    save(folder)
-    tidy_configs(folder)
-    (folder / tiny.INFO_FILE).write_text(json.dumps({"kind": kind, "seed": 0, "trained": True, "steps": steps}))
+def ship(source: Path, save, steps: int) -> None:
+    """Write what a run trained to checkpoints/tiny with its `tiny.json`, once in the life of its work folder."""
+    folder, mark = tiny.tiny_folder() / source.name, source / "shipped"
+    if not mark.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        save(folder)
+        tidy_configs(folder)
+        info = {"kind": source.name, "seed": 0, "trained": True, "steps": steps}
+        (folder / tiny.INFO_FILE).write_text(json.dumps(info))
+        mark.touch()

@@ -46,7 +46,24 @@ def preprocess(images: Any, size: int, boxes: Sequence[Sequence[float]] | None =
         pictures = [load_image(image) for image in _as_list(images)]
         cropped = [p.crop(bounds) for p, bounds in _with_bounds(pictures, boxes, lambda p: p.size)]
         rows = [_resize_pil(crop, size) for crop in cropped]
-    return _normalise(torch.stack(rows))
+    return normalise(torch.stack(rows))
+
+
+def face_pixels(picture: Image.Image, boxes: Sequence[Sequence[float]], size: int) -> Tensor:
+    """`preprocess` of a picture's faces as far as PIL does it: (number of boxes, 3, size, size) uint8, maybe empty.
+
+    `normalise` does the rest, for the faces of many pictures at once and where the network is.
+    """
+    rows = [_resize_pil(picture.crop(crop_bounds(box, *picture.size)), size) for box in boxes]
+    return torch.stack(rows) if rows else torch.empty(0, 3, size, size, dtype=torch.uint8)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8, or floats in [0, 1] -> floats, by CLIP's mean and std."""
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float() / 255
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
 
 
 def crop_bounds(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
@@ -133,7 +150,7 @@ def _resize_plan(width: int, height: int, size: int) -> tuple[tuple[int, ...], t
 
 
 def _resize_pil(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) float32 in [0, 1]; the reference.
+    """(3, size, size) uint8; the reference.
 
     Rows first, then columns, as Pillow did in one call until version 12; from 13 on it turns the order round
     for some tall pictures, which would make a score depend on the version installed.
@@ -144,7 +161,7 @@ def _resize_pil(image: Image.Image, size: int) -> Tensor:
     image = image.resize((width, image.height), Image.Resampling.BICUBIC)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _resize_tensor(pixels: Tensor, size: int) -> Tensor:
@@ -158,9 +175,3 @@ def _resize_tensor(pixels: Tensor, size: int) -> Tensor:
     for shape in ((y1 - y0, new_width), (new_height, new_width)):
         pixels = F.interpolate(pixels, shape, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
     return pixels[0, :, top : top + size, left : left + size]
-
-
-def _normalise(pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> by CLIP's mean and std."""
-    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (pixels - mean) / std

@@ -6,10 +6,9 @@ import math
 import os
 import sys
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from faceprior import __version__
@@ -19,7 +18,6 @@ RESTORER_ID = "Ethanliang99/AuthFace"
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_PROMPT = "A face."
 LOOSE = "(single pictures)"
-MAX_WAITING = 4  # batches of pictures that may wait for a batch of faces to fill
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,7 +204,7 @@ def _gather(options: argparse.Namespace) -> _Inputs:
         except (ValueError, OSError) as error:
             entries[argument] = str(error)
             continue
-        names = [first_names.setdefault(path.resolve(), str(path)) for path in found]
+        names = [first_names.setdefault(os.path.realpath(path), str(path)) for path in found]
         entries.update(dict.fromkeys(names))
         groups.setdefault(argument if Path(argument).expanduser().is_dir() else LOOSE, {}).update(dict.fromkeys(names))
     return _Inputs(entries, groups)
@@ -278,53 +276,31 @@ def _results(options: argparse.Namespace, inputs: _Inputs, scorer, detector, rec
 
 
 def _score_pictures(options: argparse.Namespace, scorer, detector, names: list[str]) -> Iterator:
-    """Yield a PictureScores per picture, in order; faces of several pictures go through the network together."""
-    size, percentile = options.batch_size, partial(scorer.percentile, prompt=options.prompt)
-    waiting, crops, rewards = deque(), [], deque()
-    for name in names:
-        waiting.append(_detect(options, detector, name, crops))
-        while len(crops) >= size or (crops and len(waiting) >= MAX_WAITING * size):
-            rewards += scorer.score_crops(crops[:size], size, options.prompt)
-            del crops[:size]
-        yield from _complete(waiting, rewards, percentile)
-    rewards += scorer.score_crops(crops, size, options.prompt)
-    yield from _complete(waiting, rewards, percentile)
-
-
-def _detect(options: argparse.Namespace, detector, name: str, crops: list) -> tuple[str, list, str | None]:
-    """Return the picture's faces, or why it cannot be read, and append the faces' crops to `crops`."""
-    from faceprior.blip_inputs import crop_bounds
-    from faceprior.detect import detect_faces
-    from faceprior.images import load_image
-
-    try:
-        picture = load_image(name)
-        faces = detect_faces(picture, detector, options.min_confidence, options.min_face_size)
-        own = [picture.crop(crop_bounds(face.box, *picture.size)) for face in faces]
-    except (ValueError, OSError) as error:
-        return name, [], str(error) or type(error).__name__
-    except Exception as error:  # a library's failure on one picture of thousands: named with the others at the end
-        return name, [], f"{name}: {type(error).__name__}: {error}"
-    crops += own
-    return name, faces, None
-
-
-def _complete(waiting: deque, rewards: deque, percentile: Callable) -> Iterator:
-    """Yield the first of the waiting pictures as long as all their faces have a reward."""
+    """Yield a PictureScores per picture, in order."""
     from faceprior.score_output import PictureScores
 
-    while waiting and len(waiting[0][1]) <= len(rewards):
-        name, faces, error = waiting.popleft()
+    limits = options.min_confidence, options.min_face_size
+    found = scorer.score_each(names, None, detector, *limits, options.batch_size, options.prompt)
+    for name, faces in zip(names, found, strict=True):
+        if isinstance(faces, Exception):
+            yield PictureScores(name, error=_reason(name, faces))
+            continue
         scored = [
             {
-                "score": (reward := rewards.popleft()),
-                "percentile": percentile(reward),
-                "box": [float(edge) for edge in face.box],
+                "score": face.score,
+                "percentile": face.percentile,
+                "box": list(face.box),
                 "confidence": face.confidence,
             }
             for face in faces
         ]
-        yield PictureScores(name, tuple(sorted(scored, key=lambda face: -face["score"])), error)
+        yield PictureScores(name, tuple(scored))
+
+
+def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, (ValueError, OSError)):
+        return str(error) or type(error).__name__
+    return f"{name}: {type(error).__name__}: {error}"  # a library's failure on one picture of thousands
 
 
 def run_restore(options: argparse.Namespace) -> int:
@@ -374,7 +350,7 @@ def _targets(options: argparse.Namespace, paths: list[Path]) -> dict[Path, Path]
 
     stems = {path: relative_stem(path, *options.images) for path in paths}
     if len({(stem, path.suffix) for path, stem in stems.items()}) < len(paths):
-        resolved = {path: path.resolve() for path in paths}
+        resolved = {path: Path(os.path.realpath(path)) for path in paths}
         root = common_folder(list(resolved.values()))
         stems = {path: whole.relative_to(root).with_suffix("") for path, whole in resolved.items()}
     counts = Counter(stems.values())

@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,17 +164,20 @@ def load_official_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        state_dict = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another pickle protocol: it is refused or it works
+            state_dict = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
+        # not torch's own words: they advise to load it without the safeguard
+        code = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} is refused: only tensors are loaded from a checkpoint, and this file holds something "
-            f"else (code, or it is damaged). Get the weights from their publisher. "
-            f"torch says: {_first_line(error)}"
+            f"{path} is refused: only tensors are loaded from a checkpoint, and this file holds something else "
+            f"({f'it asks for {code[1]}' if code else 'code, or it is damaged'}): get the weights from their publisher"
         ) from error
     except Exception as error:  # a damaged file fails as RuntimeError, EOFError, KeyError, struct.error...
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no torch checkpoint: download it again. "
-            f"torch says: {_first_line(error)}"
+            f"torch says: {_first_line(error).split('. ')[0]}"
         ) from error
     _require_tensors(state_dict, path)
     return dict(state_dict)
@@ -290,8 +294,8 @@ def describe_mismatch(
 ) -> str:
     """Message for a checkpoint of another model, with every name: layers as `layer.{0-11}.name`, 64 texts a kind."""
     kinds = {"missing": list(missing), "unexpected": list(unexpected), "misshapen": list(misshapen)}
-    lines = [f"  {kind} ({len(names)}): {_shorten(names)}" for kind, names in kinds.items() if names]
-    return "\n".join([f"{source} is not a checkpoint of this face scorer:", *lines])
+    found = [f"{kind} ({len(names)}): {_shorten(names)}" for kind, names in kinds.items() if names]
+    return f"{source} is not a checkpoint of this face scorer: {'; '.join(found)}"
 
 
 def _shorten(names: list[str]) -> str:

@@ -8,6 +8,8 @@ file.
 import contextlib
 import glob
 import importlib
+import io
+import logging
 import os
 import re
 import struct
@@ -23,6 +25,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 ImageSource = str | Path | Image.Image | np.ndarray
 
@@ -84,6 +88,17 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     )
 
 
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture from the bytes of a file, such as a member of an archive, as `load_image` reads the file.
+
+    name: what its errors call it. Raises ImageError.
+    """
+    if not data:
+        raise ImageError(f"{name} is empty (0 bytes)")
+    with io.BytesIO(data) as file, _open(file, Path(name)) as image:
+        return _to_rgb(image, name, max_pixels)
+
+
 def as_array(image: ImageSource) -> np.ndarray:
     """Any picture that `load_image` takes -> (H, W, 3) uint8 RGB; such an array is returned, not copied."""
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
@@ -133,6 +148,8 @@ def _image_from_file(path: Path, max_pixels: int) -> Image.Image:
     if path.is_dir():
         raise ImageError(f"{path} is a folder, not an image: `find_images` lists the images in it")
     if not path.exists():
+        if path.is_symlink():
+            raise ImageError(f"{path} is a link that leads nowhere: there is no {os.readlink(path)}")
         hint = " (an address on the web: download it first)" if re.match(r"https?:", str(path)) else ""
         raise FileNotFoundError(f"no image at {path}{hint}")
     if path.stat().st_size == 0:
@@ -254,16 +271,17 @@ def find_images(*paths: str | Path, recursive: bool = True) -> list[Path]:
     The arguments keep their order; what a folder or a glob holds comes in natural order ("img2" before
     "img10"). A file is listed once, however often it is named or linked to. In folders, hidden entries and
     files of other suffixes than IMAGE_SUFFIXES are skipped; a file named outright is taken whatever its
-    suffix. recursive: descend into sub-folders (links are followed, loops are safe).
+    suffix. Links that lead nowhere are listed, for `load_image` to name. recursive: descend into sub-folders (links are
+    followed, loops are safe).
 
     Raises FileNotFoundError that names what is not there, ValueError for a folder or glob without images.
     """
     if not paths:
         raise ValueError("`find_images` needs at least one file, folder or glob")
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for path in paths:
         for file in _expand(path, recursive):
-            found.setdefault(file.resolve(), file)
+            found.setdefault(os.path.realpath(file), file)
     return list(found.values())
 
 
@@ -286,7 +304,7 @@ def _images_of_glob(pattern: Path, recursive: bool) -> list[Path]:
     matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
     if not matches:
         raise FileNotFoundError(f"nothing matches {pattern}")
-    files = [match for match in matches if match.is_file() and _is_image(match)]
+    files = [match for match in matches if _is_image(match) and _is_there(match)]
     if recursive:
         files += [file for match in matches if match.is_dir() for file in _images_in(match, recursive)]
     return files
@@ -294,18 +312,27 @@ def _images_of_glob(pattern: Path, recursive: bool) -> list[Path]:
 
 def _images_in(folder: Path, recursive: bool) -> Iterator[Path]:
     seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=_say_passed_over, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
-        yield from (Path(root, name) for name in files if _is_image(Path(name)) and Path(root, name).is_file())
+        yield from (Path(root, name) for name in files if _is_image(Path(name)) and _is_there(Path(root, name)))
 
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _say_passed_over(error: OSError) -> None:
+    logger.warning("passed over: %s", error)
+
+
+def _is_there(path: Path) -> bool:
+    """A file, or a link that leads nowhere: whoever put it there misses that picture, and `load_image` names it."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def natural_key(path: str | Path) -> list[Any]:

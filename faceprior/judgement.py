@@ -2,25 +2,29 @@
 
     python -m faceprior.judgement FOLDER [--output DIR]       # DIR/tables.md and tables.json, by default in FOLDER
 
-`judgement_files` says what stands in a folder. Several people rank the images that three models drew for each
-prompt; their votes become one label per image, and every metric is asked how often it orders two images of a
-triplet as the labels do. Shares and accuracies lie in [0, 1]; the Markdown prints them as percentages.
+`judgement_files` says what stands in a folder, and `python -m faceprior.pages rank FOLDER` is where people rank.
+They order the images that three models drew for each prompt; their votes become one label per image, and every
+metric is asked how often it orders two images of a triplet as the labels do. A metric without a file in scores/ is
+measured first if its library and weights are on this machine (`judgement_scores`); nothing is downloaded, and one
+that cannot be measured stands in the tables as missing, with the commands that get it. Shares and accuracies lie in
+[0, 1]; the Markdown prints them as percentages.
 """
 
 import argparse
+import functools
 import itertools
 import json
-import shlex
+import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from faceprior.images import atomic_write
-from faceprior.judgement_files import Benchmark, BenchmarkError, Key, read_benchmark, read_rankings, read_scores
+from faceprior.judgement_files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
 from faceprior.judgement_metrics import (
     LABELS,
     RESAMPLES,
@@ -38,19 +42,28 @@ from faceprior.judgement_metrics import (
     win_rates,
 )
 
-# What makes the scores of the paper's metrics. LocalX is X on the face's crop with the prompt "A face" (4.3); ours
-# ends in a full stop, as in the official code of Face Score.
+if TYPE_CHECKING:
+    import torch
+
+    from faceprior.detect import Detector
+    from faceprior.judgement_scores import Judge
+    from faceprior.scorer import FaceScorer
+
+SCORER_ID = "OPPOer/FaceScore"
+REWARD_ID = "THUDM/ImageReward"
+HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
+
+# The paper's metrics in its order, then others of today. LocalX is X on the face with the prompt "A face" (4.3).
 METRICS = {
     "IR": "ImageReward on the whole picture and its prompt",
-    "ASP": "the LAION aesthetic predictor on the whole picture (`laion_aes` of the package pyiqa)",
+    "ASP": "the LAION aesthetic predictor on the whole picture",
     "FQA": "ModelScope's `cv_manual_face-quality-assessment_fqa` on the face",
-    "LocalIR": (
-        "`mkdir -p {scores} && faceprior score --json --checkpoint IMAGEREWARD {images} > {scores}/LocalIR.jsonl`,"
-        " where IMAGEREWARD is a folder with ImageReward.pt and its med_config.json"
-    ),
-    "HPS": "the checkpoint of HPS v1 (ViT-L/14 in the package open_clip) on the whole picture and its prompt",
-    "LocalHPS": "the checkpoint of HPS v1 (ViT-L/14 in the package open_clip) on the face and the prompt `A face`",
-    "FS": "`mkdir -p {scores} && faceprior score --json {images} > {scores}/FS.jsonl`",
+    "LocalIR": "ImageReward on the face",
+    "HPS": "HPS v1 on the whole picture and its prompt",
+    "LocalHPS": "HPS v1 on the face",
+    "FS": "Face Score, on the face",
+    "HPSv2": "HPS v2 on the whole picture and its prompt",
+    "topiq_nr-face": "pyiqa's face quality `topiq_nr-face` on the face",
 }
 
 
@@ -61,7 +74,7 @@ class Tables:
     triplets: the kept ones; discarded: ids of the others. agreement: None with a single annotator.
     human_ties: pairs of images with equal labels. win_rates: [i][j] = share of triplets in which the label of
     models[i] is higher than that of models[j], a tie counted half (so the diagonal is 1/2).
-    missing: the paper's metrics that have no file in scores/; their rows in Tables 2 to 4 have a note for numbers.
+    missing: METRICS without a file in scores/; their rows in Tables 2 to 4 have a note for numbers.
     """
 
     models: tuple[str, ...]
@@ -119,11 +132,11 @@ PUBLISHED = Published(
 )
 
 
-def tables(folder: str | Path, seed: int = 0) -> Tables:
+def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None = None) -> Tables:
     """Read a benchmark folder and make Tables 1 to 4.
 
-    seed: of the bootstrap. The paper's metrics come first, in its order; one without a file has a row whose note
-    says what makes its scores.
+    seed: of the bootstrap. reasons: metric -> why it could not be measured. METRICS come first, in their order; one
+    without a file has a row whose note says what it is and why it is missing.
 
     Raises FileNotFoundError for a missing part, BenchmarkError for a file that breaks a rule.
     """
@@ -136,7 +149,9 @@ def tables(folder: str | Path, seed: int = 0) -> Tables:
         raise BenchmarkError(f"{benchmark.folder / 'rankings'}: every triplet was discarded: rank one at least")
     human = _Human(rankings.models, tuple(itertools.compress(benchmark.prompts, kept)), labels[kept])
     rows = [
-        _measured(name, scores[name], benchmark, human, seed) if name in scores else _missing(name, benchmark.folder)
+        _measured(name, scores[name], benchmark, human, seed)
+        if name in scores
+        else _missing(name, benchmark.folder, (reasons or {}).get(name, "it has not been measured"))
         for name in dict.fromkeys([*METRICS, *scores])
     ]
     return Tables(
@@ -173,26 +188,24 @@ class _MetricRows:
     statistics: MetricStatistics
 
 
-def _measured(
-    metric: str, scores: dict[Key, float | None], benchmark: Benchmark, human: _Human, seed: int
-) -> _MetricRows:
-    of_triplets = [[scores[name, model] for model in human.models] for name in human.prompts]
+def _measured(metric: str, scores: Scores, benchmark: Benchmark, human: _Human, seed: int) -> _MetricRows:
+    values = scores.values
+    of_triplets = [[values[name, model] for model in human.models] for name in human.prompts]
     array = np.array(of_triplets, dtype=np.float64)  # (triplets, 3); None becomes NaN
     means = (
-        model_mean(metric, model, (scores[name, model] for name in images))
+        model_mean(metric, model, (values[name, model] for name in images))
         for model, images in benchmark.images.items()
     )
+    accuracy = metric_accuracy(metric, human.labels, array, seed)
     return _MetricRows(
-        metric_accuracy(metric, human.labels, array, seed),
+        replace(accuracy, note="; ".join(filter(None, (accuracy.note, scores.by)))),
         tuple(means),
         metric_statistics(metric, human.labels, array, human.models),
     )
 
 
-def _missing(metric: str, folder: Path) -> _MetricRows:
-    images, scores = (shlex.quote(str(folder / name)) for name in ("images", "scores"))
-    how = METRICS[metric].format(images=images, scores=scores)
-    note = f"missing: no {folder / 'scores' / metric}.csv or .jsonl; made by {how}"
+def _missing(metric: str, folder: Path, reason: str) -> _MetricRows:
+    note = f"missing: {METRICS[metric]}: no {folder / 'scores' / metric}.csv or .jsonl, and {reason}"
     return _MetricRows(
         MetricAccuracy(metric, note=note), (ModelMean(metric, "-", note=note),), MetricStatistics(metric, note=note)
     )
@@ -203,12 +216,14 @@ def _count_ties(labels: np.ndarray) -> int:
     return sum(int((first == second).sum()) for first, second in pairs)
 
 
-def write_tables(folder: str | Path, output: str | Path | None = None, seed: int = 0) -> Tables:
+def write_tables(
+    folder: str | Path, output: str | Path | None = None, seed: int = 0, reasons: Mapping[str, str] | None = None
+) -> Tables:
     """Make the tables of a folder and write them to tables.md and tables.json in `output`, by default the folder.
 
-    The JSON holds {"measured": Tables, "paper": Published}.
+    seed, reasons: as for `tables`. The JSON holds {"measured": Tables, "paper": Published}.
     """
-    result = tables(folder, seed)
+    result = tables(folder, seed, reasons)
     output = Path(folder if output is None else output)
     with atomic_write(output / "tables.md", "w") as file:
         file.write(to_markdown(result))
@@ -237,10 +252,11 @@ def _describe(result: Tables) -> str:
     discarded = f": {', '.join(result.discarded)}" if result.discarded else ""
     return f"""# The judgement of people
 
-Rows marked "paper" are those of {PUBLISHED.source}. Those marked "measured" are of this folder; for those marked
-"missing" Table 2 says what makes their scores.
+Rows marked "paper" are those of {PUBLISHED.source}.
+Those marked "measured" are of this folder; for those marked "missing" Table 2 says what they need.
+LocalX is X on the face with the prompt "A face".
 
-- annotators: {len(result.annotators)} (the paper: 5)
+- annotators: {len(result.annotators)} (the paper: 5): {", ".join(result.annotators)}
 - triplets: {result.triplets} ranked, {len(result.discarded)} discarded{discarded}
 - agreement (labels that more than three fifths of the annotators gave): {agreed}
 - pairs that people did not order: {result.human_ties}, left out of Table 2; a metric's own ties count half there
@@ -330,17 +346,103 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, or 2 where the folder breaks a rule."""
+def measure_missing(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, str]:
+    """Measure what has no file in scores/ and can be measured here; metric -> why the others cannot."""
+    from faceprior.judgement_scores import face_finder, measure
+
+    reasons = {"FQA": "it is not measured here, but by the package modelscope (`pip install modelscope`)"}
+    judges, detector = _judges(options)
+    find_face = face_finder(detector)
+    for name, make_judge in judges.items():
+        try:
+            measure(benchmark, make_judge(), find_face)
+        except BenchmarkError:
+            raise
+        except Exception as error:  # whatever fails in one metric's library, the others have their rows
+            reasons[name] = str(error) or type(error).__name__
+    return reasons
+
+
+def _judges(options: argparse.Namespace) -> tuple[dict[str, "Callable[[], Judge]"], "Detector"]:
+    """What can be tried, in an order in which two metrics of one model follow each other; and who finds the faces."""
+    from faceprior.detect import resolve_detector
+    from faceprior.judgement_scores import (
+        HPS_V1,
+        HPS_V2,
+        aesthetic_judge,
+        clip_judge,
+        face_quality_judge,
+        in_hub_cache,
+        reward_judge,
+    )
+    from faceprior.training import resolve_device
+
+    device, detector = resolve_device(options.device), resolve_detector(options.detector)
+    load_scorer = _scorer_loader(device)
+    score = (_resolve(options.checkpoint), f"`hf download {SCORER_ID}`, or `--checkpoint FOLDER`", load_scorer)
+    reward = (options.image_reward, f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`", load_scorer)
+    hps = (options.hps, "`--hps FILE`, the classifier of https://github.com/tgxs002/align_sd", HPS_V1, device)
+    hps_v2 = options.hps_v2 or in_hub_cache(HPS_V2_ID, HPS_V2_FILE)
+    hps_v2 = (hps_v2, f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`", HPS_V2, device)
+    return {
+        "FS": lambda: reward_judge("FS", *score, detector),
+        "IR": lambda: reward_judge("IR", *reward),
+        "LocalIR": lambda: reward_judge("LocalIR", *reward, detector),
+        "HPS": lambda: clip_judge("HPS", *hps),
+        "LocalHPS": lambda: clip_judge("LocalHPS", *hps, detector),
+        "HPSv2": lambda: clip_judge("HPSv2", *hps_v2),
+        "ASP": lambda: aesthetic_judge(device),
+        "topiq_nr-face": lambda: face_quality_judge(device, detector),
+    }, detector
+
+
+def _resolve(checkpoint: str) -> str:
+    if checkpoint != "tiny":
+        return checkpoint
+    from faceprior import tiny
+
+    print(f"FS: {tiny.NOTICE}", file=sys.stderr)
+    return tiny.resolve(checkpoint, "scorer")
+
+
+def _scorer_loader(device: "torch.device") -> Callable[[str], "FaceScorer"]:
+    @functools.lru_cache(maxsize=1)
+    def load(folder: str) -> "FaceScorer":
+        from faceprior.scorer import FaceScorer
+
+        return FaceScorer.from_pretrained(folder).to(device)
+
+    return load
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m faceprior.judgement", description="Make Tables 1 to 4 of a benchmark folder.", allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="prompts, images/, rankings/ and scores/")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="for the tables (default: FOLDER)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, [0, inf) (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    weights = parser.add_argument_group("weights of what is not in scores/ yet (only those on this disk are used)")
+    weights.add_argument("--checkpoint", default=SCORER_ID, help="FS: folder, hub id, or `tiny` (default: %(default)s)")
+    weights.add_argument("--image-reward", default=REWARD_ID, help="IR: folder or hub id (default: %(default)s)")
+    weights.add_argument("--hps", type=Path, metavar="FILE", help="HPS v1's checkpoint")
+    weights.add_argument("--hps-v2", type=Path, metavar="FILE", help=f"(default: {HPS_V2_FILE} of {HPS_V2_ID})")
+    parser.add_argument(
+        "--detector", default="auto", choices=("auto", "retinaface", "mtcnn"), help="auto never downloads"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code: 0, or 2 where the folder breaks a rule."""
+    options = _make_parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
-        result = write_tables(options.folder, options.output, options.seed)
+        benchmark = read_benchmark(options.folder)
+        read_rankings(benchmark)  # before hours of measuring
+        reasons = measure_missing(benchmark, options)
+        result = write_tables(options.folder, options.output, options.seed, reasons)
     except (ValueError, OSError) as error:
         print(f"faceprior.judgement: error: {error}", file=sys.stderr)
         return 2

@@ -3,8 +3,8 @@
     prompts.jsonl            {"id": "0001", "prompt": "a man in a suit"}, one a line; or prompts.csv: id,prompt
     images/MODEL/ID.png      one picture per model and prompt, of any image suffix
     rankings/ANNOTATOR.csv   id,model,score: one row for each image of the three ranked models
-    scores/METRIC.csv        id,model,score: one row for each image; or METRIC.jsonl, the lines that
-                             `faceprior score --json` printed about images/ (without --min-score)
+    scores/METRIC.csv        id,model,score: one row for each image; or METRIC.jsonl, rows that `judgement` measured,
+                             or the lines that `faceprior score --json` printed about images/ (without --min-score)
 
 A ranking. The three images of a prompt are its triplet. The score of an image is 3 minus the number of better
 images in its triplet, so equal images have equal scores: 3,2,1 without a tie, 3,2,2 with two worst, 3,3,1 with
@@ -12,14 +12,16 @@ two best, 3,3,3. An annotator discards a triplet by leaving its three scores emp
 in any image" is read as "no image has a valid face": where only some lack one, those are the worst of a ranked
 triplet. (Annotators told to discard also where one image lacks a face use the same files.)
 
-An empty score of a metric stands for an image without a valid face, or one that was not measured. In a .jsonl an
-image has the score of its largest face, the nearest to the paper's "most frontal and representative" one.
+An empty score of a metric (null in a .jsonl) stands for an image without a valid face, or one that was not measured.
+In a picture of several people the largest face counts, the nearest to the paper's "most frontal and representative".
 
 Nothing is repaired: what breaks a rule is a `BenchmarkError` that names the file, the line, the rule and the way out.
 """
 
 import csv
+import io
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from faceprior.images import IMAGE_SUFFIXES, natural_key
+from faceprior.images import IMAGE_SUFFIXES, atomic_write, natural_key
 from faceprior.manifest import read_rows, require_keys
 
 RANKED_MODELS = 3
@@ -66,6 +68,14 @@ class Rankings:
     votes: np.ndarray
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a metric said. values: (prompt id, model) -> score, None for an empty one. by: the weights, where known."""
+
+    values: dict[Key, float | None]
+    by: str = ""
+
+
 def read_benchmark(folder: str | Path) -> Benchmark:
     """Read the prompts and list the images.
 
@@ -96,10 +106,10 @@ def _read_prompts(folder: Path) -> dict[str, str]:
     prompts, lines = {}, {}
     for line, row in rows:
         name = row["id"]
-        if not name or name.startswith(".") or any(c in name for c in "/\\\0"):
+        if not is_file_stem(name):
             raise BenchmarkError(
                 f"{path}:{line}: the id {name!r} cannot be the name of a picture: it may not be empty, begin with a dot"
-                " or hold a slash; rename it"
+                " or hold a slash or a control code; rename it"
             )
         if name in prompts:
             raise BenchmarkError(f"{path}:{line}: the id {name!r} stands in line {lines[name]} already: remove one")
@@ -107,6 +117,11 @@ def _read_prompts(folder: Path) -> dict[str, str]:
     if not prompts:
         raise BenchmarkError(f"{path} holds no prompt: write one at least, with its id")
     return prompts
+
+
+def is_file_stem(name: str) -> bool:
+    """Whether a prompt's id, or an annotator's name, can be the name of a file."""
+    return bool(name) and not name.startswith(".") and name.isprintable() and not any(c in name for c in "/\\")
 
 
 def _list_images(folder: Path, prompts: dict[str, str]) -> dict[str, Path]:
@@ -162,12 +177,23 @@ def read_ranking(path: str | Path, benchmark: Benchmark, complete: bool = True) 
     return {key: score for key, (_, score) in cells.items()}
 
 
+def write_ranking(path: str | Path, ranking: dict[Key, int | None]) -> None:
+    """Write one annotator's file, as `read_ranking` gives it: whole and on the disk, or as it was before."""
+    text = io.StringIO()
+    rows = ([name, model, "" if score is None else score] for (name, model), score in ranking.items())
+    csv.writer(text, lineterminator="\n").writerows([SCORE_COLUMNS, *rows])
+    with atomic_write(path, "w") as file:
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _check_triplet(path: Path, name: str, models: list[str], cells: dict[Key, tuple[int, int | None]]) -> None:
     for model in models:
         if (name, model) not in cells:
             raise BenchmarkError(
-                f"{path}: no row for the image {name!r} of {model}: add it, or leave the scores of the whole triplet"
-                " empty to discard it"
+                f"{path}: no row for the image {name!r} of {model}: add it, leave the scores of the whole triplet empty"
+                f" to discard it, or go on with `python -m faceprior.pages rank {path.parent.parent}`"
             )
     line = cells[name, models[0]][0]
     scores = [cells[name, model][1] for model in models]
@@ -198,42 +224,51 @@ def _ranked_models(rankings: dict[Path, dict[Key, int | None]]) -> set[str]:
     return models[first]
 
 
-def read_scores(benchmark: Benchmark) -> dict[str, dict[Key, float | None]]:
-    """Read scores/: metric -> (prompt id, model) -> score, None for an empty one. No such folder is no metric."""
+def read_scores(benchmark: Benchmark) -> dict[str, Scores]:
+    """Read scores/, by metric. No such folder is no metric."""
     paths = list(_files(benchmark.folder / "scores", (".csv", ".jsonl")))
     for path in paths:
         _only_one(path.with_suffix(".csv"), path.with_suffix(".jsonl"))
     return {path.stem: _read_metric(path, benchmark) for path in paths}
 
 
-def _read_metric(path: Path, benchmark: Benchmark) -> dict[Key, float | None]:
+def _read_metric(path: Path, benchmark: Benchmark) -> Scores:
+    by: set[str] = set()
     if path.suffix == ".csv":
         cells = _read_cells(path, _csv_rows(path, SCORE_COLUMNS), benchmark, _parse_number)
     else:
-        cells = _read_cells(path, _printed_rows(path), benchmark, lambda score: score)
+        cells = _read_cells(path, _measured_rows(path, by), benchmark, lambda score: score)
     for model, images in benchmark.images.items():
         for name in images:
             if (name, model) not in cells:
                 raise BenchmarkError(
                     f"{path}: no row for the image {name!r} of {model}: measure it, or add it with an empty score"
                 )
-    return {key: score for key, (_, score) in cells.items()}
+    return Scores({key: score for key, (_, score) in cells.items()}, ", ".join(sorted(by)))
 
 
-def _printed_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What `faceprior score --json` printed, as rows of SCORE_COLUMNS; the largest face is the image's."""
-    for line, row in _json_rows(path, {"file": str}):
+def _measured_rows(path: Path, by: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of SCORE_COLUMNS, as they are or out of what `faceprior score --json` printed; `by` collects their "by"."""
+    for line, row in _json_rows(path, {}):
         try:
-            if "error" in row:
-                raise ValueError(
-                    f"{row['file']} could not be scored ({row['error']}): mend the picture, score it again"
-                )
-            require_keys(row, {"faces": list})
-            score = _largest_face(row["faces"])
+            if "id" in row:
+                require_keys(row, {"id": str, "model": str, "score": (float, int, type(None)), "by": str})
+                by.add(row["by"])
+            else:
+                row = _printed_row(row)
         except ValueError as error:
             raise BenchmarkError(f"{path}:{line}: {error}") from error
-        file = Path(row["file"])
-        yield line, {"id": file.stem, "model": file.parent.name, "score": score}
+        yield line, row
+
+
+def _printed_row(row: dict[str, Any]) -> dict[str, Any]:
+    """What `faceprior score --json` printed of a picture, with its largest face's score."""
+    require_keys(row, {"file": str})
+    if "error" in row:
+        raise ValueError(f"{row['file']} could not be scored ({row['error']}): mend the picture, score it again")
+    require_keys(row, {"faces": list})
+    file = Path(row["file"])
+    return {"id": file.stem, "model": file.parent.name, "score": _largest_face(row["faces"])}
 
 
 def _largest_face(faces: list[Any]) -> float | None:

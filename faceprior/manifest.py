@@ -89,6 +89,19 @@ def resume_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+class KeyedRows(dict[str, dict[str, Any]]):
+    """The rows of a file by their key, those of an earlier run included; one that is there is not written again."""
+
+    def __init__(self, path: str | Path, key: str = "id"):
+        super().__init__((row[key], row) for row in resume_rows(path))
+        self.path, self.key = path, key
+
+    def add(self, row: dict[str, Any]) -> None:
+        if row[self.key] not in self:
+            append_row(self.path, row)
+            self[row[self.key]] = row
+
+
 def rewrite_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace the file by `rows`, atomically."""
     path = Path(path)
@@ -174,24 +187,33 @@ def read_caption(image: str | Path) -> str | None:
     this order. ValueError for a JSON file that holds no caption.
     """
     image = Path(image)
-    if (path := image.with_suffix(".txt")).is_file():
-        return " ".join(path.read_text(encoding="utf-8", errors="replace").split())
-    for path in (image.with_suffix(".json"), image.with_name(f"{image.stem}_qwen.json")):
-        if path.is_file():
-            try:
-                value = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is not JSON: {error}") from error
-            caption = value.get("caption") if isinstance(value, dict) else value
-            if not isinstance(caption, str):
-                raise ValueError(f"{path} has to hold a text, or an object with the key `caption`")
-            return " ".join(caption.split())
-    return None
+    names = (image.with_suffix(".txt"), image.with_suffix(".json"), image.with_name(f"{image.stem}_qwen.json"))
+    path = next((path for path in names if path.is_file()), None)
+    return None if path is None else parse_caption(path.read_bytes(), str(path))
 
 
-def print_problems(problems: list[tuple[str, str]], kind: str = "input") -> None:
-    """Print what was left out and why, at the end of a stage."""
+def parse_caption(data: bytes, name: str) -> str:
+    """Return the caption in the bytes of a .txt file, or of a .json one that holds it as `read_caption` says.
+
+    name: the file's, whose suffix counts and which the errors show.
+    """
+    if not name.lower().endswith(".json"):
+        return " ".join(data.decode(errors="replace").split())
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    caption = value.get("caption") if isinstance(value, dict) else value
+    if not isinstance(caption, str):
+        raise ValueError(f"{name} has to hold a text, or an object with the key `caption`")
+    return " ".join(caption.split())
+
+
+def print_problems(problems: list[tuple[str, str]], kind: str = "input", most: int | None = None) -> None:
+    """Print what was left out and why, at the end of a stage; `most`: of how many the reason is shown (None: all)."""
     if problems:
         print(f"{len(problems)} {kind}{'s' if len(problems) > 1 else ''} left out:")
-    for name, reason in problems:
+    for name, reason in problems[:most]:
         print(f"  {name}: {reason}".encode(errors="backslashreplace").decode())
+    if len(problems[:most]) < len(problems):
+        print(f"  and {len(problems) - most} more")

@@ -8,8 +8,8 @@ mask stays the photograph's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from faceprior.blip_inputs import crop_bounds
 from faceprior.detect import Face
 from faceprior.diffusion import decode_latents, encode_latents
 from faceprior.images import as_array, load_image, to_pil, to_pixel_values
-from faceprior.manifest import read_manifest, require_keys, resolve_file
+from faceprior.manifest import read_manifest, require_keys, resolve_file, safe_name
 
 AREA_LIMITS = (0.005, 0.01, 0.1, 1.0)  # upper limits of the face-area ratio, shares of the picture (Table 8)
+BATCH_TOLERANCE = 1e-3  # of values in [-1, 1], between batches in float32: an eighth of a grey level
 NOISE_FACTORS = (0.06, 0.1, 0.2, 0.4)  # the noise factor (diffusers' `strength`) in each bin (Table 8)
 
 
@@ -38,7 +39,8 @@ class FacePair:
     (5, 2) in picture sides or None, in pixels of `good`; confidence: the detector's; area_ratio: face box / picture;
     strength: the noise factor; prompt, seed, base: of the inpainting, base being the model; difference: mean absolute
     change inside of the mask, 0-255; round_trip: whether the good face went through the VAE, too; crop: the square
-    (xyxy) in which a small face was worked on, None for the whole picture.
+    (xyxy) in which a small face was worked on, None for the whole picture; lost: whether the detector finds no face
+    in `bad` any more.
     """
 
     id: str
@@ -57,6 +59,7 @@ class FacePair:
     difference: float
     round_trip: bool = False
     crop: list[int] | None = None
+    lost: bool = False
 
     def to_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,7 +68,7 @@ class FacePair:
 _ROW_TYPES = {
     "id": str, "photograph": str, "good": str, "bad": str, "mask": str, "box": list, "confidence": (int, float),
     "area_ratio": (int, float), "strength": (int, float), "prompt": str, "seed": int, "base": str,
-    "difference": (int, float), "round_trip": bool,
+    "difference": (int, float), "round_trip": bool, "lost": bool,
 }  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def gather_pairs(folders: str) -> tuple[list[FacePair], list[tuple[str, str]]]:
 
 
 def _pair_from_row(folder: Path, row: dict[str, Any]) -> FacePair:
-    row = {"landmarks": None, "round_trip": False, "crop": None, **row}
+    row = {"landmarks": None, "round_trip": False, "crop": None, "lost": False, **row}
     require_keys(row, _ROW_TYPES)
     for key in ("good", "bad", "mask"):
         resolve_file(folder, row[key])
@@ -115,6 +118,61 @@ def area_bin(area_ratio: float, limits: tuple[float, ...] = AREA_LIMITS) -> int:
     if not 0 < area_ratio <= limits[-1]:
         raise ValueError(f"the face-area ratio has to be in (0, {limits[-1]}] but is {area_ratio}")
     return next(i for i, limit in enumerate(limits) if area_ratio <= limit)
+
+
+@dataclass(frozen=True)
+class FacePlan:
+    """How one face of a photograph is to be inpainted.
+
+    view_size: (width, height) in pixels of what the network sees, which is the square `crop` or the whole picture. The
+    rest as in `FacePair`.
+    """
+
+    id: str
+    photograph: str
+    good: str
+    prompt: str
+    face: Face
+    area_ratio: float
+    crop: tuple[int, int, int, int] | None
+    view_size: tuple[int, int]
+    strength: float
+    seed: int
+
+
+def plan_face(
+    row: dict[str, Any],
+    index: int,
+    seed: int,
+    resolution: int,
+    limits: tuple[float, ...] = AREA_LIMITS,
+    factors: tuple[float, ...] = NOISE_FACTORS,
+    crop_factors: tuple[float, ...] | None = None,
+) -> FacePlan:
+    """Plan face number `index` of a photograph.
+
+    row: photograph, good, prompt, size and faces of `photographs.jsonl`; crop_factors: the noise factors of faces small
+    enough to be worked on in a square of `resolution` around them, None where the whole picture always is.
+    """
+    face, (width, height) = Face.from_dict(row["faces"][index]), row["size"]
+    ratio = min(face.area / (width * height), limits[-1])
+    square = face_square((width, height), face.box, resolution)
+    crop = square if crop_factors and (square[2] - square[0]) ** 2 < width * height else None
+    return FacePlan(
+        id=pair_id(row["photograph"], index),
+        **{key: row[key] for key in ("photograph", "good", "prompt")},
+        face=face,
+        area_ratio=ratio,
+        crop=crop,
+        view_size=(resolution, resolution) if crop else (width, height),
+        strength=noise_factor(ratio, limits, crop_factors if crop else factors),
+        seed=seed,
+    )
+
+
+def pair_id(photograph: str, index: int) -> str:
+    """Return the id of the pair of a photograph's face: a file name that is unique."""
+    return f"{safe_name(photograph)}_{index}"
 
 
 def prepare_photograph(image: Image.Image, resolution: int, multiple: int, max_resolution: int = 0) -> Image.Image:
@@ -150,8 +208,12 @@ class FaceInpainter:
     """Re-inpaints masked faces with any Stable Diffusion base: SD1.5 type, nine-channel inpainting U-Net, or SDXL.
 
     steps: the full number of sampling steps, of which the last `int(strength * steps)` are run; guidance_scale: CFG,
-    1 is off. The sampler is DDIM without noise of its own, and the mean of the VAE's posterior is taken, so a face
-    depends on its own seed only (to float rounding when the batch differs). The VAE may have a dtype of its own.
+    1 is off. The VAE may have a dtype of its own.
+
+    The sampler is DDIM without noise of its own, and the mean of the VAE's posterior is taken, so a face depends on its
+    own picture, mask, prompt and seed only, whatever else is in the batch and in which order: in float32 the decoded
+    values, in [-1, 1], differ by BATCH_TOLERANCE at most, since sums are rounded otherwise in another batch, and so
+    8-bit values by one. The same batch gives the same pixels.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, steps: int = 50, guidance_scale: float = 7.5):
@@ -197,11 +259,14 @@ class FaceInpainter:
         self.check_strength(strength)
         self._check_sizes(images, masks)
         pixel_values = to_pixel_values(images)
-        masked = pixel_values * torch.stack([_kept(mask) for mask in masks])
+        latents = masked_latents = encode_latents(self.pipeline.vae, pixel_values)
+        if self.pipeline.unet.config.in_channels == 9:  # the others do not look at it
+            kept = torch.stack([_kept(mask) for mask in masks])
+            masked_latents = encode_latents(self.pipeline.vae, pixel_values * kept)
         inpainted = self.pipeline(
-            image=encode_latents(self.pipeline.vae, pixel_values),
+            image=latents,
             mask_image=masks,
-            masked_image_latents=encode_latents(self.pipeline.vae, masked),
+            masked_image_latents=masked_latents,
             height=images[0].height,
             width=images[0].width,
             strength=strength,
@@ -268,6 +333,45 @@ def put_back(
     return results
 
 
+@dataclass
+class PairBatch:
+    """A batch of faces of one strength and view size on its way from the disk through the inpainter.
+
+    goods, masks: the whole pictures; views, view_masks: what the network sees of them. `inpaint` adds bads and trips,
+    views too: inpainted, and as the good side shows them.
+    """
+
+    plans: list[FacePlan]
+    goods: list[Image.Image]
+    masks: list[Image.Image]
+    views: list[Image.Image]
+    view_masks: list[Image.Image]
+    bads: list[Image.Image] = field(default_factory=list)
+    trips: list[Image.Image] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: Path, resolution: int, plans: list[FacePlan]) -> PairBatch:
+        """Read the pictures from the folder of the pairs."""
+        goods = [load_image(folder / plan.good) for plan in plans]
+        masks = [box_mask(good.size, plan.face.box) for good, plan in zip(goods, plans, strict=True)]
+        crops = [plan.crop for plan in plans]
+        return cls(plans, goods, masks, *(cut_out(pictures, crops, resolution) for pictures in (goods, masks)))
+
+    def inpaint(self, inpainter: FaceInpainter, round_trip: bool) -> PairBatch:
+        """Run the networks."""
+        prompts, seeds = [plan.prompt for plan in self.plans], [plan.seed for plan in self.plans]
+        self.bads = inpainter(self.views, self.view_masks, self.plans[0].strength, prompts, seeds)
+        self.trips = inpainter.round_trip(self.views, self.view_masks) if round_trip else self.views
+        return self
+
+    def pairs(self) -> Iterator[tuple[FacePlan, Image.Image, Image.Image, Image.Image, Image.Image]]:
+        """Yield plan, photograph, good, bad and mask, whole pictures."""
+        crops = [plan.crop for plan in self.plans]
+        goods = put_back(self.goods, self.trips, crops, self.masks)
+        bads = put_back(self.goods, self.bads, crops, self.masks)
+        yield from zip(self.plans, self.goods, goods, bads, self.masks, strict=True)
+
+
 def _filter(image: Image.Image) -> Image.Resampling:
     return Image.NEAREST if image.mode == "L" else Image.LANCZOS  # a mask stays one
 
@@ -285,6 +389,12 @@ def masked_difference(good: Image.Image, bad: Image.Image, mask: Image.Image) ->
     """Return the mean absolute difference inside of the mask, 0 to 255."""
     inside = np.asarray(mask) > 0
     return float(np.abs(as_array(good).astype(np.float32) - as_array(bad))[inside].mean())
+
+
+def change_outside(before: Image.Image, after: Image.Image, mask: Image.Image) -> int:
+    """Return the largest change of any value outside of the mask, 0 to 255."""
+    change = np.abs(as_array(before).astype(int) - as_array(after))
+    return int(change[np.asarray(mask) == 0].max(initial=0))
 
 
 class PairDataset(Dataset):

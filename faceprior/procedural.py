@@ -332,7 +332,7 @@ def _draw_file(folder: Path, seed: int, size: int, change: Callable | None) -> P
     drawing = draw_portrait(seed, size)
     image, word = change(drawing.image, seed) if change else (drawing.image, "")
     path = folder / f"portrait_{seed:05d}{'_' * bool(word)}{word}.png"
-    return _save_captioned(image, drawing.caption(), path)
+    return save_captioned(image, drawing.caption(), path)
 
 
 def draw_scenes(
@@ -348,12 +348,12 @@ def draw_scenes(
         path = folder / f"scene_{seed:05d}.png"
         if not path.exists():
             scene = draw_scene(seed, size, area_bin=area_bins[i % len(area_bins)])
-            _save_captioned(scene.image, scene.caption(), path)
+            save_captioned(scene.image, scene.caption(), path)
         paths.append(path)
     return paths
 
 
-def _save_captioned(image: np.ndarray, caption: str, path: Path) -> Path:
+def save_captioned(image: np.ndarray, caption: str, path: Path) -> Path:
     """Write the picture and, before it, its caption: where a picture is, its caption is too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".txt").write_text(caption + "\n")

@@ -102,15 +102,12 @@ def _reasons(run: Run, title: str, rows: list[dict], key: str) -> Markup | None:
 
 
 def write_pairs(run: Run, intro: Markup) -> Markup:
-    """Rows of good | bad | mask from the smallest face to the largest, and what was rejected."""
+    """Rows of good | bad | mask from the smallest face to the largest, and what the filters rejected."""
     folder = "data/pairs"
     keys = {**dict.fromkeys(("id", "good", "bad", "mask"), str), "box": list, "area_ratio": NUMBER, "strength": NUMBER}
     pairs, rejected = run.rows(f"{folder}/manifest.jsonl", keys), run.rows(f"{folder}/rejected.jsonl")
-    photographs = run.rows(f"{folder}/photographs.jsonl")
-    without = [row for row in photographs if row.get("reason")]
-    counts = {"pairs": len(pairs), "rejected pairs": len(rejected)}
-    if photographs:
-        counts |= {"photographs": len(photographs), "left out": len(without)}
+    counts = {"pairs": len(pairs), "rejected": len(rejected)}
+    report = f"{folder}/report.json"
     bins = area_bins(run)
     shown = spread(sorted(pairs, key=lambda pair: pair["area_ratio"]), PAIRS)
     cards = [run.attempt(f"{folder}/manifest.jsonl: {pair['id']}", _pair_card, run, pair, bins) for pair in shown]
@@ -118,8 +115,8 @@ def write_pairs(run: Run, intro: Markup) -> Markup:
         _top(render(intro, chips(counts)), _bin_table(pairs, bins)),
         _heading("Pairs", len(shown), len(pairs), "from the smallest face to the largest"),
         tag("div", cards, class_="grid two"),
-        _reasons(run, "Why pairs were rejected", rejected, "id"),
-        _reasons(run, "Photographs that gave no pair", without, "photograph"),
+        run.attempt(report, _filter_table, run, run.read(report)),
+        _reasons(run, "Why they were rejected", rejected, "id"),
     )
 
 
@@ -148,6 +145,16 @@ def _bin_table(pairs: list[dict], bins: Bins) -> Markup | None:
     counts = Counter(_bin_text(bins, pair["area_ratio"]) for pair in pairs)
     rows = [(text, format_number(factor), counts[text]) for _, text, factor in bins]
     return table(["face / picture area", "noise factor", "pairs"], rows)
+
+
+def _filter_table(run: Run, report: dict) -> Markup | None:
+    """Return the filters in the order in which they run, with how many each of them rejected."""
+    rows = [
+        (f"{row['in']:,} {run.plain(row['of'])}", run.plain(name).replace("_", " "), f"{count:,}")
+        for row in report.get("rounds", [])
+        for name, count in row["rejected"].items()
+    ]
+    return render(tag("h3", "Filters"), table(["of", "filter", "rejected"], rows)) if rows else None
 
 
 def _pair_card(run: Run, pair: dict, bins: Bins) -> Markup:

@@ -24,7 +24,7 @@ OUTPUT_TEXT = "`faceprior score` wrote the pictures here; it passes them over wh
 
 COLUMNS = ("file", "face", "faces", "score", "percentile", "confidence", "x0", "y0", "x1", "y1", "error")
 TABLE_HEAD = f"{'score':>9}  {'percentile':>10}  {'confidence':>10}  {'x0':>5} {'y0':>5} {'x1':>5} {'y1':>5}  file"
-COLOR = (255, 213, 0)
+COLOR, GROUND = (255, 213, 0), (0, 0, 0)
 MIN_FONT, MAX_FONT = 9, 64  # pixels
 
 
@@ -303,7 +303,8 @@ def open_output_folder(folder: Path, pictures: Iterable[str], option: str) -> No
     Raises:
         ValueError: it holds pictures that are to be scored, or something else that no earlier run put there.
     """
-    inside = next((name for name in pictures if Path(name).resolve().is_relative_to(folder.resolve())), None)
+    own = folder.resolve()
+    inside = next((name for name in pictures if Path(os.path.realpath(name)).is_relative_to(own)), None)
     if inside is not None:
         raise ValueError(f"{option} {folder} holds a picture to score ({inside}): give a folder of its own")
     if folder.exists() and not (folder / OUTPUT_MARK).is_file() and any(folder.iterdir()):
@@ -333,9 +334,11 @@ def draw_scores(source: str | Path, result: PictureScores, target: Path) -> None
 
     picture = load_image(source)
     canvas = ImageDraw.Draw(picture)
-    line = max(1, round(min(picture.size) / 400))
+    line = max(2, round(min(picture.size) / 300))
     for face in reversed(result.faces):  # the best last, so that it lies on top
-        canvas.rectangle(face["box"], outline=COLOR, width=line)
+        x0, y0, x1, y1 = face["box"]
+        canvas.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=GROUND, width=line + 2)
+        canvas.rectangle((x0, y0, x1, y1), outline=COLOR, width=line)
     for face in reversed(result.faces):
         _draw_label(canvas, picture.size, face, line)
     save_image(picture, target)
@@ -352,7 +355,7 @@ def _draw_label(canvas: Any, size: tuple[int, int], face: Mapping[str, Any], lin
     wide, high = right - left + 2 * line + 2, bottom - top + 2 * line + 2
     x = max(0, min(x0, size[0] - wide))
     y = y0 - high if y0 >= high else y1 if y1 + high <= size[1] else y0
-    canvas.rectangle((x, y, x + wide, y + high), fill=(0, 0, 0))
+    canvas.rectangle((x, y, x + wide, y + high), fill=GROUND)
     canvas.text((x + line + 1 - left, y + line + 1 - top), text, font=font, fill=COLOR)
 
 

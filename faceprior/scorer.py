@@ -12,9 +12,11 @@ lie above about 4 (paper 8.5). Where the weights come with a reference set, each
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BlipTextModel, BlipVisionModel
 
-from faceprior.blip_inputs import DEFAULT_PROMPT, crop_bounds, preprocess, tokenize_prompt
-from faceprior.blip_towers import check_config, require_known, reward_head, text_config, vision_config
+from faceprior.blip import check_config, require_known, reward_head, text_tower, vision_tower
+from faceprior.blip_inputs import DEFAULT_PROMPT, normalise, preprocess, tokenize_prompt
 from faceprior.convert import (
     HUB_OPTIONS,
     describe_mismatch,
@@ -39,9 +39,11 @@ from faceprior.convert import (
     read_official_checkpoint,
     require_same_tensors,
 )
-from faceprior.detect import Face, detect_faces
-from faceprior.images import load_image
+from faceprior.crops import iter_faces
+from faceprior.detect import Face
 from faceprior.score_reference import REFERENCE_FILE, ScoreReference
+
+MAX_WAITING = 4  # batches of pictures that may wait for a batch of faces to fill
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
         reward_mean, reward_std: `forward` returns (reward - mean) / std; 0 and 1 for Face Score.
         prompt, prompt_token_ids: the default prompt and its tokens, [CLS] first and [SEP] last.
 
-    `reference` (a `ScoreReference` or None) is saved and loaded with the weights; whoever changes the weights measures
-    it anew.
+    `reference` (a `ScoreReference` or None) goes with the weights: whoever changes them measures it anew.
     """
 
     _supports_gradient_checkpointing = True
@@ -116,8 +117,8 @@ class FaceScorer(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         check_config(self.config)
-        self.vision_model = BlipVisionModel(vision_config(self.config))
-        self.text_model = BlipTextModel(text_config(self.config), add_pooling_layer=False)
+        self.vision_model = vision_tower(self.config)
+        self.text_model = text_tower(self.config)
         self.mlp = reward_head(text_hidden_size)
         self.reference: ScoreReference | None = None
 
@@ -161,9 +162,8 @@ class FaceScorer(ModelMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write `config.json`, the weights, and `reference.json` if there is a reference; see `ModelMixin`."""
         # first, so that `push_to_hub` finds it
-        if self.reference is None:
-            Path(save_directory, REFERENCE_FILE).unlink(missing_ok=True)
-        else:
+        Path(save_directory, REFERENCE_FILE).unlink(missing_ok=True)
+        if self.reference is not None:
             self.reference.save(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -236,10 +236,10 @@ class FaceScorer(ModelMixin, ConfigMixin):
         """
         if (pixel_values is None) == (vision_prefix is None):
             raise ValueError("give either `pixel_values` or `vision_prefix`")
-        if vision_prefix is None:
-            image_features = self.encode_image(pixel_values)
-        else:
+        if vision_prefix is not None:
             image_features = self._encode_from(self.frozen_vision_parts, vision_prefix.to(self.dtype))
+        else:
+            image_features = self.encode_image(pixel_values)
         batch = len(image_features)
         if input_ids is None:
             input_ids = torch.tensor(self.config.prompt_token_ids, device=image_features.device)
@@ -387,23 +387,47 @@ class FaceScorer(ModelMixin, ConfigMixin):
             ImageError, FileNotFoundError: from `load_image`.
         """
         many = isinstance(images, (list, tuple))
-        given = faces if many or faces is None else [faces]
-        if given is not None and many and len(given) != len(images):
-            raise ValueError(f"`faces` has to have one list per picture: {len(given)} for {len(images)} pictures")
-        found: list[list[Face]] = []
-        limits = (min_confidence, min_face_size)
-
-        def crops() -> Iterator[Image.Image]:
-            for index, image in enumerate(images if many else [images]):
-                picture = load_image(image)
-                here = detect_faces(picture, detector, *limits) if given is None else given[index]
-                known, cut = _cut_out(picture, here, f"`images[{index}]`: " if many else "")
-                found.append(known)
-                yield from cut
-
-        rewards = iter(self._rewards(crops(), prompt, batch_size))
-        scores = [self._ranked(here, list(itertools.islice(rewards, len(here))), prompt) for here in found]
+        pictures, given = (images, faces) if many else ([images], None if faces is None else [faces])
+        scores = []
+        each = self.score_each(pictures, given, detector, min_confidence, min_face_size, batch_size, prompt)
+        for index, found in enumerate(each):
+            if isinstance(found, Exception):  # that of a box does not name its picture
+                raise ValueError(f"`images[{index}]`: {found}") if many and type(found) is ValueError else found
+            scores.append(found)
         return scores if many else scores[0]
+
+    def score_each(
+        self,
+        images: Iterable[Any],
+        faces: Sequence[Sequence[Any]] | None = None,
+        detector: str | Callable = "auto",
+        min_confidence: float = 0.9,
+        min_face_size: float = 20,
+        batch_size: int = 32,
+        prompt: str = DEFAULT_PROMPT,
+    ) -> Iterator[list[FaceScore] | Exception]:
+        """`score` for any number of pictures, one bad one among them or not.
+
+        Pictures are read and searched in threads, ahead of the network, which takes the faces of several pictures
+        at once. Arguments as in `score`, but `images` is any iterable.
+
+        Yields:
+            In the order of the pictures the faces of each, best first; or the exception that it failed with.
+        """
+        batch_size, input_ids = _checked(batch_size), self._prompt_ids(prompt)
+        found_ahead = iter_faces(images, self.config.image_size, faces, detector, min_confidence, min_face_size)
+        waiting, pixels, rewards = deque(), [], deque()
+        for found in found_ahead:
+            waiting.append(found)
+            if not isinstance(found, Exception):
+                pixels += found[1]
+            while len(pixels) >= batch_size or (pixels and len(waiting) >= MAX_WAITING * batch_size):
+                rewards += self._rewards(normalise(torch.stack(pixels[:batch_size]).to(self.device)), input_ids)
+                del pixels[:batch_size]
+            yield from _complete(waiting, rewards, partial(self.percentile, prompt=prompt))
+        if pixels:
+            rewards += self._rewards(normalise(torch.stack(pixels).to(self.device)), input_ids)
+        yield from _complete(waiting, rewards, partial(self.percentile, prompt=prompt))
 
     def percentile(self, score: float, prompt: str = DEFAULT_PROMPT) -> float | None:
         """Where a score stands among the reference set's good faces, in [0, 100]; see `FaceScore`."""
@@ -411,30 +435,20 @@ class FaceScorer(ModelMixin, ConfigMixin):
             return None
         return self.reference.percentile(score)
 
-    def _ranked(self, faces: list[Face], rewards: list[float], prompt: str) -> list[FaceScore]:
-        scores = [
-            FaceScore(reward, face.box, face.landmarks, face.confidence, self.percentile(reward, prompt))
-            for face, reward in zip(faces, rewards, strict=True)
-        ]
-        return sorted(scores, key=lambda score: score.score, reverse=True)
-
     def score_crops(self, crops: Iterable[Any], batch_size: int = 32, prompt: str = DEFAULT_PROMPT) -> list[float]:
         """Score pictures that are face crops already, in their order.
 
         crops: paths, PIL images or arrays; any iterable, read in batches.
         """
-        return self._rewards(map(load_image, crops), prompt, batch_size)
-
-    def _rewards(self, crops: Iterable[Image.Image], prompt: str, batch_size: int) -> list[float]:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
         input_ids = self._prompt_ids(prompt)
         crops, rewards = iter(crops), []
-        with _evaluating(self):
-            while batch := list(itertools.islice(crops, batch_size)):
-                pixel_values = self.preprocess(batch).to(self.device)
-                with torch.inference_mode():
-                    rewards += self(pixel_values, input_ids).tolist()
+        while batch := list(itertools.islice(crops, _checked(batch_size))):
+            rewards += self._rewards(self.preprocess(batch).to(self.device), input_ids)
+        return rewards
+
+    def _rewards(self, pixel_values: Tensor, input_ids: Tensor) -> list[float]:
+        with _evaluating(self), torch.inference_mode():
+            rewards = self(pixel_values, input_ids).tolist()
         if not all(map(math.isfinite, rewards)):
             raise ValueError(f"a reward is not finite: the network overflowed in {self.dtype}, use float32")
         return rewards
@@ -459,10 +473,25 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _cut_out(picture: Image.Image, faces: Sequence[Any], place: str) -> tuple[list[Face], list[Image.Image]]:
-    """The faces of a picture, given as such or as boxes, and the crop of each; errors begin with `place`."""
-    try:
-        known = [face if isinstance(face, Face) else Face(face, landmarks=None, confidence=1.0) for face in faces]
-        return known, [picture.crop(crop_bounds(face.box, *picture.size)) for face in known]
-    except ValueError as error:
-        raise ValueError(f"{place}{error}") from error
+def _checked(batch_size: int) -> int:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
+    return batch_size
+
+
+def _complete(waiting: deque, rewards: deque, percentile: Callable) -> Iterator[list[FaceScore] | Exception]:
+    """Take the first of the waiting pictures out, as long as all their faces have a reward."""
+    while waiting:
+        if isinstance(waiting[0], Exception):
+            yield waiting.popleft()
+        elif len(waiting[0][0]) <= len(rewards):
+            yield _ranked([(face, rewards.popleft()) for face in waiting.popleft()[0]], percentile)
+        else:
+            return
+
+
+def _ranked(rewarded: list[tuple[Face, float]], percentile: Callable) -> list[FaceScore]:
+    scores = [
+        FaceScore(reward, face.box, face.landmarks, face.confidence, percentile(reward)) for face, reward in rewarded
+    ]
+    return sorted(scores, key=lambda score: score.score, reverse=True)

@@ -4,12 +4,16 @@ Stage 1: make (good, bad) face pairs by inpainting (Face Score, arXiv 2406.17100
     python stages/01_make_pairs.py                                     # offline: drawn pictures, the tiny model
     python stages/01_make_pairs.py --images photos/ --config stages/presets/sd15.yaml
 
-Reads   photographs of people: a folder, a glob or one file
+Reads   photographs of people: a folder, a glob, a file, a .txt list of paths, or WebDataset shards (`{000..009}.tar`)
 Writes  data/pairs/: good/ bad/ mask/ as PNG, manifest.jsonl (one pair a row), photographs.jsonl (what was found in
-        each photograph), rejected.jsonl (pairs that failed a filter, with the reason)
+        each photograph), rejected.jsonl (what failed a filter: its name and the reason), report.json (the counts)
 """
 
+import json
+from collections import ChainMap
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,49 +21,38 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from faceprior import tiny
-from faceprior.config import is_complete, open_output, run_stage
-from faceprior.detect import Face, detect_faces
+from faceprior.background import in_background, in_groups
+from faceprior.config import DONE_FILE, is_complete, open_output, run_stage
+from faceprior.detect import Detector, detect_faces, resolve_detector
 from faceprior.diffusion import load_pipeline
-from faceprior.images import find_images, load_image, save_image
-from faceprior.manifest import (
-    MANIFEST,
-    append_row,
-    common_folder,
-    print_problems,
-    read_caption,
-    resume_rows,
-    safe_name,
-    sort_rows,
-)
+from faceprior.filters import FILTERS, NearDuplicates, count_rounds, finds_face, judge_face, perceptual_hash
+from faceprior.images import atomic_write, save_image
+from faceprior.manifest import MANIFEST, KeyedRows, print_problems, resume_rows, rewrite_rows, safe_name, sort_rows
 from faceprior.pairs import (
     AREA_LIMITS,
     NOISE_FACTORS,
     FaceInpainter,
     FacePair,
+    FacePlan,
+    PairBatch,
     area_bin,
-    box_mask,
-    cut_out,
+    change_outside,
     face_square,
     masked_difference,
+    pair_id,
+    plan_face,
     prepare_photograph,
-    put_back,
 )
 from faceprior.procedural import draw_folder, draw_scenes
-from faceprior.training import (
-    METRICS_FILE,
-    finish,
-    quiet_libraries,
-    resolve_device,
-    stable_seed,
-    weight_dtype,
-)
+from faceprior.sources import Photograph, find_photographs
+from faceprior.training import METRICS_FILE, finish, quiet_libraries, resolve_device, stable_seed, weight_dtype
 
-PHOTOGRAPHS, REJECTED = "photographs.jsonl", "rejected.jsonl"
+PHOTOGRAPHS, REJECTED, REPORT = "photographs.jsonl", "rejected.jsonl", "report.json"
 
 
 @dataclass
 class Config:
-    images: str = ""  # folder, glob or file of photographs; empty: the project draws some
+    images: str = ""  # folder, glob, file, .txt list or .tar shards of photographs; empty: the project draws some
     num_drawn: int = 48  # portraits to draw when no photographs are given, [1, inf)
     num_scenes: int = 8  # and scenes with smaller faces, drawn at `max_resolution`, [0, inf)
     base: str = "tiny"  # model that inpaints: diffusers folder, .safetensors file, hub id, or tiny
@@ -74,13 +67,18 @@ class Config:
     noise_factors: tuple[float, ...] = NOISE_FACTORS  # noise factor of each bin (Table 8), (0, 1]
     padded_crop: bool = True  # small faces are worked on in a crop of `resolution` around them (the paper: false)
     crop_noise_factors: tuple[float, ...] = (0.2, 0.2, 0.3, 0.4)  # noise factor of each bin in such a crop, (0, 1]
-    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
-    min_confidence: float = 0.9  # of the detector, [0, 1]
-    min_face_size: int = 16  # pixels of the prepared picture, shorter side of the face box, [8, 1024]
-    min_side: int = 64  # pixels; photographs with a shorter side are left out, [1, inf)
     round_trip: bool = True  # the good face goes through the VAE, too, so that its traces are on both sides; paper: no
-    min_difference: float = 1.0  # mean change of the face, 0-255; pairs that differ less are rejected, [0, 255]
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
+    min_side: int = 64  # filter small_photograph: pixels, shorter side of the photograph, [1, inf)
+    max_hash_distance: int = 4  # filter near_duplicate: bits of 64 in which such photographs differ; -1: off, [-1, 64]
+    min_face_size: int = 16  # filter too_small: pixels of the prepared picture, shorter side of the face, [8, 1024]
+    min_confidence: float = 0.9  # filter low_confidence: of the detector, [0, 1]
+    min_sharpness: float = 0.05  # filter blurry: 0.05 is a blur of 2% of the face's side, 0.1 of 1.2%; 0: off, [0, 20]
+    min_difference: float = 1.0  # filter indistinguishable: mean change of the face, 0-255; 0: off, [0, 255]
+    drop_not_found: bool = True  # filter face_not_found: drop pairs whose good face is not found again behind the VAE
+    drop_lost: bool = False  # filter face_lost: drop pairs in whose bad picture the detector finds no face any more
     batch_size: int = 8  # faces inpainted at once, fewer of pictures larger than resolution x resolution, [1, 256]
+    num_workers: int = 2  # threads that read, detect and write while the network runs, 0: none, [0, 64]
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the networks
     seed: int = 0  # every face's own seed is derived from it and from the photograph's name, [0, inf)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -88,6 +86,49 @@ class Config:
 
 
 def main(config: Config) -> None:
+    check_settings(config)
+    quiet_libraries()
+    device = resolve_device(config.device)
+    sources, problems = find_photographs(config.images) if config.images else (None, [])
+    output = open_output(config)
+    photographs = KeyedRows(output / PHOTOGRAPHS, "photograph")
+    if is_complete(output) and (sources is None or all(source.name in photographs for source in sources)):
+        print(f"{output} is complete: {len(resume_rows(output / MANIFEST))} pairs")
+        return
+    (output / DONE_FILE).unlink(missing_ok=True)  # photographs came in: not complete before they are done, too
+    if sources is None:
+        sources = draw_sources(config, output / "drawn")
+
+    pipeline = load_pipeline(tiny.resolve(config.base, "sd15"), weight_dtype(config.mixed_precision), config.vae)
+    inpainter = FaceInpainter(pipeline.to(device), config.steps, config.guidance_scale)
+    for factor in (*config.noise_factors, *(config.crop_noise_factors if config.padded_crop else ())):
+        inpainter.check_strength(factor)
+    detector = resolve_detector(config.detector)  # loaded here, not in several threads at once
+
+    pairs, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
+    known = ChainMap(pairs, rejected)
+    for place, reason in problems:
+        rejected.add(rejection(place, place, "unreadable", reason))
+    # From here on nothing is computed until the last loop asks for it. The network runs in this thread, and what
+    # stands in `in_background` in others: while a batch is inpainted, the next is read and the last one written.
+    judged = len(pairs) + sum(row["filter"] in FILTERS["pairs"] for row in rejected.values())
+    with tqdm(total=0, initial=judged, desc="inpainting", unit="face") as bar:
+        background = partial(in_background, num_workers=config.num_workers)
+        find = partial(find_faces, config, output, photographs, detector, inpainter.multiple)
+        found = background(find, tqdm(sources, desc="detecting", unit="photo"), ahead=4 * config.batch_size)
+        plans = plan_faces(config, keep_photographs(config, found, photographs, pairs, rejected), bar)
+        batches = in_groups(plans, lambda plan: (plan.strength, plan.view_size), partial(batch_size, config))
+        left = (batch for batch in batches if any(plan.id not in known for plan in batch))
+        loaded = background(partial(PairBatch.load, output, config.resolution), left, ahead=2)
+        drawn = (batch.inpaint(inpainter, config.round_trip) for batch in loaded)
+        for rows in background(partial(write_batch, config, output, known, detector), drawn, ahead=2):
+            for row in rows:
+                (rejected if "filter" in row else pairs).add(row)
+            bar.update(len(rows))
+    summarize(config, output, len(sources))
+
+
+def check_settings(config: Config) -> None:
     for name in ("noise_factors", "crop_noise_factors"):
         if len(getattr(config, name)) != len(config.area_limits):
             raise ValueError(f"`{name}` needs one value for each of the {len(config.area_limits)} `area_limits`")
@@ -96,184 +137,163 @@ def main(config: Config) -> None:
             f"`max_resolution` has to be 0, or `resolution` ({config.resolution}) at least, but is "
             f"{config.max_resolution}"
         )
-    quiet_libraries()
-    device = resolve_device(config.device)
-    sources = find_images(config.images) if config.images else None
-    output = open_output(config)
-    if is_complete(output) and (sources is None or not left_to_do(output, sources)):
-        print(f"{output} is complete: {len(resume_rows(output / MANIFEST))} pairs")
-        return
-    if sources is None:
-        sources = draw_sources(config, output / "drawn")
-
-    base = tiny.resolve(config.base, "sd15")
-    pipeline = load_pipeline(base, weight_dtype(config.mixed_precision), config.vae).to(device)
-    inpainter = FaceInpainter(pipeline, config.steps, config.guidance_scale)
-    for factor in (*config.noise_factors, *(config.crop_noise_factors if config.padded_crop else ())):
-        inpainter.check_strength(factor)
-
-    problems = find_faces(config, output, sources, inpainter.multiple)
-    make_bad_twins(config, output, inpainter)
-    pairs, rejected = sort_rows(output / MANIFEST), sort_rows(output / REJECTED)
-    finish(output, pairs=len(pairs), rejected=len(rejected), photographs=len(sources))
-    print_problems(problems + [(row["id"], row["reason"]) for row in rejected])
-    print(f"{len(pairs)} pairs in {output}: {count_bins(config, pairs)}")
 
 
-def draw_sources(config: Config, folder: Path) -> list[Path]:
+def draw_sources(config: Config, folder: Path) -> list[Photograph]:
     """Draw portraits, whose faces fall into the last bin of Table 8, and scenes for the other three."""
     seeds = range(config.num_drawn, config.num_drawn + config.num_scenes)  # other people than the portraits'
-    portraits = draw_folder(folder, range(config.num_drawn), config.resolution)
-    return portraits + draw_scenes(folder, seeds, config.max_resolution or config.resolution)
+    draw_folder(folder, range(config.num_drawn), config.resolution)
+    draw_scenes(folder, seeds, config.max_resolution or config.resolution)
+    return find_photographs(str(folder))[0]
 
 
-def left_to_do(output: Path, sources: list[Path]) -> list[tuple[str, Path]]:
-    """Return name and path of the photographs that are not in photographs.jsonl yet."""
-    done = {row["photograph"] for row in resume_rows(output / PHOTOGRAPHS)}
-    root = common_folder(sources)
-    named = ((path.relative_to(root).as_posix(), path) for path in sources)
-    return [(name, path) for name, path in named if name not in done]
-
-
-def find_faces(config: Config, output: Path, sources: list[Path], multiple: int) -> list[tuple[str, str]]:
-    """Detect the faces of every photograph that is not in photographs.jsonl yet; return those left out and why."""
-    for name, path in tqdm(left_to_do(output, sources), desc="detecting", unit="photo"):
-        row = {"photograph": name}
-        try:
-            row |= prepare(config, output, path, name, multiple)
-        except (ValueError, FileNotFoundError, PermissionError) as error:  # but a full disk ends the stage
-            row |= {"faces": [], "reason": str(error)}
-        append_row(output / PHOTOGRAPHS, row)
-    rows = sort_rows(output / PHOTOGRAPHS, "photograph")
-    return [(row["photograph"], row["reason"]) for row in rows if row.get("reason")]
-
-
-def prepare(config: Config, output: Path, path: Path, name: str, multiple: int) -> dict:
-    """Bring a photograph to size, save it as the good side, and return its faces for photographs.jsonl."""
-    photograph = load_image(path)
-    if min(photograph.size) < config.min_side:
-        raise ValueError(
-            f"{photograph.width} x {photograph.height} pixels: the shorter side is below {config.min_side}"
-        )
-    prompt = config.prompt or read_caption(path) or "A face."
+def find_faces(
+    config: Config, output: Path, known: KeyedRows, detector: Detector, multiple: int, source: Photograph
+) -> dict:
+    """Return a photograph's row: its faces, each with the filter that it fails, if any; the good side is saved."""
+    if source.name in known:
+        return known[source.name]
+    row = {"photograph": source.name, "faces": []}
+    try:
+        photograph, caption = source.load(), source.caption()
+    except (ValueError, FileNotFoundError, PermissionError) as error:  # but a full disk ends the stage
+        return row | {"filter": "unreadable", "reason": str(error)}
+    width, height = photograph.size
+    if min(width, height) < config.min_side:
+        return row | {"filter": "small_photograph", "reason": f"{width} x {height} pixels: below {config.min_side}"}
     good = prepare_photograph(photograph, config.resolution, multiple, config.max_resolution)
-    faces = detect_faces(good, config.detector, config.min_confidence, config.min_face_size)
-    faces = [face for face in faces if min(face.width, face.height) >= config.min_face_size]
+    faces = detect_faces(good, detector, 0, config.min_face_size / 2)  # smaller ones are found, to be counted
     if not faces:
-        raise ValueError(f"no face of at least {config.min_face_size} pixels found")
-    file = f"good/{safe_name(name)}.png"
-    save_image(good, output / file)
-    return {"good": file, "prompt": prompt, "size": good.size, "faces": [face.to_dict() for face in faces]}
+        return row | {"filter": "no_face", "reason": "no face found"}
+    file = f"good/{safe_name(source.name)}.png"
+    limits = (config.min_face_size, config.min_confidence, config.min_sharpness)
+    row["faces"] = [judge_face(good, face, *limits) for face in faces]
+    if any("filter" not in face for face in row["faces"]):
+        save_image(good, output / file)
+    prompt = config.prompt or caption or "A face."
+    return row | {"good": file, "prompt": prompt, "size": good.size, "hash": f"{perceptual_hash(photograph):016x}"}
 
 
-def make_bad_twins(config: Config, output: Path, inpainter: FaceInpainter) -> None:
-    """Inpaint all faces, in batches of one strength and size whose make-up does not depend on earlier runs."""
-    rows = [row for file in (MANIFEST, REJECTED) for row in resume_rows(output / file)]
-    differences = {row["id"]: row["difference"] for row in rows}
-    logged = {row["step"] for row in resume_rows(output / METRICS_FILE)}
-    batches = plan_batches(config, resume_rows(output / PHOTOGRAPHS))
-    with tqdm(total=sum(map(len, batches)), desc="inpainting", unit="face") as bar:
-        for number, batch in enumerate(batches, 1):
-            if any(face["id"] not in differences for face in batch):
-                inpaint_batch(config, output, inpainter, batch, differences)
-            if number not in logged:
-                mean = sum(differences[face["id"]] for face in batch) / len(batch)
-                append_row(
-                    output / METRICS_FILE,
-                    {"step": number, "strength": batch[0]["strength"], "difference": mean},
-                )
-            bar.update(len(batch))
+def rejection(identity: str, photograph: str, name: str, reason: str) -> dict:
+    return {"id": identity, "photograph": photograph, "filter": name, "reason": reason}
 
 
-def plan_batches(config: Config, photographs: list[dict]) -> list[list[dict]]:
-    """Group the faces of all photographs by noise factor and picture size."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in photographs:
+def keep_photographs(
+    config: Config, found: Iterable[dict], photographs: KeyedRows, pairs: KeyedRows, rejected: KeyedRows
+) -> Iterator[dict]:
+    """Write down what was found, and yield the photographs that have a good face and are no near-duplicates."""
+    duplicates = NearDuplicates(config.max_hash_distance)
+    used = {pair["photograph"] for pair in pairs.values()}  # they stay, even if a photograph came in before them
+    for name in sorted(used):
+        duplicates.add(name, int(photographs[name]["hash"], 16))
+    for row in found:
+        photographs.add(row)
+        name = row["photograph"]
+        if "filter" in row:
+            rejected.add(rejection(name, name, row["filter"], row["reason"]))
         for index, face in enumerate(row["faces"]):
-            found, (width, height) = Face.from_dict(face), row["size"]
-            ratio = min(found.area / (width * height), config.area_limits[-1])
-            crop = small_crop(config, row["size"], found)
-            factors = config.crop_noise_factors if crop else config.noise_factors
-            plan = {
-                "id": f"{safe_name(row['photograph'])}_{index}",
-                "row": row,
-                "face": found,
-                "area_ratio": ratio,
-                "crop": crop,
-                "strength": factors[area_bin(ratio, config.area_limits)],
-                "seed": stable_seed(config.seed, row["photograph"], index),
-            }
-            size = (config.resolution, config.resolution) if crop else (width, height)
-            groups.setdefault((plan["strength"], *size), []).append(plan)
-    batches = []
-    for (_, width, height), group in groups.items():
-        size = max(1, config.batch_size // max(1, round(width * height / config.resolution**2)))
-        batches += [group[i : i + size] for i in range(0, len(group), size)]
-    return batches
+            if "filter" in face:
+                rejected.add(rejection(pair_id(name, index), name, face["filter"], face["reason"]))
+        if all("filter" in face for face in row["faces"]):
+            continue
+        value = int(row["hash"], 16)
+        if name not in used and (twin := duplicates.find(value)):
+            rejected.add(rejection(name, name, "near_duplicate", f"{twin[1]} of 64 bits differ from {twin[0]}"))
+            (photographs.path.parent / row["good"]).unlink(missing_ok=True)
+            continue
+        duplicates.add(name, value)
+        yield row
 
 
-def small_crop(config: Config, size: tuple[int, int], face: Face) -> tuple[int, int, int, int] | None:
-    """Return the square around a face that is worked on, None for the whole picture."""
-    square = face_square(size, face.box, config.resolution)
-    return square if config.padded_crop and (square[2] - square[0]) ** 2 < size[0] * size[1] else None
+def plan_faces(config: Config, photographs: Iterable[dict], bar: tqdm) -> Iterator[FacePlan]:
+    crop_factors = config.crop_noise_factors if config.padded_crop else None
+    for row in photographs:
+        for index in (i for i, face in enumerate(row["faces"]) if "filter" not in face):
+            seed = stable_seed(config.seed, row["photograph"], index)
+            bar.total += 1
+            yield plan_face(row, index, seed, config.resolution, config.area_limits, config.noise_factors, crop_factors)
 
 
-def inpaint_batch(
-    config: Config, output: Path, inpainter: FaceInpainter, batch: list[dict], differences: dict[str, float]
-) -> None:
-    """Inpaint one batch, write the files and rows that are missing, and note how much each face changed."""
-    goods = [Image.open(output / plan["row"]["good"]).convert("RGB") for plan in batch]
-    masks = [box_mask(good.size, plan["face"].box) for good, plan in zip(goods, batch, strict=True)]
-    prompts, seeds = [plan["row"]["prompt"] for plan in batch], [plan["seed"] for plan in batch]
-    crops = [plan["crop"] for plan in batch]
-    views, view_masks = (cut_out(pictures, crops, config.resolution) for pictures in (goods, masks))
-    bads = put_back(goods, inpainter(views, view_masks, batch[0]["strength"], prompts, seeds), crops, masks)
-    if config.round_trip:
-        goods = put_back(goods, inpainter.round_trip(views, view_masks), crops, masks)
-    for plan, good, bad, mask in zip(batch, goods, bads, masks, strict=True):
-        if plan["id"] not in differences:
-            differences[plan["id"]] = masked_difference(good, bad, mask)
-            write_pair(config, output, plan, good, bad, mask, differences[plan["id"]])
+def batch_size(config: Config, group: tuple[float, tuple[int, int]]) -> int:
+    """Return how many faces of a group (strength, size) are inpainted at once."""
+    width, height = group[1]
+    return max(1, config.batch_size // max(1, round(width * height / config.resolution**2)))
 
 
-def write_pair(
+def write_batch(
+    config: Config, output: Path, known: Container[str], detector: Detector, batch: PairBatch
+) -> list[dict]:
+    return [judge_pair(config, output, detector, *pair) for pair in batch.pairs() if pair[0].id not in known]
+
+
+def judge_pair(
     config: Config,
     output: Path,
-    plan: dict,
+    detector: Detector,
+    plan: FacePlan,
+    photograph: Image.Image,
     good: Image.Image,
     bad: Image.Image,
     mask: Image.Image,
-    difference: float,
-) -> None:
+) -> dict:
+    """Write the files of a pair and return its manifest row; one that fails a filter gets the row of a rejection."""
+    rejected = partial(rejection, plan.id, plan.photograph)
+    outside = max(change_outside(photograph, side, mask) for side in (good, bad))
+    if outside > 0:
+        return rejected("changed_outside", f"changed by {outside} of 255 outside of its mask")
+    difference = masked_difference(good, bad, mask)
     if difference < config.min_difference:
-        reason = f"pair is hard to tell apart: mean change {difference:.2f} is below {config.min_difference}"
-        append_row(output / REJECTED, {"id": plan["id"], "reason": reason, "difference": difference})
-        return
+        reason = f"hard to tell apart: mean change {difference:.2f} is below {config.min_difference}"
+        return rejected("indistinguishable", reason)
+    if config.drop_not_found and config.round_trip and not sees_face(config, detector, plan, good):
+        return rejected("face_not_found", "the face is not found again in the good picture, behind the VAE")
+    lost = not sees_face(config, detector, plan, bad)
+    if lost and config.drop_lost:
+        return rejected("face_lost", "no face is found in the bad picture any more")
     images = {"bad": bad, "mask": mask} | ({"good": good} if config.round_trip else {})
-    files = {side: f"{side}/{plan['id']}.png" for side in images}
+    files = {side: f"{side}/{plan.id}.png" for side in images}
     for side, image in images.items():
         save_image(image, output / files[side])
-    face, row = plan["face"].to_dict(), plan["row"]
     pair = FacePair(
-        id=plan["id"],
-        photograph=row["photograph"],
-        **{"good": row["good"], **files},
-        **{key: face[key] for key in ("box", "landmarks", "confidence")},
-        **{key: plan[key] for key in ("area_ratio", "strength", "seed", "crop")},
-        prompt=row["prompt"],
+        **{key: getattr(plan, key) for key in ("id", "photograph", "area_ratio", "strength", "prompt", "seed", "crop")},
+        **{"good": plan.good, **files},
+        **plan.face.to_dict(),
         base=config.base,
         difference=difference,
         round_trip=config.round_trip,
+        lost=lost,
     )
-    append_row(output / MANIFEST, pair.to_row())
+    return pair.to_row()
 
 
-def count_bins(config: Config, pairs: list[dict]) -> str:
-    counts = [0] * len(config.area_limits)
-    for pair in pairs:
-        counts[area_bin(pair["area_ratio"], config.area_limits)] += 1
-    named = zip(config.area_limits, counts, strict=True)
-    return ", ".join(f"{n} up to {limit:.1%} of the area" for limit, n in named)
+def sees_face(config: Config, detector: Detector, plan: FacePlan, picture: Image.Image) -> bool:
+    """Look for the face where it was, in the square around it."""
+    x, y, *far = face_square(picture.size, plan.face.box, config.resolution)
+    box = [edge - start for edge, start in zip(plan.face.box, (x, y, x, y), strict=True)]
+    return finds_face(picture.crop((x, y, *far)), box, detector, config.min_face_size / 2)
+
+
+def summarize(config: Config, output: Path, num_photographs: int) -> None:
+    """Sort the rows, so that interrupted and whole runs leave the same files; count, by filter and by bin."""
+    found, pairs = sort_rows(output / PHOTOGRAPHS, "photograph"), sort_rows(output / MANIFEST)
+    rejected, bins = sort_rows(output / REJECTED), []
+    for number, (limit, factor) in enumerate(zip(config.area_limits, config.noise_factors, strict=True)):
+        own = [pair for pair in pairs if area_bin(pair["area_ratio"], config.area_limits) == number]
+        change = sum(pair["difference"] for pair in own) / max(len(own), 1)
+        bins.append({"up_to": limit, "noise_factor": factor, "pairs": len(own), "difference": change})
+    rewrite_rows(output / METRICS_FILE, [{"step": number, **row} for number, row in enumerate(bins, 1)])
+    rounds = count_rounds(rejected, num_photographs, sum(len(row["faces"]) for row in found), len(pairs))
+    lost = sum(pair["lost"] for pair in pairs)
+    with atomic_write(output / REPORT, "w") as file:
+        json.dump({"rounds": rounds, "pairs": len(pairs), "pairs_with_lost_face": lost, "bins": bins}, file, indent=1)
+    finish(output, pairs=len(pairs), rejected=len(rejected), photographs=num_photographs)
+    order = [name for names in FILTERS.values() for name in names]
+    rejected.sort(key=lambda row: order.index(row["filter"]))
+    print_problems([(row["id"], row["reason"]) for row in rejected], most=20)
+    for row in rounds:
+        print(f"{row['in']} {row['of']}, rejected: " + ", ".join(f"{n} {name}" for name, n in row["rejected"].items()))
+    shares = ", ".join(f"{row['pairs']} up to {row['up_to']:.1%} of the area" for row in bins)
+    print(f"{len(pairs)} pairs in {output}: {shares}")
 
 
 if __name__ == "__main__":

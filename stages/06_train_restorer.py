@@ -76,7 +76,9 @@ class Config:
     steps: int = 40  # optimizer steps, [1, inf)
     batch_size: int = 4  # faces in a micro-batch on one process, [1, 1024]
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
-    learning_rate: float = 1e-4  # of AdamW, (0, 1)
+    learning_rate: float = 1e-4  # of AdamW at its peak, (0, 1)
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rates
+    warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8-bit: a quarter of its memory
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, (0, inf)
     gradient_checkpointing: bool = False  # less memory, a third more time
@@ -147,7 +149,8 @@ def main(config: Config) -> None:
     modules, optimizers = {"controlnet": model}, {"controlnet": optimizer}
     if facial:
         modules["discriminators"], optimizers["discriminators"] = facial.discriminators, facial.optimizer
-    run = TrainingRun(output, config.steps, accelerator, modules, optimizers, save_every=config.save_every)
+    schedule = (config.save_every, config.warmup_steps, config.schedule)
+    run = TrainingRun(output, config.steps, accelerator, modules, optimizers, *schedule)
     faces, augment = CleanFaces(paths, config.resolution, landmarks), DegradedPair(degradation(config))
     for batch in run.batches(faces, config.batch_size, config.seed, augment, config.num_workers):
         generators = run.generators(batch)
@@ -284,11 +287,7 @@ def restore_samples(config: Config, output: Path, restorer: AuthFaceRestorer, fa
         clean = faces[index]["clean"]
         degraded = degrade(clean, ranges, np.random.default_rng([config.seed, index]))
         restored = restorer.restore_crops([Image.fromarray(degraded)])[0]
-        images = {
-            "clean": Image.fromarray(clean),
-            "degraded": Image.fromarray(degraded),
-            "restored": restored,
-        }
+        images = {"clean": Image.fromarray(clean), "degraded": Image.fromarray(degraded), "restored": restored}
         files = {kind: f"samples/{index:03d}_{kind}.png" for kind in images}
         for kind, image in images.items():
             save_image(image, output / files[kind])

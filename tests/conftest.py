@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -39,3 +40,37 @@ def tiny_models(tmp_path_factory) -> Path:
     for kind in ("sd15", "sdxl", "scorer"):
         tiny.write(folder / kind, kind)
     return folder
+
+
+@pytest.fixture(scope="session")
+def drawn_benchmark(tmp_path_factory) -> Path:
+    """A benchmark folder of drawn portraits, which three degradations stand for as models, ranked by nobody yet.
+
+    Its last prompt has empty pictures, without any face.
+    """
+    from PIL import Image, ImageFilter
+
+    from faceprior.images import save_image
+    from faceprior.procedural import TEST_SEEDS, draw_portrait
+
+    folder = tmp_path_factory.mktemp("drawn") / "benchmark"
+    portraits = [draw_portrait(TEST_SEEDS + i, 160) for i in range(2)]
+    images = [
+        *(Image.fromarray(portrait.image) for portrait in portraits),
+        Image.new("RGB", (160, 160), (90, 110, 130)),
+    ]
+    captions = [*(portrait.caption() for portrait in portraits), "an empty room, nobody is there"]
+    prompts = [f'{number:04d},"{caption}"\n' for number, caption in enumerate(captions, 1)]
+    folder.mkdir()
+    (folder / "prompts.csv").write_text("id,prompt\n" + "".join(prompts))
+    for model, blur in {"soft": 1.5, "smudged": 5.0, "sharp": 0.0}.items():
+        for number, image in enumerate(images, 1):
+            picture = image.filter(ImageFilter.GaussianBlur(blur))
+            save_image(picture, folder / "images" / model / f"{number:04d}.png")
+    return folder
+
+
+@pytest.fixture
+def simulated_benchmark(drawn_benchmark, tmp_path) -> Path:
+    """A copy of `drawn_benchmark`."""
+    return Path(shutil.copytree(drawn_benchmark, tmp_path / "benchmark"))

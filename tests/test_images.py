@@ -15,6 +15,7 @@ from faceprior.images import (
     ImageError,
     as_array,
     atomic_write,
+    decode_image,
     find_images,
     load_image,
     natural_key,
@@ -156,6 +157,22 @@ def test_half_a_file_is_an_image_error(tmp_path, suffix):
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ImageError, match=f"a{suffix}"):
         load_image(path)
+
+
+def test_bytes_are_read_as_the_file_is(tmp_path):
+    """With its orientation; and what is wrong is told under the name that was given."""
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    picture.save(tmp_path / "a.png", exif=exif)
+    data = (tmp_path / "a.png").read_bytes()
+    read = decode_image(data, "0.tar/a.png")
+    assert read.size == (2, 4) and np.array_equal(read, load_image(tmp_path / "a.png"))
+    for wrong, reason in ((b"", "is empty"), (b"text", "is not an image"), (data[:60], "0.tar/a.png")):
+        with pytest.raises(ImageError, match=f"0.tar/a.png.*{reason}" if reason[0] == "i" else reason):
+            decode_image(wrong, "0.tar/a.png")
+    with pytest.raises(ImageError, match="more than `max_pixels` = 7"):
+        decode_image(data, "0.tar/a.png", max_pixels=7)
 
 
 def test_a_truncated_file_is_said_to_be_truncated(tmp_path):
@@ -325,8 +342,19 @@ def test_links_are_followed_once(tmp_path):
     touch(tmp_path, "real/a.png")
     os.symlink(tmp_path, tmp_path / "real" / "loop")
     os.symlink(tmp_path / "real" / "a.png", tmp_path / "same.png")
-    os.symlink(tmp_path / "nowhere.png", tmp_path / "broken.png")
     assert len(find_images(tmp_path)) == 1
+
+
+def test_links_that_lead_nowhere_are_listed_and_named(tmp_path):
+    touch(tmp_path, "a.png")
+    os.symlink("nowhere.png", tmp_path / "broken.png")
+    os.symlink("loop.png", tmp_path / "loop.png")
+    os.symlink("nowhere", tmp_path / "no_picture")
+    for found in (find_images(tmp_path), find_images(tmp_path / "*.png")):
+        assert names_of(found, tmp_path) == ["a.png", "broken.png", "loop.png"]
+    for name, target in (("broken.png", "nowhere.png"), ("loop.png", "loop.png")):
+        with pytest.raises(ImageError, match=f"{name} is a link that leads nowhere: there is no {target}"):
+            load_image(tmp_path / name)
 
 
 def test_natural_key_is_a_total_order():

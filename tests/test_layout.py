@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    0: "images losses config manifest judgement_metrics",
-    1: "detect align degrade color diffusion metrics training blip_inputs blip_towers report_parts judgement_files "
-    "facial features score_reference",
-    2: "procedural pairs portraits convert judgement report_scorer prefix_cache",
-    3: "scorer guidance restorer report_sections score_output scorer_checks",
-    4: "cli report tiny",
+    0: "images losses config manifest background judgement_metrics blip",
+    1: "detect align degrade color diffusion metrics training sources blip_inputs report_parts judgement_files facial "
+    "features score_reference",
+    2: "procedural pairs filters portraits convert crops report_scorer prefix_cache",
+    3: "scorer guidance restorer report_sections score_output judgement_scores scorer_checks",
+    4: "cli report tiny judgement pages",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 MODULES = sorted(path.stem for path in (ROOT / "faceprior").glob("*.py") if not path.stem.startswith("_"))

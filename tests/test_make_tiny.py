@@ -48,7 +48,8 @@ def work(siblings, tmp_path_factory):
 def config():
     return SimpleNamespace(
         resolution=128, vae_steps=2, vae_learning_rate=1e-3, base_steps=2, sdxl_steps=2, base_learning_rate=1e-3,
-        reward_steps=2, reward_learning_rate=1e-3, ema_decay=0.9, mixed_precision="no", device="cpu",
+        refine_steps=2, refine_learning_rate=1e-3, reward_steps=2, reward_learning_rate=1e-3, ema_decay=0.9,
+        mixed_precision="no", device="cpu",
     )  # fmt: skip
 
 
@@ -126,6 +127,38 @@ def test_the_bases_are_trained_and_load_with_stock_diffusers(vae, work, config, 
     assert any(not torch.allclose(changed[key].float(), fresh[key], atol=1e-4) for key in changed)
 
 
+def test_the_first_base_is_refined_but_for_its_text_encoder(vae, work, config, home, monkeypatch):
+    """Both losses are the same there, as all timesteps count alike."""
+    import tiny_bases
+
+    monkeypatch.setattr(tiny_bases, "BATCH", 2)
+    tiny_bases.train_sd15(config, work)
+    before = StableDiffusionPipeline.from_pretrained(home / "sd15")
+    tiny_bases.refine_sd15(config, work)
+    after = StableDiffusionPipeline.from_pretrained(home / "sd15")
+    for part, same in (("text_encoder", True), ("vae", True), ("unet", False)):
+        pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) is same
+    rows = [json.loads(line) for line in (work / "sd15_fine/metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [row["mse"] for row in rows]
+
+
+def test_the_record_keeps_the_runs_of_other_work_folders(work, config, home, tmp_path, monkeypatch):
+    """Two folders, a run each: both rows stay, and writing again adds none."""
+    import tiny_readme
+
+    settings = SimpleNamespace(num_drawn=10, resolution=128)
+    for folder, steps in ((tmp_path / "a", 1), (tmp_path / "b", 2)):
+        (folder / "vae").mkdir(parents=True)
+        (folder / "vae/metrics.jsonl").write_text(json.dumps({"step": steps, "loss": 0.5}) + "\n")
+        (folder / "vae/done.json").write_text(json.dumps({"steps": steps, "psnr": 30.0}))
+        tiny_readme.note_duration(folder, "vae", 36.0)
+        for _ in range(2):
+            tiny_readme.write_readme(settings, folder)
+    page = (home / "README.md").read_text()
+    assert page.count("| vae | ") == 2 and "| vae | 2 | 0.5 | 0.01 | psnr 30 |" in page
+
+
 def test_the_sdxl_type_starts_as_the_other_base():
     """With the first text encoder's states in the first columns and no size condition both predict the same."""
     from tiny_bases import warm_start
@@ -191,7 +224,7 @@ def test_twins_differ_in_the_damage_only():
     for seed in range(20):
         first, second = tiny_reward.alike((image, image.copy()), np.random.default_rng(seed))
         assert (first == second).all()
-        assert min(tiny_reward.jitter([1.0, 5.0, 120.0, 128.0], np.random.default_rng(seed))) >= 0
+        assert min(tiny_reward.jitter([1.0, 5.0, 120.0, 128.0], 128, np.random.default_rng(seed))) >= 0
     assert not {*tiny_reward.SEEN} & {*UNSEEN}
 
 
@@ -216,5 +249,5 @@ def test_the_reward_model_is_pretrained(vae, work, config, home):
     tiny_reward.train_reward(config, work)  # complete: nothing is done again
     assert len((work / "reward/metrics.jsonl").read_text().splitlines()) == 2
     faces = tiny_reward.DrawnFaces(work, "train", vae, work / "reward_pairs")
-    good, bad, box = faces[3]["pair"]
+    good, bad, box = faces[3]["pair"]()
     assert (good == image).all() and (bad == image[::-1]).all() and box == [30, 30, 90, 100]

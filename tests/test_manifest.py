@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from faceprior.manifest import (
+    KeyedRows,
     append_row,
     common_folder,
     print_problems,
@@ -132,6 +133,22 @@ def test_sorting_makes_interrupted_and_whole_runs_alike(tmp_path):
 
 
 # paths
+
+
+def test_a_row_is_written_once(path):
+    """Those of an earlier run, whose last line was torn, count; the first of a key stays."""
+    rows = KeyedRows(path)
+    assert not rows and not path.exists()
+    rows.add({"id": "a", "value": 1})
+    rows.add({"id": "a", "value": 2})
+    with open(path, "a") as file:
+        file.write('{"id": "b", "va')
+    again = KeyedRows(path)
+    again.add({"id": "b", "value": 3})
+    again.add({"id": "a", "value": 4})
+    assert read_rows(path) == ([{"id": "a", "value": 1}, {"id": "b", "value": 3}], [])
+    assert again["b"]["value"] == 3 and "c" not in again
+    assert KeyedRows(path, "value").keys() == {1, 3}
 
 
 def test_files_below_the_folder_are_found(tmp_path):
@@ -285,3 +302,11 @@ def test_problems_are_printed(capsys):
     assert capsys.readouterr().out == (
         "1 input left out:\n  a.png: truncated\n2 pictures left out:\n  a.png: truncated\n  \\udce9.png: no face\n"
     )
+
+
+def test_of_many_problems_some_are_printed(capsys):
+    problems = [(f"{number}.png", "truncated") for number in range(5)]
+    print_problems(problems, most=2)
+    assert capsys.readouterr().out == "5 inputs left out:\n  0.png: truncated\n  1.png: truncated\n  and 3 more\n"
+    print_problems(problems, most=5)
+    assert "more" not in capsys.readouterr().out

@@ -16,16 +16,20 @@ from PIL import Image
 from faceprior import tiny
 from faceprior.images import save_image, to_pil, to_pixel_values
 from faceprior.pairs import (
+    BATCH_TOLERANCE,
     FaceInpainter,
     FacePair,
+    PairBatch,
     PairDataset,
     area_bin,
     box_mask,
+    change_outside,
     cut_out,
     face_square,
     gather_pairs,
     masked_difference,
     noise_factor,
+    plan_face,
     prepare_photograph,
     put_back,
     read_pairs,
@@ -164,6 +168,64 @@ def test_masked_difference_by_hand():
     assert masked_difference(Image.fromarray(good), Image.fromarray(bad), mask) == pytest.approx(4)
 
 
+def test_a_change_outside_of_the_mask_is_seen():
+    """One value of one pixel beside the mask, by 3; inside of it anything may change."""
+    good = np.full((4, 4, 3), 100, np.uint8)
+    bad = good.copy()
+    bad[:2, :2] = 0
+    mask = box_mask((4, 4), (0, 0, 2, 2))
+    assert change_outside(Image.fromarray(good), Image.fromarray(bad), mask) == 0
+    bad[2, 0, 1] = 97
+    assert change_outside(Image.fromarray(good), Image.fromarray(bad), mask) == 3
+    assert change_outside(Image.fromarray(good), Image.fromarray(bad), box_mask((4, 4), (0, 0, 4, 4))) == 0
+
+
+# ----------------------------------------------------------------------------------------------- plans
+
+
+def found_row(size, *boxes) -> dict:
+    faces = [{"box": list(box), "landmarks": None, "confidence": 1.0} for box in boxes]
+    return {"photograph": "a/b.png", "good": "good/b.png", "prompt": "a man", "size": list(size), "faces": faces}
+
+
+@pytest.mark.parametrize(
+    ("box", "crop_factors", "crop", "view_size", "strength"),
+    [
+        ((50, 50, 90, 90), None, None, (512, 256), 0.2),  # 1600 / 131072 = 1.2%
+        ((50, 50, 90, 90), (0.3, 0.4, 0.5, 0.6), (6, 6, 134, 134), (128, 128), 0.5),
+        ((50, 50, 60, 60), (0.3, 0.4, 0.5, 0.6), (0, 0, 128, 128), (128, 128), 0.3),  # 0.08%
+        ((0, 0, 256, 256), (0.3, 0.4, 0.5, 0.6), (0, 0, 256, 256), (128, 128), 0.6),  # half of it
+    ],
+)
+def test_the_plan_of_a_face(box, crop_factors, crop, view_size, strength):
+    plan = plan_face(found_row((512, 256), (0, 0, 9, 9), box), 1, 5, 128, crop_factors=crop_factors)
+    assert (plan.crop, plan.view_size, plan.strength) == (crop, view_size, strength)
+    assert plan.id.startswith("a_b_") and plan.id.endswith("_1") and (plan.seed, plan.prompt) == (5, "a man")
+
+
+def test_a_face_that_fills_its_picture_needs_no_crop():
+    plan = plan_face(found_row((128, 128), (20, 20, 100, 100)), 0, 0, 128, crop_factors=(0.1,) * 4)
+    assert plan.crop is None and plan.view_size == (128, 128) and plan.strength == 0.4
+
+
+def test_faces_of_one_photograph_are_pairs_of_their_own(pipelines, tmp_path):
+    """Each pair of the two changes its own face only; what the network saw of the other is not pasted."""
+    drawings = [draw_portrait(seed, 64) for seed in (1, 2)]
+    picture = Image.fromarray(np.concatenate([drawing.image for drawing in drawings], axis=1))
+    save_image(picture, tmp_path / "good/b.png")
+    boxes = [drawing.box + np.array([64, 0, 64, 0]) * number for number, drawing in enumerate(drawings)]
+    row = found_row(picture.size, *boxes)
+    plans = [plan_face(row, index, index, 64, crop_factors=(0.3,) * 4) for index in (0, 1)]
+    assert all(plan.crop for plan in plans)
+    batch = PairBatch.load(tmp_path, 64, plans).inpaint(FaceInpainter(pipelines["sd15"], steps=10), round_trip=True)
+    for number, (plan, photograph, good, bad, mask) in enumerate(batch.pairs()):
+        assert plan is plans[number] and np.array_equal(photograph, picture)
+        assert np.array_equal(mask, box_mask(picture.size, boxes[number]))
+        for side in (good, bad):
+            assert change_outside(picture, side, mask) == 0 and masked_difference(picture, side, mask) > 0
+        assert not np.array_equal(good, bad)
+
+
 # ----------------------------------------------------------------------------------------- inpainting
 
 
@@ -205,17 +267,39 @@ def test_only_the_mask_changes(pipelines, faces, kind):
         assert (good[inside] != bad[inside]).mean() > 0.5
 
 
+def decoded_values(inpainter, *arguments) -> tuple[list[Image.Image], torch.Tensor]:
+    """Return the pictures, and the values that the VAE decoded them from."""
+    values = []
+    hook = inpainter.pipeline.vae.decoder.register_forward_hook(lambda _, __, output: values.append(output))
+    pictures = inpainter(*arguments)
+    hook.remove()
+    return pictures, values[0]
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_face_depends_on_its_own_seed_only(pipelines, faces, kind):
-    """The same face alone, and second of two: equal to one grey level, the rounding of sums in another batch."""
+    """The same face alone, among three, and among them in another order: equal to BATCH_TOLERANCE.
+
+    Its seed alone tells it from another: with one more it is another face.
+    """
     inpainter = FaceInpainter(pipelines[kind], steps=10)
     (face, mask), (other, other_mask) = faces
-    alone = inpainter([face], [mask], 0.2, ["a man"], [7])[0]
-    together = inpainter([other, face], [other_mask, mask], 0.2, ["", "a man"], [8, 7])[1]
-    assert np.abs(np.asarray(alone, int) - np.asarray(together, int)).max() <= 1
-    assert inpainter([face], [mask], 0.2, ["a man"], [7])[0].tobytes() == alone.tobytes()
-    another = inpainter([face], [mask], 0.2, ["a man"], [8])[0]
-    assert np.abs(np.asarray(alone, int) - np.asarray(another, int)).max() > 1
+    asked = {
+        "alone": ([face], [mask], 0.2, ["a man"], [7]),
+        "last": ([other, other, face], [other_mask, other_mask, mask], 0.2, ["", "a man", "a man"], [8, 7, 7]),
+        "first": ([face, other, other], [mask, other_mask, other_mask], 0.2, ["a man", "a man", ""], [7, 7, 8]),
+    }
+    pictures, values = {}, {}
+    for name, arguments in asked.items():
+        place = -1 if name == "last" else 0
+        drawn, decoded = decoded_values(inpainter, *arguments)
+        pictures[name], values[name] = np.asarray(drawn[place], int), decoded[place]
+    for name in ("last", "first"):
+        torch.testing.assert_close(values[name], values["alone"], rtol=0, atol=BATCH_TOLERANCE)
+        assert np.abs(pictures[name] - pictures["alone"]).max() <= 1
+    assert np.array_equal(pictures["alone"], np.asarray(inpainter(*asked["alone"])[0], int))
+    another = np.asarray(inpainter([face], [mask], 0.2, ["a man"], [8])[0], int)
+    assert np.abs(another - pictures["alone"]).max() > 1
 
 
 def test_a_round_trip_is_the_vae_inside_of_the_mask(pipelines, faces):
@@ -369,7 +453,7 @@ def test_a_row_makes_the_round_trip(folder):
 
 def test_rows_before_the_round_trip_have_none(folder):
     write_manifest(folder, {key: value for key, value in {"id": "a", **ROW}.items() if key != "round_trip"})
-    assert read_pairs(folder)[0][0].round_trip is False
+    assert read_pairs(folder)[0][0].round_trip is False and read_pairs(folder)[0][0].lost is False
 
 
 def test_pairs_of_several_folders(folder, tmp_path_factory, monkeypatch):
@@ -402,6 +486,7 @@ BAD_ROWS = {
     "seed": ({"seed": True}, "`seed` has to be"),
     "area": ({"area_ratio": 1.5}, r"has to be in \(0, 1.0\] but is 1.5"),
     "round trip": ({"round_trip": 1}, "`round_trip` has to be"),
+    "lost": ({"lost": "no"}, "`lost` has to be"),
 }
 
 

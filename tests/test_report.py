@@ -76,10 +76,11 @@ def make_pairs(folder):
         rows(folder / "manifest.jsonl", pair(name, (0.2, 0.004)[index], strength=(0.4, 0.06)[index]))
         for side in ("good", "bad", "mask"):
             picture(folder / side / f"{name}.png", seed=index)
-    rows(folder / "photographs.jsonl", {"photograph": "a.png", "faces": []})
-    rows(folder / "photographs.jsonl", {"photograph": "b.png", "faces": [], "reason": "no face of 16 pixels found"})
-    rows(folder / "rejected.jsonl", {"id": "three", "reason": "pair is hard to tell apart: 0.5", "difference": 0.5})
-    objects(folder / "done.json", {"pairs": 2, "rejected": 1, "photographs": 2})
+    rows(folder / "rejected.jsonl", {"id": "b.png", "filter": "no_face", "reason": "no face found"})
+    rows(folder / "rejected.jsonl", {"id": "three", "filter": "indistinguishable", "reason": "hard to tell apart: 0.5"})
+    of_photographs = {"of": "photographs", "in": 1234, "rejected": {"no_face": 1, "near_duplicate": 0}}
+    objects(folder / "report.json", {"rounds": [of_photographs], "pairs": 2})
+    objects(folder / "done.json", {"pairs": 2, "rejected": 2, "photographs": 1234})
     settings = "01_make_pairs:\n  area_limits: [0.005, 0.01, 0.1, 1.0]\n  noise_factors: [0.06, 0.1, 0.2, 0.4]\n"
     (folder / "config.yaml").write_text(settings)
 
@@ -176,7 +177,8 @@ def test_a_whole_run_has_every_part(root):
         assert section.title in page.text
     for text in (
         "had not been trained",
-        "10 to 100%", "noise factor", "pair is hard to tell apart", "no face of 16 pixels found",
+        "10 to 100%", "noise factor", "hard to tell apart", "no face found",
+        "1,234 photographs", "near duplicate",
         "50% before training and in 75% after it", "The good face scores higher in 3 of 4 pairs", "1.25", "61.5",
         "0.062 apart in the mean", "72.5%", "57.1% to 83.9%", "VAE: mine", "`--vae` names a VAE",
         CAPTION, "sharpness 1.6 (blurred: at least 4.0)", "197,184",
@@ -320,6 +322,14 @@ def test_hostile_text_stays_text(root):
     assert all(image["src"].startswith("data:image/") for image in page.all("img"))
     assert not [a for _, attributes in page.elements for a in attributes if a.startswith("on")]
     assert "<script>alert(2)</script>$body" in page.text and "&lt;" in page.text
+
+
+@pytest.mark.parametrize("rounds", [3, [3], [{"of": "faces"}], [{"of": "faces", "in": "<b>", "rejected": {}}]])
+def test_a_strange_count_of_the_filters_costs_its_table_only(root, rounds):
+    objects(root / "data/pairs/report.json", {"rounds": rounds})
+    page = read(root)
+    assert page.balanced
+    assert "near duplicate" not in page.text and "good picture of two" in [i["alt"] for i in page.all("img")]
 
 
 def test_a_torn_row_is_named_and_the_rest_shown(root):

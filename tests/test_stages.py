@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,14 +19,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import STAGES, load_stage
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.config import parse_config
 from faceprior.manifest import read_rows
-from faceprior.pairs import FacePair, area_bin, noise_factor
+from faceprior.pairs import FacePair, area_bin, box_mask, noise_factor, read_pairs
 from faceprior.procedural import draw_folder, draw_portrait
 
 NAMES = sorted(path.stem for path in STAGES.glob("0*.py"))
@@ -35,8 +39,9 @@ def settings(tiny_models: Path) -> dict[str, dict]:
     """Return the smallest settings of every stage that still do all of its work."""
     sd15, sdxl, scorer = (str(tiny_models / kind) for kind in ("sd15", "sdxl", "scorer"))
     pictures = {"num_drawn": 6, "num_scenes": 1, "max_resolution": 256, "min_face_size": 10}  # a scene of three faces
+    untrained = {"drop_not_found": False}  # such a VAE leaves no face
     return {
-        PAIRS: {**pictures, "base": sd15, "batch_size": 2},
+        PAIRS: {**pictures, **untrained, "base": sd15, "batch_size": 2},
         SCORER: {"init": scorer, "vae": sd15, "steps": 3, "batch_size": 4, "eval_every": 2, "save_every": 2},
         PORTRAITS: {"num_drawn": 10},
         GUIDANCE: {"base": sd15, "steps": 3, "batch_size": 2, "save_every": 1, "num_samples": 2, "sample_steps": 3},
@@ -134,17 +139,176 @@ def test_batches_of_pairs_hold_fewer_large_pictures():
     sizes = {"a": (160, 112), "b": (256, 256), "c": (512, 512)}
     face = {"landmarks": None, "confidence": 1.0}
     photographs = [
-        {"photograph": f"{name}{i}", "size": size, "faces": [face | {"box": [0, 0, s, s]} for s in (10, 70)]}
+        {
+            "photograph": f"{name}{i}", "good": "", "prompt": "", "size": size,
+            "faces": [face | {"box": [0, 0, s, s]} for s in (10, 70)] + [{"filter": "blurry"}],
+        }
         for name, size in sizes.items()
         for i in range(9)
-    ]
-    batches = stage.plan_batches(stage.Config(padded_crop=False), photographs)
-    assert all(len({(face["strength"], face["row"]["size"]) for face in batch}) == 1 for batch in batches)
+    ]  # fmt: skip
+
+    def batches(config):
+        with tqdm(total=0, disable=True) as bar:
+            plans = stage.plan_faces(config, photographs, bar)
+            yield from stage.in_groups(
+                plans, lambda plan: (plan.strength, plan.view_size), lambda group: stage.batch_size(config, group)
+            )
+
+    whole = list(batches(stage.Config(padded_crop=False)))
+    assert all(len({(plan.strength, plan.view_size) for plan in batch}) == 1 for batch in whole)
     for name, counts in {"a": [8, 1] * 2, "b": [2, 2, 2, 2, 1] * 2, "c": [1] * 18}.items():
-        own = [len(batch) for batch in batches if batch[0]["row"]["photograph"][0] == name]
+        own = [len(batch) for batch in whole if batch[0].photograph[0] == name]
         assert sorted(own) == sorted(counts)
-    crops = stage.plan_batches(stage.Config(), photographs)  # of one size: 27 faces at .2, 18 at .3, 9 at .4
+    crops = list(batches(stage.Config()))  # of one size: 27 faces at .2, 18 at .3, 9 at .4
     assert sorted(map(len, crops)) == [1, 2, 3] + [8] * 6
+
+
+@pytest.mark.parametrize("preset", sorted((STAGES / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_take_50_steps_and_the_noise_factors_of_the_paper(preset):
+    """3, 5, 10 and 20 of them; a preset without the section takes another's pairs."""
+    stage = load_stage(PAIRS)
+    if PAIRS not in yaml.safe_load(preset.read_text()):
+        return
+    config = parse_config(stage.Config, ["--config", str(preset)])
+    assert [int(factor * config.steps) for factor in config.noise_factors] == [3, 5, 10, 20]
+    assert config.min_sharpness > 0 and config.max_hash_distance >= 0
+
+
+def few_steps(tiny_models) -> dict:
+    """Return settings with which a face is inpainted in one step."""
+    values = {"base": str(tiny_models / "sd15"), "steps": 5, "batch_size": 2, "drop_not_found": False}
+    return values | {"noise_factors": (0.2,) * 4, "crop_noise_factors": (0.2,) * 4}
+
+
+def results(folder: str) -> dict[str, str]:
+    return {name: digest for name, digest in snapshot(Path(folder)).items() if name != "config.yaml"}
+
+
+def test_pairs_from_shards_named_by_shard_and_member(tmp_path, monkeypatch, tiny_models, capsys):
+    """Captions from both kinds of sidecars; a broken picture, a broken caption, and a torn end are told and passed."""
+    monkeypatch.chdir(tmp_path)
+    portraits = draw_folder(Path("drawn"), range(3), 128)
+    pictures = [path.read_bytes() for path in portraits]
+    members = [
+        {"a.png": pictures[0], "a.txt": b"a man", "b.png": pictures[0][:999]},
+        {"a.png": pictures[1], "a.json": b'{"caption": "a woman"}', "c.png": pictures[2], "c.json": b"{"},
+    ]
+    for number, files in enumerate(members):
+        with tarfile.open(f"{number:03d}.tar", "w") as tar:
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    os.truncate("001.tar", os.path.getsize("001.tar") // 10240 * 10240 - 10240 + 1)
+    run(PAIRS, **few_steps(tiny_models), images="{000..001}.tar", output="out")
+    pairs = {row["photograph"]: row for row in rows(Path("out/manifest.jsonl"))}
+    assert {name: row["prompt"] for name, row in pairs.items()} == {
+        "000.tar/a.png": "a man",
+        "001.tar/a.png": "a woman",
+    }
+    assert len({row["id"] for row in pairs.values()}) == 2
+    rejected = {row["id"]: row for row in rows(Path("out/rejected.jsonl"))}
+    assert "truncated" in rejected["000.tar/b.png"]["reason"] and rejected["000.tar/b.png"]["filter"] == "unreadable"
+    printed = capsys.readouterr().out
+    for name, row in rejected.items():
+        assert f"  {name}: {row['reason']}" in printed
+    assert read_pairs("out")[1] == []
+
+
+def test_every_filter_counts_what_it_rejects(tmp_path, monkeypatch, tiny_models, capsys):
+    """One photograph for each filter of the first two rounds, two for the last; then pairs that are all alike."""
+    monkeypatch.chdir(tmp_path)
+    for path in draw_folder(Path("p"), range(3), 128):
+        path.with_suffix(".txt").unlink()
+    whole = Image.open("p/portrait_00000.png")
+    whole.resize((200, 200)).save("p/portrait_00000_copy.jpg", quality=70)
+    Image.open("p/portrait_00001.png").filter(ImageFilter.GaussianBlur(2.5)).save("p/portrait_00001.png")
+    whole.resize((63, 63)).save("p/tiny.png")
+    Image.new("RGB", (128, 128), "gray").save("p/nobody.png")
+    Path("p/text.png").write_text("no picture")
+    run(PAIRS, **few_steps(tiny_models), images="p", output="out", num_workers=0)
+    rejected = {row["photograph"]: row["filter"] for row in rows(Path("out/rejected.jsonl"))}
+    assert rejected == {
+        "nobody.png": "no_face", "portrait_00000_copy.jpg": "near_duplicate", "portrait_00001.png": "blurry",
+        "text.png": "unreadable", "tiny.png": "small_photograph",
+    }  # fmt: skip
+    assert [row["prompt"] for row in rows(Path("out/manifest.jsonl"))] == ["A face."] * 2
+    assert not list(Path("out/good").glob("portrait_00001*")) and not list(Path("out/good").glob("*copy*"))
+    report = json.loads(Path("out/report.json").read_text())
+    assert {row["of"]: row["in"] for row in report["rounds"]} == {"photographs": 7, "faces": 4, "pairs": 2}
+    counts = {name: n for row in report["rounds"] for name, n in row["rejected"].items()}
+    assert {name for name, n in counts.items() if n == 1} == set(rejected.values()) and sum(counts.values()) == 5
+    assert report["pairs"] == 2 and sum(row["pairs"] for row in report["bins"]) == 2
+    printed = capsys.readouterr().out
+    assert "7 photographs, rejected: 1 unreadable, 1 small_photograph, 1 no_face, 1 near_duplicate" in printed
+    assert "4 faces, rejected: 0 too_small, 0 low_confidence, 1 blurry" in printed
+
+    strict = {"max_hash_distance": -1, "min_sharpness": 0.0, "min_side": 1, "num_workers": 0}
+    for name, value in {
+        "min_face_size": 100, "min_confidence": 1.0, "min_difference": 255.0, "drop_not_found": True, "drop_lost": True,
+    }.items():  # fmt: skip
+        run(PAIRS, **few_steps(tiny_models) | strict | {"images": "p", "output": name, name: value})
+        report = json.loads(Path(f"{name}/report.json").read_text())
+        counts = {key: n for row in report["rounds"] for key, n in row["rejected"].items()}
+        filtered = {
+            "min_face_size": "too_small", "min_confidence": "low_confidence", "min_difference": "indistinguishable",
+            "drop_not_found": "face_not_found", "drop_lost": "face_lost",
+        }[name]  # fmt: skip
+        assert counts[filtered] >= 3 and report["pairs"] + counts[filtered] in (4, 5), (name, counts)
+
+
+def test_a_pair_that_changed_outside_of_its_mask_is_rejected(chain, tiny_models):
+    """As it would be if the bad picture were not pasted back: one grey level in one corner is enough."""
+    stage = load_stage(PAIRS)
+    config, output = stage.Config(**settings(tiny_models)[PAIRS]), chain / "data/pairs"
+    row = rows(output / "photographs.jsonl")[0]
+    plan = stage.plan_face(row, 0, 0, 128)
+    good = Image.open(output / row["good"])
+    mask = box_mask(good.size, plan.face.box)
+    bad = Image.composite(ImageOps.invert(good), good, mask)
+    bad.putpixel((0, 0), tuple(value + 1 for value in good.getpixel((0, 0))))
+    verdict = stage.judge_pair(config, output, None, plan, good, good, bad, mask)
+    assert verdict["filter"] == "changed_outside" and "changed by 1 of 255" in verdict["reason"]
+    assert verdict["id"] == plan.id and verdict["photograph"] == row["photograph"]
+
+
+def test_neither_order_nor_threads_change_the_pairs(chain, tmp_path, monkeypatch, tiny_models):
+    """Files alike, byte for byte, whatever the order of the list and the number of threads."""
+    monkeypatch.chdir(tmp_path)
+    paths = [str(path) for path in sorted((chain / "data/pairs/drawn").glob("*.png"))[-4:]]  # three portraits, a scene
+    for name, listed, num_workers in (("a", paths, 2), ("b", paths[::-1], 0), ("c", paths[2:] + paths[:2], 5)):
+        Path(f"{name}.txt").write_text("\n".join(listed))
+        values = few_steps(tiny_models) | {"min_face_size": 10, "max_resolution": 256, "num_workers": num_workers}
+        run(PAIRS, **values, images=f"{name}.txt", output=name)
+    assert len(rows(Path("a/manifest.jsonl"))) == 6
+    assert results("a") == results("b") == results("c")
+
+
+def test_photographs_that_come_in_later(tmp_path, monkeypatch, tiny_models):
+    """The pairs that were made stay, even if a copy with an earlier name comes in; an error in a thread surfaces."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("p"), [5], 128)
+    values = few_steps(tiny_models) | {"images": "p", "output": "out"}
+    run(PAIRS, **values)
+    before = snapshot(Path("out"))
+    shutil.copy("p/portrait_00005.png", "p/a_copy.png")
+    draw_folder(Path("p"), [6], 128)
+    Path("out/mask").rename("mask")
+    Path("out/mask").write_text("in the way")
+    with pytest.raises(OSError, match="out/mask"):
+        run(PAIRS, **values)
+    Path("out/mask").unlink()
+    Path("mask").rename("out/mask")
+    run(PAIRS, **values)
+    after = snapshot(Path("out"))
+    changed = {name for name in before if before[name] != after[name]}
+    assert {Path(name).suffix for name in changed} <= {".jsonl", ".json"}
+    assert [row["photograph"] for row in rows(Path("out/manifest.jsonl"))] == [
+        "portrait_00005.png",
+        "portrait_00006.png",
+    ]
+    (rejected,) = rows(Path("out/rejected.jsonl"))
+    assert rejected["photograph"] == "a_copy.png" and "differ from portrait_00005.png" in rejected["reason"]
 
 
 def test_a_largest_resolution_below_the_resolution_is_refused(tmp_path):
@@ -523,14 +687,17 @@ def test_a_run_is_a_function_of_its_settings(workplace, name, tiny_models):
 
 def start(name: str, values: dict, folder: Path, *launcher: str) -> subprocess.Popen:
     """Start a stage in a process of its own, in `folder`."""
-    options = [f"--{key}={value}" for key, value in values.items()]
+    switches = {True: "--{}", False: "--no-{}"}
+    options = [
+        switches[value].format(key) if isinstance(value, bool) else f"--{key}={value}" for key, value in values.items()
+    ]
     command = [*(launcher or [sys.executable]), str(STAGES / f"{name}.py"), *options]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def kill_when(process: subprocess.Popen, condition, number: int) -> None:
     """Send a signal as soon as `condition` holds."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the stage never came that far"
