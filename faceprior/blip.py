@@ -2,6 +2,7 @@
 The parts of a BLIP reward model: two towers of the transformers library, and ImageReward's head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,3 +131,23 @@ def reward_head(input_size: int) -> nn.Sequential:
             nn.init.normal_(layer.weight, std=1 / (input_size + 1))
             nn.init.zeros_(layer.bias)
     return head
+
+
+def check_config(config: Any) -> None:
+    """Raise a ValueError unless the sizes of a `FaceScorer` fit one another."""
+    if config.image_size % config.patch_size:
+        raise ValueError(
+            f"`image_size` ({config.image_size}) has to be a multiple of `patch_size` ({config.patch_size})"
+        )
+    require_known(config.prompt_token_ids, config, config.prompt)
+    if config.reward_std <= 0:
+        raise ValueError(f"`reward_std` has to be positive but is {config.reward_std}")
+
+
+def require_known(token_ids: Sequence[int], config: Any, prompt: str) -> None:
+    """Raise a ValueError unless the text tower has every token of the prompt, and as many positions."""
+    if not token_ids or max(token_ids) >= config.vocab_size or len(token_ids) > config.max_positions:
+        raise ValueError(
+            f"the prompt {prompt!r} has the tokens {list(token_ids)}, but this scorer reads one at least, at "
+            f"most {config.max_positions}, each below {config.vocab_size}: use another prompt"
+        )

@@ -245,7 +245,8 @@ def _settings(options: argparse.Namespace, scorer, detector) -> dict:
 
     names = ("checkpoint", "dtype", "prompt", "min_confidence", "min_face_size")
     settings = {name: getattr(options, name) for name in names}
-    return {**settings, "detector": detector.name, "weights": fingerprint(scorer)}
+    reference = scorer.reference and f"{scorer.reference.name} (n = {scorer.reference.n})"
+    return {**settings, "detector": detector.name, "weights": fingerprint(scorer), "reference": reference}
 
 
 def _results(options: argparse.Namespace, inputs: _Inputs, scorer, detector, record) -> Iterator:
@@ -284,7 +285,15 @@ def _score_pictures(options: argparse.Namespace, scorer, detector, names: list[s
         if isinstance(faces, Exception):
             yield PictureScores(name, error=_reason(name, faces))
             continue
-        scored = [{"score": face.score, "box": list(face.box), "confidence": face.confidence} for face in faces]
+        scored = [
+            {
+                "score": face.score,
+                "percentile": face.percentile,
+                "box": list(face.box),
+                "confidence": face.confidence,
+            }
+            for face in faces
+        ]
         yield PictureScores(name, tuple(scored))
 
 

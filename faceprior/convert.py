@@ -20,6 +20,8 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from faceprior.score_reference import REFERENCE_FILE
+
 # official name, our name: the first pair whose start fits renames the start
 _STARTS = (
     ("blip.visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
@@ -47,7 +49,8 @@ _OFFICIAL_FILES = {
     "ImageReward.pt": (0.1672, 1.0333),
 }
 _MED_CONFIG = "med_config.json"
-_NAMES_SHOWN = 12
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NAMES_SHOWN = 64  # of a kind, layers folded: every name of a face scorer is among them
 
 # what is taken of a hub repository, and how
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -56,6 +59,7 @@ _HUB_FILES = (
     "diffusion_pytorch_model*.safetensors*",
     _MED_CONFIG,
     f"FaceScore_model/{_MED_CONFIG}",
+    REFERENCE_FILE,
     *_OFFICIAL_FILES,
 )
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -204,7 +208,7 @@ def official_face_score_to_ours(state_dict: Mapping[str, Tensor], source: str = 
         source: what the error calls the state dict.
 
     Raises:
-        ValueError: a key has no counterpart; all of them are counted, the first dozen named.
+        ValueError: keys have no counterpart; they are counted and named.
     """
     stripped = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     kept = {name: tensor for name, tensor in stripped.items() if not _DROPPED.fullmatch(name)}
@@ -288,15 +292,37 @@ def describe_mismatch(
     unexpected: Iterable[str] = (),
     misshapen: Iterable[str] = (),
 ) -> str:
-    """Message for a checkpoint of another model: a dozen names of each kind, then how many more."""
+    """Message for a checkpoint of another model, with every name: layers as `layer.{0-11}.name`, 64 texts a kind."""
     kinds = {"missing": list(missing), "unexpected": list(unexpected), "misshapen": list(misshapen)}
     found = [f"{kind} ({len(names)}): {_shorten(names)}" for kind, names in kinds.items() if names]
     return f"{source} is not a checkpoint of this face scorer: {'; '.join(found)}"
 
 
 def _shorten(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
+    folded = _fold_layers(names)
+    shown = ", ".join(folded[:_NAMES_SHOWN])
+    return shown if len(folded) <= _NAMES_SHOWN else f"{shown} and {len(folded) - _NAMES_SHOWN} more"
+
+
+def _fold_layers(names: list[str]) -> list[str]:
+    """Names that differ in their first number only become one: `a.{0,2-5}.b`."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        layer = _LAYER.search(name)
+        numbers.setdefault(_LAYER.sub("{}", name, count=1), []).append(int(layer[0]) if layer else 0)
+    return [name.replace("{}", _ranges(own), 1) for name, own in numbers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """7 -> 7; 0, 2, 3, 4 -> {0,2-4}."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"
 
 
 def _rename(name: str, starts: Iterable[tuple[str, str]], vision_parts: Iterable[tuple[str, str]]) -> str:

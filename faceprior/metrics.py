@@ -276,6 +276,61 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     return PairedTest(mean, half_width, float(stats.ttest_rel(first, second).pvalue), len(first))
 
 
+class ShareInterval(NamedTuple):
+    """A share in [0, 1] and its 95% confidence interval."""
+
+    share: float
+    low: float
+    high: float
+
+
+def share_interval(right: Sequence[bool]) -> ShareInterval:
+    """The share of True and its 95% interval (Wilson 1927), which stays inside of [0, 1]. ValueError for none."""
+    from scipy import stats
+
+    values = _checked_values(right)
+    interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+    return ShareInterval(float(values.mean()), float(interval.low), float(interval.high))
+
+
+class CalibrationBin(NamedTuple):
+    """Pairs of like margin: their number, the mean |margin|, the mean sigmoid(|margin|), and the share in order."""
+
+    pairs: int
+    margin: float
+    expected: float
+    right: float
+
+
+class Calibration(NamedTuple):
+    """expected_error: in [0, 1], 0 at best; bins: from the smallest margins to the largest."""
+
+    expected_error: float
+    bins: list[CalibrationBin]
+
+
+def ranking_calibration(margins: Sequence[float], bins: int = 10) -> Calibration:
+    """Is a pair with the margin m in the right order with the probability sigmoid(|m|), as Eq. 5 of Face Score fits it?
+
+    margins: s(good) - s(bad) of pairs that were not trained on; the order is right above 0. The pairs, by |m|, are cut
+    into `bins` groups of equal number, ten pairs in each at least. The expected calibration error (Guo et al. 2017,
+    arXiv 1706.04599, Eq. 3) is the mean over the pairs of | share in order - mean sigmoid(|m|) | of their group.
+    """
+    values = _checked_values(margins)
+    values = values[np.argsort(np.abs(values), kind="stable")]
+    groups = np.array_split(values, min(bins, max(1, len(values) // 10)))
+    found = [
+        CalibrationBin(
+            len(group),
+            float(np.abs(group).mean()),
+            float((1 / (1 + np.exp(-np.abs(group)))).mean()),
+            float((group > 0).mean()),
+        )
+        for group in groups
+    ]
+    return Calibration(sum(b.pairs * abs(b.right - b.expected) for b in found) / len(values), found)
+
+
 def _checked_values(values: Sequence[float]) -> np.ndarray:
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or len(numbers) == 0 or not np.isfinite(numbers).all():

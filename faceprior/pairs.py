@@ -8,18 +8,19 @@ mask stays the photograph's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoPipelineForInpainting, DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoPipelineForInpainting, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from faceprior.blip_inputs import crop_bounds
 from faceprior.detect import Face
 from faceprior.diffusion import decode_latents, encode_latents
 from faceprior.images import as_array, load_image, to_pil, to_pixel_values
@@ -239,8 +240,7 @@ class FaceInpainter:
     def round_trip(self, images: list[Image.Image], masks: list[Image.Image]) -> list[Image.Image]:
         """Return the pictures with their masked regions encoded and decoded by the VAE, nothing else; as `__call__`."""
         self._check_sizes(images, masks)
-        vae = self.pipeline.vae
-        decoded = to_pil(decode_latents(vae, encode_latents(vae, to_pixel_values(images))))
+        decoded = through_vae(self.pipeline.vae, images)
         return [Image.composite(new, old, mask) for new, old, mask in zip(decoded, images, masks, strict=True)]
 
     @torch.no_grad()
@@ -299,6 +299,12 @@ class FaceInpainter:
             self._embeddings[prompt] = dict(zip(_EMBEDDINGS, encoded, strict=False))  # SD1.5 has the first two
         rows = [self._embeddings[prompt] for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+@torch.no_grad()
+def through_vae(vae: AutoencoderKL, images: list[Image.Image]) -> list[Image.Image]:
+    """Return the pictures, all of one size, as a VAE gives them back."""
+    return to_pil(decode_latents(vae, encode_latents(vae, to_pixel_values(images))))
 
 
 def cut_out(
@@ -421,6 +427,33 @@ class PairDataset(Dataset):
             "mask": torch.from_numpy(inside)[None].float(),
             "prompt": pair.prompt,
         }
+
+
+Change = Callable[[Image.Image, FacePair], Image.Image]  # a side's whole picture -> the changed one
+
+
+class FaceCrops(Dataset):
+    """The face crops of pairs in their own pixels: good and bad, each (H, W, 3) uint8, cut out of a changed picture."""
+
+    def __init__(self, pairs: list[FacePair], change_good: Change | None = None, change_bad: Change | None = None):
+        self.pairs, self.changes = pairs, {"good": change_good, "bad": change_bad}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        pair, crops = self.pairs[index], {}
+        for side, change in self.changes.items():
+            image = load_image(getattr(pair, side))
+            image = change(image, pair) if change else image
+            crops[side] = as_array(image.crop(crop_bounds(pair.box, *image.size)))
+        return crops
+
+    def name(self, index: int) -> str:
+        """Tell both crops from all others: their files as they are now, and the box."""
+        pair = self.pairs[index]
+        files = [(Path(path).resolve(), Path(path).stat()) for path in (pair.good, pair.bad)]
+        return f"{[(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in files]} {pair.box}"
 
 
 def face_square(size: tuple[int, int], box, resolution: int) -> tuple[int, int, int, int]:

@@ -27,6 +27,7 @@ from faceprior.report_parts import (
     table,
     tag,
 )
+from faceprior.report_scorer import scorer_checks
 
 PAIRS, PORTRAITS, SAMPLES, PHOTOGRAPHS, REASONS = 8, 12, 8, 6, 12  # most that are shown of each
 NUMBER = (int, float)
@@ -175,7 +176,7 @@ def _pair_card(run: Run, pair: dict, bins: Bins) -> Markup:
 
 
 def write_scorer(run: Run, intro: Markup) -> Markup:
-    """Accuracy before and after training, curves, the validation scores and the real photographs."""
+    """Accuracy before and after training, curves, the validation scores, their checks and the real photographs."""
     folder = "checkpoints/scorer"
     rows = run.rows(f"{folder}/metrics.jsonl")
     losses = {"training": points(rows, "loss"), "validation": points(rows, "validation_loss")}
@@ -190,6 +191,7 @@ def write_scorer(run: Run, intro: Markup) -> Markup:
         _facts(run, folder),
         tag("div", charts, class_="grid two"),
         _validation_scores(run),
+        scorer_checks(run),
         scored_photographs(run),
     )
 
@@ -272,10 +274,10 @@ def _face_table(faces: list[dict]) -> Markup | None:
     cells = []
     for place, face in enumerate(faces, 1):
         x0, y0, x1, y1 = face["box"]
-        values = [number(face, key) for key in ("score", "confidence")]
+        values = [number(face, key) for key in ("score", "percentile", "confidence")]
         texts = ["–" if value is None else format_number(value) for value in values]
         cells.append((place, *texts, f"{x1 - x0:.0f}\u202f×\u202f{y1 - y0:.0f}\u202fpx"))
-    return table(["face", "score", "detector's confidence", "size"], cells) if cells else None
+    return table(["face", "score", "percentile", "detector's confidence", "size"], cells) if cells else None
 
 
 def _box_marks(face: dict, width: int) -> list[Markup]:

@@ -22,8 +22,8 @@ from faceprior.images import atomic_write, load_image, save_image
 OUTPUT_MARK = ".faceprior-output"
 OUTPUT_TEXT = "`faceprior score` wrote the pictures here; it passes them over when a folder above is scored.\n"
 
-COLUMNS = ("file", "face", "faces", "score", "confidence", "x0", "y0", "x1", "y1", "error")
-TABLE_HEAD = f"{'score':>9}  {'confidence':>10}  {'x0':>5} {'y0':>5} {'x1':>5} {'y1':>5}  file"
+COLUMNS = ("file", "face", "faces", "score", "percentile", "confidence", "x0", "y0", "x1", "y1", "error")
+TABLE_HEAD = f"{'score':>9}  {'percentile':>10}  {'confidence':>10}  {'x0':>5} {'y0':>5} {'x1':>5} {'y1':>5}  file"
 COLOR, GROUND = (255, 213, 0), (0, 0, 0)
 MIN_FONT, MAX_FONT = 9, 64  # pixels
 
@@ -32,7 +32,8 @@ MIN_FONT, MAX_FONT = 9, 64  # pixels
 class PictureScores:
     """What was found in one picture: faces, none, or the reason why it could not be read.
 
-    faces: best first, each {"score": no unit, "box": [x0, y0, x1, y1] in pixels, "confidence": [0, 1]}.
+    faces: best first, each {"score": no unit, "percentile": among the good faces of the scorer's reference set, [0,
+    100], None without one, "box": [x0, y0, x1, y1] in pixels, "confidence": [0, 1]}.
     """
 
     file: str
@@ -112,12 +113,16 @@ def table_rows(result: PictureScores, min_score: float | None = None) -> list[st
     kept = result.above(min_score)
     if not kept.faces:
         reason = "error" if result.error is not None else "below" if result.faces else "no face"
-        return [f"{reason:>9}  {'':10}  {'':23}  {result.file}"]
+        return [f"{reason:>9}  {'':10}  {'':10}  {'':23}  {result.file}"]
     return [
-        f"{face['score']:9.4f}  {face['confidence']:10.3f}  "
+        f"{face['score']:9.4f}  {_percentile_text(face):>10}  {face['confidence']:10.3f}  "
         f"{' '.join(f'{edge:5.0f}' for edge in face['box'])}  {result.file}"
         for face in kept.faces
     ]
+
+
+def _percentile_text(face: Mapping[str, Any]) -> str:
+    return "-" if face["percentile"] is None else f"{face['percentile']:.1f}"
 
 
 def best_first(results: Iterable[PictureScores]) -> list[PictureScores]:
@@ -202,11 +207,11 @@ def _csv_text(rows: Iterable[Sequence[Any]]) -> str:
 def _csv_rows(result: PictureScores) -> list[list[Any]]:
     file, count = printable(result.file), len(result.faces)
     if result.error is not None:
-        return [[file, "", "", "", "", "", "", "", "", printable(result.error)]]
+        return [[file, *[""] * (len(COLUMNS) - 2), printable(result.error)]]
     if not count:
-        return [[file, "", 0, "", "", "", "", "", "", ""]]
+        return [[file, "", 0, *[""] * (len(COLUMNS) - 3)]]
     return [
-        [file, number, count, face["score"], face["confidence"], *face["box"], ""]
+        [file, number, count, face["score"], face["percentile"], face["confidence"], *face["box"], ""]
         for number, face in enumerate(result.faces, 1)
     ]
 
@@ -239,6 +244,7 @@ def _from_csv(file: str, rows: list[dict[str, str]]) -> PictureScores | None:
     faces = [
         {
             "score": float(row["score"]),
+            "percentile": float(row["percentile"]) if row["percentile"] else None,
             "box": [float(row[edge]) for edge in ("x0", "y0", "x1", "y1")],
             "confidence": float(row["confidence"]),
         }

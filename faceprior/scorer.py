@@ -2,8 +2,12 @@
 FaceScorer: a picture -> one score per face (Face Score, arXiv 2406.17100).
 
 The reward of ImageReward on face crops: a BLIP image encoder (ViT-L/16), a BERT text encoder that looks at
-the image through cross attention and reads "A face.", and a linear head on its first token. Scores have no
-unit: a higher one is a better face; with the published weights plausible faces lie above about 4 (paper 8.5).
+the image through cross attention and reads "A face.", and a linear head on its first token.
+
+The scale: a score has no unit, no bounds and no zero of its own, and scores of two different checkpoints cannot be
+compared. What it means is a difference: a face that scores m more than another one is the better of the two with
+probability sigmoid(m), since that is what the ranking loss fits (Eq. 5). With the published weights plausible faces
+lie above about 4 (paper 8.5). Where the weights come with a reference set, each score has a percentile.
 """
 
 import itertools
@@ -12,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from faceprior.blip import reward_head, text_tower, vision_tower
+from faceprior.blip import check_config, require_known, reward_head, text_tower, vision_tower
 from faceprior.blip_inputs import DEFAULT_PROMPT, normalise, preprocess, tokenize_prompt
 from faceprior.convert import (
     HUB_OPTIONS,
@@ -36,6 +41,7 @@ from faceprior.convert import (
 )
 from faceprior.crops import iter_faces
 from faceprior.detect import Face
+from faceprior.score_reference import REFERENCE_FILE, ScoreReference
 
 MAX_WAITING = 4  # batches of pictures that may wait for a batch of faces to fill
 
@@ -45,13 +51,15 @@ class FaceScore:
     """The score of one face.
 
     score: no unit, higher is better. box: (x0, y0, x1, y1) in pixels. landmarks: (5, 2) in pixels, or None.
-    confidence: the detector's, in [0, 1]; 1 for a box that the caller gave.
+    confidence: the detector's, in [0, 1]; 1 for a box that the caller gave. percentile: per cent of the reference
+    set's good faces that score lower, in [0, 100]; None if the scorer has no reference, or read another prompt.
     """
 
     score: float
     box: tuple[float, float, float, float]
     landmarks: np.ndarray | None = None
     confidence: float = 1.0
+    percentile: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same in plain numbers and lists, for JSON."""
@@ -60,6 +68,7 @@ class FaceScore:
             "box": [float(edge) for edge in self.box],
             "landmarks": None if self.landmarks is None else np.asarray(self.landmarks).tolist(),
             "confidence": float(self.confidence),
+            "percentile": self.percentile,
         }
 
 
@@ -78,6 +87,8 @@ class FaceScorer(ModelMixin, ConfigMixin):
         text_layer_norm_eps: BERT's; the ViT's is 1e-6 in every BLIP.
         reward_mean, reward_std: `forward` returns (reward - mean) / std; 0 and 1 for Face Score.
         prompt, prompt_token_ids: the default prompt and its tokens, [CLS] first and [SEP] last.
+
+    `reference` (a `ScoreReference` or None) goes with the weights: whoever changes them measures it anew.
     """
 
     _supports_gradient_checkpointing = True
@@ -105,10 +116,11 @@ class FaceScorer(ModelMixin, ConfigMixin):
         prompt_token_ids: Sequence[int] = (101, 1037, 2227, 1012, 102),
     ):
         super().__init__()
-        _check_config(self.config)
+        check_config(self.config)
         self.vision_model = vision_tower(self.config)
         self.text_model = text_tower(self.config)
         self.mlp = reward_head(text_hidden_size)
+        self.reference: ScoreReference | None = None
 
     @classmethod
     def from_pretrained(
@@ -128,8 +140,8 @@ class FaceScorer(ModelMixin, ConfigMixin):
 
         Raises:
             FileNotFoundError: neither a folder nor the hub gave anything, or the folder holds no scorer.
-            ValueError: the weights are damaged, hold code, or belong to another model; every missing,
-                unexpected and misshapen tensor is counted, the first dozen of each named.
+            ValueError: the weights are damaged, hold code, or belong to another model, with every missing,
+                unexpected and misshapen tensor named; or `reference.json` is damaged.
         """
         source = pretrained_model_name_or_path
         hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
@@ -144,7 +156,16 @@ class FaceScorer(ModelMixin, ConfigMixin):
                 f"trains a scorer) nor the official FS_model.pt or ImageReward.pt with its med_config.json"
             )
         model.register_to_config(_name_or_path=str(source))
+        model.reference = ScoreReference.load(folder)
         return model.eval()
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write `config.json`, the weights, and `reference.json` if there is a reference; see `ModelMixin`."""
+        # first, so that `push_to_hub` finds it
+        Path(save_directory, REFERENCE_FILE).unlink(missing_ok=True)
+        if self.reference is not None:
+            self.reference.save(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def _from_own_folder(cls, folder: Path, **kwargs: Any) -> "FaceScorer":
@@ -196,7 +217,11 @@ class FaceScorer(ModelMixin, ConfigMixin):
         return model.to(dtype or torch_dtype or torch.float32)
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        vision_prefix: Tensor | None = None,
     ) -> Tensor:
         """Rewards, with gradients to the pixels.
 
@@ -204,18 +229,24 @@ class FaceScorer(ModelMixin, ConfigMixin):
             pixel_values: (B, 3, image_size, image_size), normalised by CLIP's mean and std; see `preprocess`.
             input_ids: (L,), (1, L) or (B, L) int64; the default prompt if None.
             attention_mask: as `input_ids`, 1 for a token and 0 for padding; needed if there is padding.
+            vision_prefix: in place of `pixel_values`, what `encode_prefix` made of them.
 
         Returns:
             (B,) in float32 at least.
         """
-        self._check_pixel_values(pixel_values)
-        batch = len(pixel_values)
+        if (pixel_values is None) == (vision_prefix is None):
+            raise ValueError("give either `pixel_values` or `vision_prefix`")
+        if vision_prefix is not None:
+            image_features = self._encode_from(self.frozen_vision_parts, vision_prefix.to(self.dtype))
+        else:
+            image_features = self.encode_image(pixel_values)
+        batch = len(image_features)
         if input_ids is None:
-            input_ids = torch.tensor(self.config.prompt_token_ids, device=pixel_values.device)
+            input_ids = torch.tensor(self.config.prompt_token_ids, device=image_features.device)
         features = self.text_model(
             input_ids=input_ids.expand(batch, -1),
             attention_mask=None if attention_mask is None else attention_mask.expand(batch, -1),
-            encoder_hidden_states=self.encode_image(pixel_values),
+            encoder_hidden_states=image_features,
             is_decoder=False,
         ).last_hidden_state[:, 0]  # (B, text_hidden_size): [CLS]
         reward = self.mlp(features).squeeze(-1)
@@ -227,22 +258,41 @@ class FaceScorer(ModelMixin, ConfigMixin):
 
         Leading parts whose parameters are all frozen run without gradients, unless the pixels need them.
         """
-        parts = [self.vision_model.embeddings, *self.vision_model.encoder.layers]
-        frozen = 0 if pixel_values.requires_grad else self.frozen_vision_parts
+        self._check_pixel_values(pixel_values)
+        if pixel_values.requires_grad:
+            return self._encode_from(0, pixel_values)
+        return self._encode_from(self.frozen_vision_parts, self.encode_prefix(pixel_values))
+
+    @torch.no_grad()
+    def encode_prefix(self, pixel_values: Tensor) -> Tensor:
+        """The leading parts of the vision tower that have nothing to train, without gradients.
+
+        (B, 3, S, S) -> (B, 1 + patches, vision_hidden_size), which training can keep for a crop that it sees again
+        unchanged; the pixels themselves if nothing is frozen. There is no such thing for the text tower: its frozen
+        layers, too, look at the image through cross attention, so what they give changes with every step of the
+        trained vision layers, and these get their gradient through them.
+        """
+        self._check_pixel_values(pixel_values)
         hidden_states = pixel_values
-        with torch.no_grad():
-            for part in parts[:frozen]:
-                hidden_states = part(hidden_states)
-        for part in parts[frozen:]:
+        for part in self.vision_parts[: self.frozen_vision_parts]:
+            hidden_states = part(hidden_states)
+        return hidden_states
+
+    def _encode_from(self, first: int, hidden_states: Tensor) -> Tensor:
+        for part in self.vision_parts[first:]:
             hidden_states = part(hidden_states)
         return self.vision_model.post_layernorm(hidden_states)
 
     @property
+    def vision_parts(self) -> list[nn.Module]:
+        """The vision tower in its order: embeddings, layer 0, layer 1..."""
+        return [self.vision_model.embeddings, *self.vision_model.encoder.layers]
+
+    @property
     def frozen_vision_parts(self) -> int:
-        """How many leading parts of the vision tower (embeddings, layer 0...) have nothing to train."""
-        parts = [self.vision_model.embeddings, *self.vision_model.encoder.layers]
-        trained = [any(p.requires_grad for p in part.parameters()) for part in parts]
-        return trained.index(True) if True in trained else len(parts)
+        """How many leading parts of the vision tower have nothing to train."""
+        trained = [any(p.requires_grad for p in part.parameters()) for part in self.vision_parts]
+        return trained.index(True) if True in trained else len(trained)
 
     def freeze(self, fraction: float = 0.7) -> list[str]:
         """Freeze the first layers of both towers, and train the rest (paper 4.4: 70%).
@@ -339,9 +389,10 @@ class FaceScorer(ModelMixin, ConfigMixin):
         many = isinstance(images, (list, tuple))
         pictures, given = (images, faces) if many else ([images], None if faces is None else [faces])
         scores = []
-        for found in self.score_each(pictures, given, detector, min_confidence, min_face_size, batch_size, prompt):
-            if isinstance(found, Exception):
-                raise found
+        each = self.score_each(pictures, given, detector, min_confidence, min_face_size, batch_size, prompt)
+        for index, found in enumerate(each):
+            if isinstance(found, Exception):  # that of a box does not name its picture
+                raise ValueError(f"`images[{index}]`: {found}") if many and type(found) is ValueError else found
             scores.append(found)
         return scores if many else scores[0]
 
@@ -373,10 +424,16 @@ class FaceScorer(ModelMixin, ConfigMixin):
             while len(pixels) >= batch_size or (pixels and len(waiting) >= MAX_WAITING * batch_size):
                 rewards += self._rewards(normalise(torch.stack(pixels[:batch_size]).to(self.device)), input_ids)
                 del pixels[:batch_size]
-            yield from _complete(waiting, rewards)
+            yield from _complete(waiting, rewards, partial(self.percentile, prompt=prompt))
         if pixels:
             rewards += self._rewards(normalise(torch.stack(pixels).to(self.device)), input_ids)
-        yield from _complete(waiting, rewards)
+        yield from _complete(waiting, rewards, partial(self.percentile, prompt=prompt))
+
+    def percentile(self, score: float, prompt: str = DEFAULT_PROMPT) -> float | None:
+        """Where a score stands among the reference set's good faces, in [0, 100]; see `FaceScore`."""
+        if self.reference is None or prompt != self.config.prompt:
+            return None
+        return self.reference.percentile(score)
 
     def score_crops(self, crops: Iterable[Any], batch_size: int = 32, prompt: str = DEFAULT_PROMPT) -> list[float]:
         """Score pictures that are face crops already, in their order.
@@ -400,26 +457,8 @@ class FaceScorer(ModelMixin, ConfigMixin):
         """(L,) tokens on the model's device; the default prompt's stand in the configuration."""
         default = prompt == self.config.prompt
         ids = list(self.config.prompt_token_ids) if default else tokenize_prompt(prompt)
-        _require_known(ids, self.config, prompt)
+        require_known(ids, self.config, prompt)
         return torch.tensor(ids, device=self.device)
-
-
-def _check_config(config: Any) -> None:
-    if config.image_size % config.patch_size:
-        raise ValueError(
-            f"`image_size` ({config.image_size}) has to be a multiple of `patch_size` ({config.patch_size})"
-        )
-    _require_known(config.prompt_token_ids, config, config.prompt)
-    if config.reward_std <= 0:
-        raise ValueError(f"`reward_std` has to be positive but is {config.reward_std}")
-
-
-def _require_known(token_ids: Sequence[int], config: Any, prompt: str) -> None:
-    if not token_ids or max(token_ids) >= config.vocab_size or len(token_ids) > config.max_positions:
-        raise ValueError(
-            f"the prompt {prompt!r} has the tokens {list(token_ids)}, but this scorer reads one at least, at "
-            f"most {config.max_positions}, each below {config.vocab_size}: use another prompt"
-        )
 
 
 @contextmanager
@@ -440,17 +479,19 @@ def _checked(batch_size: int) -> int:
     return batch_size
 
 
-def _complete(waiting: deque, rewards: deque) -> Iterator[list[FaceScore] | Exception]:
+def _complete(waiting: deque, rewards: deque, percentile: Callable) -> Iterator[list[FaceScore] | Exception]:
     """Take the first of the waiting pictures out, as long as all their faces have a reward."""
     while waiting:
         if isinstance(waiting[0], Exception):
             yield waiting.popleft()
         elif len(waiting[0][0]) <= len(rewards):
-            yield _ranked([(face, rewards.popleft()) for face in waiting.popleft()[0]])
+            yield _ranked([(face, rewards.popleft()) for face in waiting.popleft()[0]], percentile)
         else:
             return
 
 
-def _ranked(rewarded: list[tuple[Face, float]]) -> list[FaceScore]:
-    scores = [FaceScore(reward, face.box, face.landmarks, face.confidence) for face, reward in rewarded]
+def _ranked(rewarded: list[tuple[Face, float]], percentile: Callable) -> list[FaceScore]:
+    scores = [
+        FaceScore(reward, face.box, face.landmarks, face.confidence, percentile(reward)) for face, reward in rewarded
+    ]
     return sorted(scores, key=lambda score: score.score, reverse=True)

@@ -5,11 +5,14 @@ Stage 2: train the face scorer on (good, bad) pairs (Face Score, arXiv 2406.1710
     accelerate launch stages/02_train_scorer.py --config stages/presets/sd15.yaml
 
 Reads   data/pairs/ (stage 1)
-Writes  checkpoints/scorer/: the scorer with the best validation accuracy, for FaceScorer.from_pretrained; scores.jsonl
-        (both scores of every validation pair), metrics.jsonl, config.yaml
+Writes  checkpoints/scorer/: the scorer with the best validation accuracy, for FaceScorer.from_pretrained, with
+        reference.json, by which its scores get percentiles; scores.jsonl (both scores of every validation pair);
+        report.json (accuracy, calibration, histograms, shortcut tests); metrics.jsonl, config.yaml
 """
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,17 +20,21 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from diffusers import AutoencoderKL
+from torch.utils.data import DataLoader
 
 from faceprior import tiny
-from faceprior.blip_inputs import crop_bounds
 from faceprior.config import is_complete, open_output, run_stage
 from faceprior.degrade import DegradationConfig, apply_degradation, sample_degradation
-from faceprior.images import as_array, load_image
+from faceprior.diffusion import load_part
+from faceprior.images import atomic_write
 from faceprior.losses import pairwise_ranking_loss
-from faceprior.manifest import print_problems, rewrite_rows
-from faceprior.pairs import AREA_LIMITS, FacePair, area_bin, gather_pairs
+from faceprior.manifest import print_problems, read_rows, rewrite_rows
+from faceprior.pairs import FaceCrops, FacePair, gather_pairs
+from faceprior.prefix_cache import PrefixCache, prefix_key
+from faceprior.score_reference import ScoreReference
 from faceprior.scorer import FaceScorer
+from faceprior.scorer_checks import REPORT_FILE, accuracy_by_area, describe, measure_shortcuts, report_scores
 from faceprior.training import (
     TrainingRun,
     collate,
@@ -36,6 +43,7 @@ from faceprior.training import (
     quiet_libraries,
     seeded,
     stable_seed,
+    weight_dtype,
 )
 
 SCORES = "scores.jsonl"
@@ -48,6 +56,7 @@ class Config:
     output: str = "checkpoints/scorer"  # folder for the scorer
     augment: bool = True  # the same flip, blur, resampling and JPEG on both sides, in training; not in the paper
     frozen: float = 0.7  # share of the transformer layers, from the first, that keep their weights, [0, 1]
+    cache_prefix: str = ""  # run the frozen vision layers once per crop: `memory`, or a folder; not with augment
     steps: int = 60  # optimizer steps, [1, inf)
     batch_size: int = 16  # pairs in a micro-batch on one process, [1, 4096]
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
@@ -56,6 +65,7 @@ class Config:
     schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
     validation: float = 0.2  # share of the photographs whose pairs are held out, (0, 1)
+    vae: str = "tiny"  # of the shortcut test: folder (of a pipeline, too) or hub id of a VAE, tiny, or empty for none
     eval_every: int = 20  # steps between two validations, [1, inf)
     save_every: int = 20  # steps between two checkpoints, [1, inf)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # autocast of the forward pass
@@ -65,21 +75,6 @@ class Config:
     overwrite: bool = False  # start anew in an output folder that holds a run
 
 
-class FaceCrops(Dataset):
-    """The face crops of pairs in their own pixels: good and bad, each (H, W, 3) uint8."""
-
-    def __init__(self, pairs: list[FacePair]):
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        pair = self.pairs[index]
-        images = {"good": load_image(pair.good), "bad": load_image(pair.bad)}
-        return {side: as_array(image.crop(crop_bounds(pair.box, *image.size))) for side, image in images.items()}
-
-
 def to_pixel_values(
     scorer: FaceScorer, augment: bool, sample: dict[str, np.ndarray], rng: np.random.Generator | None = None
 ) -> dict[str, torch.Tensor]:
@@ -87,6 +82,17 @@ def to_pixel_values(
     if augment:
         sample = augment_alike(sample, rng)
     return {side: scorer.preprocess(crop)[0].cpu() for side, crop in sample.items()}
+
+
+def how_to_read(scorer: FaceScorer, crops: FaceCrops | PrefixCache, augment: bool = False) -> tuple[str, Callable]:
+    """Return the scorer's argument that a sample is for, and what brings a sample into its form."""
+    if isinstance(crops, PrefixCache):
+        return "vision_prefix", as_it_is
+    return "pixel_values", partial(to_pixel_values, scorer, augment)
+
+
+def as_it_is(sample: dict[str, torch.Tensor], rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
+    return sample
 
 
 def augment_alike(sample: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -113,6 +119,12 @@ def augment_alike(sample: dict[str, np.ndarray], rng: np.random.Generator) -> di
 
 def main(config: Config) -> None:
     quiet_libraries()
+    if config.cache_prefix and (config.augment or config.frozen == 0):
+        raise ValueError(
+            "`cache_prefix` keeps what frozen layers make of crops that never change, but "
+            + ("`augment` changes them: add `--no-augment`" if config.augment else "`frozen` is 0: freeze some layers")
+            + ", or leave out `cache_prefix`"
+        )
     pairs, problems = gather_pairs(config.pairs)
     training, validation = split(config, pairs)
     accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
@@ -121,7 +133,7 @@ def main(config: Config) -> None:
         if is_complete(output):
             print(f"{output} is complete")
             return
-        init = tiny.resolve(config.init, "reward")
+        init, vae = tiny.resolve(config.init, "reward"), load_vae(config.vae)
 
     scorer = FaceScorer.from_pretrained(init)
     scorer.freeze(config.frozen)
@@ -138,14 +150,17 @@ def main(config: Config) -> None:
         config.warmup_steps,
         config.schedule,
     )
-    evaluate = partial(keep_best, run, output, scorer, validation, config)
-    prepare = partial(to_pixel_values, scorer, config.augment)
+    crops, held_out = FaceCrops(training), FaceCrops(validation)
+    if config.cache_prefix:
+        crops, held_out = cache_prefixes(config, run, scorer, crops), cache_prefixes(config, run, scorer, held_out)
+    reads, prepare = how_to_read(scorer, crops, config.augment)
+    evaluate = partial(keep_best, run, output, scorer, validation, held_out, config)
     if run.step == 0:
         run.state["start"] = evaluate()
-    for batch in run.batches(FaceCrops(training), config.batch_size, config.seed, prepare, config.num_workers):
+    for batch in run.batches(crops, config.batch_size, config.seed, prepare, config.num_workers):
         model.train()
         with accelerator.accumulate(model), seeded(config.seed, int(batch["position"][0]), "dropout"):
-            good, bad = model(torch.cat([batch["good"], batch["bad"]])).chunk(2)
+            good, bad = model(**{reads: torch.cat([batch["good"], batch["bad"]])}).chunk(2)
             loss = pairwise_ranking_loss(good, bad)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -156,6 +171,8 @@ def main(config: Config) -> None:
         if run.every(config.eval_every):
             run.log(**evaluate())
 
+    if accelerator.is_main_process:
+        report = write_report(run, output, validation, vae, config)
     start, best = run.state["start"]["validation_accuracy"], run.state["best"][0]
     run.finish(
         start_accuracy=start,
@@ -166,9 +183,8 @@ def main(config: Config) -> None:
     )
     print_problems(problems, "pair")
     print(f"{output}: {best:.1%} of {len(validation)} held-out pairs in the right order ({start:.1%} before training)")
-    for row in run.state["by_area"]:
-        told = f"{row['accuracy']:.1%} of {row['pairs']}" if row["pairs"] else "none held out"
-        print(f"  faces up to {row['up_to']:.1%} of the picture: {told}")
+    if accelerator.is_main_process:
+        print(*describe(report), sep="\n")
 
 
 def split(config: Config, pairs: list[FacePair]) -> tuple[list[FacePair], list[FacePair]]:
@@ -185,15 +201,18 @@ def keep_best(
     output: Path,
     scorer: FaceScorer,
     pairs: list[FacePair],
+    crops: FaceCrops | PrefixCache,
     config: Config,
 ) -> dict[str, float]:
     """Score the held-out pairs; keep the weights and scores if more are in order than ever (at a tie: a lower loss)."""
-    good, bad = validate(run, scorer, FaceCrops(pairs), config.batch_size)
+    good, bad = validate(run, scorer, crops, config.batch_size)
     accuracy, loss = (good > bad).float().mean().item(), pairwise_ranking_loss(good, bad).item()
     if [accuracy, -loss] > run.state.get("best", [-1.0, 0.0]):
         run.state["best"] = [accuracy, -loss]
         run.state["by_area"] = accuracy_by_area(pairs, (good > bad).tolist())
         if run.accelerator.is_main_process:
+            names = ", ".join(Path(name.strip()).name for name in config.pairs.split(","))
+            scorer.reference = ScoreReference.from_scores(f"held-out pairs of {names}", good.tolist(), bad.tolist())
             scorer.save_pretrained(output)
             sides = zip(pairs, good.tolist(), bad.tolist(), strict=True)
             rows = [{"id": p.id, "area_ratio": p.area_ratio, "good": g, "bad": b} for p, g, b in sides]
@@ -204,29 +223,63 @@ def keep_best(
 
 @torch.no_grad()
 def validate(
-    run: TrainingRun, scorer: FaceScorer, crops: FaceCrops, batch_size: int
+    run: TrainingRun, scorer: FaceScorer, crops: FaceCrops | PrefixCache, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rewards (N,) of the good and of the bad sides."""
     scorer.eval()
     rewards = []
-    prepare = partial(to_pixel_values, scorer, False)
+    reads, prepare = how_to_read(scorer, crops)
     for batch in DataLoader(crops, batch_size, collate_fn=lambda samples: collate([prepare(s) for s in samples])):
         sides = torch.cat([batch["good"], batch["bad"]]).to(run.accelerator.device)
         with run.accelerator.autocast():
-            rewards.append(scorer(sides).float().cpu().view(2, -1))
+            rewards.append(scorer(**{reads: sides}).float().cpu().view(2, -1))
     good, bad = torch.cat(rewards, dim=1)
     return good, bad
 
 
-def accuracy_by_area(pairs: list[FacePair], right: list[bool]) -> list[dict]:
-    """Return the number of pairs and the share in the right order for each bin of the face-area ratio (Table 8)."""
-    bins: list[list[bool]] = [[] for _ in AREA_LIMITS]
-    for pair, value in zip(pairs, right, strict=True):
-        bins[area_bin(pair.area_ratio)].append(value)
-    return [
-        {"up_to": limit, "pairs": len(own), "accuracy": sum(own) / len(own) if own else None}
-        for limit, own in zip(AREA_LIMITS, bins, strict=True)
-    ]
+def load_vae(name: str) -> AutoencoderKL | None:
+    """Load the VAE of the shortcut test before the training, which may take days, and not after it."""
+    if not name:
+        return None
+    folder = tiny.resolve(name, "sd15")
+    subfolder = "vae" if (Path(folder) / "vae").is_dir() else None
+    return load_part(AutoencoderKL, folder, "VAE", subfolder=subfolder)
+
+
+def cache_prefixes(config: Config, run: TrainingRun, scorer: FaceScorer, crops: FaceCrops) -> PrefixCache:
+    """Run the frozen vision layers on every crop, or find what an earlier run of the same weights kept of it."""
+    dtype, accelerator = weight_dtype(config.mixed_precision), run.accelerator
+    folder = None if config.cache_prefix == "memory" else config.cache_prefix
+    cache = PrefixCache(crops, prefix_key(scorer, dtype), folder)
+
+    def encode(pixel_values: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():
+            return scorer.encode_prefix(pixel_values.to(accelerator.device)).to(dtype)
+
+    _, prepare = how_to_read(scorer, crops)
+    share = accelerator.process_index, accelerator.num_processes
+    cache.fill(prepare, encode, config.batch_size, config.num_workers, share)
+    accelerator.wait_for_everyone()
+    return cache
+
+
+def write_report(
+    run: TrainingRun, output: Path, pairs: list[FacePair], vae: AutoencoderKL | None, config: Config
+) -> dict:
+    """Write report.json on the weights that were kept, and return what stands in it."""
+    rows, _ = read_rows(output / SCORES)
+    device = run.accelerator.device
+    scorer, vae = FaceScorer.from_pretrained(output).to(device), vae and vae.to(device)
+
+    def score(pairs: list[FacePair], *changes: Callable | None) -> list[list[float]]:
+        return [side.tolist() for side in validate(run, scorer, FaceCrops(pairs, *changes), config.batch_size)]
+
+    report = report_scores([row["good"] for row in rows], [row["bad"] for row in rows])
+    report["accuracy_by_area"] = run.state["by_area"]
+    report["shortcuts"] = measure_shortcuts(score, pairs, vae, Path(config.vae).name)
+    with atomic_write(output / REPORT_FILE, "w") as file:
+        json.dump(report, file, indent=1)
+    return report
 
 
 if __name__ == "__main__":

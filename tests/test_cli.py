@@ -27,6 +27,7 @@ from faceprior.images import save_image
 from faceprior.procedural import draw_portrait
 from faceprior.restorer import AuthFaceRestorer, RestorerSettings
 from faceprior.score_output import COLOR
+from faceprior.score_reference import ScoreReference
 from faceprior.scorer import FaceScorer
 from faceprior.tiny import tiny_controlnet, tiny_sdxl
 
@@ -102,7 +103,7 @@ def test_score_prints_one_json_object_a_picture(archive, tiny_models, capsys):
     assert set(found["torn.png"]) == set(found["text.jpg"]) == {"file", "error"}
     assert found["coffee.png"]["faces"] == []
     (face,) = found["astronaut.png"]["faces"]
-    assert set(face) == {"score", "box", "confidence"}
+    assert set(face) == {"score", "percentile", "box", "confidence"} and face["percentile"] is None
     assert 170 < face["box"][0] < face["box"][2] < 290 and face["confidence"] > 0.9
     assert np.isfinite(face["score"])
     assert "2 of 6 pictures failed" in err and "UNTRAINED" in err
@@ -112,10 +113,11 @@ def test_score_for_people(archive, score):
     code, out, err = score(archive / "*.png")
     assert code == 1
     head, astronaut, coffee, torn = out.splitlines()
-    assert head.split() == ["score", "confidence", "x0", "y0", "x1", "y1", "file"]
+    assert head.split() == ["score", "percentile", "confidence", "x0", "y0", "x1", "y1", "file"]
     assert coffee.split() == ["no", "face", f"{archive}/coffee.png"]
     assert torn.split() == ["error", f"{archive}/torn.png"]
-    assert astronaut.endswith(f"{archive}/astronaut.png") and len(astronaut.split()) == 7
+    assert astronaut.endswith(f"{archive}/astronaut.png") and len(astronaut.split()) == 8
+    assert astronaut.split()[1] == "-"  # this scorer came without a reference set
     assert f"{archive}/torn.png is truncated" in err and "1 of 3 pictures failed" in err
 
 
@@ -159,7 +161,9 @@ def test_csv_holds_a_row_per_face_and_per_picture_without(archive, tmp_path, sco
     table = tmp_path / "deep/scores.csv"
     found = {row["file"]: row for row in rows_of(score(archive, "--json", "--csv", table)[1])}
     rows = read_csv(table)
-    assert list(rows[0]) == ["file", "face", "faces", "score", "confidence", "x0", "y0", "x1", "y1", "error"]
+    assert list(rows[0]) == [
+        "file", "face", "faces", "score", "percentile", "confidence", "x0", "y0", "x1", "y1", "error"
+    ]  # fmt: skip
     assert {row["file"] for row in rows} == set(found)
     for row in rows:
         expected = found[row["file"]]
@@ -170,6 +174,30 @@ def test_csv_holds_a_row_per_face_and_per_picture_without(archive, tmp_path, sco
             assert float(row["score"]) == face["score"] and float(row["confidence"]) == face["confidence"]
         else:
             assert row["faces"] == ("" if row["error"] else "0") and row["score"] == ""
+
+
+def test_percentiles_of_a_scorer_with_a_reference(portraits, tmp_path, scorer, capsys):
+    """In JSON, CSV and table, read back from the CSV; a file of another reference is refused."""
+    model = FaceScorer.from_pretrained(scorer)
+    model.reference = ScoreReference.from_scores("drawn", [-1e6, 1e6], [-1e6, -1e6])  # a straight line through 50%
+    model.save_pretrained(tmp_path / "model")
+    table = tmp_path / "scores.csv"
+    command = ["score", str(portraits / "a"), "--checkpoint", str(tmp_path / "model"), "--detector", "mtcnn"]
+    outputs = []
+    for options in (["--json", "--csv", str(table)], ["--json", "--csv", str(table)], []):
+        assert main([*command, *options]) == 0
+        outputs.append(capsys.readouterr().out)
+    faces = [face for row in rows_of(outputs[0]) for face in row["faces"]]
+    assert faces and outputs[1] == outputs[0]
+    for face in faces:
+        assert face["percentile"] == pytest.approx(50 + face["score"] / 2e4, abs=1e-6)
+    assert [float(row["percentile"]) for row in read_csv(table)] == [face["percentile"] for face in faces]
+    assert [float(line.split()[1]) for line in outputs[2].splitlines()[1:]] == [
+        pytest.approx(face["percentile"], abs=0.06) for face in faces
+    ]
+    ScoreReference.from_scores("others", [0.0], [0.0]).save(tmp_path / "model")
+    assert main([*command, "--csv", str(table)]) == 2
+    assert "reference was 'drawn (n = 2)' and is 'others (n = 1)'" in capsys.readouterr().err
 
 
 def test_csv_goes_on_where_it_was_cut(portraits, tmp_path, score):

@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: "images losses config manifest background judgement_metrics blip",
     1: "detect align degrade color diffusion metrics training sources blip_inputs report_parts judgement_files facial "
-    "features",
-    2: "procedural pairs filters portraits convert crops",
-    3: "scorer guidance restorer report_sections score_output judgement_scores",
+    "features score_reference",
+    2: "procedural pairs filters portraits convert crops report_scorer prefix_cache",
+    3: "scorer guidance restorer report_sections score_output judgement_scores scorer_checks",
     4: "cli report tiny judgement pages",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}

@@ -21,6 +21,8 @@ from faceprior.metrics import (
     mean_interval,
     paired_test,
     psnr,
+    ranking_calibration,
+    share_interval,
     ssim,
 )
 
@@ -296,3 +298,40 @@ def test_pairs_have_to_be_pairs():
 def test_importing_metrics_loads_no_torch():
     code = "import sys, faceprior.metrics; assert not {'torch', 'scipy', 'lpips'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- shares and margins ---
+
+
+def test_a_share_by_hand():
+    """8 of 10, z = 1.96: the middle is (.8 + z^2 / 20) / (1 + z^2 / 10), the half width as in Wilson's formula."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    middle = (0.8 + z**2 / 20) / (1 + z**2 / 10)
+    half = z / (1 + z**2 / 10) * math.sqrt(0.8 * 0.2 / 10 + z**2 / 400)
+    assert share_interval([True] * 8 + [False] * 2) == pytest.approx((0.8, middle - half, middle + half))
+    share, low, high = share_interval(np.array([True]))
+    assert (share, high) == (1, 1) and 0.1 < low < 0.3
+    with pytest.raises(ValueError, match="one at least"):
+        share_interval([])
+
+
+def test_calibration_by_hand():
+    """Ten pairs a margin apart of ln 3 (sigmoid 3/4), six in order, and ten of ln 9 (9/10), all in order.
+
+    The groups are .15 and .1 off, so the error is .125; a tie is no right order.
+    """
+    small, large = math.log(3), math.log(9)
+    error, bins = ranking_calibration([small] * 6 + [large] * 10 + [-small] * 4)
+    assert error == pytest.approx(0.125)
+    assert bins[0] == pytest.approx((10, small, 0.75, 0.6)) and bins[1] == pytest.approx((10, large, 0.9, 1.0))
+    assert ranking_calibration([0.0]) == (0.5, [(1, 0, 0.5, 0)])
+
+
+def test_margins_that_are_probabilities_are_calibrated():
+    """50,000 pairs drawn in order with the probability sigmoid(|m|): the error is that of chance, below a hundredth."""
+    rng = np.random.default_rng(0)
+    sizes = rng.exponential(1.5, 50_000)
+    margins = np.where(rng.random(50_000) < 1 / (1 + np.exp(-sizes)), sizes, -sizes)
+    error, bins = ranking_calibration(margins)
+    assert error < 0.01 and [b.pairs for b in bins] == [5000] * 10
+    assert ranking_calibration(3 * margins).expected_error > 0.05  # too sure of itself

@@ -103,6 +103,11 @@ def make_scorer(folder):
     rows(folder / "metrics.jsonl", {"step": 4, "loss": 0.2, "accuracy": 0.5, "validation_accuracy": 0.75})
     for index, (good, bad) in enumerate(((1.0, 0.0), (2.0, 0.5), (0.0, 1.0), (1.5, 1.0))):
         rows(folder / "scores.jsonl", {"id": str(index), "area_ratio": 0.2, "good": good, "bad": bad})
+    shortcut = {"test": "good through the VAE, above bad", "share": 0.725, "low": 0.571, "high": 0.839, "n": 40}
+    missing = {**dict.fromkeys(("share", "low", "high")), "n": 0, "note": "not measured: `--vae` names a VAE"}
+    calibration = {"expected_error": 0.0625, "bins": [{"pairs": 4, "margin": 0.75, "expected": 0.68, "right": 0.75}]}
+    rows_of_tests = [{**shortcut, "note": "VAE: mine"}, {"test": "another test", **missing}]
+    objects(folder / "report.json", {"pairs": 4, "calibration": calibration, "shortcuts": rows_of_tests})
 
 
 def make_portraits(folder):
@@ -120,7 +125,7 @@ def make_portraits(folder):
 def make_photographs(root):
     picture(root / "photographs/astronaut.png", (40, 30))
     picture(root / "restored/astronaut.png", (40, 30), seed=1)
-    face = {"score": 1.25, "box": [10, 5, 22, 20], "landmarks": None, "confidence": 0.99}
+    face = {"score": 1.25, "percentile": 61.5, "box": [10, 5, 22, 20], "landmarks": None, "confidence": 0.99}
     rows(root / "photographs/scores.jsonl", {"file": "/somewhere/astronaut.png", "faces": [face]})
 
 
@@ -174,7 +179,8 @@ def test_a_whole_run_has_every_part(root):
         "had not been trained",
         "10 to 100%", "noise factor", "hard to tell apart", "no face found",
         "1,234 photographs", "near duplicate",
-        "50% before training and in 75% after it", "The good face scores higher in 3 of 4 pairs", "1.25",
+        "50% before training and in 75% after it", "The good face scores higher in 3 of 4 pairs", "1.25", "61.5",
+        "0.062 apart in the mean", "72.5%", "57.1% to 83.9%", "VAE: mine", "`--vae` names a VAE",
         CAPTION, "sharpness 1.6 (blurred: at least 4.0)", "197,184",
         "21.5", "20.25 to 22.75", "not measured", "the weights of AlexNet are not here",
         "python3 stages/01_make_pairs.py --output data/pairs", "1 min 12 s", "torch", "accelerate", "noise_factors",
@@ -250,6 +256,31 @@ def test_a_stage_without_done_json_is_not_finished(root):
     text = read(root).text
     assert "This stage is not finished: python stages/05_prior_tune.py goes on with it." in text
     assert "Started, but nothing to show yet: python stages/04_guidance_tune.py makes it." in text
+
+
+def test_a_scorer_without_checks_says_when_they_are_made(root):
+    (root / "checkpoints/scorer/report.json").unlink()
+    assert "stage 2 does so when its training ends" in read(root).text
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, "text", 10**400, [], [None], {}, [{}], float("nan")], ids=lambda v: str(v)[:12]
+)
+def test_any_value_of_the_checks_may_be_wrong(root, wrong):
+    """Whatever stands in the place of each, the page is whole and the other part of the checks is shown."""
+    path = root / "checkpoints/scorer/report.json"
+    whole = json.loads(path.read_text())
+    parts = {"calibration": "57.1% to 83.9%", "shortcuts": "0.062 apart in the mean"}
+    for part, other in parts.items():
+        objects(path, {**whole, part: wrong})
+        page = read(root)
+        assert page.balanced and other in page.text
+        first = whole[part]["bins"][0] if part == "calibration" else whole[part][0]
+        for key in first:
+            row = {**first, key: wrong}
+            objects(path, {**whole, part: {"expected_error": 0.0, "bins": [row]} if part == "calibration" else [row]})
+            page = read(root)
+            assert page.balanced and other in page.text
 
 
 def test_a_photograph_that_was_not_restored_is_named(root):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from torchvision import transforms
 from faceprior.blip_inputs import CLIP_MEAN, CLIP_STD, crop_bounds, tokenize_prompt
 from faceprior.convert import ours_to_official
 from faceprior.detect import Face
-from faceprior.images import to_pixel_values
+from faceprior.images import ImageError, to_pixel_values
+from faceprior.score_reference import REFERENCE_FILE, ScoreReference
 from faceprior.scorer import FaceScore, FaceScorer
 
 SIZES = {
@@ -224,6 +227,38 @@ def test_pixels_get_their_gradient_through_frozen_layers(pixel_values):
     torch.testing.assert_close(gradient, expected)
 
 
+def test_rewards_and_gradients_from_a_kept_prefix(pixel_values):
+    """Equal to those from the pixels; the prefix itself has no graph. With nothing frozen it is the pixels."""
+    scorer = make_scorer()
+    torch.testing.assert_close(scorer.encode_prefix(pixel_values), pixel_values)
+    for fraction, parts in ((0.4, 2), (0.7, 3), (1.0, 4)):
+        scorer.freeze(fraction)
+        assert scorer.frozen_vision_parts == parts
+        prefix, gradients = scorer.encode_prefix(pixel_values), []
+        assert prefix.shape == (3, 1 + 16, 128) and not prefix.requires_grad
+        for inputs in ({"pixel_values": pixel_values}, {"vision_prefix": prefix}):
+            rewards = scorer(**inputs)
+            trained = [p for p in scorer.parameters() if p.requires_grad]
+            gradients.append([rewards, *torch.autograd.grad(rewards.sum(), trained)])
+        torch.testing.assert_close(*gradients)
+    for inputs in ({}, {"pixel_values": pixel_values, "vision_prefix": prefix}):
+        with pytest.raises(ValueError, match="either `pixel_values` or `vision_prefix`"):
+            scorer(**inputs)
+
+
+def test_frozen_text_layers_depend_on_the_trained_vision_layers(pixel_values):
+    """Why they cannot be kept: their output changes when the last vision layer, which is trained, changes."""
+    scorer, seen = make_scorer(), []
+    scorer.freeze(0.7)
+    layer = scorer.text_model.encoder.layer[1]
+    assert not any(p.requires_grad for p in layer.parameters())
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output[0].detach().clone()))
+    scorer(pixel_values)
+    torch.nn.init.ones_(scorer.vision_model.encoder.layers[2].mlp.fc2.bias)
+    scorer(pixel_values)
+    assert (seen[0] - seen[1]).abs().max() > 1e-3
+
+
 def test_gradient_checkpointing_of_the_vision_tower(pixel_values):
     """The same gradients; a layer's forward pass runs a second time when its gradient is due."""
     gradients = []
@@ -328,6 +363,37 @@ def test_bad_boxes_are_named(scorer, box, rule):
 
 # --------------------------------------------------------------------------------------------- people
 
+
+def test_the_picture_of_a_bad_box_is_named_in_a_list(scorer):
+    with pytest.raises(ValueError, match=r"`images\[1\]`: the box .*90x70 pixels: the box has to overlap"):
+        scorer.score([picture(), picture()], faces=[[(1, 1, 9, 9)], [(95, 0, 99, 9)]])
+    with pytest.raises(ValueError, match=r"`images\[0\]`: the `box` of a face has to be four finite numbers"):
+        scorer.score([picture()], faces=[[(1, 1, math.inf, 9)]])
+
+
+def test_a_picture_of_one_pixel(scorer):
+    (score,) = scorer.score(Image.new("RGB", (1, 1), "red"), faces=[(0, 0, 1, 1)])
+    expected = scorer(scorer.preprocess(Image.new("RGB", (32, 32), "red")))
+    assert score.score == pytest.approx(expected.item(), abs=1e-5)
+    assert scorer.score(Image.new("RGB", (1, 1)), detector="mtcnn") == []
+
+
+def test_pictures_that_cannot_be_scored(scorer, tmp_path):
+    """A decompression bomb (60000 x 60000 pixels in 57 bytes), a torn file, an empty one, none."""
+    size = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    body = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    picture().save(tmp_path / "torn.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:2000])
+    (tmp_path / "empty.png").touch()
+    for name, rule in (("bomb", "beyond Pillow's own limit.*shrink"), ("torn", "truncated"), ("empty", "is empty")):
+        with pytest.raises(ImageError, match=rf"{name}\.png.*{rule}"):
+            scorer.score(tmp_path / f"{name}.png", faces=[(0, 0, 9, 9)])
+    with pytest.raises(FileNotFoundError, match=r"no image at .*none\.png"):
+        scorer.score(tmp_path / "none.png")
+
+
 BOXES = [(5, 5, 40, 36), (30, 20, 80, 60), (60, 2, 88, 30)]
 
 
@@ -367,6 +433,18 @@ def test_a_picture_without_a_face_has_no_scores(scorer):
     assert scorer.score(picture(size=(40, 40)), detector=find) == []
     assert scorer.score(picture(), faces=[]) == []
     assert scorer.score(picture(), detector=find, min_confidence=0.96) == []
+
+
+def test_a_hundred_faces_in_one_picture(scorer):
+    """In batches of 32 each scores as it does alone, without landmarks too; all come back, the best first."""
+    boxes = [(8 * column, 6 * row, 8 * column + 12, 6 * row + 9) for row in range(10) for column in range(10)]
+    faces = [Face(box, None, 0.5) for box in boxes]
+    scores = scorer.score(picture(), faces=faces)
+    assert {score.box for score in scores} == {face.box for face in faces} and len(scores) == 100
+    values = [score.score for score in scores]
+    assert values == sorted(values, reverse=True) and scores[0].landmarks is None
+    alone = scorer(scorer.preprocess(picture(), boxes=[scores[42].box])).item()
+    assert values[42] == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_real_face_is_found_and_scored(scorer):
@@ -417,6 +495,66 @@ def test_another_prompt_needs_a_tokenizer(scorer, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- files
+
+
+def make_reference(name="drawn"):
+    """Good faces score 0, 1 ... 100, so that a score is its own percentile; bad ones a hundred less."""
+    return ScoreReference.from_scores(name, list(range(101)), [score - 100.0 for score in range(101)])
+
+
+def test_percentiles_by_hand():
+    reference = make_reference()
+    assert (reference.n, reference.good[0], reference.good[50], reference.bad[100]) == (101, 0, 50, 0)
+    assert [reference.percentile(score) for score in (-3, 0, 12.5, 99, 100, 1e9)] == [0, 0, 12.5, 99, 100, 100]
+    few = ScoreReference.from_scores("two", [1.0, 3.0], [0.0, 0.0])
+    assert (few.n, few.percentile(1.5), few.percentile(2.0)) == (2, 25, 50)
+    for good, bad in (([], []), ([1.0], [1.0, 2.0]), ([math.nan], [0.0])):
+        with pytest.raises(ValueError):
+            ScoreReference.from_scores("x", good, bad)
+
+
+def test_the_reference_goes_with_the_weights(tmp_path):
+    scorer = make_scorer()
+    image, box = picture(), BOXES[0]
+    assert scorer.score(image, faces=[box])[0].percentile is None
+    value = scorer.score(image, faces=[box])[0].score
+    scorer.reference = ScoreReference.from_scores("near", [value - 1, value + 1], [value - 2, value - 2])
+    scorer.save_pretrained(tmp_path / "a")
+    FaceScorer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    loaded = FaceScorer.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    assert loaded.reference == scorer.reference
+    (score,) = loaded.score(image, faces=[box])
+    assert score.percentile == pytest.approx(50, abs=0.01) and score.to_dict()["percentile"] == score.percentile
+    assert loaded.percentile(value, "Another prompt.") is None
+    assert json.loads((tmp_path / "b" / REFERENCE_FILE).read_text()).keys() == {"name", "n", "good", "bad"}
+    loaded.reference = None
+    loaded.save_pretrained(tmp_path / "b")
+    assert FaceScorer.from_pretrained(tmp_path / "b").reference is None
+
+
+def test_official_weights_may_have_a_reference_beside_them(tmp_path):
+    save_official(make_scorer(), tmp_path)
+    assert FaceScorer.from_pretrained(tmp_path).reference is None
+    make_reference().save(tmp_path)
+    assert FaceScorer.from_pretrained(tmp_path).reference == make_reference()
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("{", "damaged"),
+        ("[1]", "damaged"),
+        ('{"name": "x", "n": 1}', "missing.*good"),
+        (json.dumps({"name": "x", "n": 1, "good": [0, 1], "bad": [0, 1]}), "`good` has to be 101 finite numbers"),
+        (json.dumps({"name": "x", "n": 1, "good": list(range(101, 0, -1)), "bad": [0] * 101}), "never fall"),
+        (json.dumps({"name": "x", "n": 0, "good": [0] * 101, "bad": [0] * 101}), "at least one pair"),
+    ],
+)
+def test_a_damaged_reference_is_named(tmp_path, text, rule):
+    make_scorer().save_pretrained(tmp_path)
+    (tmp_path / REFERENCE_FILE).write_text(text)
+    with pytest.raises(ValueError, match=rf"reference\.json is damaged.*{rule}|{rule}.*delete it"):
+        FaceScorer.from_pretrained(tmp_path)
 
 
 def test_saving_and_loading(tmp_path, pixel_values):
@@ -507,6 +645,38 @@ def test_an_official_file_of_another_model(tmp_path):
         "misshapen (1): blip.visual_encoder.norm.bias is (7,) instead of (128,)",
     ):
         assert line in str(error.value)
+
+
+def test_a_truncated_official_file(tmp_path):
+    path = save_official(make_scorer(), tmp_path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=r"FS_model\.pt \(100000 bytes\) is truncated.*download it again"):
+        FaceScorer.from_pretrained(tmp_path)
+
+
+class Malicious:
+    """Unpickling it would create a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return type(self.target).touch, (self.target,)
+
+
+def test_an_official_file_with_code_in_it_is_refused(tmp_path):
+    path = save_official(make_scorer(), tmp_path)
+    torch.save(torch.load(path) | {"extra": Malicious(tmp_path / "was_here")}, path)
+    with pytest.raises(ValueError, match=r"FS_model\.pt is refused.*only tensors.*publisher"):
+        FaceScorer.from_pretrained(tmp_path)
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_official_files_of_another_network(tmp_path):
+    path = save_official(make_scorer(), tmp_path)
+    torch.save({f"down_blocks.{n}.weight": torch.zeros(1) for n in range(4)}, path)
+    with pytest.raises(ValueError, match=r"FS_model\.pt is not a checkpoint(.|\n)*down_blocks\.{0-3}\.weight"):
+        FaceScorer.from_pretrained(tmp_path)
 
 
 def test_a_folder_of_ours_with_other_weights(tmp_path):

@@ -42,7 +42,7 @@ def settings(tiny_models: Path) -> dict[str, dict]:
     untrained = {"drop_not_found": False}  # such a VAE leaves no face
     return {
         PAIRS: {**pictures, **untrained, "base": sd15, "batch_size": 2},
-        SCORER: {"init": scorer, "steps": 3, "batch_size": 4, "eval_every": 2, "save_every": 2},
+        SCORER: {"init": scorer, "vae": sd15, "steps": 3, "batch_size": 4, "eval_every": 2, "save_every": 2},
         PORTRAITS: {"num_drawn": 10},
         GUIDANCE: {"base": sd15, "steps": 3, "batch_size": 2, "save_every": 1, "num_samples": 2, "sample_steps": 3},
         PRIOR: {"base": sdxl, "steps": 3, "batch_size": 2, "save_every": 2, "num_samples": 2, "sample_steps": 3},
@@ -407,6 +407,55 @@ def test_scorer_is_loadable_and_its_scores_are_kept(chain):
             with torch.no_grad():
                 reward = scorer(scorer.preprocess(image, [pair["box"]])).item()
             assert reward == pytest.approx(row[side], abs=1e-5)
+
+
+def test_the_report_and_the_reference_are_those_of_the_kept_weights(chain):
+    """Recomputed from the scores on disk; every score of a good face is a percentile of its own set."""
+    from faceprior import FaceScorer
+
+    folder = chain / "checkpoints/scorer"
+    scores, report = rows(folder / "scores.jsonl"), json.loads((folder / "report.json").read_text())
+    right = [row["good"] > row["bad"] for row in scores]
+    assert (report["pairs"], report["accuracy"]["share"]) == (len(scores), np.mean(right))
+    assert [row["n"] for row in report["shortcuts"]] == [len(scores)] * 4
+    assert report["shortcuts"][0]["share"] == np.mean(right)  # the saved weights score as they did
+    assert report["shortcuts"][1]["note"] == "VAE: sd15; in these pairs it had been through one before"
+    reference = FaceScorer.from_pretrained(folder).reference
+    assert (reference.name, reference.n) == ("held-out pairs of pairs", len(scores))
+    assert sorted(row["good"] for row in scores)[0] == reference.good[0]
+    assert max(row["bad"] for row in scores) == reference.bad[100]
+
+
+@pytest.mark.parametrize("where", ["memory", "kept"])
+def test_kept_vision_layers_change_nothing_but_the_time(workplace, tiny_models, where, monkeypatch):
+    """The same log and weights to rounding; in a folder a second run finds them and encodes no crop again."""
+    from faceprior.scorer import FaceScorer
+
+    values = settings(tiny_models)[SCORER] | {"augment": False, "vae": ""}
+    run(SCORER, **values, output="plain")
+    run(SCORER, **values, output="cached", cache_prefix=where)
+    for name in ("metrics.jsonl", "scores.jsonl"):
+        for one, two in zip(rows(Path("plain") / name), rows(Path("cached") / name), strict=True):
+            assert one.pop("id", "") == two.pop("id", "")
+            assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+    if where == "kept":
+        monkeypatch.setattr(FaceScorer, "encode_prefix", lambda *_: pytest.fail("a crop was encoded again"))
+        monkeypatch.setattr(load_stage(SCORER), "write_report", lambda *_: {"accuracy_by_area": [], "shortcuts": [],
+            "calibration": {"expected_error": 0.0}})  # fmt: skip
+        run(SCORER, **values, output="again", cache_prefix=where)
+        assert rows(Path("again/metrics.jsonl")) == rows(Path("cached/metrics.jsonl"))
+
+
+def test_what_cannot_be_kept_is_refused(workplace, tiny_models):
+    for options, rule in (
+        ({"augment": True}, "add `--no-augment`"),
+        ({"augment": False, "frozen": 0.0}, "`frozen` is 0"),
+    ):
+        with pytest.raises(ValueError, match=rf"`cache_prefix` keeps.*{rule}"):
+            run(SCORER, **{**settings(tiny_models)[SCORER], **options}, cache_prefix="memory", output="refused")
+    with pytest.raises(FileNotFoundError, match="no VAE at"):
+        run(SCORER, **{**settings(tiny_models)[SCORER], "vae": "./nowhere"}, output="refused")
+    assert not Path("refused/metrics.jsonl").exists()
 
 
 def test_spoilt_portraits_are_rejected_with_a_reason(chain):
