@@ -108,7 +108,8 @@ def main(config: Config) -> None:
     if accelerator.is_main_process:
         tuner.save_pretrained(output)
         tiny.copy_info(config.base, output)
-        draw_samples(config, output, tuner, [pair.prompt for pair in pairs])
+        largest_first = sorted(pairs, key=lambda pair: (-pair.area_ratio, pair.id))
+        draw_samples(config, output, tuner, [pair.prompt for pair in largest_first])
         run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs))
         print_problems(problems, "pair")
         print(f"{output}: tuned for {config.steps} steps; samples before and after in {output / 'samples'}")
@@ -121,8 +122,8 @@ def load_features(name: str) -> FeatureNetwork:
 
 
 def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:
-    """Draw the same prompts at the same seeds with the original and with the tuned weights."""
-    chosen = sorted(set(prompts))[: config.num_samples]
+    """Draw the first prompts at the same seeds with the original and with the tuned weights."""
+    chosen = list(dict.fromkeys(prompts))[: config.num_samples]
     if not chosen:
         return
     options = (range(len(chosen)), config.resolution, config.sample_steps, config.guidance_scale)

@@ -46,7 +46,16 @@ def settings(tiny_models: Path) -> dict[str, dict]:
         PORTRAITS: {"num_drawn": 10},
         GUIDANCE: {"base": sd15, "steps": 3, "batch_size": 2, "save_every": 1, "num_samples": 2, "sample_steps": 3},
         PRIOR: {"base": sdxl, "steps": 3, "batch_size": 2, "save_every": 2, "num_samples": 2, "sample_steps": 3},
-        RESTORER: {"init": "", "steps": 3, "batch_size": 2, "save_every": 2, "num_samples": 2, "sample_steps": 3},
+        RESTORER: {
+            "init": "",
+            "steps": 3,
+            "batch_size": 2,
+            "save_every": 2,
+            "num_samples": 2,
+            "sample_steps": 3,
+            "warmup_steps": 1,
+            "schedule": "cosine",
+        },
         EVAL: {"base": sd15, "num_prompts": 2, "num_faces": 2, "sample_steps": 3},
     }
 
@@ -87,6 +96,12 @@ def chain(tmp_path_factory, tiny_models) -> Path:
         for name, values in settings(tiny_models).items():
             run(name, **values)
     return folder
+
+
+def test_the_restorer_s_learning_rate_warms_up_and_falls(chain):
+    """One step of warm-up at 1/2, then the cosine of two steps: 1 and 1/2 of 1e-4."""
+    rates = [row["learning_rate"] for row in rows(chain / "checkpoints/restorer/metrics.jsonl")]
+    assert rates == pytest.approx([0.5e-4, 1e-4, 0.5e-4])
 
 
 @pytest.fixture
