@@ -45,7 +45,7 @@ STEPS = {
 class Config:
     work: str = "data/tiny"  # folder for drawings, latents and runs in progress
     only: str = "all"  # the step to do, by its name in STEPS
-    num_drawn: int = 6000  # training pictures, [200, 9999]
+    num_drawn: int = 9000  # training pictures, [200, 9999]
     resolution: int = 128  # pixels, [64, 256]
     vae_steps: int = 3000  # of batch 8, [1, inf)
     vae_learning_rate: float = 1.5e-3  # of AdamW, (0, 1)
@@ -53,7 +53,7 @@ class Config:
     feature_learning_rate: float = 1e-3  # of AdamW, (0, 1)
     num_reward_portraits: int = 1200  # drawings, inpainted for the reward model, [1, 4000]
     num_reward_scenes: int = 200  # and scenes with smaller faces, [0, 1000]
-    reward_steps: int = 3000  # of 16 pairs, [1, inf)
+    reward_steps: int = 4500  # of 16 pairs, [1, inf)
     reward_learning_rate: float = 5e-4  # of AdamW, (0, 1)
     base_steps: int = 3000  # of batch 32, [1, inf)
     sdxl_steps: int = 700  # of batch 32, from the other base's weights, [1, inf)
@@ -65,7 +65,7 @@ class Config:
     guidance_steps: int = 200  # of stage 4, [1, inf)
     num_portraits: int = 300  # drawn for stage 3, [1, inf)
     prior_steps: int = 150  # of stage 5, [1, inf)
-    num_faces: int = 1500  # aligned faces, drawn for stage 6, [1, 8000]
+    num_faces: int = 1200  # aligned faces, drawn for stage 6, [1, 8000]
     control_steps: int = 2600  # of stage 6 without the facial loss, of batch 8, [1, inf)
     restorer_steps: int = 400  # of stage 6 with it, [1, inf)
     ema_decay: float = 0.998  # of the weights that are kept, [0, 1)

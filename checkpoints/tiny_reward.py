@@ -26,7 +26,7 @@ from faceprior.pairs import face_square, read_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
-INPAINTED = 0.5  # share of the samples that are pairs of stage 1
+INPAINTED = 0.65  # share of the samples that are pairs of stage 1
 DRAWN = 3000  # drawings of the split that are used, at most
 SEEN = tuple(name for name in DAMAGES if name not in UNSEEN)
 STRUCTURAL = tuple(name for name in SEEN if name not in PHOTOMETRIC)
