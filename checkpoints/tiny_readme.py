@@ -28,9 +28,9 @@ scenes that the project draws. They know drawn people only: they show the method
 nor hub, and are no substitute for the published models. `make figures` measures them.
 """
 FOOTER = """
-Losses are means over the last 50 steps; hours are by the clock, some beside other work. A run that stands more than once
-went on from the weights that the one before had shipped; `make tiny` trains it at once, in as many steps as they have
-together.
+Losses are means over the last 50 steps; hours are by the clock, some beside other work. A run that stands more than
+once went on from the weights that the one before had shipped; `make tiny` trains it at once, in as many steps as they
+have together.
 
 - Data: {data}, from the training seeds in `faceprior/procedural.py`; every run has the seed 0
 - Machine: {machines}
