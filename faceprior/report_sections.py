@@ -2,7 +2,6 @@
 
 import re
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,8 +141,11 @@ def _bin_text(bins: Bins, ratio: float) -> str:
 def _bin_table(pairs: list[dict], bins: Bins) -> Markup | None:
     if not bins:
         return None
-    counts = Counter(_bin_text(bins, pair["area_ratio"]) for pair in pairs)
-    rows = [(text, format_number(factor), counts[text]) for _, text, factor in bins]
+    own = {text: [p for p in pairs if _bin_text(bins, p["area_ratio"]) == text] for _, text, _ in bins}
+    rows = []
+    for _, text, factor in bins:  # a face that is worked on in a crop around it has a factor of another table
+        used = sorted({pair["strength"] for pair in own[text]}) or [factor]
+        rows.append((text, ", ".join(map(format_number, used)), len(own[text])))
     return table(["face / picture area", "noise factor", "pairs"], rows)
 
 
