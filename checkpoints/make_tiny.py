@@ -53,7 +53,7 @@ class Config:
     feature_learning_rate: float = 1e-3  # of AdamW, (0, 1)
     num_reward_portraits: int = 1200  # drawings, inpainted for the reward model, [1, 4000]
     num_reward_scenes: int = 200  # and scenes with smaller faces, [0, 1000]
-    reward_steps: int = 4500  # of 16 pairs, [1, inf)
+    reward_steps: int = 6000  # of 16 pairs, [1, inf)
     reward_learning_rate: float = 5e-4  # of AdamW, (0, 1)
     base_steps: int = 3000  # of batch 32, [1, inf)
     sdxl_steps: int = 700  # of batch 32, from the other base's weights, [1, inf)
