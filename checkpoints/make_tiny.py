@@ -3,6 +3,7 @@ Train the tiny models of the embedded default, from nothing, by seeds.
 
     python checkpoints/make_tiny.py                        # every step, one after the other
     python checkpoints/make_tiny.py --only vae             # one step
+    python checkpoints/make_tiny.py --only reward --work data/more --go_on   # more training for what is shipped
 
 Every step goes on where it was stopped. Writes its work below `work` and the finished parts into checkpoints/tiny.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tiny_bases import refine_sd15, train_sd15, train_sdxl
+from tiny_bases import train_sd15, train_sdxl
 from tiny_data import draw
 from tiny_features import train_features
 from tiny_readme import note_duration, write_readme
@@ -28,7 +29,6 @@ STEPS = {
     "vae": train_vae,
     "features": train_features,
     "sd15": train_sd15,
-    "sd15_fine": refine_sd15,
     "sdxl": train_sdxl,
     "reward_pairs": make_reward_pairs,
     "reward": train_reward,
@@ -53,13 +53,11 @@ class Config:
     feature_learning_rate: float = 1e-3  # of AdamW, (0, 1)
     num_reward_portraits: int = 1200  # drawings, inpainted for the reward model, [1, 4000]
     num_reward_scenes: int = 200  # and scenes with smaller faces, [0, 1000]
-    reward_steps: int = 6000  # of 16 pairs, [1, inf)
+    reward_steps: int = 12000  # of 16 pairs, [1, inf)
     reward_learning_rate: float = 5e-4  # of AdamW, (0, 1)
-    base_steps: int = 3000  # of batch 32, [1, inf)
+    base_steps: int = 8000  # of batch 32, [1, inf)
     sdxl_steps: int = 700  # of batch 32, from the other base's weights, [1, inf)
     base_learning_rate: float = 1e-3  # of AdamW, (0, 1)
-    refine_steps: int = 700  # of batch 32, of the first base's U-Net by the plain loss, [1, inf)
-    refine_learning_rate: float = 5e-4  # of AdamW, (0, 1)
     num_pairs: int = 400  # portraits for pairs, and a quarter of it scenes, [1, inf)
     scorer_steps: int = 200  # of stage 2, [1, inf)
     guidance_steps: int = 200  # of stage 4, [1, inf)
@@ -70,6 +68,7 @@ class Config:
     restorer_steps: int = 400  # of stage 6 with it, [1, inf)
     ema_decay: float = 0.998  # of the weights that are kept, [0, 1)
     mixed_precision: Literal["no", "bf16"] = "bf16"  # bf16 is 1.4 to 2 times as fast on a CPU that has it
+    go_on: bool = False  # begin reward, sd15 and restorer from the shipped weights instead of from nothing
     shard: int = 0  # which half of the drawings to draw, to use two processes, [0, 1]
     num_shards: int = 1  # processes that draw, [1, 2]
     device: str = "auto"  # auto, cpu, cuda or cuda:N

@@ -82,20 +82,20 @@ def shorten(sample: dict, rng: np.random.Generator) -> dict:
 
 
 def train_sd15(config, work: Path) -> None:
-    """Train the Stable Diffusion 1.5 type U-Net and its text encoder together."""
-    if not (work / "sd15" / "done.json").is_file():
+    """Train the Stable Diffusion 1.5 type U-Net and its text encoder together; a shipped U-Net goes on alone.
+
+    The other base shares the text encoder, which therefore stays as it is once both are there.
+    """
+    if (work / "sd15" / "done.json").is_file():
+        return
+    if config.go_on:
+        pipeline = DiffusionPipeline.from_pretrained(tiny.tiny_folder() / "sd15")
+        trained = {"unet": pipeline.unet}
+    else:
         pipeline = tiny.tiny_sd15()
         pipeline.vae = AutoencoderKL.from_pretrained(work / "vae")
         trained = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        train_base(config, work, "sd15", pipeline, trained, config.base_steps, config.base_learning_rate)
-
-
-def refine_sd15(config, work: Path) -> None:
-    """Go on with the U-Net alone by the plain loss, in which fine details such as eyes weigh more."""
-    if not (work / "sd15_fine" / "done.json").is_file():
-        pipeline = DiffusionPipeline.from_pretrained(tiny.tiny_folder() / "sd15")
-        trained = {"unet": pipeline.unet}
-        train_base(config, work, "sd15_fine", pipeline, trained, config.refine_steps, config.refine_learning_rate)
+    train_base(config, work, "sd15", pipeline, trained, config.base_steps, config.base_learning_rate)
 
 
 def train_sdxl(config, work: Path) -> None:
@@ -135,12 +135,7 @@ def train_base(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Train parts of a pipeline to predict noise, keep a moving average of them, and write them to checkpoints/tiny.
-
-    name: the run's, which begins with the kind of pipeline; the weights of a run that ends in `_fine` replace those
-    that it began with, and all timesteps count alike in it.
-    """
-    kind, fine = name.removesuffix("_fine"), name.endswith("_fine")
+    """Train parts of a pipeline to predict noise, keep a moving average of them, and write them to checkpoints/tiny."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -177,7 +172,7 @@ def train_base(
                 added_cond_kwargs=added_conditions(embeddings, config.resolution, config.resolution),
             ).sample
         errors = (model_pred.float() - noise).square().mean(dim=(1, 2, 3))
-        loss = errors.mean() if fine else (min_snr_weights(scheduler, timesteps) * errors).mean()
+        loss = (min_snr_weights(scheduler, timesteps) * errors).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(networks.parameters(), 1.0)
         optimizer.step()
@@ -186,7 +181,7 @@ def train_base(
         run.log(loss=loss, mse=errors.mean())
     for part_name, part in trained.items():
         part.load_state_dict(average[part_name].state_dict())
-    save_pipeline(pipeline, tiny.tiny_folder() / kind, run.steps)
+    save_pipeline(pipeline, tiny.tiny_folder() / name, run.steps)
     run.finish()
 
 

@@ -110,10 +110,36 @@ def patches(image, landmarks, strength, rng):
     return result
 
 
+def nose_shift(image, landmarks, strength, rng):
+    return shift_feature(image, landmarks, landmarks[2], 0.4, strength, rng)
+
+
+def stretch(image, landmarks, strength, rng):
+    """One feature grows or shrinks."""
+    rows, columns = grid(image)
+    dx, dy = (axis - center for axis, center in zip((columns, rows), landmarks[rng.integers(5)], strict=True))
+    factor = np.exp(rng.choice([-1, 1]) * 0.7 * strength)
+    weight = (factor - 1) * np.exp(-(dx**2 + dy**2) / (0.35 * between_eyes(landmarks)) ** 2)
+    return displace(image, weight * dx, weight * dy)
+
+
+def shear(image, landmarks, strength, rng):
+    """The face breaks along a line, and its halves slide along each other."""
+    unit, angle = between_eyes(landmarks), rng.uniform(0, np.pi)
+    cx, cy = landmarks.mean(axis=0) + rng.uniform(-0.3, 0.3, 2) * unit
+    rows, columns = grid(image)
+    along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
+    side = np.tanh(((columns - cx) * across[0] + (rows - cy) * across[1]) / (0.08 * unit))
+    slide = 0.16 * strength * unit * side * face_weight(image, landmarks)
+    return displace(image, along[0] * slide, along[1] * slide)
+
+
 DAMAGES: dict[str, Callable] = {
     function.__name__: function
     for function in (blur, noise, jpeg, downsample, ghost, warp, swirl, eye_shift, mouth_shift, erase, smear, patches)
 }
+# More ways to move features, for the pretraining alone: the figures are over the twelve above.
+TRAINING_ONLY: dict[str, Callable] = {function.__name__: function for function in (nose_shift, stretch, shear)}
 UNSEEN = ("ghost", "swirl", "mouth_shift", "patches")  # kept out of the pretraining
 PHOTOMETRIC = ("blur", "noise", "jpeg", "downsample")
 

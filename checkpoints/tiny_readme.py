@@ -36,7 +36,7 @@ have together.
 - Machine: {machines}
 - Licence: Apache-2.0, as the code. The pictures are drawn by it: no photograph of anyone was used
 """
-RUNS = ("vae", "features", "sd15", "sd15_fine", "sdxl", "reward", "scorer", "guided", "prior", "control", "restorer")
+RUNS = ("vae", "features", "sd15", "sdxl", "reward", "scorer", "guided", "prior", "control", "restorer")
 COLUMNS = ("run", "steps", "loss", "hours", "result")
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_bases import tidy_configs
-from tiny_damage import DAMAGES, LEVELS, PHOTOMETRIC, UNSEEN
+from tiny_damage import DAMAGES, LEVELS, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
 from tiny_data import Drawings, save_arrays
 from tiny_vae import pixel_batches
 from torch.utils.data import Dataset
@@ -26,10 +26,12 @@ from faceprior.pairs import face_square, read_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
-INPAINTED = 0.65  # share of the samples that are pairs of stage 1
+INPAINTED = 0.6  # share of the samples that are pairs of stage 1
 DRAWN = 3000  # drawings of the split that are used, at most
-SEEN = tuple(name for name in DAMAGES if name not in UNSEEN)
+SEEN = {**{name: damage for name, damage in DAMAGES.items() if name not in UNSEEN}, **TRAINING_ONLY}
 STRUCTURAL = tuple(name for name in SEEN if name not in PHOTOMETRIC)
+HARD = ("warp", "eye_shift", "nose_shift", "stretch", "shear")  # features that have moved: drawn three times as often
+CHOSEN = (*PHOTOMETRIC, *STRUCTURAL, *HARD, *HARD)
 
 
 class DrawnFaces(Dataset):
@@ -102,14 +104,14 @@ def spoil(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Generator) ->
     def dose(picture: np.ndarray, name: str, strength: float) -> np.ndarray:
         if strength == 0:
             return picture
-        return DAMAGES[name](picture, landmarks, strength, np.random.default_rng(seed))
+        return SEEN[name](picture, landmarks, strength, np.random.default_rng(seed))
 
     if rng.random() < 0.6:
-        name = str(rng.choice(SEEN))
+        name = str(rng.choice(CHOSEN))
         weak, strong = sorted(rng.choice((0.0, *LEVELS), 2, replace=False))
         weak = weak if rng.random() < 0.5 else 0.0
         return dose(image, name, weak), dose(image, name, strong)
-    name, strength = str(rng.choice(STRUCTURAL)), rng.uniform(0.4, 1.0)
+    name, strength = str(rng.choice(CHOSEN[len(PHOTOMETRIC) :])), rng.uniform(0.4, 1.0)
     veiled = dose(image, str(rng.choice(PHOTOMETRIC)), rng.uniform(0.05, 0.25))
     return veiled, dose(veiled if rng.random() < 0.4 else image, name, strength)
 
@@ -149,7 +151,8 @@ def train_reward(config, work: Path) -> None:
     if (output / "done.json").is_file():
         return
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
-    scorer = tiny.tiny_scorer()
+    folder = tiny.tiny_folder() / "reward"
+    scorer = FaceScorer.from_pretrained(folder, dtype=torch.float32) if config.go_on else tiny.tiny_scorer()
     accelerator = make_accelerator(config.device, config.mixed_precision)
     training = DrawnFaces(work, "train", vae, work / "reward_pairs")
     held_out = DrawnFaces(work, "validation", vae)
@@ -175,7 +178,6 @@ def train_reward(config, work: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.log(loss=loss, accuracy=(good > bad).float().mean(), margin=(good - bad).mean())
-    folder = tiny.tiny_folder() / "reward"
     accuracy = measure_order(scorer.eval(), held_out, twin)
     scorer.to(torch.float16).save_pretrained(folder)
     tidy_configs(folder)

@@ -67,7 +67,8 @@ def train_scorer(config, work: Path) -> None:
 
 def tune(config, work: Path) -> None:
     """Stage 4: the guidance loss on the pairs. The tuned model is measured, not shipped."""
-    options = {"pairs": work / "pairs", "steps": config.guidance_steps, "batch_size": 16, "learning_rate": 2e-4}
+    options = {"pairs": work / "pairs", "steps": config.guidance_steps, "batch_size": 16, "learning_rate": 1e-4}
+    options |= {"schedule": "cosine", "warmup_steps": 20}
     run("04_guidance_tune", work / "guided", **options, **precision(config))
 
 
@@ -75,6 +76,7 @@ def train_prior(config, work: Path) -> None:
     """Stages 3 and 5: portraits, and the SDXL type model tuned on them."""
     run("03_curate_portraits", work / "portraits", num_drawn=config.num_portraits)
     options = {"portraits": work / "portraits", "steps": config.prior_steps, "batch_size": 16, "learning_rate": 2e-4}
+    options |= {"schedule": "cosine"}
     run("05_prior_tune", work / "prior", **options, **precision(config))
 
 
@@ -94,7 +96,8 @@ def train_restorer(config, work: Path) -> None:
     """
     options = {"images": work / "faces", "prior": work / "prior", "batch_size": 8, "schedule": "cosine"}
     options |= {"warmup_steps": 50, "save_every": 100, **precision(config)}
-    first = {"init": "", "facial_loss": "none", "steps": config.control_steps, "learning_rate": 1e-3}
+    start = tiny.tiny_folder() / "restorer" if config.go_on else ""
+    first = {"init": start, "facial_loss": "none", "steps": config.control_steps, "learning_rate": 1e-3}
     run("06_train_restorer", work / "control", **options, **first)
     last = {"init": work / "control", "steps": config.restorer_steps, "learning_rate": 3e-4}
     run("06_train_restorer", work / "restorer", **options, **last)

@@ -60,7 +60,9 @@ class Config:
     steps: int = 40  # optimizer steps, [1, inf)
     batch_size: int = 4  # portraits in a micro-batch on one process, [1, 1024]
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
-    learning_rate: float = 1e-4  # of AdamW, (0, 1)
+    learning_rate: float = 1e-4  # of AdamW at its peak, (0, 1)
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate
+    warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8-bit: a quarter of its memory
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, (0, inf)
     gradient_checkpointing: bool = False  # less memory, a third more time
@@ -93,9 +95,8 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
     unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)
     noise_scheduler = make_noise_scheduler(pipeline)
-    run = TrainingRun(
-        output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, save_every=config.save_every
-    )
+    schedule = (config.save_every, config.warmup_steps, config.schedule)
+    run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
     dataset = PortraitDataset(config.portraits, portraits, config.resolution)
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
         unet.train()

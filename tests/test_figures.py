@@ -234,10 +234,11 @@ def test_ratios_of_restored_to_degraded(load, models):
     restorer, bench_module = load("figures_restorer"), load("figures_bench")
     faces = [restorer.draw_face(index) for index in range(6)]
     degraded, clean = [face.degraded for face in faces], [face.clean for face in faces]
-    row = restorer.landmark_row(faces, degraded)
-    assert row["value"] == 1 and row["low"] == 1 and row["met"] is False and "no face seen in" in row["note"]
-    assert 0 < restorer.landmark_row(faces, clean)["value"] != 1
-    blank = restorer.landmark_row(faces, [Image.new("RGB", (128, 128))] * 6)
+    row, true = restorer.landmark_rows(faces, degraded)
+    assert row["value"] == row["low"] == true["value"] == 1 and row["met"] is False and "no face seen in" in row["note"]
+    row, true = restorer.landmark_rows(faces, clean)
+    assert row["value"] == 0 < true["value"] != 1 and row["met"] is True
+    blank, _ = restorer.landmark_rows(faces, [Image.new("RGB", (128, 128))] * 6)
     assert blank["value"] is None and "6 restored" in blank["note"]
     bench = bench_module.Bench(load("figures").Config(models=str(models), untrained=True, device="cpu"))
     assert restorer.fid_row(bench, degraded, degraded, clean)["value"] == pytest.approx(1)

@@ -1,6 +1,7 @@
 """The training of the tiny models, in a few steps on a few drawings."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,8 +49,8 @@ def work(siblings, tmp_path_factory):
 def config():
     return SimpleNamespace(
         resolution=128, vae_steps=2, vae_learning_rate=1e-3, base_steps=2, sdxl_steps=2, base_learning_rate=1e-3,
-        refine_steps=2, refine_learning_rate=1e-3, reward_steps=2, reward_learning_rate=1e-3, ema_decay=0.9,
-        mixed_precision="no", device="cpu",
+        reward_steps=2, reward_learning_rate=1e-3, ema_decay=0.9,
+        mixed_precision="no", device="cpu", go_on=False,
     )  # fmt: skip
 
 
@@ -127,20 +128,19 @@ def test_the_bases_are_trained_and_load_with_stock_diffusers(vae, work, config, 
     assert any(not torch.allclose(changed[key].float(), fresh[key], atol=1e-4) for key in changed)
 
 
-def test_the_first_base_is_refined_but_for_its_text_encoder(vae, work, config, home, monkeypatch):
-    """Both losses are the same there, as all timesteps count alike."""
+def test_the_shipped_base_goes_on_but_for_its_text_encoder(vae, work, config, home, tmp_path, monkeypatch):
     import tiny_bases
 
     monkeypatch.setattr(tiny_bases, "BATCH", 2)
     tiny_bases.train_sd15(config, work)
     before = StableDiffusionPipeline.from_pretrained(home / "sd15")
-    tiny_bases.refine_sd15(config, work)
+    shutil.rmtree(work / "sd15")
+    tiny_bases.train_sd15(SimpleNamespace(**{**vars(config), "go_on": True}), work)
     after = StableDiffusionPipeline.from_pretrained(home / "sd15")
     for part, same in (("text_encoder", True), ("vae", True), ("unet", False)):
         pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) is same
-    rows = [json.loads(line) for line in (work / "sd15_fine/metrics.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in rows] == [row["mse"] for row in rows]
+        assert same or all(torch.allclose(a, b, atol=0.02) for a, b in pairs)
 
 
 def test_the_record_keeps_the_runs_of_other_work_folders(work, config, home, tmp_path, monkeypatch):

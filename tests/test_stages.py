@@ -40,22 +40,15 @@ def settings(tiny_models: Path) -> dict[str, dict]:
     sd15, sdxl, scorer = (str(tiny_models / kind) for kind in ("sd15", "sdxl", "scorer"))
     pictures = {"num_drawn": 6, "num_scenes": 1, "max_resolution": 256, "min_face_size": 10}  # a scene of three faces
     untrained = {"drop_not_found": False}  # such a VAE leaves no face
+    tuning = {"steps": 3, "batch_size": 2, "num_samples": 2, "sample_steps": 3}
+    tuning |= {"warmup_steps": 1, "schedule": "cosine"}
     return {
         PAIRS: {**pictures, **untrained, "base": sd15, "batch_size": 2},
         SCORER: {"init": scorer, "vae": sd15, "steps": 3, "batch_size": 4, "eval_every": 2, "save_every": 2},
         PORTRAITS: {"num_drawn": 10},
-        GUIDANCE: {"base": sd15, "steps": 3, "batch_size": 2, "save_every": 1, "num_samples": 2, "sample_steps": 3},
-        PRIOR: {"base": sdxl, "steps": 3, "batch_size": 2, "save_every": 2, "num_samples": 2, "sample_steps": 3},
-        RESTORER: {
-            "init": "",
-            "steps": 3,
-            "batch_size": 2,
-            "save_every": 2,
-            "num_samples": 2,
-            "sample_steps": 3,
-            "warmup_steps": 1,
-            "schedule": "cosine",
-        },
+        GUIDANCE: {**tuning, "base": sd15, "save_every": 1},
+        PRIOR: {**tuning, "base": sdxl, "save_every": 2},
+        RESTORER: {**tuning, "init": "", "save_every": 2},
         EVAL: {"base": sd15, "num_prompts": 2, "num_faces": 2, "sample_steps": 3},
     }
 
@@ -98,9 +91,10 @@ def chain(tmp_path_factory, tiny_models) -> Path:
     return folder
 
 
-def test_the_restorer_s_learning_rate_warms_up_and_falls(chain):
+@pytest.mark.parametrize("model", ["guided", "prior", "restorer"])
+def test_the_learning_rate_warms_up_and_falls(chain, model):
     """One step of warm-up at 1/2, then the cosine of two steps: 1 and 1/2 of 1e-4."""
-    rates = [row["learning_rate"] for row in rows(chain / "checkpoints/restorer/metrics.jsonl")]
+    rates = [row["learning_rate"] for row in rows(chain / f"checkpoints/{model}/metrics.jsonl")]
     assert rates == pytest.approx([0.5e-4, 1e-4, 0.5e-4])
 
 
