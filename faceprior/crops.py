@@ -1,9 +1,7 @@
 """The face crops of many pictures, read and searched in threads, ahead of the network that is to see them."""
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from itertools import repeat
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from faceprior.background import in_background
 from faceprior.blip_inputs import face_pixels
 from faceprior.detect import Detector, Face, detect_faces, resolve_detector
 from faceprior.images import load_image
@@ -65,7 +64,8 @@ def iter_faces(
             return error
 
     items = zip(images, repeat(None) if faces is None else faces, strict=False)
-    yield from _map_ahead(find, map(_opened, items), min(MAX_THREADS, torch.get_num_threads()))
+    threads = min(MAX_THREADS, torch.get_num_threads())
+    yield from in_background(lambda item: find(*item), map(_opened, items), threads, ahead=2 * threads + 1)
 
 
 def _opened(item: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -74,19 +74,3 @@ def _opened(item: tuple[Any, Any]) -> tuple[Any, Any]:
         with suppress(Exception):  # `load_image` says what is wrong
             item[0].load()
     return item
-
-
-def _map_ahead(function: Callable, items: Iterable[tuple], threads: int) -> Iterator[Any]:
-    """Yield `function(*item)` in the items' order."""
-    ahead: deque = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, *item))
-                if len(ahead) > 2 * threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:  # nobody asks for them any more
-                future.cancel()

@@ -7,7 +7,7 @@ a name, under which stage 01 counts what it rejects, and a limit in that stage's
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from PIL import Image
 
 from faceprior.detect import Face, detect_faces
 from faceprior.images import cv2
+from faceprior.manifest import KeyedRows, pair_id
+from faceprior.sources import Photograph
 
 FILTERS = {  # the rounds, in the order in which they run
     "photographs": ("unreadable", "small_photograph", "no_face", "near_duplicate"),
@@ -23,6 +25,51 @@ FILTERS = {  # the rounds, in the order in which they run
 }
 SHARPNESS_SIDE = 64  # pixels, to which larger faces are shrunk before their sharpness is measured
 SAME_FACE = 0.3  # intersection over union, above which two boxes show the same face
+
+
+def rejection(identity: str, photograph: str, name: str, reason: str) -> dict[str, str]:
+    """Return the row of `rejected.jsonl`; identity: of the photograph or the pair; name: the filter's."""
+    return {"id": identity, "photograph": photograph, "filter": name, "reason": reason}
+
+
+def forget_mended(sources: Iterable[Photograph], photographs: KeyedRows, rejected: KeyedRows) -> None:
+    """Take the rows of files away that could not be read and now can: somebody copied them again."""
+    unreadable = (item for item in sources if photographs.get(item.name, {}).get("filter") == "unreadable")
+    mended = [item.name for item in unreadable if item.is_readable()]
+    photographs.remove(mended)
+    rejected.remove(mended)
+
+
+def keep_photographs(
+    found: Iterable[dict[str, Any]], photographs: KeyedRows, pairs: KeyedRows, rejected: KeyedRows, max_distance: int
+) -> Iterator[dict[str, Any]]:
+    """Write down what was found, and yield the photographs that have a good face and are no near-duplicates.
+
+    found: rows of `photographs.jsonl`; max_distance: see `NearDuplicates`.
+    """
+    duplicates = NearDuplicates(max_distance)
+    used = {pair["photograph"] for pair in pairs.values()}  # they stay, even if a photograph came in before them
+    for name in sorted(used):
+        duplicates.add(name, int(photographs[name]["hash"], 16))
+    for row in found:
+        photographs.add(row)
+        name, faces = row["photograph"], row["faces"]
+        if "filter" in row:
+            rejected.add(rejection(name, name, row["filter"], row["reason"]))
+        has_good_face = any("filter" not in face for face in faces)
+        if has_good_face and name not in used:
+            if twin := duplicates.find(int(row["hash"], 16)):
+                (photographs.path.parent / row["good"]).unlink(missing_ok=True)  # before the row: that one is trusted
+                reason = f"{twin[1]} of 64 bits differ from {twin[0]}"
+                rejected.add(rejection(name, name, "near_duplicate", reason))
+            if name in rejected:  # also in an earlier run, whatever has become of its twin
+                continue
+        for index, face in enumerate(faces):
+            if "filter" in face:
+                rejected.add(rejection(pair_id(name, index), name, face["filter"], face["reason"]))
+        if has_good_face:
+            duplicates.add(name, int(row["hash"], 16))
+            yield row
 
 
 def count_rounds(rejected: list[dict[str, Any]], photographs: int, faces: int, pairs: int) -> list[dict[str, Any]]:

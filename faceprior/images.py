@@ -34,7 +34,11 @@ MAX_PIXELS = 200_000_000
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 JPEG_QUALITY = 95
 
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+# What Pillow's decoders and its reader and writer of EXIF raise for damaged files
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
 class ImageError(ValueError):
@@ -145,10 +149,11 @@ def _square(image: ImageSource, size: int) -> Image.Image:
 
 
 def _image_from_file(path: Path, max_pixels: int) -> Image.Image:
-    if path.is_dir():
+    # os.path: False for a name that is too long, where Path raises
+    if os.path.isdir(path):
         raise ImageError(f"{path} is a folder, not an image: `find_images` lists the images in it")
-    if not path.exists():
-        if path.is_symlink():
+    if not os.path.exists(path):
+        if os.path.islink(path):
             raise ImageError(f"{path} is a link that leads nowhere: there is no {os.readlink(path)}")
         hint = " (an address on the web: download it first)" if re.match(r"https?:", str(path)) else ""
         raise FileNotFoundError(f"no image at {path}{hint}")
@@ -373,6 +378,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     try:
         with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # a row that names the file must not outlive it in a power cut
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -89,6 +89,11 @@ def resume_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def pair_id(photograph: str, index: int) -> str:
+    """Return the id of the pair of a photograph's face: a file name that is unique."""
+    return f"{safe_name(photograph)}_{index}"
+
+
 class KeyedRows(dict[str, dict[str, Any]]):
     """The rows of a file by their key, those of an earlier run included; one that is there is not written again."""
 
@@ -101,13 +106,23 @@ class KeyedRows(dict[str, dict[str, Any]]):
             append_row(self.path, row)
             self[row[self.key]] = row
 
+    def remove(self, keys: Iterable[str]) -> None:
+        """Take rows out of the file; keys without a row are passed over."""
+        if gone := self.keys() & set(keys):
+            rewrite_rows(self.path, [row for key, row in self.items() if key not in gone])
+            for key in gone:
+                del self[key]
+
 
 def rewrite_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace the file by `rows`, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(b"".join(map(_to_line, rows)))
+    with open(temporary, "wb") as file:
+        file.writelines(map(_to_line, rows))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -188,7 +203,7 @@ def read_caption(image: str | Path) -> str | None:
     """
     image = Path(image)
     names = (image.with_suffix(".txt"), image.with_suffix(".json"), image.with_name(f"{image.stem}_qwen.json"))
-    path = next((path for path in names if path.is_file()), None)
+    path = next((path for path in names if os.path.isfile(path)), None)  # False, too, for a name that is too long
     return None if path is None else parse_caption(path.read_bytes(), str(path))
 
 

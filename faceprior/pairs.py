@@ -8,7 +8,7 @@ mask stays the photograph's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from faceprior.blip_inputs import crop_bounds
 from faceprior.detect import Face
 from faceprior.diffusion import decode_latents, encode_latents
 from faceprior.images import as_array, load_image, to_pil, to_pixel_values
-from faceprior.manifest import read_manifest, require_keys, resolve_file, safe_name
+from faceprior.manifest import pair_id, read_manifest, require_keys, resolve_file
 
 AREA_LIMITS = (0.005, 0.01, 0.1, 1.0)  # upper limits of the face-area ratio, shares of the picture (Table 8)
 BATCH_TOLERANCE = 1e-3  # of values in [-1, 1], between batches in float32: an eighth of a grey level
@@ -151,8 +151,9 @@ def plan_face(
 ) -> FacePlan:
     """Plan face number `index` of a photograph.
 
-    row: photograph, good, prompt, size and faces of `photographs.jsonl`; crop_factors: the noise factors of faces small
-    enough to be worked on in a square of `resolution` around them, None where the whole picture always is.
+    row: photograph, good, prompt, size and faces of `photographs.jsonl`; crop_factors: the noise factors of faces whose
+    square around them is smaller than the picture: they are worked on in it, brought to `resolution`. None where the
+    whole picture always is.
     """
     face, (width, height) = Face.from_dict(row["faces"][index]), row["size"]
     ratio = min(face.area / (width * height), limits[-1])
@@ -170,9 +171,14 @@ def plan_face(
     )
 
 
-def pair_id(photograph: str, index: int) -> str:
-    """Return the id of the pair of a photograph's face: a file name that is unique."""
-    return f"{safe_name(photograph)}_{index}"
+def count_bins(pairs: list[dict[str, Any]], limits: Sequence[float], factors: Sequence[float]) -> list[dict[str, Any]]:
+    """Return a row for each bin of the face's area: its upper limit, noise factor, pairs, and their mean difference."""
+    rows = []
+    for number, (limit, factor) in enumerate(zip(limits, factors, strict=True)):
+        changes = [pair["difference"] for pair in pairs if area_bin(pair["area_ratio"], limits) == number]
+        mean = sum(changes) / max(len(changes), 1)
+        rows.append({"up_to": limit, "noise_factor": factor, "pairs": len(changes), "difference": mean})
+    return rows
 
 
 def prepare_photograph(image: Image.Image, resolution: int, multiple: int, max_resolution: int = 0) -> Image.Image:
@@ -217,11 +223,13 @@ class FaceInpainter:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, steps: int = 50, guidance_scale: float = 7.5):
+        if not hasattr(pipeline, "unet"):
+            raise ValueError(f"a Stable Diffusion base with a U-Net is needed, but this is a {type(pipeline).__name__}")
         self.pipeline = AutoPipelineForInpainting.from_pipe(pipeline)
         self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps, self.guidance_scale = steps, guidance_scale
-        self._embeddings: dict[str, dict[str, Tensor]] = {}
+        self._embeddings: dict[str, dict[str, Tensor]] = {}  # of the last batch's prompts
 
     @property
     def multiple(self) -> int:
@@ -235,6 +243,11 @@ class FaceInpainter:
         if int(strength * self.steps) < 1:
             least = math.ceil(1 / strength)
             raise ValueError(f"noise factor {strength} x {self.steps} steps runs no step: give at least {least} steps")
+
+    def check_side(self, side: int) -> None:
+        """Raise ValueError when this base cannot work on squares of `side` pixels."""
+        if side % self.multiple:
+            raise ValueError(f"`resolution` has to be a multiple of {self.multiple} for this base but is {side}")
 
     @torch.no_grad()
     def round_trip(self, images: list[Image.Image], masks: list[Image.Image]) -> list[Image.Image]:
@@ -288,17 +301,19 @@ class FaceInpainter:
             )
 
     def _prompt_arguments(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Return the encoded prompts and the empty one, each text encoded once in the inpainter's life."""
-        for prompt in set(prompts) - self._embeddings.keys():
-            encoded = self.pipeline.encode_prompt(
-                prompt,
-                device=self.pipeline.text_encoder.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=True,
-            )
-            self._embeddings[prompt] = dict(zip(_EMBEDDINGS, encoded, strict=False))  # SD1.5 has the first two
+        """Return the encoded prompts and the empty one; what the last batch had is not encoded again."""
+        self._embeddings = {p: self._embeddings.get(p) or self._encode(p) for p in dict.fromkeys(prompts)}
         rows = [self._embeddings[prompt] for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        encoded = self.pipeline.encode_prompt(
+            prompt,
+            device=self.pipeline.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+        )
+        return dict(zip(_EMBEDDINGS, encoded, strict=False))  # SD1.5 has the first two
 
 
 @torch.no_grad()
@@ -338,7 +353,7 @@ class PairBatch:
     """A batch of faces of one strength and view size on its way from the disk through the inpainter.
 
     goods, masks: the whole pictures; views, view_masks: what the network sees of them. `inpaint` adds bads and trips,
-    views too: inpainted, and as the good side shows them.
+    views too: inpainted, and behind the VAE, empty where the good side is the photograph itself.
     """
 
     plans: list[FacePlan]
@@ -361,13 +376,13 @@ class PairBatch:
         """Run the networks."""
         prompts, seeds = [plan.prompt for plan in self.plans], [plan.seed for plan in self.plans]
         self.bads = inpainter(self.views, self.view_masks, self.plans[0].strength, prompts, seeds)
-        self.trips = inpainter.round_trip(self.views, self.view_masks) if round_trip else self.views
+        self.trips = inpainter.round_trip(self.views, self.view_masks) if round_trip else []
         return self
 
     def pairs(self) -> Iterator[tuple[FacePlan, Image.Image, Image.Image, Image.Image, Image.Image]]:
         """Yield plan, photograph, good, bad and mask, whole pictures."""
         crops = [plan.crop for plan in self.plans]
-        goods = put_back(self.goods, self.trips, crops, self.masks)
+        goods = put_back(self.goods, self.trips, crops, self.masks) if self.trips else self.goods
         bads = put_back(self.goods, self.bads, crops, self.masks)
         yield from zip(self.plans, self.goods, goods, bads, self.masks, strict=True)
 

@@ -10,7 +10,7 @@ import glob
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,14 @@ class Photograph:
             return load_image(self.path)
         return decode_image(self.picture.read(self.path), f"{self.path}/{self.picture.name}")
 
+    def is_readable(self) -> bool:
+        """Tell whether picture and caption can be read."""
+        try:
+            self.load(), self.caption()
+        except (ValueError, OSError):
+            return False
+        return True
+
     def caption(self) -> str | None:
         """Return the caption beside it (NAME.txt, else NAME.json), None without one; ValueError for a wrong file."""
         if self.picture is None:
@@ -66,11 +74,12 @@ class Photograph:
         return parse_caption(self.sidecar.read(self.path), f"{self.path}/{self.sidecar.name}")
 
 
-def find_photographs(images: str) -> tuple[list[Photograph], Problems]:
+def find_photographs(images: str, but: Sequence[Path] = ()) -> tuple[list[Photograph], Problems]:
     """Find the photographs that `images` names -> (photographs by name, problems as (shard's place, reason)).
 
     images: a folder (with its sub-folders), a glob, a picture, a .txt file with one path a line (relative ones from
-    its folder), or .tar shards; braces are expanded: `{000..009}`, `{a,b}`. Pictures are not opened yet.
+    its folder), or .tar shards; braces are expanded: `{000..009}`, `{a,b}`. Pictures are not opened yet. but: folders
+    whose pictures are passed over, such as those of the results.
 
     Raises FileNotFoundError for what is not there, ValueError where nothing is a photograph.
     """
@@ -84,7 +93,11 @@ def find_photographs(images: str) -> tuple[list[Photograph], Problems]:
         root = common_folder([_fixed_part(path) / "any" for path in paths])
         found = [Photograph(path.relative_to(root).as_posix(), path) for path in find_images(*paths)]
         problems = []
-    return sorted(found, key=lambda photograph: photograph.name), problems
+    made = [folder.resolve() for folder in but]
+    kept = [item for item in found if not any(item.path.resolve().is_relative_to(folder) for folder in made)]
+    if not kept:
+        raise ValueError(f"no photographs in {images} besides the pictures that were made from some")
+    return sorted(kept, key=lambda photograph: photograph.name), problems
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -154,7 +167,12 @@ def read_shard(path: str | Path, name: str) -> tuple[list[Photograph], Problems]
         if suffix not in MEMBER_SUFFIXES + CAPTION_SUFFIXES:
             continue
         if (key, suffix) in files:
-            problems.append((f"{name}/{member.name}", "a second member of this name: the first one is taken"))
+            problems.append(
+                (
+                    f"{name}/{member.name} at byte {member.offset}",
+                    "a second member of this name: the first one is taken",
+                )
+            )
             continue
         files[key, suffix] = member
     sidecars = {key: files[key, suffix] for suffix in CAPTION_SUFFIXES[::-1] for key, own in files if own == suffix}
@@ -178,17 +196,19 @@ def _members(path: Path, name: str, problems: Problems) -> Iterator[Member]:
             with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
                 for info in tar:
                     if info.offset != end and _is_damaged(path, end):
-                        problems.append((name, f"damaged header at byte {end}: its member is skipped"))
-                    end = tar.offset
+                        problems.append((f"{name} at byte {end}", "damaged header: its member is skipped"))
                     if not info.offset < info.offset_data <= info.offset_data + info.size <= size:
                         raise tarfile.ReadError(f"{info.name} is cut off")
+                    end = tar.offset
                     if info.isreg() and not info.issparse():
                         yield Member(posixpath.normpath(info.name), info.offset_data, info.size)
         except (tarfile.TarError, ValueError, EOFError) as error:
-            problems.append((name, f"not a whole .tar file ({error}): nothing is read from there on"))
+            problems.append(
+                (f"{name} at byte {end}", f"not a whole .tar file ({error}): nothing is read from there on")
+            )
             return
     if _is_damaged(path, end):
-        problems.append((name, f"no .tar header at byte {end} (compressed or damaged): nothing follows it"))
+        problems.append((f"{name} at byte {end}", "no .tar header (compressed or damaged): nothing follows it"))
 
 
 def _is_damaged(path: Path, offset: int) -> bool:

@@ -20,12 +20,11 @@ from typing import Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
-from faceprior import tiny
+from faceprior import filters, tiny
 from faceprior.background import in_background, in_groups
 from faceprior.config import DONE_FILE, is_complete, open_output, run_stage
 from faceprior.detect import Detector, detect_faces, resolve_detector
 from faceprior.diffusion import load_pipeline
-from faceprior.filters import FILTERS, NearDuplicates, count_rounds, finds_face, judge_face, perceptual_hash
 from faceprior.images import atomic_write, save_image
 from faceprior.manifest import MANIFEST, KeyedRows, print_problems, resume_rows, rewrite_rows, safe_name, sort_rows
 from faceprior.pairs import (
@@ -35,11 +34,10 @@ from faceprior.pairs import (
     FacePair,
     FacePlan,
     PairBatch,
-    area_bin,
     change_outside,
+    count_bins,
     face_square,
     masked_difference,
-    pair_id,
     plan_face,
     prepare_photograph,
 )
@@ -65,7 +63,7 @@ class Config:
     guidance_scale: float = 2.5  # classifier-free guidance, [1, 30]
     area_limits: tuple[float, ...] = AREA_LIMITS  # upper face-area ratio of each bin (Table 8), (0, 1]
     noise_factors: tuple[float, ...] = NOISE_FACTORS  # noise factor of each bin (Table 8), (0, 1]
-    padded_crop: bool = True  # small faces are worked on in a crop of `resolution` around them (the paper: false)
+    padded_crop: bool = True  # faces that do not fill the picture are worked on in a crop at `resolution`; paper: no
     crop_noise_factors: tuple[float, ...] = (0.2, 0.2, 0.3, 0.4)  # noise factor of each bin in such a crop, (0, 1]
     round_trip: bool = True  # the good face goes through the VAE, too, so that its traces are on both sides; paper: no
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
@@ -75,7 +73,7 @@ class Config:
     min_confidence: float = 0.9  # filter low_confidence: of the detector, [0, 1]
     min_sharpness: float = 0.05  # filter blurry: 0.05 is a blur of 2% of the face's side, 0.1 of 1.2%; 0: off, [0, 20]
     min_difference: float = 1.0  # filter indistinguishable: mean change of the face, 0-255; 0: off, [0, 255]
-    drop_not_found: bool = True  # filter face_not_found: drop pairs whose good face is not found again behind the VAE
+    drop_not_found: bool = True  # filter face_not_found: drop pairs whose good face the round trip loses; else unused
     drop_lost: bool = False  # filter face_lost: drop pairs in whose bad picture the detector finds no face any more
     batch_size: int = 8  # faces inpainted at once, fewer of pictures larger than resolution x resolution, [1, 256]
     num_workers: int = 2  # threads that read, detect and write while the network runs, 0: none, [0, 64]
@@ -89,9 +87,11 @@ def main(config: Config) -> None:
     check_settings(config)
     quiet_libraries()
     device = resolve_device(config.device)
-    sources, problems = find_photographs(config.images) if config.images else (None, [])
+    made = [Path(config.output) / side for side in ("good", "bad", "mask")]  # also where it lies among the photographs
+    sources, problems = find_photographs(config.images, made) if config.images else (None, [])
     output = open_output(config)
-    photographs = KeyedRows(output / PHOTOGRAPHS, "photograph")
+    photographs, rejected = KeyedRows(output / PHOTOGRAPHS, "photograph"), KeyedRows(output / REJECTED)
+    filters.forget_mended(sources or [], photographs, rejected)
     if is_complete(output) and (sources is None or all(source.name in photographs for source in sources)):
         print(f"{output} is complete: {len(resume_rows(output / MANIFEST))} pairs")
         return
@@ -101,22 +101,25 @@ def main(config: Config) -> None:
 
     pipeline = load_pipeline(tiny.resolve(config.base, "sd15"), weight_dtype(config.mixed_precision), config.vae)
     inpainter = FaceInpainter(pipeline.to(device), config.steps, config.guidance_scale)
+    if config.padded_crop:
+        inpainter.check_side(config.resolution)
     for factor in (*config.noise_factors, *(config.crop_noise_factors if config.padded_crop else ())):
         inpainter.check_strength(factor)
     detector = resolve_detector(config.detector)  # loaded here, not in several threads at once
 
-    pairs, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
+    pairs = KeyedRows(output / MANIFEST)
     known = ChainMap(pairs, rejected)
     for place, reason in problems:
-        rejected.add(rejection(place, place, "unreadable", reason))
+        rejected.add(filters.rejection(place, place, "unreadable", reason))
     # From here on nothing is computed until the last loop asks for it. The network runs in this thread, and what
     # stands in `in_background` in others: while a batch is inpainted, the next is read and the last one written.
-    judged = len(pairs) + sum(row["filter"] in FILTERS["pairs"] for row in rejected.values())
+    judged = len(pairs) + sum(row["filter"] in filters.FILTERS["pairs"] for row in rejected.values())
     with tqdm(total=0, initial=judged, desc="inpainting", unit="face") as bar:
         background = partial(in_background, num_workers=config.num_workers)
         find = partial(find_faces, config, output, photographs, detector, inpainter.multiple)
         found = background(find, tqdm(sources, desc="detecting", unit="photo"), ahead=4 * config.batch_size)
-        plans = plan_faces(config, keep_photographs(config, found, photographs, pairs, rejected), bar)
+        kept = filters.keep_photographs(found, photographs, pairs, rejected, config.max_hash_distance)
+        plans = plan_faces(config, kept, bar)
         batches = in_groups(plans, lambda plan: (plan.strength, plan.view_size), partial(batch_size, config))
         left = (batch for batch in batches if any(plan.id not in known for plan in batch))
         loaded = background(partial(PairBatch.load, output, config.resolution), left, ahead=2)
@@ -132,6 +135,8 @@ def check_settings(config: Config) -> None:
     for name in ("noise_factors", "crop_noise_factors"):
         if len(getattr(config, name)) != len(config.area_limits):
             raise ValueError(f"`{name}` needs one value for each of the {len(config.area_limits)} `area_limits`")
+    if list(config.area_limits) != sorted(set(config.area_limits)) or config.area_limits[-1] != 1:
+        raise ValueError(f"`area_limits` have to rise and to end with 1 but are {config.area_limits}")
     if 0 < config.max_resolution < config.resolution:
         raise ValueError(
             f"`max_resolution` has to be 0, or `resolution` ({config.resolution}) at least, but is "
@@ -167,42 +172,16 @@ def find_faces(
         return row | {"filter": "no_face", "reason": "no face found"}
     file = f"good/{safe_name(source.name)}.png"
     limits = (config.min_face_size, config.min_confidence, config.min_sharpness)
-    row["faces"] = [judge_face(good, face, *limits) for face in faces]
+    row["faces"] = [filters.judge_face(good, face, *limits) for face in faces]
     if any("filter" not in face for face in row["faces"]):
         save_image(good, output / file)
     prompt = config.prompt or caption or "A face."
-    return row | {"good": file, "prompt": prompt, "size": good.size, "hash": f"{perceptual_hash(photograph):016x}"}
-
-
-def rejection(identity: str, photograph: str, name: str, reason: str) -> dict:
-    return {"id": identity, "photograph": photograph, "filter": name, "reason": reason}
-
-
-def keep_photographs(
-    config: Config, found: Iterable[dict], photographs: KeyedRows, pairs: KeyedRows, rejected: KeyedRows
-) -> Iterator[dict]:
-    """Write down what was found, and yield the photographs that have a good face and are no near-duplicates."""
-    duplicates = NearDuplicates(config.max_hash_distance)
-    used = {pair["photograph"] for pair in pairs.values()}  # they stay, even if a photograph came in before them
-    for name in sorted(used):
-        duplicates.add(name, int(photographs[name]["hash"], 16))
-    for row in found:
-        photographs.add(row)
-        name = row["photograph"]
-        if "filter" in row:
-            rejected.add(rejection(name, name, row["filter"], row["reason"]))
-        for index, face in enumerate(row["faces"]):
-            if "filter" in face:
-                rejected.add(rejection(pair_id(name, index), name, face["filter"], face["reason"]))
-        if all("filter" in face for face in row["faces"]):
-            continue
-        value = int(row["hash"], 16)
-        if name not in used and (twin := duplicates.find(value)):
-            rejected.add(rejection(name, name, "near_duplicate", f"{twin[1]} of 64 bits differ from {twin[0]}"))
-            (photographs.path.parent / row["good"]).unlink(missing_ok=True)
-            continue
-        duplicates.add(name, value)
-        yield row
+    return row | {
+        "good": file,
+        "prompt": prompt,
+        "size": good.size,
+        "hash": f"{filters.perceptual_hash(photograph):016x}",
+    }
 
 
 def plan_faces(config: Config, photographs: Iterable[dict], bar: tqdm) -> Iterator[FacePlan]:
@@ -237,7 +216,7 @@ def judge_pair(
     mask: Image.Image,
 ) -> dict:
     """Write the files of a pair and return its manifest row; one that fails a filter gets the row of a rejection."""
-    rejected = partial(rejection, plan.id, plan.photograph)
+    rejected = partial(filters.rejection, plan.id, plan.photograph)
     outside = max(change_outside(photograph, side, mask) for side in (good, bad))
     if outside > 0:
         return rejected("changed_outside", f"changed by {outside} of 255 outside of its mask")
@@ -270,24 +249,23 @@ def sees_face(config: Config, detector: Detector, plan: FacePlan, picture: Image
     """Look for the face where it was, in the square around it."""
     x, y, *far = face_square(picture.size, plan.face.box, config.resolution)
     box = [edge - start for edge, start in zip(plan.face.box, (x, y, x, y), strict=True)]
-    return finds_face(picture.crop((x, y, *far)), box, detector, config.min_face_size / 2)
+    return filters.finds_face(picture.crop((x, y, *far)), box, detector, config.min_face_size / 2)
 
 
 def summarize(config: Config, output: Path, num_photographs: int) -> None:
     """Sort the rows, so that interrupted and whole runs leave the same files; count, by filter and by bin."""
     found, pairs = sort_rows(output / PHOTOGRAPHS, "photograph"), sort_rows(output / MANIFEST)
-    rejected, bins = sort_rows(output / REJECTED), []
-    for number, (limit, factor) in enumerate(zip(config.area_limits, config.noise_factors, strict=True)):
-        own = [pair for pair in pairs if area_bin(pair["area_ratio"], config.area_limits) == number]
-        change = sum(pair["difference"] for pair in own) / max(len(own), 1)
-        bins.append({"up_to": limit, "noise_factor": factor, "pairs": len(own), "difference": change})
+    rejected = sort_rows(output / REJECTED)
+    bins = count_bins(pairs, config.area_limits, config.noise_factors)
     rewrite_rows(output / METRICS_FILE, [{"step": number, **row} for number, row in enumerate(bins, 1)])
-    rounds = count_rounds(rejected, num_photographs, sum(len(row["faces"]) for row in found), len(pairs))
+    twins = {row["id"] for row in rejected if row["filter"] == "near_duplicate"}
+    faces = sum(len(row["faces"]) for row in found if row["photograph"] not in twins)
+    rounds = filters.count_rounds(rejected, num_photographs, faces, len(pairs))
     lost = sum(pair["lost"] for pair in pairs)
     with atomic_write(output / REPORT, "w") as file:
         json.dump({"rounds": rounds, "pairs": len(pairs), "pairs_with_lost_face": lost, "bins": bins}, file, indent=1)
     finish(output, pairs=len(pairs), rejected=len(rejected), photographs=num_photographs)
-    order = [name for names in FILTERS.values() for name in names]
+    order = [name for names in filters.FILTERS.values() for name in names]
     rejected.sort(key=lambda row: order.index(row["filter"]))
     print_problems([(row["id"], row["reason"]) for row in rejected], most=20)
     for row in rounds:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from faceprior import images
 from faceprior.images import (
@@ -467,3 +467,45 @@ def test_a_picture_from_memory():
     buffer = io.BytesIO()
     Image.fromarray(checker()).save(buffer, "png")
     np.testing.assert_array_equal(as_array(Image.open(buffer)), checker())
+
+
+def damaged(fmt: str, seed: int, **options) -> bytes:
+    """A picture whose file has twelve bytes of noise in its first 600."""
+    rng = np.random.default_rng(seed)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, fmt, **options)
+    data = bytearray(buffer.getvalue())
+    for place in rng.integers(12, min(600, len(data)), 12):
+        data[place] = rng.integers(256)
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_file_never_raises_anything_else():
+    """Pillow's decoders raise RuntimeError for a damaged AVIF and TypeError for a damaged EXIF entry, among others."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x0132] = 6, "maker", "2026:01:01 00:00:00"
+    kinds = {"AVIF": {}, "JPEG": {"exif": exif}, "WEBP": {"exif": exif}, "TIFF": {}, "GIF": {}}
+    failed = 0
+    for fmt, options in kinds.items():
+        for seed in range(40):
+            try:
+                decode_image(damaged(fmt, seed, **options), "a")
+            except ImageError:
+                failed += 1
+    assert failed > 40
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Failed to decode image"), TypeError("The fill character"), KeyError(1)]
+)
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, error):
+    path = save_image(checker(), tmp_path / "a.png")
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: (_ for _ in ()).throw(error))
+    with pytest.raises(ImageError, match="a.png"):
+        load_image(path)
+
+
+def test_a_name_that_is_too_long_is_no_image():
+    with pytest.raises(FileNotFoundError, match="no image at xxx"):
+        load_image("x" * 300 + ".png")

@@ -149,6 +149,8 @@ def test_a_row_is_written_once(path):
     assert read_rows(path) == ([{"id": "a", "value": 1}, {"id": "b", "value": 3}], [])
     assert again["b"]["value"] == 3 and "c" not in again
     assert KeyedRows(path, "value").keys() == {1, 3}
+    again.remove(["a", "c"])
+    assert again == KeyedRows(path) == {"b": {"id": "b", "value": 3}}
 
 
 def test_files_below_the_folder_are_found(tmp_path):
@@ -310,3 +312,7 @@ def test_of_many_problems_some_are_printed(capsys):
     assert capsys.readouterr().out == "5 inputs left out:\n  0.png: truncated\n  1.png: truncated\n  and 3 more\n"
     print_problems(problems, most=5)
     assert "more" not in capsys.readouterr().out
+
+
+def test_a_picture_whose_name_is_nearly_too_long_has_no_caption():
+    assert read_caption("x" * 250 + ".jpg") is None

@@ -226,6 +226,18 @@ def test_faces_of_one_photograph_are_pairs_of_their_own(pipelines, tmp_path):
         assert not np.array_equal(good, bad)
 
 
+def test_without_a_round_trip_the_good_side_of_a_shrunk_crop_is_the_photograph_s(pipelines, tmp_path):
+    """The network sees the face at half its size, but what is judged is what lies on the disk."""
+    drawing = draw_portrait(1, 256)
+    picture = Image.fromarray(drawing.image)
+    save_image(picture, tmp_path / "good/b.png")
+    plan = plan_face(found_row(picture.size, drawing.box), 0, 0, 64, crop_factors=(0.3,) * 4)
+    batch = PairBatch.load(tmp_path, 64, [plan]).inpaint(FaceInpainter(pipelines["sd15"], steps=10), round_trip=False)
+    ((_, _, good, bad, _),) = batch.pairs()
+    assert plan.crop and plan.crop[2] - plan.crop[0] > 64
+    assert np.array_equal(good, picture) and not np.array_equal(bad, picture)
+
+
 # ----------------------------------------------------------------------------------------- inpainting
 
 
@@ -354,7 +366,7 @@ def test_inpainting_by_hand(pipelines, faces, kind):
 
 
 def test_prompts_are_encoded_once(pipelines, faces):
-    """Two different prompts among three, each with the empty one beside it: four calls of the encoder, ever."""
+    """Two different prompts among three, each with the empty one beside it: four calls, and the last batch is kept."""
     inpainter = FaceInpainter(pipelines["sd15"], steps=10)
     (face, mask), counted = faces[0], []
     hook = inpainter.pipeline.text_encoder.register_forward_hook(lambda *_: counted.append(1))
@@ -362,7 +374,7 @@ def test_prompts_are_encoded_once(pipelines, faces):
     assert len(counted) == 4
     inpainter([face], [mask], 0.1, ["a woman"], [0])
     hook.remove()
-    assert len(counted) == 4
+    assert len(counted) == 4 and inpainter._embeddings.keys() == {"a woman"}
 
 
 def test_sdxl_is_told_what_its_pipeline_tells_it(pipelines, faces):

@@ -195,7 +195,7 @@ def test_a_damaged_header_costs_its_member_only(tmp_path):
     found, problems = find_photographs(str(shard))
     assert names(found) == ["0.tar/0.png", "0.tar/2.png"]
     assert (np.asarray(found[1].load()) == pixels(2)).all()
-    assert problems == [("0.tar", f"damaged header at byte {offset}: its member is skipped")]
+    assert problems == [(f"0.tar at byte {offset}", "damaged header: its member is skipped")]
 
 
 @pytest.mark.parametrize("member", [0, 2])
@@ -208,7 +208,7 @@ def test_a_damaged_first_or_last_header(tmp_path, member):
     shard.write_bytes(data)
     found, problems = find_photographs(str(shard))
     assert names(found) == [f"0.tar/{number}.png" for number in range(3) if number != member]
-    assert len(problems) == 1 and f"at byte {offset}" in problems[0][1]
+    assert len(problems) == 1 and problems[0][0].endswith(f"at byte {offset}")
 
 
 def test_a_torn_shard_gives_what_is_whole(tmp_path):
@@ -216,11 +216,11 @@ def test_a_torn_shard_gives_what_is_whole(tmp_path):
     with tarfile.open(shard) as tar:
         last = tar.getmembers()[2]
     whole = shard.read_bytes()
-    for end, reason in ((last.offset_data + 100, "2.png is cut off"), (last.offset + 100, f"byte {last.offset}")):
+    for end, reason in ((last.offset_data + 100, "2.png is cut off"), (last.offset + 100, "no .tar header")):
         shard.write_bytes(whole[:end])
         found, problems = find_photographs(str(shard))
         assert names(found) == ["0.tar/0.png", "0.tar/1.png"]
-        assert len(problems) == 1 and reason in problems[0][1]
+        assert len(problems) == 1 and reason in problems[0][1] and problems[0][0] == f"0.tar at byte {last.offset}"
 
 
 def test_two_shards_in_one_file_are_both_read(tmp_path):
@@ -250,7 +250,8 @@ def test_a_second_member_of_a_name(tmp_path):
             tar.addfile(info, io.BytesIO(encoded(seed)))
     found, problems = find_photographs(str(tmp_path / "0.tar"))
     assert (np.asarray(found[0].load()) == pixels(1)).all() and len(found) == 1
-    assert problems == [("0.tar/1.png", "a second member of this name: the first one is taken")]
+    ((place, reason),) = problems  # under another name than the picture that is used
+    assert place.startswith("0.tar/1.png at byte ") and reason == "a second member of this name: the first one is taken"
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x1f\x8b" + b"zip" * 1000])
@@ -266,4 +267,14 @@ def test_a_bad_shard_beside_a_good_one(tmp_path):
     write_shard(tmp_path / "1.tar", {"1.png": encoded(1)})
     (tmp_path / "0.tar").write_bytes(b"text")
     found, problems = find_photographs(str(tmp_path / "{0..1}.tar"))
-    assert names(found) == ["1.tar/1.png"] and problems[0][0] == "0.tar"
+    assert names(found) == ["1.tar/1.png"] and problems[0][0] == "0.tar at byte 0"
+
+
+def test_pictures_that_were_made_are_passed_over(tmp_path):
+    for name in ("a.png", "pairs/good/a.png", "pairs/own.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(1))
+    found, _ = find_photographs(str(tmp_path), [tmp_path / "pairs/good", tmp_path / "pairs/bad"])
+    assert names(found) == ["a.png", "pairs/own.png"]
+    with pytest.raises(ValueError, match="no photographs in .*good besides the pictures that were made from some"):
+        find_photographs(str(tmp_path / "pairs/good"), [tmp_path / "pairs/good"])

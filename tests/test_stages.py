@@ -199,8 +199,8 @@ def test_pairs_from_shards_named_by_shard_and_member(tmp_path, monkeypatch, tiny
     portraits = draw_folder(Path("drawn"), range(3), 128)
     pictures = [path.read_bytes() for path in portraits]
     members = [
-        {"a.png": pictures[0], "a.txt": b"a man", "b.png": pictures[0][:999]},
-        {"a.png": pictures[1], "a.json": b'{"caption": "a woman"}', "c.png": pictures[2], "c.json": b"{"},
+        {"a.png": pictures[0], "a.txt": b"a man", "b.png": pictures[0][:999], "c.png": pictures[2], "c.json": b"{"},
+        {"a.png": pictures[1], "a.json": b'{"caption": "a woman"}', "d.png": pictures[2]},
     ]
     for number, files in enumerate(members):
         with tarfile.open(f"{number:03d}.tar", "w") as tar:
@@ -217,7 +217,10 @@ def test_pairs_from_shards_named_by_shard_and_member(tmp_path, monkeypatch, tiny
     }
     assert len({row["id"] for row in pairs.values()}) == 2
     rejected = {row["id"]: row for row in rows(Path("out/rejected.jsonl"))}
-    assert "truncated" in rejected["000.tar/b.png"]["reason"] and rejected["000.tar/b.png"]["filter"] == "unreadable"
+    torn = next(name for name in rejected if name.startswith("001.tar at byte "))
+    assert rejected.keys() == {"000.tar/b.png", "000.tar/c.png", torn}
+    for name, reason in (("000.tar/b.png", "truncated"), ("000.tar/c.png", "is not JSON"), (torn, "d.png is cut off")):
+        assert reason in rejected[name]["reason"] and rejected[name]["filter"] == "unreadable"
     printed = capsys.readouterr().out
     for name, row in rejected.items():
         assert f"  {name}: {row['reason']}" in printed
@@ -244,13 +247,13 @@ def test_every_filter_counts_what_it_rejects(tmp_path, monkeypatch, tiny_models,
     assert [row["prompt"] for row in rows(Path("out/manifest.jsonl"))] == ["A face."] * 2
     assert not list(Path("out/good").glob("portrait_00001*")) and not list(Path("out/good").glob("*copy*"))
     report = json.loads(Path("out/report.json").read_text())
-    assert {row["of"]: row["in"] for row in report["rounds"]} == {"photographs": 7, "faces": 4, "pairs": 2}
+    assert {row["of"]: row["in"] for row in report["rounds"]} == {"photographs": 7, "faces": 3, "pairs": 2}
     counts = {name: n for row in report["rounds"] for name, n in row["rejected"].items()}
     assert {name for name, n in counts.items() if n == 1} == set(rejected.values()) and sum(counts.values()) == 5
     assert report["pairs"] == 2 and sum(row["pairs"] for row in report["bins"]) == 2
     printed = capsys.readouterr().out
     assert "7 photographs, rejected: 1 unreadable, 1 small_photograph, 1 no_face, 1 near_duplicate" in printed
-    assert "4 faces, rejected: 0 too_small, 0 low_confidence, 1 blurry" in printed
+    assert "3 faces, rejected: 0 too_small, 0 low_confidence, 1 blurry" in printed
 
     strict = {"max_hash_distance": -1, "min_sharpness": 0.0, "min_side": 1, "num_workers": 0}
     for name, value in {
@@ -318,6 +321,40 @@ def test_photographs_that_come_in_later(tmp_path, monkeypatch, tiny_models):
     ]
     (rejected,) = rows(Path("out/rejected.jsonl"))
     assert rejected["photograph"] == "a_copy.png" and "differ from portrait_00005.png" in rejected["reason"]
+
+
+def test_a_run_among_its_photographs_goes_on_as_they_change(tmp_path, monkeypatch, tiny_models, capsys):
+    """Its own pictures are none of them; a mended file is read; a copy stays rejected when its original is gone."""
+    monkeypatch.chdir(tmp_path)
+    first, second = draw_folder(Path("p"), [5, 6], 128)
+    shutil.copy(first, "p/z_copy.png")
+    whole = second.read_bytes()
+    second.write_bytes(whole[:999])
+    values = few_steps(tiny_models) | {"images": "p", "output": "p/a"}
+    run(PAIRS, **values)
+    capsys.readouterr()
+    run(PAIRS, **values)
+    assert "p/a is complete: 1 pairs" in capsys.readouterr().out
+    second.write_bytes(whole)
+    run(PAIRS, **values)
+    assert [row["photograph"] for row in rows(Path("p/a/manifest.jsonl"))] == [first.name, second.name]
+    assert [row["id"] for row in rows(Path("p/a/rejected.jsonl"))] == ["z_copy.png"]
+    first.unlink()
+    Path("p/a/manifest.jsonl").unlink()  # as if it had been killed before its pairs
+    Path("p/a/done.json").unlink()
+    run(PAIRS, **values)
+    assert [row["photograph"] for row in rows(Path("p/a/manifest.jsonl"))] == [second.name]
+
+
+@pytest.mark.parametrize("limits", [(0.1, 0.01, 0.005, 1.0), (0.005, 0.01, 0.1, 0.5)])
+def test_area_limits_that_fit_no_face_are_refused(tmp_path, limits):
+    with pytest.raises(ValueError, match="`area_limits` have to rise and to end with 1"):
+        run(PAIRS, area_limits=limits, output=str(tmp_path / "pairs"))
+
+
+def test_a_resolution_that_the_base_cannot_crop_to_is_refused(tmp_path, tiny_models):
+    with pytest.raises(ValueError, match="`resolution` has to be a multiple of 16 for this base but is 130"):
+        run(PAIRS, **few_steps(tiny_models), resolution=130, output=str(tmp_path / "pairs"))
 
 
 def test_a_largest_resolution_below_the_resolution_is_refused(tmp_path):
