@@ -133,6 +133,17 @@ def reward_head(input_size: int) -> nn.Sequential:
     return head
 
 
+def apply_head(head: nn.Sequential, features: Tensor) -> Tensor:
+    """Features (B, D) -> rewards (B,), in float32 at least: in the eight bits of bfloat16 close faces would tie."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    with torch.autocast(features.device.type, enabled=False):
+        reward = features.to(wide)
+        for layer in head:
+            is_linear = isinstance(layer, nn.Linear)
+            reward = F.linear(reward, layer.weight.to(wide), layer.bias.to(wide)) if is_linear else layer(reward)
+    return reward.squeeze(-1)
+
+
 def check_config(config: Any) -> None:
     """Raise a ValueError unless the sizes of a `FaceScorer` fit one another."""
     if config.image_size % config.patch_size:

@@ -198,3 +198,26 @@ def _recolour(pixels: np.ndarray, degradation: Degradation) -> np.ndarray:
     if degradation.gray:  # luma of ITU-R BT.601
         pixels = np.repeat(pixels @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32), 3, axis=2)
     return pixels
+
+
+def degrade_alike(sides: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Flip both face crops of a pair, half of the time, and degrade them mildly, half of the time, by the same numbers.
+
+    Sharpness and compression then tell nothing about the side. It acts before the crops are resized, so the blur and
+    the reduction are shares of the face: at most a hundredth of its side, and to two thirds of its pixels a side.
+    sides: "good" and "bad", (H, W, 3) uint8.
+    """
+    flip, degraded = rng.random(2) < 0.5
+    side = min(sides["good"].shape[:2])
+    mild = DegradationConfig(
+        blur_kernel=2 * math.ceil(0.03 * side) + 1,
+        blur_sigma=(0.0, 0.01 * side),
+        isotropic_prob=1.0,
+        downsample=(1.0, 1.5),
+        noise=(0.0, 0.0),
+        jpeg=(70, 100),
+    )
+    degradation = sample_degradation(mild, rng)
+    if degraded:
+        sides = {name: apply_degradation(crop, degradation, rng) for name, crop in sides.items()}
+    return {name: np.ascontiguousarray(crop[:, ::-1]) for name, crop in sides.items()} if flip else sides

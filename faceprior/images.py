@@ -149,6 +149,12 @@ def _square(image: ImageSource, size: int) -> Image.Image:
 
 
 def _image_from_file(path: Path, max_pixels: int) -> Image.Image:
+    _check_file(path)
+    with path.open("rb") as file, _open(file, path) as image:
+        return _to_rgb(image, str(path), max_pixels)
+
+
+def _check_file(path: Path) -> None:
     # os.path: False for a name that is too long, where Path raises
     if os.path.isdir(path):
         raise ImageError(f"{path} is a folder, not an image: `find_images` lists the images in it")
@@ -159,8 +165,6 @@ def _image_from_file(path: Path, max_pixels: int) -> Image.Image:
         raise FileNotFoundError(f"no image at {path}{hint}")
     if path.stat().st_size == 0:
         raise ImageError(f"{path} is empty (0 bytes)")
-    with path.open("rb") as file, _open(file, path) as image:
-        return _to_rgb(image, str(path), max_pixels)
 
 
 def _open(file: IO[bytes], path: Path) -> Image.Image:
@@ -191,6 +195,22 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
     rgb.info = {"icc_profile": profile} if profile else {}
     return rgb
+
+
+def verify_image(path: str | Path) -> tuple[int, int]:
+    """Check a file without decoding its pixels, as far as its format allows (PNG: by checksums) -> (width, height).
+
+    Raises as `load_image` does for the file.
+    """
+    path = Path(path)
+    _check_file(path)
+    with path.open("rb") as file, _open(file, path) as image:
+        _check_size(image.width, image.height, str(path), MAX_PIXELS)
+        try:
+            image.verify()
+        except _DECODE_ERRORS as error:
+            raise _decode_error(str(path), error) from error
+        return image.size
 
 
 def _decode_error(name: str, error: Exception) -> ImageError:

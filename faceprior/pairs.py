@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils.data import Dataset
 from faceprior.blip_inputs import crop_bounds
 from faceprior.detect import Face
 from faceprior.diffusion import decode_latents, encode_latents
-from faceprior.images import as_array, load_image, to_pil, to_pixel_values
+from faceprior.images import as_array, load_image, to_pil, to_pixel_values, verify_image
 from faceprior.manifest import pair_id, read_manifest, require_keys, resolve_file
 
 AREA_LIMITS = (0.005, 0.01, 0.1, 1.0)  # upper limits of the face-area ratio, shares of the picture (Table 8)
@@ -82,16 +83,30 @@ def read_pairs(folder: str | Path) -> tuple[list[FacePair], list[tuple[str, str]
 
 
 def gather_pairs(folders: str) -> tuple[list[FacePair], list[tuple[str, str]]]:
-    """Read the pairs of one or several folders, separated by commas; their paths then begin with the folder's."""
+    """Read the pairs of one or several folders, separated by commas -> (usable ones, problems as (id, reason)).
+
+    Their paths then begin with the folder's. A pair is usable if its files are whole pictures that hold its box.
+    """
     pairs, problems = [], []
     for folder in (name.strip() for name in folders.split(",")):
         found, wrong = read_pairs(folder)
-        pairs += [
-            replace(pair, **{key: str(Path(folder) / getattr(pair, key)) for key in ("good", "bad", "mask")})
-            for pair in found
-        ]
+        for pair in found:
+            files = {key: str(Path(folder) / getattr(pair, key)) for key in ("good", "bad", "mask")}
+            pairs.append(replace(pair, **files))
         problems += wrong
-    return pairs, problems
+    with ThreadPoolExecutor() as pool:
+        reasons = list(pool.map(_what_is_wrong, pairs))
+    judged = list(zip(pairs, reasons, strict=True))
+    problems += [(pair.id, reason) for pair, reason in judged if reason]
+    return [pair for pair, reason in judged if not reason], problems
+
+
+def _what_is_wrong(pair: FacePair) -> str | None:
+    try:
+        for path in (pair.good, pair.bad, pair.mask):
+            crop_bounds(pair.box, *verify_image(path))
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def _pair_from_row(folder: Path, row: dict[str, Any]) -> FacePair:

@@ -28,7 +28,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from faceprior.blip import check_config, require_known, reward_head, text_tower, vision_tower
+from faceprior.blip import apply_head, check_config, require_known, reward_head, text_tower, vision_tower
 from faceprior.blip_inputs import DEFAULT_PROMPT, normalise, preprocess, tokenize_prompt
 from faceprior.convert import (
     HUB_OPTIONS,
@@ -249,9 +249,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
             encoder_hidden_states=image_features,
             is_decoder=False,
         ).last_hidden_state[:, 0]  # (B, text_hidden_size): [CLS]
-        reward = self.mlp(features).squeeze(-1)
-        reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
-        return (reward - self.config.reward_mean) / self.config.reward_std
+        return (apply_head(self.mlp, features) - self.config.reward_mean) / self.config.reward_std
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """The vision tower: (B, 3, S, S) -> (B, 1 + patches, vision_hidden_size), normalised.

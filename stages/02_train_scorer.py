@@ -11,7 +11,7 @@ Writes  checkpoints/scorer/: the scorer with the best validation accuracy, for F
 """
 
 import json
-import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from faceprior import tiny
 from faceprior.config import is_complete, open_output, run_stage
-from faceprior.degrade import DegradationConfig, apply_degradation, sample_degradation
+from faceprior.degrade import degrade_alike
 from faceprior.diffusion import load_part
 from faceprior.images import atomic_write
 from faceprior.losses import pairwise_ranking_loss
@@ -62,6 +62,8 @@ class Config:
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
     learning_rate: float = 3e-4  # of Adam at its peak, (0, 1)
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # without weight decay: Adam
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, which the paper's recipe does not, (0, inf)
+    gradient_checkpointing: bool = False  # of the vision tower: less memory, a third more time
     schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
     validation: float = 0.2  # share of the photographs whose pairs are held out, (0, 1)
@@ -80,7 +82,7 @@ def to_pixel_values(
 ) -> dict[str, torch.Tensor]:
     """Bring both crops to the scorer's size and range, (3, 224, 224) each, after the same augmentation or none."""
     if augment:
-        sample = augment_alike(sample, rng)
+        sample = degrade_alike(sample, rng)
     return {side: scorer.preprocess(crop)[0].cpu() for side, crop in sample.items()}
 
 
@@ -93,28 +95,6 @@ def how_to_read(scorer: FaceScorer, crops: FaceCrops | PrefixCache, augment: boo
 
 def as_it_is(sample: dict[str, torch.Tensor], rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
     return sample
-
-
-def augment_alike(sample: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Flip both crops, half of the time, and degrade them mildly, half of the time, by the same random numbers.
-
-    Sharpness and compression then tell nothing about the side. It acts before the crops are resized, so the blur and
-    the reduction are shares of the face: at most a hundredth of its side, and to two thirds of its pixels a side.
-    """
-    flip, degraded = rng.random(2) < 0.5
-    side = min(sample["good"].shape[:2])
-    mild = DegradationConfig(
-        blur_kernel=2 * math.ceil(0.03 * side) + 1,
-        blur_sigma=(0.0, 0.01 * side),
-        isotropic_prob=1.0,
-        downsample=(1.0, 1.5),
-        noise=(0.0, 0.0),
-        jpeg=(70, 100),
-    )
-    degradation = sample_degradation(mild, rng)
-    if degraded:
-        sample = {name: apply_degradation(crop, degradation, rng) for name, crop in sample.items()}
-    return {name: np.ascontiguousarray(crop[:, ::-1]) for name, crop in sample.items()} if flip else sample
 
 
 def main(config: Config) -> None:
@@ -136,7 +116,10 @@ def main(config: Config) -> None:
         init, vae = tiny.resolve(config.init, "reward"), load_vae(config.vae)
 
     scorer = FaceScorer.from_pretrained(init)
+    scorer.register_to_config(reward_mean=0.0, reward_std=1.0)  # ImageReward's, which Face Score does not apply
     scorer.freeze(config.frozen)
+    if config.gradient_checkpointing:
+        scorer.enable_gradient_checkpointing()
     trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
     model, optimizer = accelerator.prepare(scorer, optimizer)
@@ -154,9 +137,15 @@ def main(config: Config) -> None:
     if config.cache_prefix:
         crops, held_out = cache_prefixes(config, run, scorer, crops), cache_prefixes(config, run, scorer, held_out)
     reads, prepare = how_to_read(scorer, crops, config.augment)
-    evaluate = partial(keep_best, run, output, scorer, validation, held_out, config)
+    evaluate = partial(keep_best, run, output, validation, held_out, config)
     if run.step == 0:
-        run.state["start"] = evaluate()
+        run.state["start"] = evaluate(scorer)
+    else:  # the kept weights may be younger than the checkpoint: what they score counts
+        del run.state["best"]
+        kept = FaceScorer.from_pretrained(output).to(accelerator.device)
+        kept.freeze(config.frozen)
+        accelerator.wait_for_everyone()
+        evaluate(kept)
     for batch in run.batches(crops, config.batch_size, config.seed, prepare, config.num_workers):
         model.train()
         with accelerator.accumulate(model), seeded(config.seed, int(batch["position"][0]), "dropout"):
@@ -164,12 +153,12 @@ def main(config: Config) -> None:
             loss = pairwise_ranking_loss(good, bad)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trained, 1.0)
+                accelerator.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         run.log(loss=loss, accuracy=(good > bad).float().mean(), margin=(good - bad).float().mean())
         if run.every(config.eval_every):
-            run.log(**evaluate())
+            run.log(**evaluate(scorer))
 
     if accelerator.is_main_process:
         report = write_report(run, output, validation, vae, config)
@@ -199,13 +188,13 @@ def split(config: Config, pairs: list[FacePair]) -> tuple[list[FacePair], list[F
 def keep_best(
     run: TrainingRun,
     output: Path,
-    scorer: FaceScorer,
     pairs: list[FacePair],
     crops: FaceCrops | PrefixCache,
     config: Config,
+    scorer: FaceScorer,
 ) -> dict[str, float]:
     """Score the held-out pairs; keep the weights and scores if more are in order than ever (at a tie: a lower loss)."""
-    good, bad = validate(run, scorer, crops, config.batch_size)
+    good, bad = validate(run, scorer, crops, config.batch_size, config.num_workers)
     accuracy, loss = (good > bad).float().mean().item(), pairwise_ranking_loss(good, bad).item()
     if [accuracy, -loss] > run.state.get("best", [-1.0, 0.0]):
         run.state["best"] = [accuracy, -loss]
@@ -213,7 +202,10 @@ def keep_best(
         if run.accelerator.is_main_process:
             names = ", ".join(Path(name.strip()).name for name in config.pairs.split(","))
             scorer.reference = ScoreReference.from_scores(f"held-out pairs of {names}", good.tolist(), bad.tolist())
-            scorer.save_pretrained(output)
+            scorer.save_pretrained(output / "new")
+            for file in (output / "new").iterdir():  # each whole, whenever the run is killed
+                os.replace(file, output / file.name)
+            (output / "new").rmdir()
             sides = zip(pairs, good.tolist(), bad.tolist(), strict=True)
             rows = [{"id": p.id, "area_ratio": p.area_ratio, "good": g, "bad": b} for p, g, b in sides]
             rewrite_rows(output / SCORES, rows)
@@ -223,18 +215,23 @@ def keep_best(
 
 @torch.no_grad()
 def validate(
-    run: TrainingRun, scorer: FaceScorer, crops: FaceCrops | PrefixCache, batch_size: int
+    run: TrainingRun, scorer: FaceScorer, crops: FaceCrops | PrefixCache, batch_size: int, num_workers: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rewards (N,) of the good and of the bad sides."""
     scorer.eval()
     rewards = []
     reads, prepare = how_to_read(scorer, crops)
-    for batch in DataLoader(crops, batch_size, collate_fn=lambda samples: collate([prepare(s) for s in samples])):
+    join = partial(collate_prepared, prepare)
+    for batch in DataLoader(crops, batch_size, num_workers=num_workers, collate_fn=join):
         sides = torch.cat([batch["good"], batch["bad"]]).to(run.accelerator.device)
         with run.accelerator.autocast():
             rewards.append(scorer(**{reads: sides}).float().cpu().view(2, -1))
     good, bad = torch.cat(rewards, dim=1)
     return good, bad
+
+
+def collate_prepared(prepare: Callable, samples: list[dict]) -> dict[str, torch.Tensor]:
+    return collate([prepare(sample) for sample in samples])
 
 
 def load_vae(name: str) -> AutoencoderKL | None:

@@ -23,6 +23,7 @@ from faceprior.images import (
     save_image,
     to_pil,
     to_pixel_values,
+    verify_image,
 )
 
 
@@ -504,6 +505,19 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, error):
     monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: (_ for _ in ()).throw(error))
     with pytest.raises(ImageError, match="a.png"):
         load_image(path)
+
+
+def test_a_torn_png_is_found_without_decoding_it(tmp_path):
+    path = save_image(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8), tmp_path / "a.png")
+    assert verify_image(path) == (40, 50)
+    whole = path.read_bytes()
+    for size in (len(whole) - 20, len(whole) // 2, 0):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ImageError, match="a.png"):
+            verify_image(path)
+    path.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
+    with pytest.raises(ImageError, match="a.png"):
+        verify_image(path)
 
 
 def test_a_name_that_is_too_long_is_no_image():

@@ -261,16 +261,30 @@ def test_frozen_text_layers_depend_on_the_trained_vision_layers(pixel_values):
 
 def test_gradient_checkpointing_of_the_vision_tower(pixel_values):
     """The same gradients; a layer's forward pass runs a second time when its gradient is due."""
-    gradients = []
+    gradients, calls = [], []
     for enabled in (False, True):
         scorer = make_scorer(text_dropout=0.0).train()
         scorer.mlp.eval()
+        layer = scorer.vision_model.encoder.layers[0]
+        layer.layer_norm1.register_forward_hook(lambda *_, enabled=enabled: calls.append(enabled))
         if enabled:
             scorer.enable_gradient_checkpointing()
             assert not any(layer.gradient_checkpointing for layer in scorer.text_model.encoder.layer)
         scorer(pixel_values).sum().backward()
-        gradients.append(scorer.vision_model.encoder.layers[0].self_attn.qkv.weight.grad)
+        gradients.append(layer.self_attn.qkv.weight.grad)
     torch.testing.assert_close(*gradients)
+    assert calls == [False, True, True]
+
+
+@pytest.mark.parametrize("way", ["weights", "autocast"])
+def test_rewards_in_bfloat16_are_finer_than_its_eight_bits(pixel_values, way):
+    """The head is run in float32, or close faces would tie."""
+    scorer = make_scorer()
+    if way == "weights":
+        scorer = scorer.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        rewards = scorer(pixel_values)
+    assert rewards.dtype == torch.float32 and (rewards != rewards.bfloat16().float()).all()
 
 
 # --------------------------------------------------------------------------------------------- pixels

@@ -370,7 +370,7 @@ def test_both_sides_of_a_pair_are_augmented_alike():
     flipped, kinds = crop[:, ::-1].astype(int), Counter()
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        sample = stage.augment_alike({"good": crop, "bad": crop.copy()}, rng)
+        sample = stage.degrade_alike({"good": crop, "bad": crop.copy()}, rng)
         assert (sample["good"] == sample["bad"]).all() and sample["good"].shape == crop.shape
         assert rng.random() == stage_rng_after(stage, seed, crop)  # as many numbers whatever the pixels
         straight, turned = (np.abs(sample["good"] - side).mean() for side in (crop.astype(int), flipped))
@@ -381,7 +381,7 @@ def test_both_sides_of_a_pair_are_augmented_alike():
 
 def stage_rng_after(stage, seed: int, crop: np.ndarray) -> float:
     rng = np.random.default_rng(seed)
-    stage.augment_alike({"good": crop, "bad": 255 - crop}, rng)
+    stage.degrade_alike({"good": crop, "bad": 255 - crop}, rng)
     return rng.random()
 
 
@@ -676,6 +676,49 @@ def test_one_bad_file_is_reported_and_the_rest_is_done(workplace, name, tiny_mod
     for line in ("truncated.png", "text.jpg", "nobody.png: no face"):
         assert line in printed
     assert len(rows(Path("out/manifest.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("name", [SCORER, GUIDANCE])
+def test_pairs_whose_files_are_spoilt_are_reported_and_left_out(workplace, name, tiny_models, capsys):
+    """A torn picture, one that is empty, and a box that lies outside of its picture."""
+    manifest = Path("data/pairs/manifest.jsonl")
+    pairs = rows(manifest)
+    torn, empty = Path("data/pairs", pairs[0]["good"]), Path("data/pairs", pairs[1]["bad"])
+    torn.write_bytes(torn.read_bytes()[:-200])
+    empty.write_bytes(b"")
+    pairs[2]["box"] = [5000, 5000, 5100, 5100]
+    manifest.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run(name, **{**settings(tiny_models)[name], "output": "out"})
+    printed = capsys.readouterr().out
+    assert "3 pairs left out" in printed and torn.name in printed and f"{empty.name} is empty" in printed
+
+
+def test_a_scorer_that_was_killed_while_it_kept_its_best(chain, tmp_path, tiny_models):
+    """Whatever the disk holds then, weights, scores and report belong together in the end."""
+    values = {**settings(tiny_models)[SCORER], "pairs": str(chain / "data/pairs"), "steps": 6, "save_every": 1}
+    values |= {"eval_every": 1, "gradient_checkpointing": True}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(SCORER, **values, output=str(whole))
+    stage = load_stage(SCORER)
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        if Path(source).parent.name == "new":
+            calls.append(source)
+            if len(calls) == 4:  # the second time, between two files
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.main(stage.Config(**values, output=str(broken)))
+    assert not (broken / "done.json").exists()
+    run(SCORER, **values, output=str(broken))
+    files = [snapshot(folder) for folder in (whole, broken)]
+    assert {k: v for k, v in files[0].items() if k != "config.yaml"} == {
+        k: v for k, v in files[1].items() if k != "config.yaml"
+    }
 
 
 @pytest.mark.parametrize("name", [PAIRS, PORTRAITS])
