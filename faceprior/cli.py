@@ -175,7 +175,8 @@ def run_score(options: argparse.Namespace) -> int:
     scorer, detector = _load_scorer(options)
     record = None
     if options.csv:
-        record = score_output.ScoreFile(options.csv, _settings(options, scorer, detector), options.overwrite)
+        settings = _settings(options, inputs, scorer, detector)
+        record = score_output.ScoreFile(options.csv, settings, options.overwrite)
     listing = score_output.Listing(options.json, options.min_score, options.sort)
     results = {}
     try:
@@ -202,7 +203,7 @@ def _gather(options: argparse.Namespace) -> _Inputs:
         try:
             found = without_outputs(argument, find_images(argument), folders)
         except (ValueError, OSError) as error:
-            entries[argument] = str(error)
+            entries[str(Path(os.path.expanduser(argument)))] = str(error)  # as it is called where it is found
             continue
         names = [first_names.setdefault(os.path.realpath(path), str(path)) for path in found]
         entries.update(dict.fromkeys(names))
@@ -239,21 +240,25 @@ def _load_scorer(options: argparse.Namespace) -> tuple:
     return scorer, resolve_detector(options.detector)
 
 
-def _settings(options: argparse.Namespace, scorer, detector) -> dict:
-    """What all rows of a CSV file have in common: a change of any would make them incomparable."""
+def _settings(options: argparse.Namespace, inputs: _Inputs, scorer, detector) -> dict:
+    """What all rows of a CSV file have in common: a change of any would make them incomparable.
+
+    directory: the one that relative names of pictures are relative to; None where all are absolute.
+    """
     from faceprior.score_output import fingerprint
 
     names = ("checkpoint", "dtype", "prompt", "min_confidence", "min_face_size")
     settings = {name: getattr(options, name) for name in names}
     reference = scorer.reference and f"{scorer.reference.name} (n = {scorer.reference.n})"
-    return {**settings, "detector": detector.name, "weights": fingerprint(scorer), "reference": reference}
+    settings |= {"detector": detector.name, "weights": fingerprint(scorer), "reference": reference}
+    return {**settings, "directory": None if all(map(os.path.isabs, inputs.entries)) else os.getcwd()}
 
 
 def _results(options: argparse.Namespace, inputs: _Inputs, scorer, detector, record) -> Iterator:
     """Yield a PictureScores per input, in order, drawn and on record; what is on record is not scored again."""
     from tqdm.auto import tqdm
 
-    from faceprior.score_output import PictureScores, draw_scores, drawing_paths, say
+    from faceprior.score_output import PictureScores, drawing_paths, say
 
     known = {name: found for name in inputs.files if record and (found := record.get(name))}
     if record and (known or record.dropped):
@@ -266,13 +271,25 @@ def _results(options: argparse.Namespace, inputs: _Inputs, scorer, detector, rec
         for name, error in inputs.entries.items():
             result = PictureScores(name, error=error) if error else known.get(name) or next(fresh)
             drawn = name in known and targets and targets[name].exists()
+            told = result
             if options.draw and result.error is None and not drawn:
-                draw_scores(name, result, targets[name])
+                told = _draw(result, targets[name])
             if name not in known:
                 bar.update()
                 if record:
                     record.append(result)
-            yield result
+            yield told
+
+
+def _draw(result, target: Path):
+    """Draw a picture's scores; the result, or an error where the picture was spoilt since it was scored."""
+    from faceprior.score_output import PictureScores, draw_scores
+
+    try:
+        draw_scores(result.file, result, target)
+    except (ValueError, OSError) as error:
+        return PictureScores(result.file, error=f"scored, but not drawn: {error}")
+    return result
 
 
 def _score_pictures(options: argparse.Namespace, scorer, detector, names: list[str]) -> Iterator:

@@ -62,7 +62,7 @@ _HUB_FILES = (
     REFERENCE_FILE,
     *_OFFICIAL_FILES,
 )
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ from faceprior.judgement_metrics import (
 if TYPE_CHECKING:
     import torch
 
-    from faceprior.detect import Detector
     from faceprior.judgement_scores import Judge
     from faceprior.scorer import FaceScorer
 
@@ -351,9 +350,8 @@ def measure_missing(benchmark: Benchmark, options: argparse.Namespace) -> dict[s
     from faceprior.judgement_scores import face_finder, measure
 
     reasons = {"FQA": "it is not measured here, but by the package modelscope (`pip install modelscope`)"}
-    judges, detector = _judges(options)
-    find_face = face_finder(detector)
-    for name, make_judge in judges.items():
+    find_face = face_finder(options.detector)
+    for name, make_judge in _judges(options).items():
         try:
             measure(benchmark, make_judge(), find_face)
         except BenchmarkError:
@@ -363,8 +361,8 @@ def measure_missing(benchmark: Benchmark, options: argparse.Namespace) -> dict[s
     return reasons
 
 
-def _judges(options: argparse.Namespace) -> tuple[dict[str, "Callable[[], Judge]"], "Detector"]:
-    """What can be tried, in an order in which two metrics of one model follow each other; and who finds the faces."""
+def _judges(options: argparse.Namespace) -> dict[str, "Callable[[], Judge]"]:
+    """What can be tried, in an order in which two metrics of one model follow each other."""
     from faceprior.detect import resolve_detector
     from faceprior.judgement_scores import (
         HPS_V1,
@@ -377,7 +375,8 @@ def _judges(options: argparse.Namespace) -> tuple[dict[str, "Callable[[], Judge]
     )
     from faceprior.training import resolve_device
 
-    device, detector = resolve_device(options.device), resolve_detector(options.detector)
+    device = resolve_device(options.device)
+    detector = functools.partial(resolve_detector, options.detector)  # fails for those alone that need it
     load_scorer = _scorer_loader(device)
     score = (_resolve(options.checkpoint), f"`hf download {SCORER_ID}`, or `--checkpoint FOLDER`", load_scorer)
     reward = (options.image_reward, f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`", load_scorer)
@@ -385,15 +384,15 @@ def _judges(options: argparse.Namespace) -> tuple[dict[str, "Callable[[], Judge]
     hps_v2 = options.hps_v2 or in_hub_cache(HPS_V2_ID, HPS_V2_FILE)
     hps_v2 = (hps_v2, f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`", HPS_V2, device)
     return {
-        "FS": lambda: reward_judge("FS", *score, detector),
+        "FS": lambda: reward_judge("FS", *score, detector()),
         "IR": lambda: reward_judge("IR", *reward),
-        "LocalIR": lambda: reward_judge("LocalIR", *reward, detector),
+        "LocalIR": lambda: reward_judge("LocalIR", *reward, detector()),
         "HPS": lambda: clip_judge("HPS", *hps),
-        "LocalHPS": lambda: clip_judge("LocalHPS", *hps, detector),
+        "LocalHPS": lambda: clip_judge("LocalHPS", *hps, detector()),
         "HPSv2": lambda: clip_judge("HPSv2", *hps_v2),
         "ASP": lambda: aesthetic_judge(device),
-        "topiq_nr-face": lambda: face_quality_judge(device, detector),
-    }, detector
+        "topiq_nr-face": lambda: face_quality_judge(device, detector()),
+    }
 
 
 def _resolve(checkpoint: str) -> str:

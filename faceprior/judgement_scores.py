@@ -26,7 +26,7 @@ from faceprior.convert import find_checkpoint_folder, find_official_checkpoint
 from faceprior.detect import Detector, Face, detect_faces
 from faceprior.images import ImageError, load_image
 from faceprior.judgement_files import Benchmark, BenchmarkError
-from faceprior.manifest import append_row, resume_rows
+from faceprior.manifest import append_row, read_rows, resume_rows
 from faceprior.metrics import MetricUnavailable
 
 if TYPE_CHECKING:
@@ -97,18 +97,18 @@ def measure(benchmark: Benchmark, judge: Judge, find_face: Callable[[Path], Face
 
 
 def _is_measured(path: Path) -> bool:
-    return any("by" in row for row in resume_rows(path)[:1])
+    return any("by" in row for row in read_rows(path)[0][:1])
 
 
 def _rows_by(path: Path, judge: Judge) -> list[dict[str, Any]]:
-    rows = resume_rows(path)
+    rows = read_rows(path)[0] if path.is_file() else []
     other = next((row.get("by") for row in rows if row.get("by") != judge.by), None)
     if other is not None:
         raise BenchmarkError(
             f"{path} was measured by {other}, but now {judge.name} is {judge.by}: remove the file to measure again, or"
             " give the weights and the detector of then"
         )
-    return rows
+    return resume_rows(path)  # cuts off a torn line, so only once the file is known to be ours
 
 
 def _score(
@@ -122,7 +122,7 @@ def _score(
         return None
 
 
-def face_finder(detector: Detector) -> Callable[[Path], Face | None]:
+def face_finder(detector: str | Detector) -> Callable[[Path], Face | None]:
     """From a file to its largest face, or None; each file is searched once, however many metrics ask."""
 
     @functools.cache

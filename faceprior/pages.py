@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from faceprior.images import load_image
+from faceprior.images import ImageError, load_image
 from faceprior.judgement_files import (
     RANKED_MODELS,
     Benchmark,
@@ -31,6 +31,9 @@ from faceprior.judgement_files import (
 
 if TYPE_CHECKING:
     import gradio
+
+logger = logging.getLogger(__name__)
+_warn_once = functools.cache(logger.warning)  # a triplet is loaded anew for every annotator and visit
 
 PLACES = ("1", "2", "3")  # the pictures, from left to right
 VIEW = 5 + len(PLACES)  # parts of the page that a triplet fills
@@ -110,8 +113,9 @@ class Ranking:
         random.Random(f"{self.annotator}/{name}").shuffle(models)
         return models
 
-    def pictures(self, name: str) -> list[Image.Image]:
-        return [load_image(self.benchmark.images[model][name]) for model in self.shown(name)]
+    def pictures(self, name: str) -> list[Image.Image | None]:
+        """The pictures of a prompt by their places; None, and a warning in the log, for one that cannot be read."""
+        return [_load_or_warn(self.benchmark.images[model][name]) for model in self.shown(name)]
 
     def answer(self, name: str, scores: list[int] | None) -> None:
         """Write the scores of a prompt's pictures by their places, or None to discard the triplet."""
@@ -126,6 +130,14 @@ class Ranking:
         if ranking:
             last = [*ranking][-1][0]
             write_ranking(self.path, {key: score for key, score in ranking.items() if key[0] != last})
+
+
+def _load_or_warn(file: Path) -> Image.Image | None:
+    try:
+        return load_image(file)
+    except (ImageError, OSError) as error:
+        _warn_once("its place on the page stays empty: %s", str(error))
+        return None
 
 
 def _ranked_models(images: dict[str, Any], wanted: set[str]) -> tuple[str, ...]:
@@ -255,8 +267,10 @@ def _triplet(ranking: Ranking) -> list[Any]:
     if name is None:
         thanks = f"### All triplets are ranked. Thank you!\n\nThe answers are in `{ranking.path}`."
         return ["", "", _order_line(""), thanks, progress, *[None] * len(PLACES)]
-    prompt = f"### {ranking.benchmark.prompts[name]}"
-    return [name, "", _order_line(""), prompt, progress, *ranking.pictures(name)]
+    prompt, pictures = f"### {ranking.benchmark.prompts[name]}", ranking.pictures(name)
+    if empty := [place for place, picture in zip(PLACES, pictures, strict=True) if picture is None]:
+        prompt += f"\n\nCannot be read: picture {', '.join(empty)}. Rank it last, or discard the triplet."
+    return [name, "", _order_line(""), prompt, progress, *pictures]
 
 
 def _order_line(order: str) -> str:
@@ -302,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         benchmark, models = read_benchmark(options.folder), tuple(options.models)
-        Ranking(benchmark, "anyone", models)  # what is wrong with the pictures is told here
+        Ranking(benchmark, "anyone", models)  # pictures that are missing; one that cannot be read is told when shown
         launch(rank_page(benchmark, models), options.port)
     except ModuleNotFoundError as error:
         print(f'faceprior.pages: error: {error}: pip install "faceprior[pages]"', file=sys.stderr)

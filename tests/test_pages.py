@@ -17,7 +17,7 @@ import pytest
 
 from faceprior.judgement import tables
 from faceprior.judgement_files import BenchmarkError, read_benchmark, read_ranking
-from faceprior.pages import Progress, Ranking, is_whole, main, order_scores, press, take_back
+from faceprior.pages import Progress, Ranking, _triplet, is_whole, main, order_scores, press, take_back
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,23 @@ def test_the_pictures_stand_in_their_order(simulated_benchmark):
     deviations = [np.asarray(picture, float).std() for picture in ranking.pictures("0001")]
     order = sorted(zip(deviations, ranking.shown("0001"), strict=True), reverse=True)
     assert [model for _, model in order] == ["sharp", "soft", "smudged"]
+
+
+def test_a_picture_that_cannot_be_read_leaves_its_place_empty(simulated_benchmark, caplog):
+    """The triplet is shown, again and again, and can be ranked; the page tells the place, the log the file, once."""
+    (simulated_benchmark / "images" / "soft" / "0001.png").write_bytes(b"no picture")
+    benchmark = read_benchmark(simulated_benchmark)
+    for _ in range(2):
+        ranking = Ranking(benchmark, "simulated")
+        place = ranking.shown("0001").index("soft")
+        name, _, _, prompt, _, *pictures = _triplet(ranking)
+        assert name == "0001" and [picture is None for picture in pictures] == [i == place for i in range(3)]
+        note = f"Cannot be read: picture {place + 1}. Rank it last, or discard the triplet."  # no model
+        assert prompt == f"### {benchmark.prompts['0001']}\n\n{note}"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "soft/0001.png is not" in caplog.text
+    ranking.answer("0001", [1 if i == place else 3 for i in range(3)])
+    name, _, _, prompt, _, *pictures = _triplet(ranking)
+    assert name == "0002" and "Cannot be read" not in prompt and None not in pictures
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "../evil", "a/b", "a\\b", "a\nb"])
@@ -228,6 +245,21 @@ def assert_on_this_machine_only(process):
     connections = psutil.Process(process.pid).net_connections("inet")
     assert connections
     assert {end.ip for c in connections for end in (c.laddr, c.raddr) if end} == {"127.0.0.1"}
+
+
+@pytest.mark.browser
+def test_a_picture_that_cannot_be_read_locks_nobody_out(simulated_benchmark, browser):
+    (simulated_benchmark / "images" / "soft" / "0001.png").write_bytes(b"no picture")
+    place = Ranking(read_benchmark(simulated_benchmark), "simulated one").shown("0001").index("soft") + 1
+    with served(simulated_benchmark) as (_, address):
+        desk = Desk(browser, address)
+        desk.enter("simulated one", f"Cannot be read: picture {place}. Rank it last")
+        shown = [desk.page.locator(f"#picture-{i} img").count() for i in (1, 2, 3)]
+        assert [count == 0 for count in shown] == [i == place for i in (1, 2, 3)]
+        others = [i for i in (1, 2, 3) if i != place]
+        desk.press(f"{others[0]} {others[1]} {place}", "1 of 3 ranked")
+        assert scores_on_disk(simulated_benchmark, "simulated one")["0001", "soft"] == 1
+        desk.page.close()
 
 
 @pytest.mark.browser
