@@ -55,12 +55,12 @@ class Config:
     num_reward_scenes: int = 200  # and scenes with smaller faces, [0, 1000]
     reward_steps: int = 12000  # of 16 pairs, [1, inf)
     reward_learning_rate: float = 5e-4  # of AdamW, (0, 1)
-    base_steps: int = 8000  # of batch 32, [1, inf)
+    base_steps: int = 7300  # of batch 32, [1, inf)
     sdxl_steps: int = 700  # of batch 32, from the other base's weights, [1, inf)
     base_learning_rate: float = 1e-3  # of AdamW, (0, 1)
     num_pairs: int = 400  # portraits for pairs, and a quarter of it scenes, [1, inf)
     scorer_steps: int = 200  # of stage 2, [1, inf)
-    guidance_steps: int = 200  # of stage 4, [1, inf)
+    guidance_steps: int = 400  # of stage 4, [1, inf)
     num_portraits: int = 300  # drawn for stage 3, [1, inf)
     prior_steps: int = 150  # of stage 5, [1, inf)
     num_faces: int = 1200  # aligned faces, drawn for stage 6, [1, 8000]

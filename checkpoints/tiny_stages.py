@@ -67,7 +67,7 @@ def train_scorer(config, work: Path) -> None:
 
 def tune(config, work: Path) -> None:
     """Stage 4: the guidance loss on the pairs. The tuned model is measured, not shipped."""
-    options = {"pairs": work / "pairs", "steps": config.guidance_steps, "batch_size": 16, "learning_rate": 1e-4}
+    options = {"pairs": work / "pairs", "steps": config.guidance_steps, "batch_size": 16, "learning_rate": 2e-4}
     options |= {"schedule": "cosine", "warmup_steps": 20}
     run("04_guidance_tune", work / "guided", **options, **precision(config))
 
