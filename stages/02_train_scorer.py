@@ -142,10 +142,7 @@ def main(config: Config) -> None:
         run.state["start"] = evaluate(scorer)
     else:  # the kept weights may be younger than the checkpoint: what they score counts
         del run.state["best"]
-        kept = FaceScorer.from_pretrained(output).to(accelerator.device)
-        kept.freeze(config.frozen)
-        accelerator.wait_for_everyone()
-        evaluate(kept)
+        evaluate(load_kept(run, output, config))
     for batch in run.batches(crops, config.batch_size, config.seed, prepare, config.num_workers):
         model.train()
         with accelerator.accumulate(model), seeded(config.seed, int(batch["position"][0]), "dropout"):
@@ -211,6 +208,13 @@ def keep_best(
             rewrite_rows(output / SCORES, rows)
             tiny.copy_info(config.init, output)
     return {"validation_accuracy": accuracy, "validation_loss": loss}
+
+
+def load_kept(run: TrainingRun, output: Path, config: Config) -> FaceScorer:
+    scorer = FaceScorer.from_pretrained(output).to(run.accelerator.device)
+    scorer.freeze(config.frozen)  # it reads what frozen layers made, too
+    run.accelerator.wait_for_everyone()  # the main process writes the files again
+    return scorer
 
 
 @torch.no_grad()
