@@ -167,12 +167,8 @@ def read_shard(path: str | Path, name: str) -> tuple[list[Photograph], Problems]
         if suffix not in MEMBER_SUFFIXES + CAPTION_SUFFIXES:
             continue
         if (key, suffix) in files:
-            problems.append(
-                (
-                    f"{name}/{member.name} at byte {member.offset}",
-                    "a second member of this name: the first one is taken",
-                )
-            )
+            place = f"{name}/{member.name} at byte {member.offset}"
+            problems.append((place, "a second member of this name: the first one is taken"))
             continue
         files[key, suffix] = member
     sidecars = {key: files[key, suffix] for suffix in CAPTION_SUFFIXES[::-1] for key, own in files if own == suffix}
