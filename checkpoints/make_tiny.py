@@ -26,6 +26,7 @@ from faceprior.training import quiet_libraries
 
 STEPS = {
     "draw": draw,
+    "faces": draw_faces,
     "vae": train_vae,
     "features": train_features,
     "sd15": train_sd15,
@@ -36,7 +37,6 @@ STEPS = {
     "scorer": train_scorer,
     "guided": tune,
     "prior": train_prior,
-    "faces": draw_faces,
     "restorer": train_restorer,
 }
 
@@ -47,7 +47,7 @@ class Config:
     only: str = "all"  # the step to do, by its name in STEPS
     num_drawn: int = 9000  # training pictures, [200, 9999]
     resolution: int = 128  # pixels, [64, 256]
-    vae_steps: int = 3000  # of batch 8, [1, inf)
+    vae_steps: int = 5000  # of batch 8, [1, inf)
     vae_learning_rate: float = 1.5e-3  # of AdamW, (0, 1)
     feature_steps: int = 5000  # of batch 32, [1, inf)
     feature_learning_rate: float = 1e-3  # of AdamW, (0, 1)
@@ -68,7 +68,7 @@ class Config:
     restorer_steps: int = 400  # of stage 6 with it, [1, inf)
     ema_decay: float = 0.998  # of the weights that are kept, [0, 1)
     mixed_precision: Literal["no", "bf16"] = "bf16"  # bf16 is 1.4 to 2 times as fast on a CPU that has it
-    go_on: bool = False  # begin reward, sd15 and restorer from the shipped weights instead of from nothing
+    go_on: bool = False  # begin vae (its decoder), reward, sd15 and restorer from the shipped weights, not from nothing
     shard: int = 0  # which half of the drawings to draw, to use two processes, [0, 1]
     num_shards: int = 1  # processes that draw, [1, 2]
     device: str = "auto"  # auto, cpu, cuda or cuda:N

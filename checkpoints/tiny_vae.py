@@ -1,4 +1,4 @@
-"""The tiny autoencoder: 128 pixels to latents of 4 x 32 x 32, trained from nothing on drawings."""
+"""The tiny autoencoder: 128 pixels to latents of 4 x 32 x 32, trained from nothing on drawings and aligned faces."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,11 +9,31 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tiny_data import Drawings
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from faceprior import tiny
 from faceprior.diffusion import noise_like
+from faceprior.images import find_images, load_image, to_pixel_values
 from faceprior.metrics import psnr
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, seeded
+
+PIPELINES = ("sd15", "sdxl", "restorer")  # in checkpoints/tiny, each with a copy
+
+
+class DrawingsAndFaces(Dataset):
+    """Drawings and aligned faces, which fill the picture, by turns: {"pixel_values": (3, R, R) in [-1, 1]}."""
+
+    def __init__(self, drawings: Drawings, faces: Path):
+        self.drawings, self.faces = drawings, list(find_images(faces))
+
+    def __len__(self) -> int:
+        return 2 * len(self.drawings)
+
+    def __getitem__(self, index: int) -> dict:
+        number, is_face = divmod(index, 2)
+        if is_face:
+            return {"pixel_values": to_pixel_values(load_image(self.faces[number % len(self.faces)]))[0]}
+        return {"pixel_values": self.drawings[number]["pixel_values"]}
 
 
 def flip(sample: dict, rng: np.random.Generator) -> dict:
@@ -21,14 +41,16 @@ def flip(sample: dict, rng: np.random.Generator) -> dict:
 
 
 def train_vae(config, work: Path) -> None:
-    """Train the autoencoder: L1 of the pixels and of their gradients, MSE, and a KL term."""
+    """Train the autoencoder: L1 of the pixels and of their gradients, MSE, and a KL term.
+
+    What goes on from the shipped weights is the decoder: the latents stay as all other models know them.
+    """
     output = work / "vae"
     if (output / "done.json").is_file():
         return
-    with seeded(0, "vae"):
-        vae = tiny.make_vae()
+    vae, trained = start(config.go_on)
     accelerator = make_accelerator(config.device, config.mixed_precision)
-    optimizer = make_optimizer(vae.parameters(), "adamw", config.vae_learning_rate, betas=(0.9, 0.99))
+    optimizer = make_optimizer(trained, "adamw", config.vae_learning_rate, betas=(0.9, 0.99))
     model, optimizer = accelerator.prepare(vae, optimizer)
     run = TrainingRun(
         output,
@@ -40,7 +62,8 @@ def train_vae(config, work: Path) -> None:
         warmup_steps=200,
         schedule="cosine",
     )
-    for batch in run.batches(Drawings(work, "train"), batch_size=8, seed=0, augment=flip):
+    drawings = Drawings(work, "train")
+    for batch in run.batches(DrawingsAndFaces(drawings, work / "faces"), batch_size=8, seed=0, augment=flip):
         pixels = batch["pixel_values"]
         with accelerator.autocast():
             posterior = vae.encode(pixels).latent_dist
@@ -49,14 +72,31 @@ def train_vae(config, work: Path) -> None:
         kl = posterior.kl().mean() / pixels[0].numel()
         loss = F.l1_loss(decoded, pixels) + edge_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + 5e-4 * kl
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(vae.parameters(), 1.0)
+        accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         run.log(loss=loss, mse=F.mse_loss(decoded, pixels), kl=kl)
     vae.eval()
-    normalise_latents(vae, Drawings(work, "train"))
+    if not config.go_on:
+        normalise_latents(vae, drawings)
     vae.save_pretrained(output)
-    run.finish(psnr=measure_psnr(vae, Drawings(work, "validation")))
+    result = measure_psnr(vae, Drawings(work, "validation"))
+    if config.go_on:
+        for name in PIPELINES:
+            vae.to(torch.float16).save_pretrained(tiny.tiny_folder() / name / "vae")
+    run.finish(psnr=result)
+
+
+def start(go_on: bool) -> tuple[AutoencoderKL, list[torch.nn.Parameter]]:
+    """Return the autoencoder to train and its parameters that are trained."""
+    if not go_on:
+        with seeded(0, "vae"):
+            vae = tiny.make_vae()
+        return vae, list(vae.parameters())
+    vae = AutoencoderKL.from_pretrained(tiny.tiny_folder() / "sd15" / "vae", torch_dtype=torch.float32)
+    vae.requires_grad_(False)
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+    return vae, list(decoder.parameters())
 
 
 def edge_loss(decoded: Tensor, pixels: Tensor) -> Tensor:

@@ -59,6 +59,11 @@ def make_parser() -> argparse.ArgumentParser:
     restore.add_argument("--compare", action="store_true", help="also write before | after as DIR/NAME_compare.png")
     restore.add_argument("--steps", type=int, help="sampling steps (default: the checkpoint's own)")
     restore.add_argument("--seed", type=int, help="of every face's noise (default: the checkpoint's own)")
+    restore.add_argument(
+        "--start",
+        choices=("noise", "degraded"),
+        help="sample from pure noise or from the noised face, whose colours drift less (default: the checkpoint's own)",
+    )
     restore.add_argument("--color-fix", choices=("wavelet", "adain", "none"), default="wavelet")
     restore.set_defaults(run=run_restore)
     return parser
@@ -329,7 +334,7 @@ def run_restore(options: argparse.Namespace) -> int:
     restorer = AuthFaceRestorer.from_pretrained(_checkpoint(options, "restorer"), **_dtype(options)).to(
         _device(options)
     )
-    sampling = {key: getattr(options, key) for key in ("steps", "seed") if getattr(options, key) is not None}
+    sampling = {key: getattr(options, key) for key in ("steps", "seed", "start") if getattr(options, key) is not None}
 
     def restore(path: Path) -> str:
         from faceprior.images import load_image, save_image

@@ -12,7 +12,7 @@ The loss is Eq. 1, noise prediction with the empty prompt, and the time-aware la
 of eyes and mouth are trained in turn with the ControlNet. Table 2 is `--facial_loss` time_aware, constant and none.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -88,6 +88,7 @@ class Config:
     num_samples: int = 4  # faces restored at the end, [0, 64]
     sample_steps: int = 50  # sampling steps, saved as the restorer's default, [1, 1000]
     guidance_scale: float = 1.0  # classifier-free guidance, saved as the restorer's default, [1, 30]
+    start: Literal["noise", "degraded"] = "degraded"  # where sampling starts, saved likewise; the official code: noise
     num_workers: int = 0  # processes that load and degrade pictures, [0, 64]
     seed: int = 0  # of the data order, degradations, timesteps and noise, [0, inf)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -270,13 +271,13 @@ def degradation(config: Config) -> DegradationConfig:
 def settings(config: Config) -> RestorerSettings:
     """Return the sampling settings that are saved with the restorer."""
     prompts = (PROMPT, NEGATIVE_PROMPT) if config.official_prompts else ("", "")
-    return replace(
-        RestorerSettings(),
+    return RestorerSettings(
         resolution=config.resolution,
         steps=config.sample_steps,
         guidance_scale=config.guidance_scale,
         prompt=prompts[0],
         negative_prompt=prompts[1],
+        start=config.start,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 
 from faceprior import tiny
 from faceprior.images import save_image
@@ -30,7 +31,7 @@ def siblings():
 
 @pytest.fixture(scope="module")
 def work(siblings, tmp_path_factory):
-    """Ten training drawings, two of them scenes, and four for validation."""
+    """Ten training drawings, two of them scenes, four for validation, and as many in place of aligned faces."""
     import tiny_data
 
     folder = tmp_path_factory.mktemp("work")
@@ -42,6 +43,8 @@ def work(siblings, tmp_path_factory):
             captions=np.array([d.caption() for d in drawings]),
             records=np.array([json.dumps(tiny_data.describe(d)) for d in drawings]),
         )
+    for number, drawing in enumerate(drawings):
+        save_image(Image.fromarray(drawing.image), folder / "faces" / f"{number}.png")
     return folder
 
 
@@ -141,6 +144,35 @@ def test_the_shipped_base_goes_on_but_for_its_text_encoder(vae, work, config, ho
         pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) is same
         assert same or all(torch.allclose(a, b, atol=0.02) for a, b in pairs)
+
+
+def test_a_decoder_goes_on_and_the_latents_stay(vae, work, config, home, tmp_path):
+    import tiny_bases
+    import tiny_vae
+
+    tiny_bases.train_sd15(config, work)
+    before = AutoencoderKL.from_pretrained(home / "sd15/vae")
+    for name in ("train", "validation", "faces"):
+        (tmp_path / name).symlink_to(work / name)
+    tiny_vae.train_vae(SimpleNamespace(**{**vars(config), "go_on": True}), tmp_path)
+    after = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    for part, same in (("encoder", True), ("quant_conv", True), ("decoder", False), ("post_quant_conv", False)):
+        pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) is same, part
+    for name in tiny_vae.PIPELINES:
+        shipped = AutoencoderKL.from_pretrained(home / name / "vae")
+        for a, b in zip(after.parameters(), shipped.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_every_second_picture_of_the_autoencoder_is_a_face(work):
+    import tiny_vae
+
+    drawings, held_out = (tiny_vae.Drawings(work, split) for split in ("train", "validation"))
+    pictures = tiny_vae.DrawingsAndFaces(drawings, work / "faces")
+    assert len(pictures) == 20
+    for index, source, number in ((2, drawings, 1), (3, held_out, 1), (9, held_out, 0)):  # four faces, again and again
+        torch.testing.assert_close(pictures[index]["pixel_values"], source[number]["pixel_values"], atol=1e-5, rtol=0)
 
 
 def test_the_record_keeps_the_runs_of_other_work_folders(work, config, home, tmp_path, monkeypatch):

@@ -84,7 +84,9 @@ def inside_of(face, size):
 # -------------------------------------------------------------------------------------------- sampling
 
 
-def sample_by_hand(restorer, crop, prompt, negative_prompt, steps, guidance_scale, controlnet_scale, seed):
+def sample_by_hand(
+    restorer, crop, prompt, negative_prompt, steps, guidance_scale, controlnet_scale, seed, start="noise"
+):
     """DDPM with classifier-free guidance, one step after the other; pixels (1, 3, R, R)."""
     pipeline, size = restorer.pipeline, crop.width
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -96,6 +98,10 @@ def sample_by_hand(restorer, crop, prompt, negative_prompt, steps, guidance_scal
     degraded = torch.from_numpy(np.asarray(crop) / np.float32(255)).permute(2, 0, 1)[None].repeat(2, 1, 1, 1)
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(1, 4, size // 4, size // 4, generator=generator)
+    if start == "degraded":
+        clean = pipeline.vae.encode(2 * degraded[:1] - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+        kept = scheduler.alphas_cumprod[scheduler.timesteps[0]]
+        z = kept.sqrt() * clean + (1 - kept).sqrt() * z
     for t in scheduler.timesteps:
         entry = z.repeat(2, 1, 1, 1)
         down, mid = pipeline.controlnet(
@@ -120,9 +126,11 @@ def sample_by_hand(restorer, crop, prompt, negative_prompt, steps, guidance_scal
 
 
 @torch.no_grad()
-def test_sampling_by_hand(restorer, crops):
+@pytest.mark.parametrize("start", ["noise", "degraded"])
+def test_sampling_by_hand(restorer, crops, start):
     """As the official code: pure noise, DDPM, CFG, time ids (H, W, 0, 0, H, W), condition in [0, 1], its scale."""
     values = {"prompt": "a man", "negative_prompt": "bad face", "steps": 3, "guidance_scale": 3.0, "seed": 5}
+    values["start"] = start
     expected = to_pil(sample_by_hand(restorer, crops[0], controlnet_scale=0.7, **values))[0]
     ours = restorer.restore_crops(crops[:1], color_fix="none", controlnet_scale=0.7, **values)[0]
     assert difference(ours, expected).max() <= 1
@@ -202,6 +210,8 @@ def test_colours_come_from_the_degraded_face(restorer, crops):
 def test_an_unknown_color_fix_or_setting(restorer, crops):
     with pytest.raises(ValueError, match="`color_fix` has to be one of wavelet, adain, none but is 'lab'"):
         restorer.restore_crops(crops, color_fix="lab")
+    with pytest.raises(ValueError, match="`start` has to be one of noise, degraded but is 'lq'"):
+        restorer.restore_crops(crops, start="lq")
     with pytest.raises(TypeError, match="stepps"):
         restorer.restore(crops[0], faces=[], stepps=3)
 
@@ -361,6 +371,7 @@ def test_a_folder_that_is_not_there(tmp_path):
         ('{"resolution": 64, "stepz": 3}', "unknown keys: stepz; it knows resolution, steps"),
         ('{"steps": "50"}', "`steps` has to be"),
         ('{"seed": true}', "`seed` has to be"),
+        ('{"start": "lq"}', "`start` has to be one of noise, degraded"),
         ('{"resolution": 64', "line 1 column 18"),
         ("[1, 2]", "sequence"),
     ],
@@ -383,7 +394,7 @@ def test_parts_in_bfloat16_beside_a_vae_in_float32(restorer, folder, crops):
     loaded = AuthFaceRestorer.from_pretrained(folder, torch.bfloat16)
     assert {loaded.pipeline.unet.dtype, loaded.pipeline.controlnet.dtype} == {torch.bfloat16}
     assert loaded.pipeline.vae.dtype == torch.float32
-    options = {"guidance_scale": 2.0, "prompt": "a man", "color_fix": "none", **FAST}
+    options = {"guidance_scale": 2.0, "prompt": "a man", "color_fix": "none", "start": "degraded", **FAST}
     pictures = [r.restore_crops(crops[:1], **options)[0] for r in (restorer, loaded)]
     assert difference(*pictures).mean() < 3
 
