@@ -42,7 +42,7 @@ class Config:
     output: str = "results/tiny"  # folder for the table and the pictures
     only: str = "all"  # piece to measure, or the beginning of the names of several
     num_portraits: int = 200  # drawn test portraits: reconstructions, proportions, [1, 3000]
-    num_samples: int = 128  # samples of every base and tuned model, [1, 3000]
+    num_samples: int = 256  # samples of every base and tuned model, [1, 3000]
     sample_steps: int = 50  # of DDIM, [1, 1000]
     guidance_scale: float = 2.5  # classifier-free guidance; 7.5, as of full-size models, is too much here, [1, 30]
     pair_portraits: int = 56  # portraits for unseen pairs, the last bin of Table 8, [0, 3000]

@@ -30,8 +30,9 @@ nor hub, and are no substitute for the published models. `make figures` measures
 FOOTER = """
 Losses are means over the last 50 steps; hours are by the clock, some beside other work. A run that stands more than
 once went on from the weights that the one before had shipped; `make tiny` trains it at once, in as many steps as they
-have together. `sd15_fine` went on by the plain loss, which brought little and is not done any more; `sdxl`, `prior` and
-the restorer were begun before the last run of `sd15`.
+have together. The second run of `vae` trained the decoder alone: the latents, and all that was trained on them, stayed.
+`sd15_fine` went on by the plain loss, which brought little and is not done any more. The last run of `sdxl` began anew,
+from the last `sd15`; pairs that `reward` has seen come from an earlier `sd15` and `vae`.
 
 - Data: {data}, from the training seeds in `faceprior/procedural.py`; every run has the seed 0
 - Machine: {machines}
