@@ -42,8 +42,8 @@ class Config:
     output: str = "results/tiny"  # folder for the table and the pictures
     only: str = "all"  # piece to measure, or the beginning of the names of several
     num_portraits: int = 200  # drawn test portraits: reconstructions, proportions, [1, 3000]
-    num_samples: int = 256  # samples of every base and tuned model, [1, 3000]
-    sample_steps: int = 50  # of DDIM, [1, 1000]
+    num_samples: int = 192  # samples of every base and tuned model, [1, 3000]
+    sample_steps: int = 50  # of DDPM, the bases' own sampler, [1, 1000]
     guidance_scale: float = 2.5  # classifier-free guidance; 7.5, as of full-size models, is too much here, [1, 30]
     pair_portraits: int = 56  # portraits for unseen pairs, the last bin of Table 8, [0, 3000]
     pair_scenes: int = 60  # scenes for the other three bins, [0, 2000]

@@ -30,7 +30,7 @@ def measure_samples(bench: Bench, base: str) -> list[dict]:
     images = bench.samples(base)
     bench.sheet(f"samples_{base}", images[:96], 12)
     found = [confidence_of(best_face(image)) >= FOUND for image in images]
-    options = f"DDIM, {bench.config.sample_steps} steps, CFG {bench.config.guidance_scale:g}"
+    options = f"DDPM, {bench.config.sample_steps} steps, CFG {bench.config.guidance_scale:g}"
     title = f"{base}: samples in which MTCNN finds a face at {FOUND}"
     return [cell(title, partial(share_of, found), (">=", 0.95), "%", options)]
 

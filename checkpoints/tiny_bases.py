@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_data import Drawings, save_arrays
+from tiny_data import Drawings, save_arrays, tidy_configs
 from tiny_vae import pixel_batches
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,8 +27,6 @@ from faceprior.training import (
 )
 
 BATCH = 32
-CONFIGS = ("config.json", "model_index.json", "tokenizer_config.json")
-ORIGINS = ("_name_or_path", "is_local", "local_files_only")  # in them: of the machine that wrote them
 SNR_GAMMA = 5.0  # Min-SNR weighting of the loss (arXiv 2303.09556)
 
 
@@ -203,12 +201,3 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, steps: int) -> None
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     tidy_configs(folder)
     (folder / tiny.INFO_FILE).write_text(json.dumps({"kind": folder.name, "seed": 0, "trained": True, "steps": steps}))
-
-
-def tidy_configs(folder: Path) -> None:
-    """Drop where the parts came from, and let transformers load the text encoders in float32, as diffusers the rest."""
-    for path in (path for name in CONFIGS for path in folder.rglob(name)):
-        config = {key: value for key, value in json.loads(path.read_text()).items() if key not in ORIGINS}
-        if path.parent.name.startswith("text_encoder"):
-            config["dtype"] = "float32"
-        path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The drawn pictures that the tiny models are trained on, kept in files of CHUNK drawings below `work`."""
+"""What the steps share: the drawn pictures, in files of CHUNK drawings below `work`, and tidied folders of models."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,9 @@ CHUNK = 200  # drawings in a file
 SCENE_EVERY = 5  # of the training drawings; the others are portraits
 SCENE_SEEDS = 5_000  # scenes take the upper half of the training seeds
 SCENE_BIN = 2  # of Table 8: faces of 13 to 40 pixels at 128
+
+CONFIGS = ("config.json", "model_index.json", "tokenizer_config.json")
+ORIGINS = ("_name_or_path", "is_local", "local_files_only")  # in them: of the machine that wrote them
 
 
 def draw(config, work: Path) -> None:
@@ -84,3 +87,12 @@ class Drawings(Dataset):
     def __getitem__(self, index: int) -> dict:
         pixels = torch.from_numpy(self.images[index]).permute(2, 0, 1).float() / 127.5 - 1
         return {"pixel_values": pixels, "caption": self.captions[index]}
+
+
+def tidy_configs(folder: Path) -> None:
+    """Drop where the parts came from, and let transformers load the text encoders in float32, as diffusers the rest."""
+    for path in (path for name in CONFIGS for path in folder.rglob(name)):
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key not in ORIGINS}
+        if path.parent.name.startswith("text_encoder"):
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from tiny_bases import tidy_configs
 from tiny_damage import DAMAGES, LEVELS, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
-from tiny_data import Drawings, save_arrays
+from tiny_data import Drawings, save_arrays, tidy_configs
 from tiny_vae import pixel_batches
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm

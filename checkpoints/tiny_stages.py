@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_bases import tidy_configs
-from tiny_data import Drawings
+from tiny_data import Drawings, tidy_configs
 from tqdm.auto import tqdm
 
 from faceprior import tiny

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from tiny_data import Drawings
+from tiny_data import Drawings, tidy_configs
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -84,6 +84,7 @@ def train_vae(config, work: Path) -> None:
     if config.go_on:
         for name in PIPELINES:
             vae.to(torch.float16).save_pretrained(tiny.tiny_folder() / name / "vae")
+            tidy_configs(tiny.tiny_folder() / name / "vae")
     run.finish(psnr=result)
 
 

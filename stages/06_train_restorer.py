@@ -69,8 +69,8 @@ class Config:
     facial_loss: Literal["time_aware", "constant", "none"] = "time_aware"  # weight of the facial feature loss over time
     time_m: float = -0.5  # w(t) peaks at t = sigmoid(m), t from 0 (clean) to 1, (-inf, inf)
     time_s: float = 1.0  # width of w(t) on the logit of t, (0, inf)
-    lambda_d: float = 0.05  # weight of the adversarial part (GFP-GAN: 1; the paper does not say), [0, inf)
-    lambda_s: float = 10.0  # weight of the style part (GFP-GAN: 200; the paper does not say), [0, inf)
+    lambda_d: float = 0.01  # weight of the adversarial part (GFP-GAN: 1; the paper does not say), [0, inf)
+    lambda_s: float = 100.0  # weight of the style part (GFP-GAN: 200; the paper does not say), [0, inf)
     discriminator_learning_rate: float = 2e-3  # of the discriminators' Adam, (0, 1)
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # finds eyes and mouth once; auto never downloads
     steps: int = 40  # optimizer steps, [1, inf)
