@@ -31,6 +31,7 @@ from faceprior.scorer import FaceScorer
 from faceprior.training import resolve_device
 
 SHIPPED = ("sd15", "sdxl", "scorer", "restorer", "features")  # the others lie in the work folder
+SAMPLED_BY = ("scheduler_config.json", "restorer_config.json")  # what of a model's settings its pictures depend on
 BATCH = 16
 SEEN = 0.7  # the least confidence that MTCNN gives at all
 FOUND = 0.9  # the confidence from which a face counts as found
@@ -214,12 +215,20 @@ def confidence_of(face: Face | None) -> float:
 
 
 def digest_of(folder: Path) -> str:
-    """Return a digest of a model's weights, whatever else lies in its folder."""
+    """Return a digest of a model's weights and of how it is sampled, whatever else lies in its folder."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(path for name in ("*.safetensors", *SAMPLED_BY) for path in folder.rglob(name)):
         if "resume" not in path.parts:
-            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+            digest.update(path.relative_to(folder).as_posix().encode() + content_of(path))
     return digest.hexdigest()[:16]
+
+
+def content_of(path: Path) -> bytes:
+    """Return a file's bytes; of a configuration all but which version of a library wrote it."""
+    if path.suffix != ".json":
+        return path.read_bytes()
+    values = {key: value for key, value in json.loads(path.read_text()).items() if not key.endswith("_version")}
+    return json.dumps(values, sort_keys=True).encode()
 
 
 @cache

@@ -389,6 +389,23 @@ def test_what_was_missing_is_tried_again(load, settings, models, tmp_path, monke
         there.append(True)
 
 
+def test_a_model_is_known_by_its_weights_and_by_how_it_is_sampled(load, tmp_path):
+    """Another scheduler draws other pictures; a newer library that wrote the same settings does not."""
+    digest_of = load("figures_bench").digest_of
+    settings = {"beta_start": 0.1, "_class_name": "DDIMScheduler", "_diffusers_version": "0.30.0"}
+
+    def digest(weights=b"1", **changes):
+        (tmp_path / "scheduler").mkdir(exist_ok=True)
+        (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps({**settings, **changes}))
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        return digest_of(tmp_path)
+
+    first = digest()
+    (tmp_path / "README.md").write_text("notes")
+    assert first == digest(_diffusers_version="0.31.0")
+    assert len({first, digest(b"2"), digest(_class_name="DDPMScheduler"), digest(beta_start=0.2)}) == 4
+
+
 def test_samples_are_made_once_and_only_what_is_missing(load, settings, tmp_path):
     """More samples add pictures; other sampling makes all anew."""
     figures, bench_module = load("figures"), load("figures_bench")
