@@ -232,16 +232,16 @@ class FaceInpainter:
     1 is off. The VAE may have a dtype of its own.
 
     The sampler is DDIM without noise of its own, and the mean of the VAE's posterior is taken, so a face depends on its
-    own picture, mask, prompt and seed only, whatever else is in the batch and in which order: in float32 the decoded
-    values, in [-1, 1], differ by BATCH_TOLERANCE at most, since sums are rounded otherwise in another batch, and so
-    8-bit values by one. The same batch gives the same pixels.
+    own picture, mask, prompt and seed only, whatever else is in the batch and in which order: in another batch decoded
+    values, in [-1, 1], differ by BATCH_TOLERANCE at most in float32, and 8-bit values by one, since sums are rounded.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, steps: int = 50, guidance_scale: float = 7.5):
         if not hasattr(pipeline, "unet"):
             raise ValueError(f"a Stable Diffusion base with a U-Net is needed, but this is a {type(pipeline).__name__}")
         self.pipeline = AutoPipelineForInpainting.from_pipe(pipeline)
-        self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        own = pipeline.scheduler.config  # whatever sampler it is of: Stable Diffusion's settings of DDIM stay
+        self.pipeline.scheduler = DDIMScheduler.from_config(own, clip_sample=False, set_alpha_to_one=False)
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps, self.guidance_scale = steps, guidance_scale
         self._embeddings: dict[str, dict[str, Tensor]] = {}  # of the last batch's prompts

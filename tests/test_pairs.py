@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 from PIL import Image
 
 from faceprior import tiny
@@ -332,7 +332,7 @@ def test_a_round_trip_is_the_vae_inside_of_the_mask(pipelines, faces):
 def inpaint_by_hand(pipeline, image, mask, steps, run, guidance_scale, prompt, seed):
     """DDIM (Song et al., Eq. 12, no noise) over the last `run` steps, the kept region being put back at every step."""
     vae, unet, ratio = pipeline.vae, pipeline.unet, 1000 // steps
-    alpha_bar = DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
+    alpha_bar = pipeline.scheduler.alphas_cumprod
     scale, pixels = vae.config.scaling_factor, to_pixel_values(image)
     outside = torch.from_numpy(np.asarray(mask) < 128).float()[None, None]
     clean = vae.encode(pixels).latent_dist.mean * scale

@@ -43,7 +43,7 @@ def main() -> None:
     faces = make_faces(options.num_faces, options.resolution)
     # the VAE in the networks' dtype for the naive way, as diffusers loads it; the stage keeps it in float32
     naive = AutoPipelineForInpainting.from_pipe(load_pipeline(base).to(device, getattr(torch, options.dtype)))
-    naive.scheduler = DDIMScheduler.from_config(naive.scheduler.config, clip_sample=False)
+    naive.scheduler = DDIMScheduler.from_config(naive.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     naive.set_progress_bar_config(disable=True)
     pipeline = load_pipeline(base, getattr(torch, options.dtype)).to(device)
 
