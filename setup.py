@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["faceprior", "faceprior.*"]),
-    package_data={"faceprior": ["report.html"]},
+    package_data={"faceprior.report": ["report.html"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.14,<3",

@@ -30,7 +30,7 @@ from figures_tuning import measure_ablation, measure_tuning
 
 from faceprior.config import run_stage
 from faceprior.images import atomic_write
-from faceprior.training import quiet_libraries
+from faceprior.models import quiet_libraries
 
 TABLE, RESULTS = "figures.md", "figures.json"
 

@@ -26,9 +26,9 @@ from faceprior.detect import Face, detect_faces
 from faceprior.diffusion import decode_latents, encode_latents, load_part, load_pipeline, sample_images
 from faceprior.features import FeatureNetwork
 from faceprior.images import atomic_write, load_image, save_image, to_pil, to_pixel_values
+from faceprior.models import resolve_device
 from faceprior.procedural import TEST_SEEDS, Drawing, contact_sheet, draw_portrait
 from faceprior.scorer import FaceScorer
-from faceprior.training import resolve_device
 
 SHIPPED = ("sd15", "sdxl", "scorer", "restorer", "features")  # the others lie in the work folder
 SAMPLED_BY = ("scheduler_config.json", "restorer_config.json")  # what of a model's settings its pictures depend on

@@ -13,8 +13,9 @@ from tiny_damage import DAMAGES, LEVELS, UNSEEN
 from tiny_stages import run
 
 from faceprior import tiny
+from faceprior.detect import AREA_LIMITS, area_bin, face_square
 from faceprior.images import cv2, load_image
-from faceprior.pairs import AREA_LIMITS, area_bin, face_square, gather_pairs
+from faceprior.pairs import gather_pairs
 from faceprior.procedural import TEST_SEEDS, draw_folder, draw_scenes
 
 PORTRAIT_SEEDS, SCENE_SEEDS = TEST_SEEDS + 3000, TEST_SEEDS + 6000  # other people than those of the samples' prompts

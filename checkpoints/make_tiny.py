@@ -22,7 +22,7 @@ from tiny_stages import draw_faces, make_pairs, make_reward_pairs, train_prior, 
 from tiny_vae import train_vae
 
 from faceprior.config import run_stage
-from faceprior.training import quiet_libraries
+from faceprior.models import quiet_libraries
 
 STEPS = {
     "draw": draw,

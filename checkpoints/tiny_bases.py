@@ -18,13 +18,7 @@ from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.diffusion import added_conditions, encode_prompts, noise_like
-from faceprior.training import (
-    TrainingRun,
-    drop_prompts,
-    make_accelerator,
-    make_optimizer,
-    sample_timesteps,
-)
+from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps
 
 BATCH = 32
 SNR_GAMMA = 5.0  # Min-SNR weighting of the loss (arXiv 2303.09556)

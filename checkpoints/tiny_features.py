@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 
 from faceprior import tiny
 from faceprior.degrade import DegradationConfig, degrade
-from faceprior.drawing.people import CHOICES
 from faceprior.features import FeatureNetwork
 from faceprior.images import cv2
+from faceprior.procedural.people import CHOICES
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, seeded
 
 TOLD = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from faceprior import tiny
-from faceprior.manifest import append_row, resume_rows
+from faceprior.jsonl import append_row, resume_rows
 from faceprior.training import METRICS_FILE
 
 DURATIONS, RECORD = "durations.jsonl", "runs.json"

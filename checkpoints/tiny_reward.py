@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from faceprior import tiny
+from faceprior.detect import face_square
 from faceprior.images import as_array, cv2, load_image, to_pil
 from faceprior.losses import pairwise_ranking_loss
-from faceprior.pairs import face_square, read_pairs
+from faceprior.pairs import read_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 

@@ -12,7 +12,7 @@ from matplotlib.cbook import get_sample_data
 
 from faceprior import cli, report
 from faceprior.images import load_image, save_image
-from faceprior.manifest import rewrite_rows
+from faceprior.jsonl import rewrite_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORE = ["score", "photographs", "--checkpoint", "checkpoints/scorer", "--json"]

@@ -8,8 +8,8 @@ Give the ids in the comments instead of `tiny.resolve(...)` to use the real mode
 from PIL import Image, ImageFilter
 
 from faceprior import AuthFaceRestorer, FaceScorer, GuidanceTuner, tiny
+from faceprior.detect import box_mask
 from faceprior.images import to_pixel_values
-from faceprior.pairs import box_mask
 from faceprior.procedural import draw_portrait
 
 drawings = [draw_portrait(seed, size=128) for seed in range(4)]

@@ -1,14 +1,21 @@
-"""
-The parts of a BLIP reward model: two towers of the transformers library, and ImageReward's head.
-"""
+"""A BLIP reward model's parts: two towers of the transformers library, ImageReward's head, and what they read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from PIL import Image
 from torch import Tensor, nn
-from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from faceprior.detect import crop_bounds
+from faceprior.images import load_image
+from faceprior.models import DEFAULT_PROMPT
 
 
 def vision_tower(sizes: Any) -> BlipVisionModel:
@@ -162,3 +169,150 @@ def require_known(token_ids: Sequence[int], config: Any, prompt: str) -> None:
             f"the prompt {prompt!r} has the tokens {list(token_ids)}, but this scorer reads one at least, at "
             f"most {config.max_positions}, each below {config.vocab_size}: use another prompt"
         )
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+
+
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+TOKENIZER = "bert-base-uncased"
+
+
+_TOKENIZER_FILES = ["config.json", "tokenizer*.json", "vocab.txt"]
+
+
+MAX_PROMPT_TOKENS = 35  # the official code cuts prompts here
+
+
+# of a picture longer than this many times its short side only the middle is resized: the rest is cut off
+_MAX_ASPECT = 16
+
+
+def preprocess(images: Any, size: int, boxes: Sequence[Sequence[float]] | None = None) -> Tensor:
+    """Crop, resize the short side to `size`, crop the centre, normalise; see `FaceScorer.preprocess`.
+
+    images: a picture or a list of B, or a tensor (B, 3, H, W) or (3, H, W) in [-1, 1]. boxes: one (x0, y0,
+    x1, y1) in pixels per picture, or None. Returns (B, 3, size, size) float32.
+    """
+    if isinstance(images, Tensor):
+        pixels = _as_batch(images)
+        cropped = [
+            pixel[:, y0:y1, x0:x1]
+            for pixel, (x0, y0, x1, y1) in _with_bounds(pixels, boxes, lambda p: (p.shape[2], p.shape[1]))
+        ]
+        rows = [_resize_tensor(crop, size) for crop in cropped]
+    else:
+        pictures = [load_image(image) for image in _as_list(images)]
+        cropped = [p.crop(bounds) for p, bounds in _with_bounds(pictures, boxes, lambda p: p.size)]
+        rows = [_resize_pil(crop, size) for crop in cropped]
+    return normalise(torch.stack(rows))
+
+
+def face_pixels(picture: Image.Image, boxes: Sequence[Sequence[float]], size: int) -> Tensor:
+    """`preprocess` of a picture's faces as far as PIL does it: (number of boxes, 3, size, size) uint8, maybe empty.
+
+    `normalise` does the rest, for the faces of many pictures at once and where the network is.
+    """
+    rows = [_resize_pil(picture.crop(crop_bounds(box, *picture.size)), size) for box in boxes]
+    return torch.stack(rows) if rows else torch.empty(0, 3, size, size, dtype=torch.uint8)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8, or floats in [0, 1] -> floats, by CLIP's mean and std."""
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float() / 255
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
+
+
+def tokenize_prompt(prompt: str, tokenizer: str | Path = TOKENIZER) -> list[int]:
+    """Tokens of a prompt, [CLS] first and [SEP] last, at most 35 as in the official code.
+
+    Raises:
+        OSError: the tokenizer is neither on the disk nor on the hub.
+    """
+    ids = _load_tokenizer(str(tokenizer))(prompt, truncation=True, max_length=MAX_PROMPT_TOKENS)["input_ids"]
+    return list(ids)
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer(name: str) -> Any:
+    try:
+        # the hub first: offline, the tokenizer's own loading retries for most of a minute
+        folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=_TOKENIZER_FILES)
+        if not any(Path(folder, file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+            raise OSError(f"no tokenizer.json or vocab.txt in {folder}")  # else: an empty vocabulary
+        return BertTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"a prompt other than {DEFAULT_PROMPT!r} needs the tokenizer {name!r}, which is neither on this "
+            f"disk nor to be had from the hub ({str(error).splitlines()[0]}). With a network, fetch it once "
+            f"with `hf download {name}`; or pass `input_ids` to the scorer itself"
+        ) from error
+
+
+def _as_list(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _as_batch(pixels: Tensor) -> Tensor:
+    batch = pixels[None] if pixels.ndim == 3 else pixels
+    if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point():
+        raise ValueError(
+            f"a tensor has to be (B, 3, H, W) or (3, H, W), floats in [-1, 1], but is {tuple(pixels.shape)} "
+            f"{pixels.dtype}: `to_pixel_values` makes one from pictures"
+        )
+    return batch
+
+
+def _with_bounds(
+    images: Sequence[Any], boxes: Sequence[Sequence[float]] | None, size_of: Callable
+) -> Iterator[tuple[Any, tuple[int, int, int, int]]]:
+    """Each picture with the pixels to crop; `size_of` gives its width and height."""
+    if len(images) == 0:
+        raise ValueError("`images` is empty: there is nothing to preprocess")
+    if boxes is None:
+        return ((image, (0, 0, *size_of(image))) for image in images)
+    if len(boxes) != len(images):
+        raise ValueError(f"`boxes` has to have one box per picture: {len(boxes)} for {len(images)} pictures")
+    return ((image, crop_bounds(box, *size_of(image))) for image, box in zip(images, boxes, strict=True))
+
+
+def _resize_plan(width: int, height: int, size: int) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, int]]:
+    """torchvision's Resize and CenterCrop: (pixels that are resized), (new width, height), (left, top)."""
+    short = min(width, height)
+    wide, high = min(width, _MAX_ASPECT * short), min(height, _MAX_ASPECT * short)
+    x0, y0 = (width - wide) // 2, (height - high) // 2
+    new = (max(size, int(size * wide / short)), max(size, int(size * high / short)))
+    left, top = (int(round((side - size) / 2)) for side in new)
+    return (x0, y0, x0 + wide, y0 + high), new, (left, top)
+
+
+def _resize_pil(image: Image.Image, size: int) -> Tensor:
+    """(3, size, size) uint8; the reference.
+
+    Rows first, then columns, as Pillow did in one call until version 12; from 13 on it turns the order round
+    for some tall pictures, which would make a score depend on the version installed.
+    """
+    bounds, (width, height), (left, top) = _resize_plan(*image.size, size)
+    if bounds != (0, 0, *image.size):
+        image = image.crop(bounds)
+    image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _resize_tensor(pixels: Tensor, size: int) -> Tensor:
+    """(3, H, W) in [-1, 1] -> (3, size, size) float32 in [0, 1].
+
+    In two passes, clamped after each, as PIL does it: overshoot of the first is gone before the second.
+    """
+    height, width = pixels.shape[1:]
+    (x0, y0, x1, y1), (new_width, new_height), (left, top) = _resize_plan(width, height, size)
+    pixels = ((pixels[None, :, y0:y1, x0:x1].float() + 1) / 2).clamp(0, 1)
+    for shape in ((y1 - y0, new_width), (new_height, new_width)):
+        pixels = F.interpolate(pixels, shape, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    return pixels[0, :, top : top + size, left : left + size]

@@ -334,3 +334,13 @@ def _raised_in(error: BaseException, folders: tuple[Path, ...]) -> bool:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(frame.filename).resolve()
     return any(file.is_relative_to(folder) for folder in folders) and (frame.line or "").startswith("raise")
+
+
+def print_problems(problems: list[tuple[str, str]], kind: str = "input", most: int | None = None) -> None:
+    """Print what was left out and why, at the end of a stage; `most`: of how many the reason is shown (None: all)."""
+    if problems:
+        print(f"{len(problems)} {kind}{'s' if len(problems) > 1 else ''} left out:")
+    for name, reason in problems[:most]:
+        print(f"  {name}: {reason}".encode(errors="backslashreplace").decode())
+    if len(problems[:most]) < len(problems):
+        print(f"  and {len(problems) - most} more")

@@ -20,8 +20,6 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from faceprior.score_reference import REFERENCE_FILE
-
 # official name, our name: the first pair whose start fits renames the start
 _STARTS = (
     ("blip.visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
@@ -49,6 +47,7 @@ _OFFICIAL_FILES = {
     "ImageReward.pt": (0.1672, 1.0333),
 }
 _MED_CONFIG = "med_config.json"
+REFERENCE_FILE = "reference.json"  # beside a scorer's weights: how a reference set scores
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _NAMES_SHOWN = 64  # of a kind, layers folded: every name of a face scorer is among them
 

@@ -5,9 +5,12 @@ in the package and works offline; RetinaFace (Deng et al. 2020, package retina-f
 fetches 118 MB at first use. Any function from an RGB array to a list of `Face` serves as well.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import logging
+import math
 import os
 import sys
 import threading
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from faceprior.images import ImageSource, as_array, cv2
 
@@ -73,7 +77,7 @@ class Face:
         return {"box": list(self.box), "landmarks": landmarks, "confidence": self.confidence}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Face":
+    def from_dict(cls, values: Mapping[str, Any]) -> Face:
         """The inverse of `to_dict`."""
         return cls(values["box"], values["landmarks"], values["confidence"])
 
@@ -330,3 +334,77 @@ def _clamp(face: Face, width: int, height: int) -> Face:
     x0, x1 = np.clip(face.box[0::2], 0, width)
     y0, y1 = np.clip(face.box[1::2], 0, height)
     return Face((x0, y0, x1, y1), face.landmarks, face.confidence)
+
+
+def crop_bounds(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """Pixels of a face crop: int(x0 - 1), int(y0 - 1), int(x1 + 1), int(y1 + 1), clamped to the picture.
+
+    The official crop; that one is not clamped and fails at the picture's left and upper edge.
+
+    Raises:
+        ValueError: the box is not four finite numbers, is inverted or empty, or lies outside of the picture.
+    """
+    where = f"the box {box} in a picture of {width}x{height} pixels"
+    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
+        raise ValueError(f"{where}: a box has to be four finite numbers (x0, y0, x1, y1)")
+    left, top, right, bottom = box
+    if right <= left or bottom <= top:
+        raise ValueError(f"{where}: x0 has to be smaller than x1, and y0 than y1 (not width and height)")
+    if left >= width or top >= height or right <= 0 or bottom <= 0:
+        raise ValueError(f"{where}: the box has to overlap the picture")
+    x0, y0 = max(0, int(left - 1)), max(0, int(top - 1))
+    return x0, y0, min(width, int(right + 1)), min(height, int(bottom + 1))
+
+
+SAME_FACE = 0.3  # intersection over union, above which two boxes show the same face
+
+
+def finds_face(
+    picture: Image.Image, box: Sequence[float], detector: str | Callable[[np.ndarray], list[Face]], min_face_size: float
+) -> bool:
+    """Tell whether the detector finds, at any confidence, a face where `box` (xyxy) says that there is one."""
+    return any(overlap(face.box, box) > SAME_FACE for face in detect_faces(picture, detector, 0, min_face_size))
+
+
+def overlap(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the intersection over union of two boxes (xyxy), in [0, 1]."""
+    width, height = (min(first[i + 2], second[i + 2]) - max(first[i], second[i]) for i in (0, 1))
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return width * height / (sum(areas) - width * height)
+
+
+AREA_LIMITS = (0.005, 0.01, 0.1, 1.0)  # upper limits of the face-area ratio, shares of the picture (Table 8)
+
+
+def area_bin(area_ratio: float, limits: tuple[float, ...] = AREA_LIMITS) -> int:
+    """Return the index of the bin (0, 0.5%], (0.5%, 1%], (1%, 10%], (10%, 100%] that an area ratio falls into."""
+    if not 0 < area_ratio <= limits[-1]:
+        raise ValueError(f"the face-area ratio has to be in (0, {limits[-1]}] but is {area_ratio}")
+    return next(i for i, limit in enumerate(limits) if area_ratio <= limit)
+
+
+def box_mask(size: tuple[int, int], box) -> Image.Image:
+    """Return the mask of a face in a (width, height) picture: 255 in its box (xyxy, rounded outwards), else 0."""
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    x0, y0 = (max(math.floor(edge), 0) for edge in box[:2])
+    x1, y1 = (max(math.ceil(edge), 0) for edge in box[2:])
+    mask[y0:y1, x0:x1] = 255
+    if not mask.any():
+        raise ValueError(f"the box {tuple(box)} covers no pixel of a picture of {size[0]} x {size[1]}")
+    return Image.fromarray(mask)
+
+
+def face_square(size: tuple[int, int], box, resolution: int) -> tuple[int, int, int, int]:
+    """Return a square (xyxy) inside of a (width, height) picture, as near to the face's centre as it fits.
+
+    Its side is 1.5 times the face's longer one, but `resolution` at least, so that a small face in a large picture
+    keeps its scale, and the picture's shorter side at most.
+    """
+    face = max(box[2] - box[0], box[3] - box[1])
+    side = min(max(math.ceil(1.5 * face), resolution), *size)
+    corner = []
+    for length, low, high in ((size[0], box[0], box[2]), (size[1], box[1], box[3])):
+        corner.append(int(np.clip(round((low + high - side) / 2), 0, length - side)))
+    return (*corner, corner[0] + side, corner[1] + side)

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 from tqdm.auto import tqdm
 
-from faceprior.images import load_image
+from faceprior.images import common_folder, load_image
+from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.losses import discriminator_loss, generator_loss, style_distance
-from faceprior.manifest import append_row, common_folder, resume_rows, rewrite_rows
 
 LANDMARKS_FILE = "landmarks.jsonl"
 EYE_BOX, MOUTH_BOX = 80 / 512, 120 / 512  # sides of the boxes over the picture's width

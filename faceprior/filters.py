@@ -7,24 +7,21 @@ a name, under which stage 01 counts what it rejects, and a limit in that stage's
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from faceprior.detect import Face, detect_faces
-from faceprior.images import cv2
-from faceprior.manifest import KeyedRows, pair_id
-from faceprior.sources import Photograph
+from faceprior.detect import Face
+from faceprior.jsonl import KeyedRows
+from faceprior.photos import Photograph, pair_id
+from faceprior.quality import NearDuplicates, sharpness
 
 FILTERS = {  # the rounds, in the order in which they run
     "photographs": ("unreadable", "small_photograph", "no_face", "near_duplicate"),
     "faces": ("too_small", "low_confidence", "blurry"),
     "pairs": ("changed_outside", "indistinguishable", "face_not_found", "face_lost"),
 }
-SHARPNESS_SIDE = 64  # pixels, to which larger faces are shrunk before their sharpness is measured
-SAME_FACE = 0.3  # intersection over union, above which two boxes show the same face
 
 
 def rejection(identity: str, photograph: str, name: str, reason: str) -> dict[str, str]:
@@ -101,64 +98,3 @@ def judge_face(
     )
     broken = next(({"filter": name, "reason": reason} for name, kept, reason in rules if not kept), {})
     return face.to_dict() | {"sharpness": sharp} | broken
-
-
-def sharpness(picture: Image.Image, box: Sequence[float]) -> float:
-    """Return the variance of the Laplacian over that of the grey levels in a face's box (xyxy): 0 flat, 20 white noise.
-
-    Larger faces are first shrunk to 64 pixels, so that blur is measured relative to the face; the ratio does not depend
-    on contrast. A sharp face has 0.15 to 1; one blurred by a Gaussian of 1%, 2%, 3% of its side about 0.15, 0.045 and
-    0.025, drawn or photographed.
-    """
-    x0, y0, x1, y1 = (round(edge) for edge in box)
-    gray = np.asarray(picture.convert("L").crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))), np.float32)
-    scale = SHARPNESS_SIDE / max(gray.shape)
-    if scale < 1:
-        gray = cv2.resize(gray, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    return float(cv2.Laplacian(gray, cv2.CV_32F).var() / max(gray.var(), 1.0))
-
-
-def perceptual_hash(picture: Image.Image) -> int:
-    """Return 64 bits that stay nearly the same under resizing and compression (pHash).
-
-    They tell which of the 8 x 8 lowest frequencies (DCT of the picture at 32 x 32, grey) lie above their median.
-    """
-    gray = np.asarray(picture.convert("L").resize((32, 32), Image.BOX), np.float32)
-    frequencies = cv2.dct(gray)[:8, :8].ravel()
-    bits = frequencies > np.median(frequencies[1:])  # without the mean brightness
-    return int("".join("01"[int(bit)] for bit in bits), 2)
-
-
-class NearDuplicates:
-    """Photographs by their perceptual hash; two are near-duplicates when at most `max_distance` of 64 bits differ."""
-
-    def __init__(self, max_distance: int):
-        self.max_distance = max_distance  # below 0: there are none
-        self._names: list[str] = []
-        self._hashes = np.zeros(0, np.uint64)
-
-    def add(self, name: str, value: int) -> None:
-        self._names.append(name)
-        self._hashes = np.append(self._hashes, np.uint64(value))
-
-    def find(self, value: int) -> tuple[str, int] | None:
-        """Return the first photograph added that is a near-duplicate, and the number of different bits."""
-        distances = np.bitwise_count(self._hashes ^ np.uint64(value))
-        near = np.flatnonzero(distances.astype(int) <= self.max_distance)
-        return (self._names[near[0]], int(distances[near[0]])) if len(near) else None
-
-
-def finds_face(
-    picture: Image.Image, box: Sequence[float], detector: str | Callable[[np.ndarray], list[Face]], min_face_size: float
-) -> bool:
-    """Tell whether the detector finds, at any confidence, a face where `box` (xyxy) says that there is one."""
-    return any(overlap(face.box, box) > SAME_FACE for face in detect_faces(picture, detector, 0, min_face_size))
-
-
-def overlap(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the intersection over union of two boxes (xyxy), in [0, 1]."""
-    width, height = (min(first[i + 2], second[i + 2]) - max(first[i], second[i]) for i in (0, 1))
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return width * height / (sum(areas) - width * height)

@@ -430,3 +430,8 @@ def save_image(image: Image.Image | np.ndarray, path: str | Path) -> Path:
 
 def _is_grey(array: np.ndarray) -> bool:
     return array.ndim == 2 and array.dtype == np.uint8
+
+
+def common_folder(paths: list[Path]) -> Path:
+    """Return the deepest folder that holds all `paths`."""
+    return Path(os.path.commonpath([path.parent for path in paths]))

@@ -17,9 +17,12 @@ from torch.utils.data import Dataset
 from faceprior.align import align_face
 from faceprior.detect import Face
 from faceprior.images import as_array, cv2, to_pixel_values
-from faceprior.manifest import read_manifest, require_keys, resolve_file
+from faceprior.jsonl import read_manifest, require_keys, resolve_file
+from faceprior.quality import blockiness, noise_level
 
 ANALYSIS_SIZE = 256  # pixels; sharpness, texture and light are measured on aligned crops of this side
+
+
 CHEEKS = np.s_[128:180, 64:192]  # rows and columns of such a crop
 
 
@@ -108,27 +111,6 @@ def _block_box(face: Face, size: tuple[int, int]) -> tuple[int, int, int, int]:
     low = [max(min(int(edge), side - 16), 0) // 8 * 8 for edge, side in zip(face.box[:2], size, strict=True)]
     high = [max(int(edge), start + 16) for edge, start in zip(face.box[2:], low, strict=True)]
     return *low, *(min(edge, side) for edge, side in zip(high, size, strict=True))
-
-
-def noise_level(gray: np.ndarray) -> float:
-    """Estimate the standard deviation of Gaussian noise in a (H, W) float32 picture (Immerkaer, 1996).
-
-    The kernel is the difference of two Laplacians: it is blind to constant, linear and quadratic structure. Finer
-    structure, such as hair, counts as noise.
-    """
-    kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
-    response = np.abs(cv2.filter2D(gray, cv2.CV_32F, kernel))[1:-1, 1:-1]
-    return float(np.sqrt(np.pi / 2) * response.mean() / 6)
-
-
-def blockiness(gray: np.ndarray) -> float:
-    """Return the mean step across 8 x 8 block borders over the mean step elsewhere; about 1 without JPEG blocks."""
-    ratios = []
-    for steps in (np.abs(np.diff(gray, axis=1)).mean(axis=0), np.abs(np.diff(gray, axis=0)).mean(axis=1)):
-        border = np.arange(len(steps)) % 8 == 7
-        if border.any():
-            ratios.append((steps[border].mean() + 1e-3) / (steps[~border].mean() + 1e-3))
-    return float(np.mean(ratios)) if ratios else 1.0
 
 
 def photographic_tags(crop: Image.Image) -> list[str]:

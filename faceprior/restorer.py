@@ -37,10 +37,10 @@ from faceprior.diffusion import (
     noise_like,
 )
 from faceprior.images import atomic_write, load_image, to_pil, to_pixel_values
-from faceprior.manifest import require_keys
+from faceprior.jsonl import require_keys
+from faceprior.models import RESTORER_ID
 
 logger = logging.getLogger(__name__)
-OFFICIAL_ID = "Ethanliang99/AuthFace"
 SETTINGS_FILE = "restorer_config.json"
 COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": lambda content, style: content}
 STARTS = ("noise", "degraded")
@@ -125,7 +125,7 @@ class AuthFaceRestorer:
         return cls(pipeline, settings)
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str = OFFICIAL_ID, dtype: torch.dtype = torch.float32) -> AuthFaceRestorer:
+    def from_pretrained(cls, path_or_id: str = RESTORER_ID, dtype: torch.dtype = torch.float32) -> AuthFaceRestorer:
         """Load a folder that `save_pretrained` wrote, a folder of the official layout, or a hub id.
 
         Every part stands in its sub-folder (`unet/`, `controlnet/`, `vae/`, ...); a `model_index.json` is not needed.

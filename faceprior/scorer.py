@@ -11,12 +11,15 @@ lie above about 4 (paper 8.5). Where the weights come with a reference set, each
 """
 
 import itertools
+import json
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,25 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from faceprior.blip import apply_head, check_config, require_known, reward_head, text_tower, vision_tower
-from faceprior.blip_inputs import DEFAULT_PROMPT, normalise, preprocess, tokenize_prompt
+from faceprior.blip import (
+    apply_head,
+    check_config,
+    face_pixels,
+    normalise,
+    preprocess,
+    require_known,
+    reward_head,
+    text_tower,
+    tokenize_prompt,
+    vision_tower,
+)
 from faceprior.convert import (
     HUB_OPTIONS,
+    REFERENCE_FILE,
     describe_mismatch,
     find_checkpoint_folder,
     find_official_checkpoint,
@@ -39,9 +54,10 @@ from faceprior.convert import (
     read_official_checkpoint,
     require_same_tensors,
 )
-from faceprior.crops import iter_faces
-from faceprior.detect import Face
-from faceprior.score_reference import REFERENCE_FILE, ScoreReference
+from faceprior.detect import Detector, Face, detect_faces, resolve_detector
+from faceprior.images import atomic_write, load_image
+from faceprior.models import DEFAULT_PROMPT
+from faceprior.streams import in_background
 
 MAX_WAITING = 4  # batches of pictures that may wait for a batch of faces to fill
 
@@ -493,3 +509,125 @@ def _ranked(rewarded: list[tuple[Face, float]], percentile: Callable) -> list[Fa
         FaceScore(reward, face.box, face.landmarks, face.confidence, percentile(reward)) for face, reward in rewarded
     ]
     return sorted(scores, key=lambda score: score.score, reverse=True)
+
+
+MAX_THREADS = 8
+
+
+Found = tuple[list[Face], Tensor]
+
+
+def iter_faces(
+    images: Iterable[Any],
+    size: int,
+    faces: Sequence[Sequence[Any]] | None = None,
+    detector: str | Callable = "auto",
+    min_confidence: float = 0.9,
+    min_face_size: float = 20,
+) -> Iterator[Found | Exception]:
+    """The faces of each picture and their pixels, in the order of the pictures.
+
+    As many threads as torch uses, at most MAX_THREADS, work at most two pictures each ahead. A function of one's
+    own as the detector is called by one thread at a time.
+
+    Args:
+        images: what `load_image` takes.
+        size: side of the crops in pixels.
+        faces: what was found before, instead of a detector: for each picture its `Face`s or (x0, y0, x1, y1) boxes.
+        detector, min_confidence, min_face_size: see `detect_faces`.
+
+    Yields:
+        (n faces, their pixels (n, 3, size, size) uint8; see `face_pixels`), or the exception that it failed with.
+
+    Raises:
+        ValueError: not as many lists of faces as pictures.
+    """
+    if faces is not None and len(faces) != len(images):
+        raise ValueError(f"`faces` has to have one list per picture: {len(faces)} for {len(images)} pictures")
+    if faces is None and isinstance(detector, str):
+        detector = resolve_detector(detector)  # loaded once, and what is wrong with it is no picture's fault
+    lock = nullcontext() if isinstance(detector, (str, Detector)) else threading.Lock()
+
+    def find(image: Any, given: Sequence[Any] | None) -> Found | Exception:
+        try:
+            picture = load_image(image)
+            if given is None:
+                with lock:
+                    own = detect_faces(picture, detector, min_confidence, min_face_size)
+            else:
+                own = [face if isinstance(face, Face) else Face(face, None, 1.0) for face in given]
+            return own, face_pixels(picture, [face.box for face in own], size)
+        except Exception as error:
+            return error
+
+    items = zip(images, repeat(None) if faces is None else faces, strict=False)
+    threads = min(MAX_THREADS, torch.get_num_threads())
+    yield from in_background(lambda item: find(*item), map(_opened, items), threads, ahead=2 * threads + 1)
+
+
+def _opened(item: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The same, read if it is a PIL image: one that stands in the list twice must not be read by two threads."""
+    if isinstance(item[0], Image.Image):
+        with suppress(Exception):  # `load_image` says what is wrong
+            item[0].load()
+    return item
+
+
+QUANTILES = 101  # 0%, 1% ... 100%
+
+
+@dataclass(frozen=True)
+class ScoreReference:
+    """How a scorer scores a set of (good, bad) face pairs.
+
+    name: of the set. n: its pairs. good, bad: the 0%, 1% ... 100% quantiles of either side's scores, no unit.
+    """
+
+    name: str
+    n: int
+    good: tuple[float, ...]
+    bad: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not isinstance(self.n, int) or self.n < 1:
+            raise ValueError(f"a reference has a name and at least one pair, but these are {self.name!r} and {self.n}")
+        for side in ("good", "bad"):
+            object.__setattr__(self, side, _checked_quantiles(getattr(self, side), side))
+
+    @classmethod
+    def from_scores(cls, name: str, good: Sequence[float], bad: Sequence[float]) -> "ScoreReference":
+        """Measure a set of pairs: good, bad hold one score per pair."""
+        if len(good) != len(bad) or len(good) == 0:
+            raise ValueError(f"a reference needs a score per side and pair but got {len(good)} good and {len(bad)} bad")
+        steps = np.linspace(0, 1, QUANTILES)
+        return cls(name, len(good), *(tuple(np.quantile(side, steps).tolist()) for side in (good, bad)))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ScoreReference | None":
+        """Read `folder/reference.json`; None if there is none, ValueError if it is damaged."""
+        path = Path(folder) / REFERENCE_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): copy it again, or delete it (scores are then without a percentile)"
+            ) from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write `folder/reference.json`."""
+        with atomic_write(Path(folder) / REFERENCE_FILE, "w") as file:
+            json.dump(asdict(self), file)
+
+    def percentile(self, score: float) -> float:
+        """Per cent of the set's good faces that score lower, in [0, 100]; straight between two quantiles."""
+        return float(np.interp(score, self.good, np.linspace(0, 100, QUANTILES)))
+
+
+def _checked_quantiles(values: Sequence[float], side: str) -> tuple[float, ...]:
+    numbers = tuple(float(value) for value in values)
+    rising = all(a <= b for a, b in zip(numbers, numbers[1:], strict=False))
+    if len(numbers) != QUANTILES or not all(map(math.isfinite, numbers)) or not rising:
+        raise ValueError(f"`{side}` has to be {QUANTILES} finite numbers that never fall")
+    return numbers

@@ -12,9 +12,11 @@ import numpy as np
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from faceprior.detect import AREA_LIMITS, area_bin
 from faceprior.images import cv2, load_image
+from faceprior.inpaint import cut_out, put_back, through_vae
 from faceprior.metrics import ranking_calibration, share_interval
-from faceprior.pairs import AREA_LIMITS, Change, FacePair, area_bin, cut_out, put_back, through_vae
+from faceprior.pairs import Change, FacePair
 
 REPORT_FILE = "report.json"
 SHORTCUT_PAIRS = 1000  # most that the shortcut tests score, evenly over all

@@ -43,42 +43,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from faceprior.config import DONE_FILE
-from faceprior.manifest import append_row, resume_rows, rewrite_rows
+from faceprior.jsonl import append_row, resume_rows, rewrite_rows
+from faceprior.models import resolve_device
 
 logger = logging.getLogger(__name__)
+
+
 METRICS_FILE = "metrics.jsonl"
+
+
 RESUME_FOLDER = "resume"
-
-
-def quiet_libraries() -> None:
-    """Keep the model libraries' loading bars and warnings off the screen; errors still show."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def resolve_device(name: str = "auto") -> torch.device:
-    """Return the device for `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`; ValueError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"`device` has to be auto, cpu, cuda or cuda:N but is {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count() if torch.cuda.is_available() else "no"
-        raise ValueError(f"`device` is {name} but this machine has {found} CUDA device(s): use `--device cpu` or auto")
-    return device
-
-
-def weight_dtype(mixed_precision: str) -> torch.dtype:
-    """Return the dtype in which frozen modules run under `no`, `fp16` or `bf16`."""
-    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
 
 
 def make_accelerator(device: str = "auto", mixed_precision: str = "no", accumulation: int = 1) -> Accelerator:

@@ -21,29 +21,28 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from faceprior import filters, tiny
-from faceprior.background import in_background, in_groups
-from faceprior.config import DONE_FILE, is_complete, open_output, run_stage
-from faceprior.detect import Detector, detect_faces, resolve_detector
+from faceprior.config import DONE_FILE, is_complete, open_output, print_problems, run_stage
+from faceprior.detect import AREA_LIMITS, Detector, detect_faces, face_square, finds_face, resolve_detector
 from faceprior.diffusion import load_pipeline
 from faceprior.images import atomic_write, save_image
-from faceprior.manifest import MANIFEST, KeyedRows, print_problems, resume_rows, rewrite_rows, safe_name, sort_rows
-from faceprior.pairs import (
-    AREA_LIMITS,
+from faceprior.inpaint import (
     NOISE_FACTORS,
     FaceInpainter,
-    FacePair,
     FacePlan,
     PairBatch,
     change_outside,
-    count_bins,
-    face_square,
     masked_difference,
     plan_face,
     prepare_photograph,
 )
+from faceprior.jsonl import MANIFEST, KeyedRows, resume_rows, rewrite_rows, sort_rows
+from faceprior.models import quiet_libraries, resolve_device, weight_dtype
+from faceprior.pairs import FacePair, count_bins
+from faceprior.photos import Photograph, find_photographs, safe_name
 from faceprior.procedural import draw_folder, draw_scenes
-from faceprior.sources import Photograph, find_photographs
-from faceprior.training import METRICS_FILE, finish, quiet_libraries, resolve_device, stable_seed, weight_dtype
+from faceprior.quality import perceptual_hash
+from faceprior.streams import in_background, in_groups
+from faceprior.training import METRICS_FILE, finish, stable_seed
 
 PHOTOGRAPHS, REJECTED, REPORT = "photographs.jsonl", "rejected.jsonl", "report.json"
 
@@ -180,7 +179,7 @@ def find_faces(
         "good": file,
         "prompt": prompt,
         "size": good.size,
-        "hash": f"{filters.perceptual_hash(photograph):016x}",
+        "hash": f"{perceptual_hash(photograph):016x}",
     }
 
 
@@ -249,7 +248,7 @@ def sees_face(config: Config, detector: Detector, plan: FacePlan, picture: Image
     """Look for the face where it was, in the square around it."""
     x, y, *far = face_square(picture.size, plan.face.box, config.resolution)
     box = [edge - start for edge, start in zip(plan.face.box, (x, y, x, y), strict=True)]
-    return filters.finds_face(picture.crop((x, y, *far)), box, detector, config.min_face_size / 2)
+    return finds_face(picture.crop((x, y, *far)), box, detector, config.min_face_size / 2)
 
 
 def summarize(config: Config, output: Path, num_photographs: int) -> None:

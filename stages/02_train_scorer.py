@@ -24,27 +24,18 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
 from faceprior import tiny
-from faceprior.config import is_complete, open_output, run_stage
+from faceprior.config import is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import degrade_alike
 from faceprior.diffusion import load_part
 from faceprior.images import atomic_write
+from faceprior.jsonl import read_rows, rewrite_rows
 from faceprior.losses import pairwise_ranking_loss
-from faceprior.manifest import print_problems, read_rows, rewrite_rows
+from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.pairs import FaceCrops, FacePair, gather_pairs
 from faceprior.prefix_cache import PrefixCache, prefix_key
-from faceprior.score_reference import ScoreReference
-from faceprior.scorer import FaceScorer
+from faceprior.scorer import FaceScorer, ScoreReference
 from faceprior.scorer_checks import REPORT_FILE, accuracy_by_area, describe, measure_shortcuts, report_scores
-from faceprior.training import (
-    TrainingRun,
-    collate,
-    make_accelerator,
-    make_optimizer,
-    quiet_libraries,
-    seeded,
-    stable_seed,
-    weight_dtype,
-)
+from faceprior.training import TrainingRun, collate, make_accelerator, make_optimizer, seeded, stable_seed
 
 SCORES = "scores.jsonl"
 

@@ -21,21 +21,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from faceprior.align import align_face
-from faceprior.config import is_complete, open_output, run_stage
+from faceprior.config import is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import DegradationConfig, degrade
 from faceprior.detect import Face, detect_faces
-from faceprior.images import as_array, find_images, load_image, save_image
-from faceprior.manifest import (
-    MANIFEST,
-    append_row,
-    common_folder,
-    print_problems,
-    read_caption,
-    resume_rows,
-    rewrite_rows,
-    safe_name,
-    sort_rows,
-)
+from faceprior.images import as_array, common_folder, find_images, load_image, save_image
+from faceprior.jsonl import MANIFEST, append_row, resume_rows, rewrite_rows, sort_rows
+from faceprior.photos import read_caption, safe_name
 from faceprior.portraits import Portrait, measure_quality, photographic_tags
 from faceprior.procedural import draw_folder
 from faceprior.training import METRICS_FILE, finish

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Literal
 
 from faceprior import tiny
-from faceprior.config import is_complete, open_output, run_stage
+from faceprior.config import is_complete, open_output, print_problems, run_stage
 from faceprior.diffusion import sample_images
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
-from faceprior.manifest import print_problems, rewrite_rows
+from faceprior.jsonl import rewrite_rows
+from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
-from faceprior.training import TrainingRun, make_accelerator, make_optimizer, quiet_libraries, weight_dtype
+from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
 SAMPLES = "samples.jsonl"
 

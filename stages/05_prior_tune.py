@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from faceprior import tiny
-from faceprior.config import is_complete, open_output, run_stage
+from faceprior.config import is_complete, open_output, print_problems, run_stage
 from faceprior.diffusion import (
     added_conditions,
     encode_latents,
@@ -30,19 +30,11 @@ from faceprior.diffusion import (
     training_target,
 )
 from faceprior.images import save_image
+from faceprior.jsonl import rewrite_rows
 from faceprior.losses import noise_loss
-from faceprior.manifest import print_problems, rewrite_rows
+from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.portraits import PortraitDataset, read_portraits
-from faceprior.training import (
-    TrainingRun,
-    drop_prompts,
-    make_accelerator,
-    make_optimizer,
-    quiet_libraries,
-    sample_timesteps,
-    seeded,
-    weight_dtype,
-)
+from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
 
 SAMPLES = "samples.jsonl"
 

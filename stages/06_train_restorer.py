@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from faceprior import tiny
-from faceprior.config import is_complete, open_output, run_stage
+from faceprior.config import is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import PRESETS, DegradationConfig, degrade, scaled
 from faceprior.detect import detect_faces
 from faceprior.diffusion import (
@@ -41,18 +41,11 @@ from faceprior.diffusion import (
 )
 from faceprior.facial import FacialDiscriminators, FacialFeatureLoss, find_landmarks, without_landmarks
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image, to_pixel_values
+from faceprior.jsonl import rewrite_rows
 from faceprior.losses import noise_loss, step_weights
-from faceprior.manifest import print_problems, rewrite_rows
+from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
-from faceprior.training import (
-    TrainingRun,
-    make_accelerator,
-    make_optimizer,
-    quiet_libraries,
-    sample_timesteps,
-    seeded,
-    weight_dtype,
-)
+from faceprior.training import TrainingRun, make_accelerator, make_optimizer, sample_timesteps, seeded
 
 SAMPLES = "samples.jsonl"
 

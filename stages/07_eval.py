@@ -26,13 +26,13 @@ from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.align import align_face
-from faceprior.config import is_complete, open_output, run_stage
+from faceprior.config import is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import PRESETS, degrade, scaled
 from faceprior.detect import Face, detect_faces
 from faceprior.diffusion import load_pipeline, looks_like_path, sample_images
 from faceprior.guidance import load_tuned
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image
-from faceprior.manifest import append_row, print_problems, resume_rows, rewrite_rows, safe_name
+from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.metrics import (
     MetricUnavailable,
     fid,
@@ -43,10 +43,12 @@ from faceprior.metrics import (
     psnr,
     ssim,
 )
+from faceprior.models import quiet_libraries, resolve_device, weight_dtype
+from faceprior.photos import safe_name
 from faceprior.procedural import TEST_SEEDS, draw_portrait
 from faceprior.restorer import AuthFaceRestorer
 from faceprior.scorer import FaceScorer
-from faceprior.training import METRICS_FILE, finish, quiet_libraries, resolve_device, weight_dtype
+from faceprior.training import METRICS_FILE, finish
 
 ROWS, RESULTS, TABLE = "rows.jsonl", "results.json", "table.md"
 NO_FACE = "no face found in any picture"

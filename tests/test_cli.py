@@ -21,14 +21,13 @@ import skimage.data
 import torch
 from PIL import Image
 
-from faceprior.blip_inputs import DEFAULT_PROMPT
 from faceprior.cli import main, make_parser
+from faceprior.cli.score_output import COLOR, PictureScores, ScoreFile
 from faceprior.images import save_image
+from faceprior.models import DEFAULT_PROMPT
 from faceprior.procedural import draw_portrait
 from faceprior.restorer import AuthFaceRestorer, RestorerSettings
-from faceprior.score_output import COLOR, PictureScores, ScoreFile
-from faceprior.score_reference import ScoreReference
-from faceprior.scorer import FaceScorer
+from faceprior.scorer import FaceScorer, ScoreReference
 from faceprior.tiny import tiny_controlnet, tiny_sdxl
 
 

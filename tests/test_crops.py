@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from skimage import data
 
-from faceprior.blip_inputs import normalise, preprocess
-from faceprior.crops import iter_faces
+from faceprior.blip import normalise, preprocess
 from faceprior.detect import Face, resolve_detector
+from faceprior.scorer import iter_faces
 
 
 @pytest.fixture

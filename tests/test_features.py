@@ -16,8 +16,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from faceprior.features import LANDMARK_OUTPUTS, FeatureNetwork, Tag, tiny_fid_extractor
 from faceprior.metrics import fid
+from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
-from faceprior.training import quiet_libraries, seeded
+from faceprior.training import seeded
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 TAGS = {"sex": ("woman", "man"), "glasses": ("none", "round", "aviator")}
@@ -269,7 +270,7 @@ def sample(tiny_features):
 
 def test_the_tags_are_all_that_a_drawing_can_have(tiny_features):
     for seed in range(30):
-        from faceprior.drawing.people import sample_person
+        from faceprior.procedural.people import sample_person
 
         person = sample_person(seed)
         assert all(getattr(person, name) in values for name, values in tiny_features.TAGS.items())

@@ -18,8 +18,8 @@ from faceprior import tiny
 from faceprior.config import make_config
 from faceprior.features import FeatureNetwork
 from faceprior.images import save_image
+from faceprior.models import quiet_libraries
 from faceprior.procedural import TEST_SEEDS, draw_portrait
-from faceprior.training import quiet_libraries
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 

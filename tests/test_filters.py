@@ -8,18 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from faceprior.detect import Face, detect_faces
-from faceprior.filters import (
-    FILTERS,
-    NearDuplicates,
-    count_rounds,
-    finds_face,
-    judge_face,
-    overlap,
-    perceptual_hash,
-    sharpness,
-)
+from faceprior.detect import Face, detect_faces, finds_face, overlap
+from faceprior.filters import FILTERS, count_rounds, judge_face
 from faceprior.procedural import draw_portrait
+from faceprior.quality import NearDuplicates, perceptual_hash, sharpness
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from faceprior import tiny
+from faceprior.detect import box_mask
 from faceprior.diffusion import load_pipeline
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import TRAIN, GuidanceTuner, dino_distance, load_tuned
 from faceprior.images import save_image
-from faceprior.pairs import FacePair, box_mask
+from faceprior.models import quiet_libraries
+from faceprior.pairs import FacePair
 from faceprior.procedural import draw_portrait
-from faceprior.training import quiet_libraries, seeded
+from faceprior.training import seeded
 
 ONE = {"num_images_per_prompt": 1}
 

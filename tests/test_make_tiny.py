@@ -14,8 +14,8 @@ from PIL import Image
 
 from faceprior import tiny
 from faceprior.images import save_image
+from faceprior.models import quiet_libraries
 from faceprior.scorer import FaceScorer
-from faceprior.training import quiet_libraries
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 

@@ -14,26 +14,21 @@ from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 from PIL import Image
 
 from faceprior import tiny
+from faceprior.detect import area_bin, box_mask, face_square
 from faceprior.images import save_image, to_pil, to_pixel_values
-from faceprior.pairs import (
+from faceprior.inpaint import (
     BATCH_TOLERANCE,
     FaceInpainter,
-    FacePair,
     PairBatch,
-    PairDataset,
-    area_bin,
-    box_mask,
     change_outside,
     cut_out,
-    face_square,
-    gather_pairs,
     masked_difference,
     noise_factor,
     plan_face,
     prepare_photograph,
     put_back,
-    read_pairs,
 )
+from faceprior.pairs import FacePair, PairDataset, gather_pairs, read_pairs
 from faceprior.procedural import draw_portrait
 from faceprior.training import seeded
 

@@ -12,16 +12,9 @@ from PIL import Image, ImageOps
 
 from faceprior.detect import Face
 from faceprior.images import save_image
-from faceprior.portraits import (
-    Portrait,
-    PortraitDataset,
-    blockiness,
-    measure_quality,
-    noise_level,
-    photographic_tags,
-    read_portraits,
-)
+from faceprior.portraits import Portrait, PortraitDataset, measure_quality, photographic_tags, read_portraits
 from faceprior.procedural import draw_portrait
+from faceprior.quality import blockiness, noise_level
 
 
 @pytest.fixture(scope="module")

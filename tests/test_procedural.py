@@ -7,10 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from faceprior.drawing.anatomy import Head
-from faceprior.drawing.complexion import Face
-from faceprior.drawing.hair import Hair
-from faceprior.drawing.people import CHOICES, HAIR_STYLES, HATS, HIDDEN_EARS, sample_person, trait_names
 from faceprior.images import cv2
 from faceprior.procedural import (
     AREA_BINS,
@@ -25,6 +21,10 @@ from faceprior.procedural import (
     draw_scenes,
     main,
 )
+from faceprior.procedural.anatomy import Head
+from faceprior.procedural.complexion import Face
+from faceprior.procedural.hair import Hair
+from faceprior.procedural.people import CHOICES, HAIR_STYLES, HATS, HIDDEN_EARS, sample_person, trait_names
 
 SIZE = 96  # pixels of most portraits here: they only have to be portraits
 

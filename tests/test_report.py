@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faceprior import report, report_parts, report_sections
+from faceprior import report
 from faceprior.images import load_image
-from faceprior.manifest import append_row
+from faceprior.jsonl import append_row
 from faceprior.report import MAX_BYTES, SECTIONS, command_text, main, write_report
-from faceprior.report_parts import Run, duration, face_window, format_number, points, render, tag, ticks
-from faceprior.report_sections import reason_kind, spread
+from faceprior.report import parts as report_parts
+from faceprior.report import sections as report_sections
+from faceprior.report.parts import Run, duration, face_window, format_number, points, render, tag, ticks
+from faceprior.report.sections import reason_kind, spread
 
 VOID = {"meta", "link", "img", "input", "br"}
 CAPTION = "portrait photo, young woman, long wavy red hair"

@@ -15,9 +15,9 @@ from faceprior import tiny
 from faceprior.align import align_face, alignment_quad
 from faceprior.detect import Face
 from faceprior.images import to_pil
+from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
-from faceprior.training import quiet_libraries
 
 FAST = {"steps": 2}
 

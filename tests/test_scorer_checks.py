@@ -8,7 +8,7 @@ from PIL import Image
 
 from faceprior import tiny
 from faceprior.images import save_image
-from faceprior.pairs import through_vae
+from faceprior.inpaint import through_vae
 from faceprior.procedural import draw_portrait
 from faceprior.scorer_checks import (
     SHORTCUT_PAIRS,

@@ -27,8 +27,10 @@ from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.config import parse_config
-from faceprior.manifest import read_rows
-from faceprior.pairs import FacePair, area_bin, box_mask, noise_factor, read_pairs
+from faceprior.detect import area_bin, box_mask
+from faceprior.inpaint import noise_factor
+from faceprior.jsonl import read_rows
+from faceprior.pairs import FacePair, read_pairs
 from faceprior.procedural import draw_folder, draw_portrait
 
 NAMES = sorted(path.stem for path in STAGES.glob("0*.py"))

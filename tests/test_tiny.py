@@ -13,11 +13,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from faceprior import tiny
 from faceprior.detect import detect_faces
-from faceprior.drawing import people
-from faceprior.procedural import TEST_SEEDS, draw_portrait
+from faceprior.models import quiet_libraries
+from faceprior.procedural import TEST_SEEDS, draw_portrait, people
 from faceprior.restorer import AuthFaceRestorer, RestorerSettings
 from faceprior.scorer import FaceScorer
-from faceprior.training import quiet_libraries
 
 
 @pytest.fixture(scope="module", autouse=True)

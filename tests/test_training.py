@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from faceprior import training
 from faceprior.config import is_complete
+from faceprior.models import resolve_device, weight_dtype
 from faceprior.training import (
     GracefulStop,
     SampleStream,
@@ -27,13 +28,11 @@ from faceprior.training import (
     make_accelerator,
     make_optimizer,
     move,
-    resolve_device,
     restore_optimizer,
     sample_generators,
     sample_timesteps,
     seeded,
     stable_seed,
-    weight_dtype,
 )
 
 

@@ -17,11 +17,12 @@ from diffusers import AutoPipelineForInpainting, DDIMScheduler
 from PIL import Image
 
 from faceprior import tiny
-from faceprior.background import in_groups
+from faceprior.detect import box_mask
 from faceprior.diffusion import load_pipeline
-from faceprior.pairs import NOISE_FACTORS, FaceInpainter, box_mask
+from faceprior.inpaint import NOISE_FACTORS, FaceInpainter
+from faceprior.models import quiet_libraries, resolve_device
 from faceprior.procedural import draw_portrait
-from faceprior.training import quiet_libraries, resolve_device
+from faceprior.streams import in_groups
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torchvision import transforms
 from transformers import BlipTextModel, BlipVisionModel
 
-from faceprior.blip_inputs import CLIP_MEAN, CLIP_STD, MAX_PROMPT_TOKENS, crop_bounds
-from faceprior.detect import detect_faces
+from faceprior.blip import CLIP_MEAN, CLIP_STD, MAX_PROMPT_TOKENS
+from faceprior.detect import crop_bounds, detect_faces
 from faceprior.images import save_image
 from faceprior.procedural import draw_portrait
 from faceprior.scorer import FaceScorer

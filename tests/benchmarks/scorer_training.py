@@ -14,8 +14,9 @@ import time
 import torch
 
 from faceprior.losses import pairwise_ranking_loss
+from faceprior.models import weight_dtype
 from faceprior.scorer import FaceScorer
-from faceprior.training import make_accelerator, make_optimizer, weight_dtype
+from faceprior.training import make_accelerator, make_optimizer
 
 WAYS = {
     "all": "nothing frozen",

@@ -1,0 +1,394 @@
+"""The folder of a benchmark judged by people: what stands in it, read and checked (Face Score, paper 4.2, 8.4).
+
+    prompts.jsonl            {"id": "0001", "prompt": "a man in a suit"}, one a line; or prompts.csv: id,prompt
+    images/MODEL/ID.png      one picture per model and prompt, of any image suffix
+    rankings/ANNOTATOR.csv   id,model,score: one row for each image of the three ranked models
+    scores/METRIC.csv        id,model,score: one row for each image; or METRIC.jsonl, rows that `judgement` measured,
+                             or the lines that `faceprior score --json` printed about images/ (without --min-score)
+
+A ranking. The three images of a prompt are its triplet. The score of an image is 3 minus the number of better
+images in its triplet, so equal images have equal scores: 3,2,1 without a tie, 3,2,2 with two worst, 3,3,1 with
+two best, 3,3,3. An annotator discards a triplet by leaving its three scores empty. The paper's "no valid faces
+in any image" is read as "no image has a valid face": where only some lack one, those are the worst of a ranked
+triplet. (Annotators told to discard also where one image lacks a face use the same files.)
+
+An empty score of a metric (null in a .jsonl) stands for an image without a valid face, or one that was not measured.
+In a picture of several people the largest face counts, the nearest to the paper's "most frontal and representative".
+
+Nothing is repaired: what breaks a rule is a `BenchmarkError` that names the file, the line, the rule and the way out.
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from faceprior.images import IMAGE_SUFFIXES, atomic_write, natural_key
+from faceprior.jsonl import read_rows, require_keys
+
+RANKED_MODELS = 3
+
+
+PROMPT_COLUMNS = ("id", "prompt")
+
+
+SCORE_COLUMNS = ("id", "model", "score")
+
+
+Key = tuple[str, str]  # prompt id, model
+
+
+class BenchmarkError(ValueError):
+    """A benchmark's file that breaks a rule; the message names file, line, rule and way out."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was drawn.
+
+    prompts: by id, in the file's order. images: model -> prompt id -> file, models in natural order.
+    """
+
+    folder: Path
+    prompts: dict[str, str]
+    images: dict[str, dict[str, Path]]
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """What people said.
+
+    models: the three ranked ones. votes: (annotators, prompts, 3) int64, the scores 1..3; 0 where the annotator
+    discarded the triplet.
+    """
+
+    annotators: tuple[str, ...]
+    models: tuple[str, ...]
+    votes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a metric said. values: (prompt id, model) -> score, None for an empty one. by: the weights, where known."""
+
+    values: dict[Key, float | None]
+    by: str = ""
+
+
+def read_benchmark(folder: str | Path) -> Benchmark:
+    """Read the prompts and list the images.
+
+    Raises FileNotFoundError for a missing prompt file or images/, BenchmarkError for a broken rule.
+    """
+    folder = Path(folder)
+    prompts = _read_prompts(folder)
+    root = folder / "images"
+    if not root.is_dir():
+        raise FileNotFoundError(f"no {root}: a benchmark holds its pictures as images/MODEL/PROMPT_ID.png")
+    models = sorted((path for path in root.iterdir() if path.is_dir() and _is_visible(path)), key=natural_key)
+    if not models:
+        raise BenchmarkError(f"{root} holds no folder: it needs one per model, with PROMPT_ID.png in it")
+    return Benchmark(folder, prompts, {model.name: _list_images(model, prompts) for model in models})
+
+
+def _read_prompts(folder: Path) -> dict[str, str]:
+    path = _only_one(folder / "prompts.jsonl", folder / "prompts.csv")
+    if path is None:
+        raise FileNotFoundError(
+            f"no prompts.jsonl or prompts.csv in {folder}: a benchmark needs one of them, rows of `id` and `prompt`"
+        )
+    rows = (
+        _csv_rows(path, PROMPT_COLUMNS)
+        if path.suffix == ".csv"
+        else _json_rows(path, dict.fromkeys(PROMPT_COLUMNS, str))
+    )
+    prompts, lines = {}, {}
+    for line, row in rows:
+        name = row["id"]
+        if not is_file_stem(name):
+            raise BenchmarkError(
+                f"{path}:{line}: the id {name!r} cannot be the name of a picture: it may not be empty, begin with a dot"
+                " or hold a slash or a control code; rename it"
+            )
+        if name in prompts:
+            raise BenchmarkError(f"{path}:{line}: the id {name!r} stands in line {lines[name]} already: remove one")
+        prompts[name], lines[name] = row["prompt"], line
+    if not prompts:
+        raise BenchmarkError(f"{path} holds no prompt: write one at least, with its id")
+    return prompts
+
+
+def is_file_stem(name: str) -> bool:
+    """Whether a prompt's id, or an annotator's name, can be the name of a file."""
+    return bool(name) and not name.startswith(".") and name.isprintable() and not any(c in name for c in "/\\")
+
+
+def _list_images(folder: Path, prompts: dict[str, str]) -> dict[str, Path]:
+    images: dict[str, Path] = {}
+    for path in sorted(folder.iterdir(), key=natural_key):
+        if not _is_visible(path) or path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        if path.stem not in prompts:
+            raise BenchmarkError(
+                f"{path}: no prompt has the id {path.stem!r}: add it to the prompts or remove the picture"
+            )
+        if path.stem in images:
+            raise BenchmarkError(f"{path}: {images[path.stem].name} is a picture of this prompt already: remove one")
+        images[path.stem] = path
+    return images
+
+
+def read_rankings(benchmark: Benchmark) -> Rankings:
+    """Read every annotator's file in rankings/, which all rank the same three models.
+
+    Raises FileNotFoundError where there is none, BenchmarkError for a broken rule.
+    """
+    files = list(_files(benchmark.folder / "rankings", (".csv",)))
+    if not files:
+        raise FileNotFoundError(
+            f"no rankings in {benchmark.folder / 'rankings'}: each annotator's stand in ANNOTATOR.csv, with the"
+            f" columns {','.join(SCORE_COLUMNS)}"
+        )
+    found = {path: read_ranking(path, benchmark) for path in files}
+    models = _ranked_models(found)
+    order = tuple(model for model in benchmark.images if model in models)
+    votes = [[[scores[name, model] or 0 for model in order] for name in benchmark.prompts] for scores in found.values()]
+    return Rankings(tuple(path.stem for path in files), order, np.array(votes, dtype=np.int64))
+
+
+def read_ranking(path: str | Path, benchmark: Benchmark, complete: bool = True) -> dict[Key, int | None]:
+    """Read one annotator's file: (prompt id, model) -> score, None in a discarded triplet.
+
+    complete: refuse a file in which a triplet is missing; without it, one that is still being written is read.
+    """
+    path = Path(path)
+    cells = _read_cells(path, _csv_rows(path, SCORE_COLUMNS), benchmark, _parse_vote)
+    models = sorted({model for _, model in cells}, key=natural_key)
+    if len(models) > RANKED_MODELS or (complete and len(models) < RANKED_MODELS):
+        raise BenchmarkError(
+            f"{path} ranks {len(models)} models ({', '.join(models)}), but a triplet has {RANKED_MODELS}: keep the rows"
+            " of three"
+        )
+    begun = {name for name, _ in cells}
+    for name in benchmark.prompts:
+        if complete or name in begun:
+            _check_triplet(path, name, models, cells)
+    return {key: score for key, (_, score) in cells.items()}
+
+
+def write_ranking(path: str | Path, ranking: dict[Key, int | None]) -> None:
+    """Write one annotator's file, as `read_ranking` gives it: whole and on the disk, or as it was before."""
+    text = io.StringIO()
+    rows = ([name, model, "" if score is None else score] for (name, model), score in ranking.items())
+    csv.writer(text, lineterminator="\n").writerows([SCORE_COLUMNS, *rows])
+    with atomic_write(path, "w") as file:
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_triplet(path: Path, name: str, models: list[str], cells: dict[Key, tuple[int, int | None]]) -> None:
+    for model in models:
+        if (name, model) not in cells:
+            raise BenchmarkError(
+                f"{path}: no row for the image {name!r} of {model}: add it, leave the scores of the whole triplet empty"
+                f" to discard it, or go on with `python -m faceprior.human_eval.pages rank {path.parent.parent}`"
+            )
+    line = cells[name, models[0]][0]
+    scores = [cells[name, model][1] for model in models]
+    given = [score for score in scores if score is not None]
+    if 0 < len(given) < len(scores):
+        raise BenchmarkError(
+            f"{path}:{line}: the triplet {name!r} is scored in part: score its images without a face as the worst, or"
+            " leave all empty to discard it"
+        )
+    ranking = [RANKED_MODELS - sum(other > score for other in given) for score in given]
+    if ranking != given:
+        raise BenchmarkError(
+            f"{path}:{line}: the scores {_commas(given)} of the triplet {name!r} ({', '.join(models)}) are no ranking:"
+            f" a score is 3 minus the number of better images, so this order is written {_commas(ranking)}"
+        )
+
+
+def _ranked_models(rankings: dict[Path, dict[Key, int | None]]) -> set[str]:
+    """The three models that all annotators rank."""
+    first, *others = rankings
+    models = {path: {model for _, model in ranking} for path, ranking in rankings.items()}
+    for path in others:
+        if models[path] != models[first]:
+            raise BenchmarkError(
+                f"{path} ranks {', '.join(sorted(models[path]))}, but {first} ranks {', '.join(sorted(models[first]))}:"
+                " all annotators have to rank the same models"
+            )
+    return models[first]
+
+
+def read_scores(benchmark: Benchmark) -> dict[str, Scores]:
+    """Read scores/, by metric. No such folder is no metric."""
+    paths = list(_files(benchmark.folder / "scores", (".csv", ".jsonl")))
+    for path in paths:
+        _only_one(path.with_suffix(".csv"), path.with_suffix(".jsonl"))
+    return {path.stem: _read_metric(path, benchmark) for path in paths}
+
+
+def _read_metric(path: Path, benchmark: Benchmark) -> Scores:
+    by: set[str] = set()
+    if path.suffix == ".csv":
+        cells = _read_cells(path, _csv_rows(path, SCORE_COLUMNS), benchmark, _parse_number)
+    else:
+        cells = _read_cells(path, _measured_rows(path, by), benchmark, lambda score: score)
+    for model, images in benchmark.images.items():
+        for name in images:
+            if (name, model) not in cells:
+                raise BenchmarkError(
+                    f"{path}: no row for the image {name!r} of {model}: measure it, or add it with an empty score"
+                )
+    return Scores({key: score for key, (_, score) in cells.items()}, ", ".join(sorted(by)))
+
+
+def _measured_rows(path: Path, by: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of SCORE_COLUMNS, as they are or out of what `faceprior score --json` printed; `by` collects their "by"."""
+    for line, row in _json_rows(path, {}):
+        try:
+            if "id" in row:
+                require_keys(row, {"id": str, "model": str, "score": (float, int, type(None)), "by": str})
+                by.add(row["by"])
+            else:
+                row = _printed_row(row)
+        except ValueError as error:
+            raise BenchmarkError(f"{path}:{line}: {error}") from error
+        yield line, row
+
+
+def _printed_row(row: dict[str, Any]) -> dict[str, Any]:
+    """What `faceprior score --json` printed of a picture, with its largest face's score."""
+    require_keys(row, {"file": str})
+    if "error" in row:
+        raise ValueError(f"{row['file']} could not be scored ({row['error']}): mend the picture, score it again")
+    require_keys(row, {"faces": list})
+    file = Path(row["file"])
+    return {"id": file.stem, "model": file.parent.name, "score": _largest_face(row["faces"])}
+
+
+def _largest_face(faces: list[Any]) -> float | None:
+    def area(face: dict[str, Any]) -> float:
+        x0, y0, x1, y1 = face["box"]
+        return (x1 - x0) * (y1 - y0)
+
+    try:
+        score = float(max(faces, key=area)["score"]) if faces else None
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError("a face has to have a `box` of four numbers and a `score`: score the picture again") from error
+    if score is not None and not math.isfinite(score):
+        raise ValueError(f"`score` has to be finite but is {score}: score the picture again")
+    return score
+
+
+def _read_cells(
+    path: Path,
+    rows: Iterator[tuple[int, dict[str, Any]]],
+    benchmark: Benchmark,
+    parse: Callable[[Any], Any],
+) -> dict[Key, tuple[int, Any]]:
+    """Rows of SCORE_COLUMNS -> (prompt id, model) -> (line, parsed score), each of an image that is there, once."""
+    cells: dict[Key, tuple[int, Any]] = {}
+    for line, row in rows:
+        key = name, model = row["id"], row["model"]
+        if name not in benchmark.images.get(model, {}):
+            image = benchmark.folder / "images" / model / name
+            raise BenchmarkError(f"{path}:{line}: there is no image {image}.*: add the picture or remove the row")
+        if key in cells:
+            raise BenchmarkError(
+                f"{path}:{line}: the image {name!r} of {model} stands in line {cells[key][0]} already: remove one"
+            )
+        try:
+            cells[key] = line, parse(row["score"])
+        except ValueError as error:
+            raise BenchmarkError(f"{path}:{line}: {error}") from error
+    return cells
+
+
+def _parse_vote(text: str) -> int | None:
+    if text not in ("", "1", "2", "3"):
+        raise ValueError(f"`score` has to be 1, 2 or 3 but is {text!r}: give the best 3, or leave it empty to discard")
+    return int(text) if text else None
+
+
+def _parse_number(text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"`score` has to be a finite number but is {text!r}: leave it empty where there is none")
+    return number
+
+
+def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row) of a CSV file with exactly these columns, in any order."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = reader.fieldnames or ()
+            if sorted(header) != sorted(columns):
+                raise BenchmarkError(
+                    f"{path}:1: the first line has to name the columns {','.join(columns)}, split by commas, but is"
+                    f" {','.join(header)!r}: mend it"
+                )
+            for row in reader:
+                if None in row or None in row.values():
+                    raise BenchmarkError(
+                        f"{path}:{reader.line_num}: a row has to have {len(columns)} cells ({','.join(columns)}): mend"
+                        " it (a text with a comma stands in quotes)"
+                    )
+                yield reader.line_num, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BenchmarkError(f"{path} is no CSV file in UTF-8 ({error}): save it as one") from error
+
+
+def _json_rows(path: Path, keys: dict[str, type]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of a file of JSON lines whose rows have these keys."""
+    rows, problems = read_rows(path)
+    if problems:
+        place, reason = problems[0]
+        raise BenchmarkError(f"{place}: {reason}: mend or remove the line")
+    lines = [number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    for line, row in zip(lines, rows, strict=True):
+        try:
+            require_keys(row, keys)
+        except ValueError as error:
+            raise BenchmarkError(f"{path}:{line}: {error}: mend the line") from error
+        yield line, row
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """A folder's files in natural order, all of these suffixes; a missing folder has none."""
+    for path in sorted(folder.iterdir() if folder.is_dir() else (), key=natural_key):
+        if not _is_visible(path):
+            continue
+        if path.suffix not in suffixes or not path.is_file():
+            raise BenchmarkError(f"{path} is no {' or '.join(suffixes)} file: save it as one, or move it elsewhere")
+        yield path
+
+
+def _only_one(*paths: Path) -> Path | None:
+    there = [path for path in paths if path.is_file()]
+    if len(there) > 1:
+        raise BenchmarkError(f"{there[0]} and {there[1].name} are both there: keep one")
+    return there[0] if there else None
+
+
+def _is_visible(path: Path) -> bool:
+    return not path.name.startswith(".")
+
+
+def _commas(scores: list[int]) -> str:
+    return ",".join(map(str, scores))

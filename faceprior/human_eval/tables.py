@@ -1,0 +1,461 @@
+"""The judgement of people: Tables 1 to 4 of Face Score (arXiv 2406.17100) for any benchmark folder.
+
+    python -m faceprior.human_eval.tables FOLDER [--output DIR]   # DIR/tables.md and tables.json, by default in FOLDER
+
+`files` says what stands in a folder, and `python -m faceprior.human_eval.pages rank FOLDER` is where people rank.
+They order the images that three models drew for each prompt; their votes become one label per image, and every
+metric is asked how often it orders two images of a triplet as the labels do. A metric without a file in scores/ is
+measured first if its library and weights are on this machine (`judgement_scores`); nothing is downloaded, and one
+that cannot be measured stands in the tables as missing, with the commands that get it. Shares and accuracies lie in
+[0, 1]; the Markdown prints them as percentages.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
+from faceprior.human_eval.metrics import (
+    LABELS,
+    RESAMPLES,
+    MetricAccuracy,
+    MetricStatistics,
+    ModelMean,
+    ModelSpread,
+    ScoreShares,
+    agreement,
+    majority_vote,
+    metric_accuracy,
+    metric_statistics,
+    model_mean,
+    score_shares,
+    win_rates,
+)
+from faceprior.images import atomic_write
+from faceprior.models import REWARD_ID, SCORER_ID
+
+if TYPE_CHECKING:
+    import torch
+
+    from faceprior.human_eval.scores import Judge
+    from faceprior.scorer import FaceScorer
+
+
+HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
+
+
+# The paper's metrics in its order, then others of today. LocalX is X on the face with the prompt "A face" (4.3).
+METRICS = {
+    "IR": "ImageReward on the whole picture and its prompt",
+    "ASP": "the LAION aesthetic predictor on the whole picture",
+    "FQA": "ModelScope's `cv_manual_face-quality-assessment_fqa` on the face",
+    "LocalIR": "ImageReward on the face",
+    "HPS": "HPS v1 on the whole picture and its prompt",
+    "LocalHPS": "HPS v1 on the face",
+    "FS": "Face Score, on the face",
+    "HPSv2": "HPS v2 on the whole picture and its prompt",
+    "topiq_nr-face": "pyiqa's face quality `topiq_nr-face` on the face",
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Everything that a folder says.
+
+    triplets: the kept ones; discarded: ids of the others. agreement: None with a single annotator.
+    human_ties: pairs of images with equal labels. win_rates: [i][j] = share of triplets in which the label of
+    models[i] is higher than that of models[j], a tie counted half (so the diagonal is 1/2).
+    missing: METRICS without a file in scores/; their rows in Tables 2 to 4 have a note for numbers.
+    """
+
+    models: tuple[str, ...]
+    annotators: tuple[str, ...]
+    triplets: int
+    discarded: tuple[str, ...]
+    agreement: float | None
+    human_ties: int
+    table_1: tuple[ScoreShares, ...]
+    table_2: tuple[MetricAccuracy, ...]
+    table_3: tuple[ModelMean, ...]
+    table_4: tuple[MetricStatistics, ...]
+    win_rates: tuple[tuple[float, ...], ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the paper prints."""
+
+    source: str
+    agreement: float
+    table_1: tuple[ScoreShares, ...]
+    table_2: tuple[MetricAccuracy, ...]
+    table_3: tuple[ModelMean, ...]
+    table_4: tuple[MetricStatistics, ...]
+
+
+def _published_spread(metric: str, pearson: float, *spreads: tuple[float, float]) -> MetricStatistics:
+    models = ("SD1.5", "RV5.1", "SDXL")
+    return MetricStatistics(
+        metric, pearson, tuple(ModelSpread(m, *spread) for m, spread in zip(models, spreads, strict=True))
+    )
+
+
+_ACCURACIES = {"Random guess": 0.5, "IR": 0.6087, "ASP": 0.6881, "FQA": 0.7022, "LocalIR": 0.7127}
+
+
+_ACCURACIES |= {"HPS": 0.7470, "LocalHPS": 0.7531, "FS": 0.8031}
+
+
+_MEANS = {"Dalle3": 3.45, "MJ": 3.51, "Real": 3.54, "PixArt-α": 3.94, "SC": 3.98, "PGV2.5": 4.40}
+
+
+PUBLISHED = Published(
+    source="Face Score, arXiv 2406.17100, 4.2 and Tables 1 to 4",
+    agreement=0.933,
+    table_1=(
+        ScoreShares("SD1.5", 0.7620, 0.1865, 0.0515, 1.2895),
+        ScoreShares("RV5.1", 0.1222, 0.3720, 0.5058, 2.3836),
+        ScoreShares("SDXL", 0.1158, 0.4416, 0.4426, 2.3268),
+    ),
+    table_2=tuple(MetricAccuracy(metric, accuracy) for metric, accuracy in _ACCURACIES.items()),
+    table_3=tuple(ModelMean("FS", model, mean) for model, mean in _MEANS.items()),
+    table_4=(
+        _published_spread("FQA", 0.4626, (0.1600, 0.2173), (0.2980, 0.2864), (0.3723, 0.3206)),
+        _published_spread("LocalHPS", 0.5715, (0.4206, 0.1441), (0.4591, 0.1625), (0.3877, 0.1448)),
+        _published_spread("FS", 0.6759, (0.5673, 0.2575), (0.7993, 0.2557), (0.7775, 0.1994)),
+    ),
+)
+
+
+def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None = None) -> Tables:
+    """Read a benchmark folder and make Tables 1 to 4.
+
+    seed: of the bootstrap. reasons: metric -> why it could not be measured. METRICS come first, in their order; one
+    without a file has a row whose note says what it is and why it is missing.
+
+    Raises FileNotFoundError for a missing part, BenchmarkError for a file that breaks a rule.
+    """
+    benchmark = read_benchmark(folder)
+    rankings = read_rankings(benchmark)
+    scores = read_scores(benchmark)
+    labels = majority_vote(rankings.votes)
+    kept = labels.any(1)
+    if not kept.any():
+        raise BenchmarkError(f"{benchmark.folder / 'rankings'}: every triplet was discarded: rank one at least")
+    human = _Human(rankings.models, tuple(itertools.compress(benchmark.prompts, kept)), labels[kept])
+    rows = [
+        _measured(name, scores[name], benchmark, human, seed)
+        if name in scores
+        else _missing(name, benchmark.folder, (reasons or {}).get(name, "it has not been measured"))
+        for name in dict.fromkeys([*METRICS, *scores])
+    ]
+    return Tables(
+        models=rankings.models,
+        annotators=rankings.annotators,
+        triplets=int(kept.sum()),
+        discarded=tuple(itertools.compress(benchmark.prompts, ~kept)),
+        agreement=agreement(rankings.votes) if len(rankings.annotators) > 1 else None,
+        human_ties=_count_ties(human.labels),
+        table_1=score_shares(human.labels, rankings.models),
+        table_2=tuple(row.accuracy for row in rows),
+        table_3=tuple(mean for row in rows for mean in row.means),
+        table_4=tuple(row.statistics for row in rows),
+        win_rates=tuple(tuple(map(float, row)) for row in win_rates(human.labels)),
+        missing=tuple(name for name in METRICS if name not in scores),
+    )
+
+
+@dataclass(frozen=True)
+class _Human:
+    """The kept triplets: their models, prompt ids and labels (triplets, 3)."""
+
+    models: tuple[str, ...]
+    prompts: tuple[str, ...]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class _MetricRows:
+    """One metric's rows in Tables 2, 3 and 4."""
+
+    accuracy: MetricAccuracy
+    means: tuple[ModelMean, ...]
+    statistics: MetricStatistics
+
+
+def _measured(metric: str, scores: Scores, benchmark: Benchmark, human: _Human, seed: int) -> _MetricRows:
+    values = scores.values
+    of_triplets = [[values[name, model] for model in human.models] for name in human.prompts]
+    array = np.array(of_triplets, dtype=np.float64)  # (triplets, 3); None becomes NaN
+    means = (
+        model_mean(metric, model, (values[name, model] for name in images))
+        for model, images in benchmark.images.items()
+    )
+    accuracy = metric_accuracy(metric, human.labels, array, seed)
+    return _MetricRows(
+        replace(accuracy, note="; ".join(filter(None, (accuracy.note, scores.by)))),
+        tuple(means),
+        metric_statistics(metric, human.labels, array, human.models),
+    )
+
+
+def _missing(metric: str, folder: Path, reason: str) -> _MetricRows:
+    note = f"missing: {METRICS[metric]}: no {folder / 'scores' / metric}.csv or .jsonl, and {reason}"
+    return _MetricRows(
+        MetricAccuracy(metric, note=note), (ModelMean(metric, "-", note=note),), MetricStatistics(metric, note=note)
+    )
+
+
+def _count_ties(labels: np.ndarray) -> int:
+    pairs = itertools.combinations(labels.T, 2)
+    return sum(int((first == second).sum()) for first, second in pairs)
+
+
+def write_tables(
+    folder: str | Path, output: str | Path | None = None, seed: int = 0, reasons: Mapping[str, str] | None = None
+) -> Tables:
+    """Make the tables of a folder and write them to tables.md and tables.json in `output`, by default the folder.
+
+    seed, reasons: as for `tables`. The JSON holds {"measured": Tables, "paper": Published}.
+    """
+    result = tables(folder, seed, reasons)
+    output = Path(folder if output is None else output)
+    with atomic_write(output / "tables.md", "w") as file:
+        file.write(to_markdown(result))
+    with atomic_write(output / "tables.json", "w") as file:
+        content = {"measured": asdict(result), "paper": asdict(PUBLISHED)}
+        json.dump(content, file, indent=1, allow_nan=False, ensure_ascii=False)
+    return result
+
+
+def to_markdown(result: Tables) -> str:
+    """The tables for people, the paper's rows beneath ours and marked as its own."""
+    sections = (
+        _describe(result),
+        _section("Table 1: scores that people gave", _shares_table(result)),
+        _section("Table 2: pairs that a metric orders as people do", _accuracy_table(result)),
+        _section("Table 3: mean score per model", _means_table(result)),
+        _section("Table 4: correlation with people, and spread of the normalised scores", _statistics_table(result)),
+        _section("Win rates: how often the row is better than the column, ties counted half", _wins_table(result)),
+    )
+    return "\n".join(sections)
+
+
+def _describe(result: Tables) -> str:
+    agreed = "not defined for one annotator" if result.agreement is None else f"{_percent(result.agreement)}%"
+    agreed += f" (the paper: {_percent(PUBLISHED.agreement)}%)"
+    discarded = f": {', '.join(result.discarded)}" if result.discarded else ""
+    return f"""# The judgement of people
+
+Rows marked "paper" are those of {PUBLISHED.source}.
+Those marked "measured" are of this folder; for those marked "missing" Table 2 says what they need.
+LocalX is X on the face with the prompt "A face".
+
+- annotators: {len(result.annotators)} (the paper: 5): {", ".join(result.annotators)}
+- triplets: {result.triplets} ranked, {len(result.discarded)} discarded{discarded}
+- agreement (labels that more than three fifths of the annotators gave): {agreed}
+- pairs that people did not order: {result.human_ties}, left out of Table 2; a metric's own ties count half there
+- intervals: 95%, bootstrap over triplets, {RESAMPLES} resamples
+- "without": no score, so left out; metrics are comparable where they leave out alike
+"""
+
+
+def _shares_table(result: Tables) -> str:
+    header = ["model", *(f"score {label} (%)" for label in LABELS), "average", "source"]
+    rows = [
+        [row.model, *map(_percent, (row.score_1, row.score_2, row.score_3)), _number(row.average), source]
+        for source, row in _beside(result, result.table_1, PUBLISHED.table_1)
+    ]
+    return _markdown_table(header, rows)
+
+
+def _accuracy_table(result: Tables) -> str:
+    header = ["metric", "accuracy (%)", "95% interval", "pairs", "without", "source", "note"]
+    rows = []
+    for source, row in _beside(result, result.table_2, PUBLISHED.table_2):
+        interval = "-" if row.low is None else f"{_percent(row.low)} to {_percent(row.high)}"
+        counts = [str(row.pairs), str(row.left_out)] if source == "measured" else ["-", "-"]
+        rows.append([row.metric, _percent(row.accuracy), interval, *counts, source, row.note])
+    return _markdown_table(header, rows)
+
+
+def _means_table(result: Tables) -> str:
+    header = ["metric", "model", "mean", "images", "without", "source", "note"]
+    rows = []
+    for source, row in _beside(result, result.table_3, PUBLISHED.table_3):
+        counts = [str(row.images), str(row.without)] if source == "measured" else ["-", "-"]
+        mean = "-" if row.mean is None else f"{row.mean:.5g}"
+        rows.append([row.metric, row.model, mean, *counts, source, _short_note(source, row.note)])
+    return _markdown_table(header, rows)
+
+
+def _statistics_table(result: Tables) -> str:
+    header = ["metric", "Pearson", "model", "median", "std", "source", "note"]
+    rows = [
+        [row.metric, _number(row.pearson), spread.model, _number(spread.median), _number(spread.std)]
+        + [source, _short_note(source, row.note)]
+        for source, row in _beside(result, result.table_4, PUBLISHED.table_4)
+        for spread in row.models or (ModelSpread("-", None, None),)
+    ]
+    return _markdown_table(header, rows)
+
+
+def _wins_table(result: Tables) -> str:
+    rows = [
+        [model, *("-" if i == j else f"{_percent(rate)}%" for j, rate in enumerate(rates))]
+        for i, (model, rates) in enumerate(zip(result.models, result.win_rates, strict=True))
+    ]
+    return _markdown_table(["", *result.models], rows)
+
+
+def _beside(result: Tables, own: Sequence[Any], paper: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """(source, row): ours first, then the paper's."""
+    for row in own:
+        yield "missing" if getattr(row, "metric", None) in result.missing else "measured", row
+    for row in paper:
+        yield "paper", row
+
+
+def _short_note(source: str, note: str) -> str:
+    return "see Table 2" if source == "missing" else note
+
+
+def _section(title: str, table: str) -> str:
+    return f"## {title}\n\n{table}"
+
+
+def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _escape(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def measure_missing(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, str]:
+    """Measure what has no file in scores/ and can be measured here; metric -> why the others cannot."""
+    from faceprior.human_eval.scores import face_finder, measure
+
+    reasons = {"FQA": "it is not measured here, but by the package modelscope (`pip install modelscope`)"}
+    find_face = face_finder(options.detector)
+    for name, make_judge in _judges(options).items():
+        try:
+            measure(benchmark, make_judge(), find_face)
+        except BenchmarkError:
+            raise
+        except Exception as error:  # whatever fails in one metric's library, the others have their rows
+            reasons[name] = str(error) or type(error).__name__
+    return reasons
+
+
+def _judges(options: argparse.Namespace) -> dict[str, "Callable[[], Judge]"]:
+    """What can be tried, in an order in which two metrics of one model follow each other."""
+    from faceprior.detect import resolve_detector
+    from faceprior.human_eval.scores import (
+        HPS_V1,
+        HPS_V2,
+        aesthetic_judge,
+        clip_judge,
+        face_quality_judge,
+        in_hub_cache,
+        reward_judge,
+    )
+    from faceprior.models import resolve_device
+
+    device = resolve_device(options.device)
+    detector = functools.partial(resolve_detector, options.detector)  # fails for those alone that need it
+    load_scorer = _scorer_loader(device)
+    score = (_resolve(options.checkpoint), f"`hf download {SCORER_ID}`, or `--checkpoint FOLDER`", load_scorer)
+    reward = (options.image_reward, f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`", load_scorer)
+    hps = (options.hps, "`--hps FILE`, the classifier of https://github.com/tgxs002/align_sd", HPS_V1, device)
+    hps_v2 = options.hps_v2 or in_hub_cache(HPS_V2_ID, HPS_V2_FILE)
+    hps_v2 = (hps_v2, f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`", HPS_V2, device)
+    return {
+        "FS": lambda: reward_judge("FS", *score, detector()),
+        "IR": lambda: reward_judge("IR", *reward),
+        "LocalIR": lambda: reward_judge("LocalIR", *reward, detector()),
+        "HPS": lambda: clip_judge("HPS", *hps),
+        "LocalHPS": lambda: clip_judge("LocalHPS", *hps, detector()),
+        "HPSv2": lambda: clip_judge("HPSv2", *hps_v2),
+        "ASP": lambda: aesthetic_judge(device),
+        "topiq_nr-face": lambda: face_quality_judge(device, detector()),
+    }
+
+
+def _resolve(checkpoint: str) -> str:
+    if checkpoint != "tiny":
+        return checkpoint
+    from faceprior import tiny
+
+    print(f"FS: {tiny.NOTICE}", file=sys.stderr)
+    return tiny.resolve(checkpoint, "scorer")
+
+
+def _scorer_loader(device: "torch.device") -> Callable[[str], "FaceScorer"]:
+    @functools.lru_cache(maxsize=1)
+    def load(folder: str) -> "FaceScorer":
+        from faceprior.scorer import FaceScorer
+
+        return FaceScorer.from_pretrained(folder).to(device)
+
+    return load
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m faceprior.human_eval.tables",
+        description="Make Tables 1 to 4 of a benchmark folder.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="prompts, images/, rankings/ and scores/")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="for the tables (default: FOLDER)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, [0, inf) (default: %(default)s)")
+    weights = parser.add_argument_group("weights of what is not in scores/ yet (only those on this disk are used)")
+    weights.add_argument("--checkpoint", default=SCORER_ID, help="FS: folder, hub id, or `tiny` (default: %(default)s)")
+    weights.add_argument("--image-reward", default=REWARD_ID, help="IR: folder or hub id (default: %(default)s)")
+    weights.add_argument("--hps", type=Path, metavar="FILE", help="HPS v1's checkpoint")
+    weights.add_argument("--hps-v2", type=Path, metavar="FILE", help=f"(default: {HPS_V2_FILE} of {HPS_V2_ID})")
+    parser.add_argument(
+        "--detector", default="auto", choices=("auto", "retinaface", "mtcnn"), help="auto never downloads"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code: 0, or 2 where the folder breaks a rule."""
+    options = _make_parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        benchmark = read_benchmark(options.folder)
+        read_rankings(benchmark)  # before hours of measuring
+        reasons = measure_missing(benchmark, options)
+        result = write_tables(options.folder, options.output, options.seed, reasons)
+    except (ValueError, OSError) as error:
+        print(f"faceprior.human_eval.tables: error: {error}", file=sys.stderr)
+        return 2
+    print(to_markdown(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
