@@ -1,6 +1,5 @@
 """Official names, sizes and files; every shape of the published checkpoint, on the meta device."""
 
-import inspect
 import json
 import math
 import pickle
@@ -9,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import snapshot_download
 
 from faceprior.convert import (
-    HUB_OPTIONS,
     describe_mismatch,
     face_score_config,
     find_checkpoint_folder,
@@ -174,29 +171,22 @@ def test_finding_the_official_files(tmp_path, weights, mean, std):
     assert (found.weights, found.reward_mean, found.reward_std) == (path, mean, std)
 
 
-def test_a_local_folder_is_looked_at_first(tmp_path):
-    folder = tmp_path / "OPPOer" / "FaceScore"
-    folder.mkdir(parents=True)
-    assert find_checkpoint_folder(folder) == folder
-    assert find_checkpoint_folder(str(folder.parent), subfolder="FaceScore") == folder
-    with pytest.raises(FileNotFoundError, match="no folder 'other'"):
-        find_checkpoint_folder(folder, subfolder="other")
-    with pytest.raises(ValueError, match="is a file: give the folder"):
-        find_checkpoint_folder(__file__)
+def test_a_scorers_folder_is_ours_or_a_released_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no scorer in .*no config\.json or FS_model\.pt.*`--checkpoint tiny`"):
+        find_checkpoint_folder(tmp_path)
+    for number, name in enumerate(("config.json", "FaceScore_model/FS_model.pt", "ImageReward.pt")):
+        path = tmp_path / str(number) / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert find_checkpoint_folder(tmp_path / str(number)) == tmp_path / str(number)
+        assert find_checkpoint_folder(str(tmp_path), subfolder=str(number)) == tmp_path / str(number)
 
 
-def test_the_hub_takes_every_option():
-    assert set(HUB_OPTIONS) <= inspect.signature(snapshot_download).parameters.keys()
-
-
-def test_neither_a_folder_nor_on_the_hub(tmp_path):
-    """The hub is asked for what can be an id only; here its cache, which is empty."""
-    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing': there is no such folder.*hub gives nothing") as e:
-        find_checkpoint_folder("nobody/nothing", **options)
-    assert "--checkpoint tiny" in str(e.value)
-    with pytest.raises(FileNotFoundError, match="no hub id"):
-        find_checkpoint_folder(tmp_path / "missing", **options)
+def test_a_scorer_that_is_neither_a_folder_nor_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no scorer 'nobody/nothing'.*`--checkpoint tiny`"):
+        find_checkpoint_folder("nobody/nothing", cache_dir=tmp_path / "cache", local_files_only=True)
+    with pytest.raises(FileNotFoundError, match="no scorer at .*missing.*02_train_scorer.py"):
+        find_checkpoint_folder(tmp_path / "missing")
 
 
 def test_a_tensor_file_is_loaded(tmp_path):

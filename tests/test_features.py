@@ -238,7 +238,7 @@ def test_a_bare_vit_has_features_only(tmp_path):
 def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match="make_tiny.py --only features"):
         FeatureNetwork.from_pretrained(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="config.json and model.safetensors"):
+    with pytest.raises(FileNotFoundError, match="no feature network at checkpoints/nothing: the path does not exist"):
         FeatureNetwork.from_pretrained("checkpoints/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ValueError, match="`model_type` has to be vit but is 'clip'"):

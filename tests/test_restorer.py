@@ -379,7 +379,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_bad_settings_are_named(folder, tmp_path, text, reason):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy/restorer_config.json").write_text(text)
-    with pytest.raises(ValueError, match=f"restorer_config.json is no restorer's settings: .*{reason}"):
+    with pytest.raises(ValueError, match=f"restorer_config.json does not hold a restorer's settings: .*{reason}"):
         AuthFaceRestorer.from_pretrained(tmp_path / "copy")
 
 
