@@ -135,7 +135,7 @@ def load_part(
     import torch
     from safetensors import SafetensorError
 
-    hint = "give a folder that `save_pretrained` wrote, or a hub id"
+    hint = "a folder that `save_pretrained` wrote, or a hub id, is expected"
     folder = resolve_model(name, what, hint, required=required, subfolder=subfolder)
     try:
         if not issubclass(model_class, torch.nn.Module):

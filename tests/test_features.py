@@ -163,7 +163,7 @@ def test_distance_under_a_mask():
 
 def test_distance_refuses_what_cannot_be_compared():
     network = make_network()
-    with pytest.raises(ValueError, match="same number of pictures but have 2 and 1"):
+    with pytest.raises(ValueError, match="same number of images but have 2 and 1"):
         network.perceptual_distance(pictures(2), pictures(1))
     with pytest.raises(ValueError, match="`mask` is empty"):
         network.perceptual_distance(pictures(1), pictures(1), torch.zeros(1, 1, 8, 8))

@@ -361,7 +361,7 @@ def test_a_missing_part_is_named(folder, tmp_path, part, file):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no restorer in .*06_train_restorer.py"):
+    with pytest.raises(FileNotFoundError, match="no restorer at .*06_train_restorer.py"):
         AuthFaceRestorer.from_pretrained(tmp_path / "nowhere")
 
 
