@@ -116,13 +116,13 @@ def test_a_checkpoint_of_another_model_is_named():
 def test_every_name_of_a_face_scorer_is_in_the_message(full_size):
     """All 620 tensors missing: folded by layer, the message unfolds to every one of them."""
     names = list(full_size.state_dict())
-    told = set()
+    named = set()
     for text in describe_mismatch("x.pt", names).partition("missing (620): ")[2].split(", "):
         layers = re.search(r"\{(.*)\}", text)
         runs = [run.split("-") for run in layers[1].split(",")] if layers else [["0"]]
         numbers = [n for run in runs for n in range(int(run[0]), int(run[-1]) + 1)]
-        told |= {re.sub(r"\{.*\}", str(number), text) for number in numbers}
-    assert told == set(names)
+        named |= {re.sub(r"\{.*\}", str(number), text) for number in numbers}
+    assert named == set(names)
     assert describe_mismatch("x.pt", [f"a.{n}" for n in range(66)]).endswith("a.63 and 2 more")
     assert describe_mismatch("x.pt", [f"a.{n}.b" for n in (5, 0, 2, 3, 4)]).endswith("(5): a.{0,2-5}.b")
 
@@ -146,7 +146,7 @@ def test_a_med_config_of_another_model(official, med_config, rule):
         face_score_config(official_face_score_to_ours(official), med_config)
 
 
-def test_a_state_dict_without_the_tensors_that_tell_the_sizes(official):
+def test_a_state_dict_without_the_tensors_that_show_the_sizes(official):
     ours = official_face_score_to_ours(official)
     name = "text_model.embeddings.word_embeddings.weight"
     with pytest.raises(ValueError, match=rf"missing \(1\): {name}"):

@@ -94,7 +94,7 @@ def test_every_sample_has_its_own_timestep():
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_x0_comes_back_from_the_training_target(kind):
-    """A network that predicts its target exactly has predicted x_0 exactly, whatever the target is."""
+    """A network that predicts its target exactly has predicted x_0 exactly, for every target."""
     scheduler = DDPMScheduler(prediction_type=kind, **DISCRETE)
     latents, noise, timesteps = normal(3, 4, 2, 2, seed=1), normal(3, 4, 2, 2, seed=2), torch.tensor([0, 300, 800])
     noisy = scheduler.add_noise(latents, noise, timesteps)
@@ -103,7 +103,7 @@ def test_x0_comes_back_from_the_training_target(kind):
 
 
 def test_flow_matching_by_hand():
-    """x_0 = x_t - s v. With T = 4 and no shift the shares s are 1, 3/4, 1/2, 1/4 at timesteps 4, 3, 2, 1 (times 1)."""
+    """x_0 = x_t - s v. With T = 4 and no shift the noise levels s are 1, 3/4, 1/2, 1/4 at timesteps 4, 3, 2, 1 (times 1)."""
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=4)
     sample, velocity = torch.full((2, 1, 1, 1), 5.0), torch.full((2, 1, 1, 1), 2.0)
     x0 = pred_original_sample(scheduler, velocity, torch.tensor([3.0, 1.0]), sample)
@@ -189,7 +189,7 @@ def test_shifted_latents():
 
 
 def test_a_sample_of_the_posterior_depends_on_its_own_generator(sd15):
-    """(mean + std e) * scale, e drawn from the sample's generator, whatever else is in the batch."""
+    """(mean + std e) * scale, e drawn from the sample's generator, in every batch."""
     pixel_values, vae = normal(3, 3, 16, 16).clamp(-1, 1), sd15.vae
     with torch.no_grad():
         together = encode_latents(vae, pixel_values, generators(5, 6, 7))
