@@ -57,8 +57,9 @@ def resolve_model(
     what, hint: for the errors: the kind of model, and where to get one.
     required: files of which the folder must hold at least one.
     subfolder: where the model lies in the folder or repository; part of the result.
-    patterns: what to download of a repository. download: replaces `snapshot_download` with these patterns; called with
-        the id, `local_files_only` and `hub_options`, returns the repository's folder.
+    patterns: the files to download of a repository.
+    download: replaces `snapshot_download` of these patterns; called with the id, `local_files_only` and `hub_options`,
+        it returns the repository's folder.
     hub_options: any of HUB_OPTIONS.
 
     Raises FileNotFoundError if the path, the id or every one of the required files is missing, ValueError if `name` is
@@ -84,9 +85,9 @@ def resolve_model(
 
 def looks_like_path(name: str | Path) -> bool:
     """Tell a path from a hub id, which is `owner/name`, or only `name` for the oldest models."""
-    name = str(name)
     return (
-        name.startswith((".", "/", "~", "checkpoints/"))
+        isinstance(name, Path)
+        or name.startswith((".", "/", "~", "checkpoints/"))
         or name.count("/") > 1
         or "\\" in name
         or Path(name).suffix in _WEIGHTS

@@ -103,7 +103,7 @@ def test_x0_comes_back_from_the_training_target(kind):
 
 
 def test_flow_matching_by_hand():
-    """x_0 = x_t - s v. With T = 4 and no shift the noise levels s are 1, 3/4, 1/2, 1/4 at timesteps 4, 3, 2, 1 (times 1)."""
+    """x_0 = x_t - s v. With T = 4 and no shift the noise levels s at timesteps 4, 3, 2, 1 are 1, 3/4, 1/2, 1/4."""
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=4)
     sample, velocity = torch.full((2, 1, 1, 1), 5.0), torch.full((2, 1, 1, 1), 2.0)
     x0 = pred_original_sample(scheduler, velocity, torch.tensor([3.0, 1.0]), sample)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -75,7 +76,7 @@ def test_a_local_folder_is_taken_before_the_hub(folder, tmp_path, monkeypatch):
 def test_a_missing_path_never_asks_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hub = Hub(published=tmp_path)
-    for name in ("./model", "~/no_such_model", "a/b/c", "checkpoints/model", "m.safetensors", tmp_path / "model"):
+    for name in ("./model", "~/no_such_model", "a/b/c", "checkpoints/model", "m.safetensors", Path("owner/model")):
         with pytest.raises(FileNotFoundError) as error:
             resolve_model(name, "VAE", HINT, download=hub)
         assert str(error.value) == f"no VAE at {name}: the path does not exist; {HINT}"
