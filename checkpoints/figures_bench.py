@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import decode_latents, encode_latents, load_part, load_pipeline, sample_images
+from faceprior.diffusion import decode_latents, encode_latents, load_pipeline, sample_images
 from faceprior.features import FeatureNetwork
 from faceprior.images import atomic_write, load_image, save_image, to_pil, to_pixel_values
-from faceprior.models import resolve_device
+from faceprior.models import load_part, resolve_device
 from faceprior.procedural import TEST_SEEDS, Drawing, contact_sheet, draw_portrait
 from faceprior.scorer import FaceScorer
 

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from faceprior.detect import crop_bounds
 from faceprior.images import load_image
-from faceprior.models import DEFAULT_PROMPT
+from faceprior.models import DEFAULT_PROMPT, resolve_model
 
 
 def vision_tower(sizes: Any) -> BlipVisionModel:
@@ -180,7 +179,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TOKENIZER = "bert-base-uncased"
 
 
-_TOKENIZER_FILES = ["config.json", "tokenizer*.json", "vocab.txt"]
+_VOCABULARIES = ("tokenizer.json", "vocab.txt")
+
+
+_TOKENIZER_FILES = ("config.json", "tokenizer*.json", "vocab.txt")
 
 
 MAX_PROMPT_TOKENS = 35  # the official code cuts prompts here
@@ -230,8 +232,7 @@ def normalise(pixels: Tensor) -> Tensor:
 def tokenize_prompt(prompt: str, tokenizer: str | Path = TOKENIZER) -> list[int]:
     """Tokens of a prompt, [CLS] first and [SEP] last, at most 35 as in the official code.
 
-    Raises:
-        OSError: the tokenizer is neither on the disk nor on the hub.
+    tokenizer: a local folder or a hub id. Raises FileNotFoundError if there is no tokenizer of that name.
     """
     ids = _load_tokenizer(str(tokenizer))(prompt, truncation=True, max_length=MAX_PROMPT_TOKENS)["input_ids"]
     return list(ids)
@@ -239,18 +240,12 @@ def tokenize_prompt(prompt: str, tokenizer: str | Path = TOKENIZER) -> list[int]
 
 @lru_cache(maxsize=4)
 def _load_tokenizer(name: str) -> Any:
-    try:
-        # the hub first: offline, the tokenizer's own loading retries for most of a minute
-        folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=_TOKENIZER_FILES)
-        if not any(Path(folder, file).is_file() for file in ("tokenizer.json", "vocab.txt")):
-            raise OSError(f"no tokenizer.json or vocab.txt in {folder}")  # else: an empty vocabulary
-        return BertTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"a prompt other than {DEFAULT_PROMPT!r} needs the tokenizer {name!r}, which is neither on this "
-            f"disk nor to be had from the hub ({str(error).splitlines()[0]}). With a network, fetch it once "
-            f"with `hf download {name}`; or pass `input_ids` to the scorer itself"
-        ) from error
+    hint = (
+        f"a prompt other than {DEFAULT_PROMPT!r} needs the tokenizer (`hf download {TOKENIZER}`); or pass `input_ids` "
+        "to the scorer itself"
+    )
+    folder = resolve_model(name, "tokenizer", hint, required=_VOCABULARIES, patterns=_TOKENIZER_FILES)
+    return BertTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _as_list(images: Any) -> list[Any]:

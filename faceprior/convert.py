@@ -1,5 +1,5 @@
 """
-Find released weights and bring them to our names: files, state dicts and configs only, no model classes.
+Find released weights and rename them to our names: files, state dicts and configs only, no model classes.
 
 Face Score (arXiv 2406.17100) and ImageReward publish one BLIP layout, `blip.visual_encoder`,
 `blip.text_encoder` and a reward `mlp`; `FaceScorer` holds the same tensors as `vision_model`, `text_model`
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
-# official name, our name: the first pair whose start fits renames the start
+from faceprior.models import MODEL_FILES, first_line, resolve_model
+
+# (official name, our name): the first pair whose start matches renames the start
 _STARTS = (
     ("blip.visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
     ("blip.visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
@@ -30,43 +31,30 @@ _STARTS = (
     ("blip.text_encoder.", "text_model."),
     ("mlp.layers.", "mlp."),
 )
-# the same inside a block of the vision tower; its `mlp.fc1` and `mlp.fc2` have one name in both
+# the same inside a block of the vision tower; `mlp.fc1` and `mlp.fc2` are called the same in both
 _VISION_PARTS = (
     (".norm1.", ".layer_norm1."),
     (".norm2.", ".layer_norm2."),
     (".attn.qkv.", ".self_attn.qkv."),
     (".attn.proj.", ".self_attn.projection."),
 )
-# in the official files, but no part of the reward
+# in the official files, but not part of the reward
 _DROPPED = re.compile(r"blip\.(vision|text)_proj\.(weight|bias)|.*\.position_ids")
 
-# file of a released checkpoint, and the (mean, std) that its reward is normalised with
+# weights of a released checkpoint -> (mean, std) by which its reward is normalised
 _OFFICIAL_FILES = {
     "FS_model.pt": (0.0, 1.0),
     "FaceScore_model/FS_model.pt": (0.0, 1.0),
     "ImageReward.pt": (0.1672, 1.0333),
 }
 _MED_CONFIG = "med_config.json"
-REFERENCE_FILE = "reference.json"  # beside a scorer's weights: how a reference set scores
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
-_NAMES_SHOWN = 64  # of a kind, layers folded: every name of a face scorer is among them
-
-# what is taken of a hub repository, and how
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_HUB_FILES = (
-    "config.json",
-    "diffusion_pytorch_model*.safetensors*",
-    _MED_CONFIG,
-    f"FaceScore_model/{_MED_CONFIG}",
-    REFERENCE_FILE,
-    *_OFFICIAL_FILES,
-)
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_NAMES_SHOWN = 64  # in an error, per kind, layers folded: enough for every name of a face scorer
 
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """The files of a released Face Score or ImageReward model, and the mean and std of its reward."""
+    """The files of a released Face Score or ImageReward model, and its reward's mean and standard deviation."""
 
     weights: Path
     med_config: Path
@@ -74,52 +62,26 @@ class OfficialCheckpoint:
     reward_std: float
 
 
-def find_checkpoint_folder(source: str | Path, subfolder: str | None = None, **hub_options: Any) -> Path:
-    """The local folder `source`, looked at first, else the download of the scorer with the hub id `source`.
-
-    subfolder: a folder inside of it. hub_options: any of HUB_OPTIONS, for the download.
-
-    Raises:
-        ValueError: `source` is a file.
-        FileNotFoundError: there is no such folder, and the hub gives nothing under that id.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        raise ValueError(f"{path} is a file: give the folder that holds it")
-    if not path.is_dir():
-        path = _download(str(source), subfolder, hub_options)
-    if subfolder and not (path / subfolder).is_dir():
-        raise FileNotFoundError(f"no folder {subfolder!r} in {path}")
-    return path / (subfolder or "")
-
-
-def _download(source: str, subfolder: str | None, hub_options: dict[str, Any]) -> Path:
-    missing = f"no scorer at {source!r}: there is no such folder here"
-    way_out = (
-        "Download the weights where there is a network (`hf download OPPOer/FaceScore --local-dir FOLDER`) "
-        "and give that folder, or train a scorer with stages/02_train_scorer.py; `--checkpoint tiny` takes "
-        "the small scorer that ships, without a network"
+def find_checkpoint_folder(name: str | Path, subfolder: str | None = None, **hub_options: Any) -> Path:
+    """Return the folder of a scorer, ours or a released one, by its name; rule and errors as in `resolve_model`."""
+    return resolve_model(
+        name,
+        "scorer",
+        "`python stages/02_train_scorer.py` trains one, and `--checkpoint tiny` takes the small one that ships",
+        required=("config.json", *_OFFICIAL_FILES),
+        subfolder=subfolder,
+        patterns=(*MODEL_FILES, *_OFFICIAL_FILES),
+        **hub_options,
     )
-    if not _HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"{missing}, and it is no hub id (owner/name). {way_out}")
-    patterns = [f"{subfolder}/{name}" if subfolder else name for name in _HUB_FILES]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns, **hub_options))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{missing}, and the hub gives nothing under that id "
-            f"({type(error).__name__}: {_first_line(error)}). {way_out}"
-        ) from error
 
 
 def find_official_checkpoint(folder: str | Path) -> OfficialCheckpoint | None:
     """Find a released checkpoint in a folder; None if there is none.
 
-    Looked for are `FS_model.pt`, `FaceScore_model/FS_model.pt` and `ImageReward.pt`, each with its
-    `med_config.json` beside it.
+    It is `FS_model.pt`, `FaceScore_model/FS_model.pt` or `ImageReward.pt`, each with `med_config.json` beside it.
 
     Raises:
-        FileNotFoundError: the weights are there without their `med_config.json`.
+        FileNotFoundError: the weights have no `med_config.json` beside them.
     """
     for name, (reward_mean, reward_std) in _OFFICIAL_FILES.items():
         weights = Path(folder) / name
@@ -128,8 +90,8 @@ def find_official_checkpoint(folder: str | Path) -> OfficialCheckpoint | None:
         med_config = weights.with_name(_MED_CONFIG)
         if not med_config.is_file():
             raise FileNotFoundError(
-                f"no {_MED_CONFIG} beside {weights}: it holds the number of attention heads, which the "
-                f"weights do not show; it is published in the same place as the weights"
+                f"no {_MED_CONFIG} beside {weights}: it holds the number of attention heads, which the weights do not "
+                "show; it is published in the same place as the weights"
             )
         return OfficialCheckpoint(weights, med_config, reward_mean, reward_std)
     return None
@@ -156,7 +118,7 @@ def load_official_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Load a `.pt` file of tensors onto the CPU; a pickle with anything else in it is refused, not run.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file is truncated, holds code, or is not a mapping from names to tensors.
     """
     path = Path(path)
@@ -164,19 +126,19 @@ def load_official_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another pickle protocol: it is refused or it works
+            warnings.simplefilter("ignore")  # about another pickle protocol: it is refused or it works
             state_dict = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        # not torch's own words: they advise to load it without the safeguard
+        # not torch's own message: it advises to load the file without the safeguard
         code = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"{path} is refused: only tensors are loaded from a checkpoint, and this file holds something else "
-            f"({f'it asks for {code[1]}' if code else 'code, or it is damaged'}): get the weights from their publisher"
+            f"({f'it asks for {code[1]}' if code else 'code, or it is damaged'}): download it from its publisher"
         ) from error
     except Exception as error:  # a damaged file fails as RuntimeError, EOFError, KeyError, struct.error...
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no torch checkpoint: download it again. "
-            f"torch says: {_first_line(error).split('. ')[0]}"
+            f"torch says: {first_line(error).split('. ')[0]}"
         ) from error
     _require_tensors(state_dict, path)
     return dict(state_dict)
@@ -200,11 +162,11 @@ def read_med_config(path: str | Path) -> dict:
 def official_face_score_to_ours(state_dict: Mapping[str, Tensor], source: str = "the checkpoint") -> dict[str, Tensor]:
     """Rename an official Face Score or ImageReward state dict, key by key.
 
-    A `module.` in front is stripped. The two projections of BLIP's contrastive loss and `position_ids`, which
+    A leading `module.` is stripped. The two projections of BLIP's contrastive loss and `position_ids`, which
     the reward does not use, are dropped. Tensors are shared, not copied.
 
     Args:
-        source: what the error calls the state dict.
+        source: name of the state dict in errors.
 
     Raises:
         ValueError: keys have no counterpart; they are counted and named.
@@ -221,7 +183,7 @@ def official_face_score_to_ours(state_dict: Mapping[str, Tensor], source: str = 
 def ours_to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a `FaceScorer` state dict to the official names: the inverse of `official_face_score_to_ours`.
 
-    The dropped projections stay away, which the official code (strict=False) accepts. Tensors are shared.
+    Without the dropped projections, which the official code (strict=False) accepts. Tensors are shared.
 
     Raises:
         ValueError: a key is not one of a `FaceScorer`.
@@ -235,14 +197,14 @@ def ours_to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def face_score_config(state_dict: Mapping[str, Tensor], med_config: Mapping, source: str = "the checkpoint") -> dict:
-    """Configuration of the `FaceScorer` that a state dict in our names belongs to.
+    """Return the configuration of the `FaceScorer` whose state dict, in our names, is given.
 
     Every size is read from the tensors' shapes; vision heads = width // 64, as in every ViT of BLIP;
     `med_config` gives what shapes do not show: the text heads, the dropout, the epsilon.
 
     Raises:
-        ValueError: a tensor that a size is read from is missing or misshapen, or `med_config` has no number
-            of heads or another activation than GELU.
+        ValueError: a tensor that shows a size is missing or misshapen, or `med_config` has no number of heads
+            or an activation other than GELU.
     """
     _require_shapes(state_dict, source)
     if "num_attention_heads" not in med_config:
@@ -273,7 +235,7 @@ def face_score_config(state_dict: Mapping[str, Tensor], med_config: Mapping, sou
 def require_same_tensors(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str = "the checkpoint"
 ) -> None:
-    """Raise a ValueError that names the difference unless both have the same names and shapes."""
+    """Raise a ValueError with every difference unless both have the same names and shapes."""
     misshapen = [
         f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -291,7 +253,7 @@ def describe_mismatch(
     unexpected: Iterable[str] = (),
     misshapen: Iterable[str] = (),
 ) -> str:
-    """Message for a checkpoint of another model, with every name: layers as `layer.{0-11}.name`, 64 texts a kind."""
+    """Return the error message for a checkpoint of another model; layers are folded to `layer.{0-11}.name`."""
     kinds = {"missing": list(missing), "unexpected": list(unexpected), "misshapen": list(misshapen)}
     found = [f"{kind} ({len(names)}): {_shorten(names)}" for kind, names in kinds.items() if names]
     return f"{source} is not a checkpoint of this face scorer: {'; '.join(found)}"
@@ -304,7 +266,7 @@ def _shorten(names: list[str]) -> str:
 
 
 def _fold_layers(names: list[str]) -> list[str]:
-    """Names that differ in their first number only become one: `a.{0,2-5}.b`."""
+    """Join names that differ only in their first number: `a.{0,2-5}.b`."""
     numbers: dict[str, list[int]] = {}
     for name in names:
         layer = _LAYER.search(name)
@@ -338,12 +300,12 @@ def _starts_with_any(name: str, starts: Iterable[str]) -> bool:
 
 
 def _count_layers(state_dict: Mapping[str, Tensor], prefix: str) -> int:
-    """One more than the largest layer number; a hole in the numbers shows up as missing keys later."""
+    """Return the largest layer number plus one; a gap in the numbers shows up as missing keys later."""
     numbers = [int(n) for name in state_dict for n in re.findall(re.escape(prefix) + r"(\d+)\.", name)]
     return max(numbers) + 1
 
 
-# the tensors that sizes are read from, with their number of dimensions
+# the tensors whose shapes show the sizes -> their number of dimensions
 _SIZED = {
     "vision_model.embeddings.patch_embedding.weight": 4,
     "vision_model.embeddings.position_embedding": 3,
@@ -373,8 +335,3 @@ def _require_tensors(state_dict: object, path: Path) -> None:
     strange = [str(name) for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if strange:
         raise ValueError(f"{path} has to hold a mapping from names to tensors, but these are none: {_shorten(strange)}")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -1,11 +1,16 @@
-"""Models by name: the ids of the published ones, the device and the dtype they run in.
+"""Models by name: local path or hub id -> folder; the ids of the published models; device and dtype.
 
-The module itself imports no torch, so that a command line can name a default without loading a library.
+The module imports no torch, diffusers, transformers or huggingface_hub before it needs them, so that a command line can
+name a default without loading a library.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +19,145 @@ SCORER_ID = "OPPOer/FaceScore"
 REWARD_ID = "THUDM/ImageReward"
 RESTORER_ID = "Ethanliang99/AuthFace"
 DEFAULT_PROMPT = "A face."  # what Face Score's text encoder reads, and what a face without a caption is inpainted by
+
+# What a hub download takes besides the id.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+# What is downloaded of one model: configs, vocabularies and weights, but no fp16 or EMA variants of them.
+MODEL_FILES = (
+    "*.json",
+    "*.txt",
+    "model.safetensors",
+    "model-0*.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-0*.safetensors",
+)
+_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+# ---- name -> folder
+
+
+def resolve_model(
+    name: str | Path,
+    what: str,
+    hint: str,
+    *,
+    required: tuple[str, ...] = ("config.json",),
+    subfolder: str | None = None,
+    patterns: tuple[str, ...] = MODEL_FILES,
+    download: Callable[..., str | Path] | None = None,
+    **hub_options: Any,
+) -> Path:
+    """Return the folder of a model by its name. Every class and command follows this rule:
+
+    1. A local folder that exists is taken.
+    2. A name that looks like a path and does not exist is an error; the hub is not asked.
+    3. Any other name is a hub id. The hub's cache is tried first, then the hub is asked once.
+
+    what, hint: for the errors: the kind of model, and where to get one.
+    required: files of which the folder must hold at least one.
+    subfolder: where the model lies in the folder or repository; part of the result.
+    patterns: the files to download of a repository.
+    download: replaces `snapshot_download` of these patterns; called with the id, `local_files_only` and `hub_options`,
+        it returns the repository's folder.
+    hub_options: any of HUB_OPTIONS.
+
+    Raises FileNotFoundError if the path, the id or every one of the required files is missing, ValueError if `name` is
+    a file.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ValueError(f"the {what} {name} is a file: give the folder that holds it")
+    if path.is_dir():
+        found = [path]
+    elif looks_like_path(name):
+        raise FileNotFoundError(f"no {what} at {name}: the path does not exist; {hint}")
+    else:
+        found = _hub_folders(str(name), what, hint, download or _downloader(patterns, subfolder), hub_options)
+
+    for root in found:
+        folder = root / (subfolder or "")
+        if any((folder / file).is_file() for file in required):
+            return folder
+    names = " or ".join(Path(subfolder or "", file).as_posix() for file in required)
+    raise FileNotFoundError(f"no {what} in {root}: there is no {names}; {hint}")
+
+
+def looks_like_path(name: str | Path) -> bool:
+    """Tell a path from a hub id, which is `owner/name`, or only `name` for the oldest models."""
+    return (
+        isinstance(name, Path)
+        or name.startswith((".", "/", "~", "checkpoints/"))
+        or name.count("/") > 1
+        or "\\" in name
+        or Path(name).suffix in _WEIGHTS
+    )
+
+
+def _hub_folders(name: str, what: str, hint: str, download: Callable, options: dict[str, Any]) -> Iterator[Path]:
+    """Yield a repository's folder as the cache has it, maybe in part, then as the hub has it."""
+    cache_only = options.pop("local_files_only", False)
+    if not options.get("force_download"):
+        with suppress(OSError, ValueError):
+            yield Path(download(name, local_files_only=True, **options))
+    try:
+        yield Path(download(name, local_files_only=cache_only, **options))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no {what} {name!r}: there is no such folder, and the hub did not provide it (offline, gated, or a wrong "
+            f"id). Download it where there is a network (`hf download {name} --local-dir FOLDER`) and give the folder; "
+            f"{hint}"
+        ) from error
+
+
+def _downloader(patterns: tuple[str, ...], subfolder: str | None) -> Callable[..., str]:
+    from huggingface_hub import snapshot_download
+
+    return partial(snapshot_download, allow_patterns=[Path(subfolder or "", p).as_posix() for p in patterns])
+
+
+# ---- folder -> model
+
+
+def load_part(
+    model_class: type,
+    name: str | Path,
+    what: str,
+    dtype: torch.dtype | None = None,
+    subfolder: str | None = None,
+    required: tuple[str, ...] = ("config.json",),
+) -> Any:
+    """Load one part of a model by its class from diffusers or transformers; `name` as in `resolve_model`.
+
+    dtype: of the weights, float32 if None; ignored by parts without weights (schedulers, tokenizers).
+
+    Raises FileNotFoundError if there is no such part, ValueError if its files are damaged or lack weights.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    hint = "a folder that `save_pretrained` wrote, or a hub id, is expected"
+    folder = resolve_model(name, what, hint, required=required, subfolder=subfolder)
+    try:
+        if not issubclass(model_class, torch.nn.Module):
+            return model_class.from_pretrained(folder)
+        model = model_class.from_pretrained(folder, dtype=dtype or torch.float32)
+        require_weights(what, model)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the {what} in {folder} is damaged: {first_line(error)}") from error
+    return model
+
+
+def require_weights(what: str, model: torch.nn.Module) -> None:
+    """Raise ValueError for a model that diffusers loaded without some of its weights."""
+    missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"the weights of {what} lack {', '.join(missing[:3])} ({len(missing)} in all)")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message: the libraries' go on for pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def quiet_libraries() -> None:
@@ -26,8 +170,11 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
+# ---- device and dtype
+
+
 def resolve_device(name: str = "auto") -> torch.device:
-    """Return the device for `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`; ValueError if it is not there."""
+    """Return the device for `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`; ValueError if it is missing."""
     import torch
 
     if name == "auto":
@@ -45,7 +192,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def weight_dtype(mixed_precision: str) -> torch.dtype:
-    """Return the dtype in which frozen modules run under `no`, `fp16` or `bf16`."""
+    """Return the dtype of frozen modules under `no`, `fp16` or `bf16`."""
     import torch
 
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]

@@ -1,4 +1,4 @@
-"""`AuthFaceRestorer`: detect, align, denoise under a ControlNet, recolour, paste back (AuthFace, arXiv 2410.09864).
+"""`AuthFaceRestorer`: detect, align, sample under a ControlNet, fix colours, paste back (AuthFace, arXiv 2410.09864).
 
 restorer = AuthFaceRestorer.from_pretrained("Ethanliang99/AuthFace").to("cuda")
 restorer.restore("old_photo.jpg").image.save("restored.png")
@@ -27,18 +27,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from faceprior.align import AlignedFace, align_face, paste_face
 from faceprior.color import adain_color_fix, wavelet_color_fix
 from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import (
-    decode_latents,
-    encode_latents,
-    hub_error,
-    is_xl,
-    load_part,
-    looks_like_path,
-    noise_like,
-)
+from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_like
 from faceprior.images import atomic_write, load_image, to_pil, to_pixel_values
 from faceprior.jsonl import require_keys
-from faceprior.models import RESTORER_ID
+from faceprior.models import MODEL_FILES, RESTORER_ID, load_part, resolve_model
 
 logger = logging.getLogger(__name__)
 SETTINGS_FILE = "restorer_config.json"
@@ -59,12 +51,13 @@ NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class RestorerSettings:
-    """How a model wants to be sampled; the defaults are those of the official inference code.
+    """The settings by which a model is sampled; the defaults are those of the official inference code.
 
-    resolution: side of the aligned crop in pixels; steps: of the DDPM sampler; guidance_scale: CFG, 1 is off;
-    controlnet_scale: weight of the degraded face, [0, 2]; seed: of every face's noise; start: `noise`, or `degraded`,
-    the degraded face's latents under the noise of the first step, from where colours drift less (SeeSR, arXiv
-    2311.16518): a network is trained on pictures under noise, of which a rest shines through even at the last step.
+    resolution: side of the aligned crop in pixels. steps: number of DDPM steps. guidance_scale: strength of
+    classifier-free guidance, 1 is off. controlnet_scale: weight of the degraded face, [0, 2]. seed: seed of every
+    face's noise. start: what sampling starts from, pure `noise`, or `degraded`: the degraded face's latents under the
+    noise of the first step. Colours drift less from there (SeeSR, arXiv 2311.16518), since at the last training step,
+    too, a little of the image is left in x_t.
     """
 
     resolution: int = 512
@@ -83,7 +76,7 @@ class RestorerSettings:
 
 @dataclass(frozen=True)
 class RestoredFace:
-    """One face: where it was found, and its aligned crop before and after."""
+    """One face: where it is in the photograph, and its aligned crop before and after."""
 
     face: Face
     before: Image.Image
@@ -99,15 +92,15 @@ class RestoredImage:
 
 
 class AuthFaceRestorer:
-    """A portrait prior of SDXL type and a ControlNet that reads the degraded face.
+    """A portrait prior of SDXL type with a ControlNet that reads the degraded face (AuthFace, 3.2).
 
-    pipeline: the SDXL ControlNet pipeline with its VAE in float32; settings: how it is sampled.
+    pipeline: the SDXL ControlNet pipeline, with its VAE in float32. settings: how it is sampled.
     """
 
     def __init__(self, pipeline: StableDiffusionXLControlNetPipeline, settings: RestorerSettings | None = None):
         self.pipeline, self.settings = pipeline, settings or RestorerSettings()
-        # DDPM whatever the folder's own scheduler is: the official code does the same. Clipping, its default where the
-        # folder does not say, is for pixels: it would spoil latents.
+        # DDPM, as in the official code, whatever scheduler the folder has. Clipping, the default, is meant for pixels
+        # and would damage latents.
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         pipeline.set_progress_bar_config(disable=True)
 
@@ -115,7 +108,7 @@ class AuthFaceRestorer:
     def from_prior(
         cls, prior: DiffusionPipeline, controlnet: ControlNetModel, settings: RestorerSettings | None = None
     ) -> AuthFaceRestorer:
-        """Join an SDXL type pipeline and a ControlNet that was trained on it. The prior itself is left as it is."""
+        """Join an SDXL type pipeline and a ControlNet that was trained on it. The prior itself is not changed."""
         if not is_xl(prior):
             raise ValueError(
                 f"the prior has to be of SDXL type, with two text encoders, but is a {type(prior).__name__}"
@@ -128,14 +121,20 @@ class AuthFaceRestorer:
     def from_pretrained(cls, path_or_id: str = RESTORER_ID, dtype: torch.dtype = torch.float32) -> AuthFaceRestorer:
         """Load a folder that `save_pretrained` wrote, a folder of the official layout, or a hub id.
 
-        Every part stands in its sub-folder (`unet/`, `controlnet/`, `vae/`, ...); a `model_index.json` is not needed.
-        The VAE is kept in float32. Raises FileNotFoundError that names the part which is missing.
+        Every part lies in its sub-folder (`unet/`, `controlnet/`, `vae/`, ...); a `model_index.json` is not needed. The
+        VAE is loaded in float32. Raises FileNotFoundError that names the missing part, ValueError for a damaged one.
         """
-        folder = Path(path_or_id).expanduser()
-        if looks_like_path(str(path_or_id)) and not folder.is_dir():
-            raise FileNotFoundError(f"no restorer in {folder}: `python stages/06_train_restorer.py` trains one")
-        source = str(folder) if folder.is_dir() else str(path_or_id)
-        parts = {name: _load(part, source, name, dtype) for name, part in _PARTS.items()}
+        folder = resolve_model(
+            path_or_id,
+            "restorer",
+            "`python stages/06_train_restorer.py` trains one, and `--checkpoint tiny` takes the small one that ships",
+            required=("unet/config.json",),
+            patterns=(SETTINGS_FILE, *(f"{part}/{file}" for part in _PARTS for file in MODEL_FILES)),
+        )
+        parts = {}
+        for name, part_class in _PARTS.items():
+            part_dtype = torch.float32 if name == "vae" else dtype
+            parts[name] = load_part(part_class, folder, name, part_dtype, name, _CONFIGS.get(name, ("config.json",)))
         settings = folder / SETTINGS_FILE
         return cls(
             StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False),
@@ -169,29 +168,37 @@ class AuthFaceRestorer:
     ) -> RestoredImage:
         """Restore every face of a photograph and paste it back.
 
-        image: path, PIL image or array; faces: known ones with landmarks, instead of detection; color_fix: `wavelet`,
-        `adain` or `none`; batch_size: faces per pass through the network; sampling: overrides of the settings (steps,
-        guidance_scale, controlnet_scale, seed, prompt, ...). Outside of the faces every pixel is the photograph's own;
-        without a face the picture comes back as it is. A face that cannot be aligned, because it has no landmarks or
-        none that span a face, is left as it is with a warning in the log.
+        image: path, PIL image or array. faces: known faces with landmarks, instead of detection. color_fix: `wavelet`,
+        `adain` or `none`. batch_size: faces per pass through the network. sampling: overrides of the settings (steps,
+        guidance_scale, controlnet_scale, seed, prompt, ...).
+
+        Outside of the faces every pixel is that of the photograph; an image without a face is returned unchanged. A
+        face that cannot be aligned, since its landmarks are missing or do not span a face, is left unchanged, with a
+        warning in the log.
         """
         photograph, settings = load_image(image), replace(self.settings, **sampling)
+
+        # ---- detect and align: upright square crops, the largest face first
         if faces is None:
             faces = detect_faces(photograph, detector, min_confidence, min_face_size)
         aligned = _align(photograph, faces, settings.resolution)
+
+        # ---- restore the crops
         before = [place.crop for _, place in aligned]
         after = self.restore_crops(before, color_fix, batch_size, **sampling)
+
+        # ---- paste back: the largest face last, so that it lies on top
         result = photograph
-        for crop, (_, place) in reversed(list(zip(after, aligned, strict=True))):  # the largest face goes on top
+        for crop, (_, place) in reversed(list(zip(after, aligned, strict=True))):
             result = paste_face(result, crop, place.matrix)
-        found = [RestoredFace(face, place.crop, crop) for crop, (face, place) in zip(after, aligned, strict=True)]
-        return RestoredImage(result, found)
+        restored = [RestoredFace(face, place.crop, crop) for crop, (face, place) in zip(after, aligned, strict=True)]
+        return RestoredImage(result, restored)
 
     @torch.no_grad()
     def restore_crops(
         self, crops: list[Image.Image], color_fix: str = "wavelet", batch_size: int = 4, **sampling
     ) -> list[Image.Image]:
-        """Restore aligned square crops; each is brought to the model's resolution and depends on its own pixels only.
+        """Restore aligned square crops; each is resized to the model's resolution and depends on its own pixels only.
 
         Raises ValueError for an unknown `color_fix` or `start`, TypeError for a key that no setting has.
         """
@@ -202,15 +209,24 @@ class AuthFaceRestorer:
         settings = replace(self.settings, **sampling)
         restored = []
         for start in range(0, len(crops), batch_size):
+            # ---- pixels of the degraded crops: (B, 3, R, R) in [-1, 1]
             degraded = to_pixel_values(crops[start : start + batch_size], settings.resolution).to(self.device)
+
+            # ---- x_0 by DDPM, under the ControlNet
             pixels = self._sample(degraded, settings)
+
+            # ---- detail of the result, colours of the degraded crop
             restored += to_pil(COLOR_FIXES[color_fix](pixels.clamp(-1, 1), degraded))
         return restored
 
     def _sample(self, degraded: Tensor, settings: RestorerSettings) -> Tensor:
-        """Denoise under the degraded faces (B, 3, R, R) in [-1, 1] -> the same shape."""
+        """Sample the restored faces under the degraded ones: (B, 3, R, R) in [-1, 1] -> the same, about [-1, 1]."""
+        # ---- x_T: pure noise, drawn by the pipeline, or the degraded latents under noise
         count = len(degraded)
         generators = [torch.Generator().manual_seed(settings.seed) for _ in range(count)]
+        noisy_latents = self._noised(degraded, settings.steps, generators) if settings.start == "degraded" else None
+
+        # ---- x_T -> x_0; at each step the ControlNet reads the degraded faces in [0, 1] (AuthFace, Fig. 4)
         latents = self.pipeline(
             prompt=[settings.prompt] * count,
             negative_prompt=[settings.negative_prompt] * count,
@@ -221,14 +237,15 @@ class AuthFaceRestorer:
             guidance_scale=settings.guidance_scale,
             controlnet_conditioning_scale=float(settings.controlnet_scale),
             generator=generators,
-            latents=self._noised(degraded, settings.steps, generators) if settings.start == "degraded" else None,
+            latents=noisy_latents,
             output_type="latent",
         ).images
-        # stock fp16 parts with an fp32 VAE raise a dtype error inside of the pipeline's own decoding
+
+        # ---- decoded here: float16 parts beside a float32 VAE raise a dtype error in the pipeline's own decoding
         return decode_latents(self.pipeline.vae, latents.float())
 
     def _noised(self, degraded: Tensor, steps: int, generators: list[torch.Generator]) -> Tensor:
-        """Return the degraded faces' latents (B, C, h, w) under the noise of the first of `steps` steps."""
+        """Return the degraded faces' latents (B, C, h, w) under the noise of the first of `steps` timesteps."""
         scheduler, latents = self.pipeline.scheduler, encode_latents(self.pipeline.vae, degraded)
         scheduler.set_timesteps(steps)
         first = scheduler.timesteps[:1].expand(len(latents)).to(latents.device)
@@ -248,11 +265,16 @@ _PARTS = {
     "controlnet": ControlNetModel,
     "scheduler": DDPMScheduler,
 }
-_FILES = {CLIPTokenizer: ("tokenizer.json", "vocab.json"), DDPMScheduler: ("scheduler_config.json",)}
+# What a part's folder has to hold instead of `config.json`; without it transformers builds a tokenizer without words.
+_CONFIGS = {
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "tokenizer_2": ("tokenizer.json", "vocab.json"),
+    "scheduler": ("scheduler_config.json",),
+}
 
 
 def _align(photograph: Image.Image, faces: list[Face], size: int) -> list[tuple[Face, AlignedFace]]:
-    """Align the faces that can be; the others are named in the log."""
+    """Align the faces; those that cannot be aligned are named in the log."""
     aligned = []
     for face in faces:
         try:
@@ -261,12 +283,12 @@ def _align(photograph: Image.Image, faces: list[Face], size: int) -> list[tuple[
             aligned.append((face, align_face(photograph, face.landmarks, size)))
         except ValueError as error:
             box = ", ".join(f"{edge:.0f}" for edge in face.box)
-            logger.warning("the face at (%s) is left as it is: %s", box, error)
+            logger.warning("the face at (%s) is left unchanged: %s", box, error)
     return aligned
 
 
 def read_settings(path: Path) -> RestorerSettings:
-    """Read `restorer_config.json`; ValueError names a key that is unknown or a value of another type."""
+    """Read `restorer_config.json`; ValueError names an unknown key or a value of the wrong type."""
     defaults = asdict(RestorerSettings())
     try:
         values = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -275,22 +297,8 @@ def read_settings(path: Path) -> RestorerSettings:
         require_keys(values, {key: _kind(defaults[key]) for key in values})
         return RestorerSettings(**values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no restorer's settings: {error}") from error
+        raise ValueError(f"{path} does not hold a restorer's settings: {error}") from error
 
 
 def _kind(default):
     return (int, float) if isinstance(default, float) else type(default)
-
-
-def _load(part_class, source: str, name: str, dtype: torch.dtype):
-    """Load one part from its sub-folder of a local folder, or from the hub."""
-    # looked at here: without these files transformers gives a tokenizer that knows no word, diffusers asks the hub
-    files = _FILES.get(part_class, ("config.json",))
-    if Path(source).is_dir() and not any((Path(source) / name / file).is_file() for file in files):
-        raise FileNotFoundError(f"no {name} in {source}: there is no {Path(source) / name / files[0]}")
-    if part_class not in _FILES:
-        return load_part(part_class, source, name, torch.float32 if name == "vae" else dtype, name)
-    try:
-        return part_class.from_pretrained(source, subfolder=name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(hub_error("restorer", source)) from error

@@ -45,8 +45,6 @@ from faceprior.blip import (
     vision_tower,
 )
 from faceprior.convert import (
-    HUB_OPTIONS,
-    REFERENCE_FILE,
     describe_mismatch,
     find_checkpoint_folder,
     find_official_checkpoint,
@@ -56,9 +54,10 @@ from faceprior.convert import (
 )
 from faceprior.detect import Detector, Face, detect_faces, resolve_detector
 from faceprior.images import atomic_write, load_image
-from faceprior.models import DEFAULT_PROMPT
+from faceprior.models import DEFAULT_PROMPT, HUB_OPTIONS
 from faceprior.streams import in_background
 
+REFERENCE_FILE = "reference.json"  # beside a scorer's weights: how a reference set scores
 MAX_WAITING = 4  # batches of pictures that may wait for a batch of faces to fill
 
 
@@ -164,13 +163,9 @@ class FaceScorer(ModelMixin, ConfigMixin):
         folder = find_checkpoint_folder(source, subfolder, **hub_options)
         if (folder / cls.config_name).is_file():
             model = cls._from_own_folder(folder, **kwargs)
-        elif official := find_official_checkpoint(folder):
-            model = cls._from_official(*read_official_checkpoint(official), str(official.weights), **kwargs)
         else:
-            raise FileNotFoundError(
-                f"no scorer in {folder}: it holds neither {cls.config_name} (stages/02_train_scorer.py "
-                f"trains a scorer) nor the official FS_model.pt or ImageReward.pt with its med_config.json"
-            )
+            official = find_official_checkpoint(folder)
+            model = cls._from_official(*read_official_checkpoint(official), str(official.weights), **kwargs)
         model.register_to_config(_name_or_path=str(source))
         model.reference = ScoreReference.load(folder)
         return model.eval()

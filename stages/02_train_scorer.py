@@ -26,11 +26,10 @@ from torch.utils.data import DataLoader
 from faceprior import tiny
 from faceprior.config import is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import degrade_alike
-from faceprior.diffusion import load_part
 from faceprior.images import atomic_write
 from faceprior.jsonl import read_rows, rewrite_rows
 from faceprior.losses import pairwise_ranking_loss
-from faceprior.models import quiet_libraries, weight_dtype
+from faceprior.models import load_part, quiet_libraries, weight_dtype
 from faceprior.pairs import FaceCrops, FacePair, gather_pairs
 from faceprior.prefix_cache import PrefixCache, prefix_key
 from faceprior.scorer import FaceScorer, ScoreReference

@@ -31,9 +31,7 @@ from faceprior.diffusion import (
     added_conditions,
     encode_latents,
     encode_prompts,
-    load_part,
     load_pipeline,
-    looks_like_path,
     make_noise_scheduler,
     noise_like,
     pred_original_sample,
@@ -43,7 +41,7 @@ from faceprior.facial import FacialDiscriminators, FacialFeatureLoss, find_landm
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image, to_pixel_values
 from faceprior.jsonl import rewrite_rows
 from faceprior.losses import noise_loss, step_weights
-from faceprior.models import quiet_libraries, weight_dtype
+from faceprior.models import load_part, looks_like_path, quiet_libraries, weight_dtype
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, sample_timesteps, seeded
 

@@ -29,7 +29,7 @@ from faceprior.align import align_face
 from faceprior.config import is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import PRESETS, degrade, scaled
 from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import load_pipeline, looks_like_path, sample_images
+from faceprior.diffusion import load_pipeline, sample_images
 from faceprior.guidance import load_tuned
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
@@ -43,7 +43,7 @@ from faceprior.metrics import (
     psnr,
     ssim,
 )
-from faceprior.models import quiet_libraries, resolve_device, weight_dtype
+from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
 from faceprior.photos import safe_name
 from faceprior.procedural import TEST_SEEDS, draw_portrait
 from faceprior.restorer import AuthFaceRestorer

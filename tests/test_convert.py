@@ -1,6 +1,5 @@
 """Official names, sizes and files; every shape of the published checkpoint, on the meta device."""
 
-import inspect
 import json
 import math
 import pickle
@@ -9,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import snapshot_download
 
 from faceprior.convert import (
-    HUB_OPTIONS,
     describe_mismatch,
     face_score_config,
     find_checkpoint_folder,
@@ -119,13 +116,13 @@ def test_a_checkpoint_of_another_model_is_named():
 def test_every_name_of_a_face_scorer_is_in_the_message(full_size):
     """All 620 tensors missing: folded by layer, the message unfolds to every one of them."""
     names = list(full_size.state_dict())
-    told = set()
+    named = set()
     for text in describe_mismatch("x.pt", names).partition("missing (620): ")[2].split(", "):
         layers = re.search(r"\{(.*)\}", text)
         runs = [run.split("-") for run in layers[1].split(",")] if layers else [["0"]]
         numbers = [n for run in runs for n in range(int(run[0]), int(run[-1]) + 1)]
-        told |= {re.sub(r"\{.*\}", str(number), text) for number in numbers}
-    assert told == set(names)
+        named |= {re.sub(r"\{.*\}", str(number), text) for number in numbers}
+    assert named == set(names)
     assert describe_mismatch("x.pt", [f"a.{n}" for n in range(66)]).endswith("a.63 and 2 more")
     assert describe_mismatch("x.pt", [f"a.{n}.b" for n in (5, 0, 2, 3, 4)]).endswith("(5): a.{0,2-5}.b")
 
@@ -149,7 +146,7 @@ def test_a_med_config_of_another_model(official, med_config, rule):
         face_score_config(official_face_score_to_ours(official), med_config)
 
 
-def test_a_state_dict_without_the_tensors_that_tell_the_sizes(official):
+def test_a_state_dict_without_the_tensors_that_show_the_sizes(official):
     ours = official_face_score_to_ours(official)
     name = "text_model.embeddings.word_embeddings.weight"
     with pytest.raises(ValueError, match=rf"missing \(1\): {name}"):
@@ -174,29 +171,22 @@ def test_finding_the_official_files(tmp_path, weights, mean, std):
     assert (found.weights, found.reward_mean, found.reward_std) == (path, mean, std)
 
 
-def test_a_local_folder_is_looked_at_first(tmp_path):
-    folder = tmp_path / "OPPOer" / "FaceScore"
-    folder.mkdir(parents=True)
-    assert find_checkpoint_folder(folder) == folder
-    assert find_checkpoint_folder(str(folder.parent), subfolder="FaceScore") == folder
-    with pytest.raises(FileNotFoundError, match="no folder 'other'"):
-        find_checkpoint_folder(folder, subfolder="other")
-    with pytest.raises(ValueError, match="is a file: give the folder"):
-        find_checkpoint_folder(__file__)
+def test_a_scorers_folder_is_ours_or_a_released_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no scorer in .*no config\.json or FS_model\.pt.*`--checkpoint tiny`"):
+        find_checkpoint_folder(tmp_path)
+    for number, name in enumerate(("config.json", "FaceScore_model/FS_model.pt", "ImageReward.pt")):
+        path = tmp_path / str(number) / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert find_checkpoint_folder(tmp_path / str(number)) == tmp_path / str(number)
+        assert find_checkpoint_folder(str(tmp_path), subfolder=str(number)) == tmp_path / str(number)
 
 
-def test_the_hub_takes_every_option():
-    assert set(HUB_OPTIONS) <= inspect.signature(snapshot_download).parameters.keys()
-
-
-def test_neither_a_folder_nor_on_the_hub(tmp_path):
-    """The hub is asked for what can be an id only; here its cache, which is empty."""
-    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing': there is no such folder.*hub gives nothing") as e:
-        find_checkpoint_folder("nobody/nothing", **options)
-    assert "--checkpoint tiny" in str(e.value)
-    with pytest.raises(FileNotFoundError, match="no hub id"):
-        find_checkpoint_folder(tmp_path / "missing", **options)
+def test_a_scorer_that_is_neither_a_folder_nor_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no scorer 'nobody/nothing'.*`--checkpoint tiny`"):
+        find_checkpoint_folder("nobody/nothing", cache_dir=tmp_path / "cache", local_files_only=True)
+    with pytest.raises(FileNotFoundError, match="no scorer at .*missing.*02_train_scorer.py"):
+        find_checkpoint_folder(tmp_path / "missing")
 
 
 def test_a_tensor_file_is_loaded(tmp_path):

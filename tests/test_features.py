@@ -43,12 +43,12 @@ def make_network(seed=0, **options):
         return FeatureNetwork.from_tags(TAGS, **{**SMALL, **options}).eval()
 
 
-def pictures(count=2, size=32, seed=0):
+def images(count=2, size=32, seed=0):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def set_head(network, outputs):
-    """Let the head give `outputs` for every picture."""
+    """Let the head give `outputs` for every image."""
     with torch.no_grad():
         network.model.classifier.weight.zero_()
         network.model.classifier.bias.copy_(torch.tensor(outputs, dtype=torch.float32))
@@ -85,19 +85,19 @@ def test_tags_are_one_softmax_each():
     """sex: logits 0 and ln 3 give 3/4 for man; glasses: ln 2, 0, 0 give 1/2 for none."""
     network = make_network()
     set_head(network, [0, math.log(3), math.log(2), 0, 0] + [0] * 10)
-    told = network.tags(np.zeros((40, 30, 3), np.uint8))
-    assert told == {"sex": Tag("man", pytest.approx(0.75)), "glasses": Tag("none", pytest.approx(0.5))}
+    predicted = network.tags(np.zeros((40, 30, 3), np.uint8))
+    assert predicted == {"sex": Tag("man", pytest.approx(0.75)), "glasses": Tag("none", pytest.approx(0.5))}
 
 
-def test_landmarks_are_pixels_of_the_picture():
-    """A share of .25 of a picture of 40 x 80 pixels is x = 10, or y = 20."""
+def test_landmarks_are_pixels_of_the_image():
+    """A fraction of .25 of an image of 40 x 80 pixels is x = 10, or y = 20."""
     network = make_network()
     set_head(network, [0] * 5 + [0.25] * 10)
     assert network.landmarks(Image.new("RGB", (40, 80))) == pytest.approx(np.array([[10, 20]] * 5))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (299, 299), (20, 70)])
-def test_pictures_of_any_size(size):
+def test_images_of_any_size(size):
     network, pixels = make_network(), torch.rand(2, 3, *size) * 2 - 1
     assert network(pixels).shape == (2, 15)
     assert network.features(pixels).shape == (2, 16)
@@ -107,13 +107,13 @@ def test_pictures_of_any_size(size):
 
 
 def test_features_are_what_the_head_reads():
-    network, pixels = make_network(), pictures()
+    network, pixels = make_network(), images()
     torch.testing.assert_close(network.model.classifier(network.features(pixels)), network(pixels))
 
 
 def test_patch_features_lie_where_the_picture_is():
     """Before attention mixes the patches, a change in one patch changes that place of the grid alone."""
-    network, pixels = make_network(layers=1), pictures(1)
+    network, pixels = make_network(layers=1), images(1)
     with torch.no_grad():
         network.model.vit.layers[0].attention.o_proj.weight.zero_()
     changed = pixels.clone()
@@ -138,7 +138,7 @@ def test_pixels_are_normalised_by_mean_and_deviation():
 
 def test_distance_by_hand():
     """|x / |x| - y / |y||^2 = 2 - 2 cos(x, y), averaged over the patches and the layers."""
-    network, a, b = make_network(), pictures(), pictures(seed=1)
+    network, a, b = make_network(), images(), images(seed=1)
     layers = zip(network.patch_features(a), network.patch_features(b), strict=True)
     expected = torch.stack([2 - 2 * F.cosine_similarity(x, y, dim=1).mean(dim=(1, 2)) for x, y in layers]).mean(dim=0)
     torch.testing.assert_close(network.perceptual_distance(a, b), expected)
@@ -148,7 +148,7 @@ def test_distance_by_hand():
 
 def test_distance_under_a_mask():
     """A mask over one patch of 8 px gives that patch's distance; a half covered patch counts half."""
-    network, a, b = make_network(), pictures(1), pictures(1, seed=1)
+    network, a, b = make_network(), images(1), images(1, seed=1)
     layers = zip(network.patch_features(a), network.patch_features(b), strict=True)
     grid = torch.stack([2 - 2 * F.cosine_similarity(x, y, dim=1)[0] for x, y in layers]).mean(dim=0)
     mask = torch.zeros(1, 1, 32, 32)
@@ -163,18 +163,18 @@ def test_distance_under_a_mask():
 
 def test_distance_refuses_what_cannot_be_compared():
     network = make_network()
-    with pytest.raises(ValueError, match="same number of pictures but have 2 and 1"):
-        network.perceptual_distance(pictures(2), pictures(1))
+    with pytest.raises(ValueError, match="same number of images but have 2 and 1"):
+        network.perceptual_distance(images(2), images(1))
     with pytest.raises(ValueError, match="`mask` is empty"):
-        network.perceptual_distance(pictures(1), pictures(1), torch.zeros(1, 1, 8, 8))
+        network.perceptual_distance(images(1), images(1), torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match=r"`mask` has to be \(1, 1, H, W\) but is \(1, 3, 8, 8\)"):
-        network.perceptual_distance(pictures(1), pictures(1), torch.ones(1, 3, 8, 8))
+        network.perceptual_distance(images(1), images(1), torch.ones(1, 3, 8, 8))
 
 
 def test_gradients_reach_the_pixels():
-    """A step against the gradient brings a picture nearer; a second size, so that the resizing takes part."""
-    network, a = make_network(), pictures(1, 48)
-    b = pictures(1, 48, seed=1).requires_grad_()
+    """A step against the gradient brings an image nearer; a second size, so that the resizing takes part."""
+    network, a = make_network(), images(1, 48)
+    b = images(1, 48, seed=1).requires_grad_()
     distance = network.perceptual_distance(a, b).sum()
     distance.backward()
     nearer = b - 1e-2 * b.grad / b.grad.norm()
@@ -184,7 +184,7 @@ def test_gradients_reach_the_pixels():
 def test_tiny_fid(tmp_path):
     """The extractor sees 0..255 as [-1, 1]; a folder is at 0 from itself and further from a darker one."""
     network = make_network()
-    pixels = pictures(2)
+    pixels = images(2)
     torch.testing.assert_close(tiny_fid_extractor(network)((pixels + 1) * 127.5), network.features(pixels))
     folders = [tmp_path / name for name in "ab"]
     for folder, factor in zip(folders, (1.0, 0.5), strict=True):
@@ -202,7 +202,7 @@ def test_tiny_fid(tmp_path):
 
 def test_a_saved_network_is_a_stock_folder(tmp_path):
     """float16 on the disk, float32 in memory; transformers' own class gives the same outputs."""
-    network, pixels = make_network(), pictures()
+    network, pixels = make_network(), images()
     network.save_pretrained(tmp_path)
     assert next(network.parameters()).dtype == torch.float32
     size = (tmp_path / "model.safetensors").stat().st_size
@@ -226,7 +226,7 @@ def test_a_bare_vit_has_features_only(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "size": 32})
     )
-    network, pixels = FeatureNetwork.from_pretrained(tmp_path), pictures()
+    network, pixels = FeatureNetwork.from_pretrained(tmp_path), images()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     expected = model((pixels / 2 + 0.5 - mean) / std).last_hidden_state[:, 0]
     torch.testing.assert_close(network.features(pixels), expected)
@@ -238,7 +238,7 @@ def test_a_bare_vit_has_features_only(tmp_path):
 def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match="make_tiny.py --only features"):
         FeatureNetwork.from_pretrained(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="config.json and model.safetensors"):
+    with pytest.raises(FileNotFoundError, match="no feature network at checkpoints/nothing: the path does not exist"):
         FeatureNetwork.from_pretrained("checkpoints/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ValueError, match="`model_type` has to be vit but is 'clip'"):
@@ -277,7 +277,7 @@ def test_the_tags_are_all_that_a_drawing_can_have(tiny_features):
 
 
 def test_a_flip_mirrors_landmarks_and_light(tiny_features, sample):
-    """The left eye of the mirror picture is the right one at W - x, and twice is nothing."""
+    """The left eye of the mirror image is the right one at W - x, and twice is nothing."""
     mirrored = tiny_features.flip(sample)
     assert mirrored["tags"]["light_side"] == "right" and sample["tags"]["light_side"] == "left"
     assert mirrored["landmarks"][0].tolist() == pytest.approx(
@@ -290,7 +290,7 @@ def test_a_flip_mirrors_landmarks_and_light(tiny_features, sample):
 
 
 @pytest.mark.parametrize(("zoom", "shift"), [(1.0, (0.05, -0.03)), (1.5, (0.0, 0.0)), (0.95, (0.02, 0.02))])
-def test_landmarks_move_with_the_picture(tiny_features, zoom, shift):
+def test_landmarks_move_with_the_image(tiny_features, zoom, shift):
     """Five bright spots on black: their centres of mass (in pixels from the corner) are where the landmarks go."""
     landmarks = np.array([[50, 50], [78, 52], [64, 66], [54, 80], [74, 82]], np.float32)
     image = np.zeros((128, 128, 3), np.uint8)
@@ -387,7 +387,7 @@ def test_training_from_drawings_to_a_folder(tiny_features, tmp_path, monkeypatch
 
 
 def test_measure_by_hand(tiny_features, sample):
-    """A head that always says the same: right where the picture has that value, and landmarks all in the middle."""
+    """A head that always predicts the same: correct where the image has that value, all landmarks in the middle."""
     network = FeatureNetwork.from_tags(tiny_features.TAGS, **SMALL).eval()
     outputs = [0.0] * network.model.config.num_labels
     outputs[network.groups["light_side"]["left"]] = 1.0

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "faceprior"
@@ -69,20 +70,28 @@ def test_nothing_imports_a_stage():
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return {name.split(".")[0] for name in run.stdout.splitlines()[-1].split()}
+    return set(run.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize(
     "statement",
     [
         "import faceprior",
-        "import faceprior.config",
+        "import faceprior.config, faceprior.models, faceprior.tiny",
         "import faceprior.cli; faceprior.cli.make_parser().format_help()",
         "import faceprior.images, faceprior.detect, faceprior.align, faceprior.degrade, faceprior.procedural",
     ],
 )
 def test_light_imports_load_no_model_library(statement):
     assert not loaded_by(statement) & {"torch", "diffusers", "transformers", "accelerate", "tensorflow"}
+
+
+def test_score_loads_neither_the_trainer_nor_what_builds_the_tiny_models(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "empty.png")
+    command = ["score", str(tmp_path / "empty.png"), "--checkpoint", "tiny", "--detector", "mtcnn"]
+    loaded = loaded_by(f"import faceprior.cli; faceprior.cli.main({command})")
+    assert "faceprior.scorer" in loaded
+    assert not loaded & {"faceprior.training", "faceprior.tiny.build", "faceprior.restorer", "faceprior.diffusion"}
 
 
 def test_the_three_classes_are_loaded_on_first_use():

@@ -29,7 +29,7 @@ def quiet():
 
 @pytest.fixture(scope="module")
 def restorer():
-    """A restorer of 64 pixels whose ControlNet has a say: its zero-initialised outputs are moved."""
+    """A restorer of 64 pixels whose ControlNet has an effect: its zero-initialised outputs are changed."""
     made = tiny.tiny_restorer()
     generator = torch.Generator().manual_seed(0)
     controlnet = made.pipeline.controlnet
@@ -57,13 +57,13 @@ def crops():
 @pytest.fixture(scope="module")
 def group():
     """A photograph of 200 x 128 pixels with two drawn people, and their faces, largest first."""
-    picture, faces = Image.new("RGB", (200, 128), "gray"), []
+    image, faces = Image.new("RGB", (200, 128), "gray"), []
     for seed, size, x in ((4, 128, 0), (5, 64, 132)):
         drawing = draw_portrait(seed, size)
-        picture.paste(Image.fromarray(drawing.image), (x, 0))
+        image.paste(Image.fromarray(drawing.image), (x, 0))
         x0, y0, x1, y1 = drawing.box
         faces.append(Face((x0 + x, y0, x1 + x, y1), drawing.landmarks + [x, 0], 1.0))
-    return picture, faces
+    return image, faces
 
 
 def difference(one, other):
@@ -76,9 +76,9 @@ def inside_of(face, size):
     y, x = np.mgrid[: size[1], : size[0]]
     offset = np.stack([x, y], axis=2) - corner
     across, down = right - corner, below - corner
-    shares = [(offset @ side) / (side @ side) for side in (across, down)]
+    fractions = [(offset @ side) / (side @ side) for side in (across, down)]
     margin = 1.5 / np.hypot(*across)
-    return np.all([(share >= -margin) & (share <= 1 + margin) for share in shares], axis=0)
+    return np.all([(f >= -margin) & (f <= 1 + margin) for f in fractions], axis=0)
 
 
 # -------------------------------------------------------------------------------------------- sampling
@@ -146,15 +146,15 @@ def test_sampling_by_hand(restorer, crops, start):
 
 
 def test_a_fresh_controlnet_leaves_the_base_unchanged(crops):
-    """Its outputs are zero: whatever the face is, the picture is that of the SDXL pipeline alone."""
+    """Its outputs are zero: for every face the image is that of the SDXL pipeline alone."""
     fresh = tiny.tiny_restorer()
-    pictures = fresh.restore_crops(crops[:2], color_fix="none", resolution=64, **FAST)
-    assert pictures[0].tobytes() == pictures[1].tobytes()
+    images = fresh.restore_crops(crops[:2], color_fix="none", resolution=64, **FAST)
+    assert images[0].tobytes() == images[1].tobytes()
     parts = {name: part for name, part in fresh.pipeline.components.items() if name != "controlnet"}
     base = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 64, "width": 64}
     expected = base("", negative_prompt="", generator=torch.Generator().manual_seed(123), **options).images[0]
-    assert difference(pictures[0], expected).max() <= 1
+    assert difference(images[0], expected).max() <= 1
 
 
 @pytest.mark.parametrize(("grey", "value"), [(255, 1.0), (0, 0.0), (51, 0.2)])
@@ -296,8 +296,8 @@ def test_another_resolution_for_one_call(restorer, group):
 def test_saving_and_loading(restorer, folder, crops):
     loaded = AuthFaceRestorer.from_pretrained(folder)
     assert loaded.settings == restorer.settings
-    pictures = [r.restore_crops(crops[:1], **FAST)[0] for r in (restorer, loaded)]
-    assert difference(*pictures).max() <= 1  # the place of weights in memory decides how sums round
+    images = [r.restore_crops(crops[:1], **FAST)[0] for r in (restorer, loaded)]
+    assert difference(*images).max() <= 1  # the place of weights in memory decides how sums round
 
 
 def write_official_layout(folder, target):
@@ -322,8 +322,8 @@ def test_the_official_layout(restorer, folder, tmp_path, crops):
     assert loaded.settings == RestorerSettings()  # the official code's
     assert (loaded.settings.steps, loaded.settings.guidance_scale, loaded.settings.seed) == (50, 8.0, 123)
     options = {"resolution": 64, "guidance_scale": 3.0, "prompt": "a man", "negative_prompt": "bad face", **FAST}
-    pictures = [r.restore_crops(crops[:1], **options)[0] for r in (restorer, loaded)]
-    assert difference(*pictures).max() <= 1
+    images = [r.restore_crops(crops[:1], **options)[0] for r in (restorer, loaded)]
+    assert difference(*images).max() <= 1
 
 
 def test_the_official_prompts():
@@ -360,8 +360,8 @@ def test_a_missing_part_is_named(folder, tmp_path, part, file):
         AuthFaceRestorer.from_pretrained(tmp_path / "copy")
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no restorer in .*06_train_restorer.py"):
+def test_a_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no restorer at .*06_train_restorer.py"):
         AuthFaceRestorer.from_pretrained(tmp_path / "nowhere")
 
 
@@ -379,7 +379,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_bad_settings_are_named(folder, tmp_path, text, reason):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy/restorer_config.json").write_text(text)
-    with pytest.raises(ValueError, match=f"restorer_config.json is no restorer's settings: .*{reason}"):
+    with pytest.raises(ValueError, match=f"restorer_config.json does not hold a restorer's settings: .*{reason}"):
         AuthFaceRestorer.from_pretrained(tmp_path / "copy")
 
 
@@ -395,8 +395,8 @@ def test_parts_in_bfloat16_beside_a_vae_in_float32(restorer, folder, crops):
     assert {loaded.pipeline.unet.dtype, loaded.pipeline.controlnet.dtype} == {torch.bfloat16}
     assert loaded.pipeline.vae.dtype == torch.float32
     options = {"guidance_scale": 2.0, "prompt": "a man", "color_fix": "none", "start": "degraded", **FAST}
-    pictures = [r.restore_crops(crops[:1], **options)[0] for r in (restorer, loaded)]
-    assert difference(*pictures).mean() < 3
+    images = [r.restore_crops(crops[:1], **options)[0] for r in (restorer, loaded)]
+    assert difference(*images).mean() < 3
 
 
 def test_a_prior_of_another_type():

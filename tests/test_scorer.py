@@ -14,10 +14,10 @@ from skimage import data
 from torchvision import transforms
 
 from faceprior.blip import CLIP_MEAN, CLIP_STD, tokenize_prompt
-from faceprior.convert import REFERENCE_FILE, ours_to_official
+from faceprior.convert import ours_to_official
 from faceprior.detect import Face, crop_bounds
 from faceprior.images import ImageError, to_pixel_values
-from faceprior.scorer import FaceScore, FaceScorer, ScoreReference
+from faceprior.scorer import REFERENCE_FILE, FaceScore, FaceScorer, ScoreReference
 
 SIZES = {
     "vision_hidden_size": 128,  # two heads of 64, as width // 64 says

@@ -745,7 +745,7 @@ def test_torn_and_escaping_rows_are_left_out(workplace, tiny_models, capsys):
 
 @pytest.mark.parametrize("name", [PAIRS, GUIDANCE, PRIOR])
 def test_a_missing_base_model_is_not_blamed_on_the_network(workplace, name, tiny_models):
-    with pytest.raises(FileNotFoundError, match="no base model at ./models/mine: it is neither"):
+    with pytest.raises(FileNotFoundError, match="no base model at ./models/mine: the path does not exist"):
         run(name, **{**settings(tiny_models)[name], "base": "./models/mine", "output": "out"})
 
 

@@ -220,7 +220,7 @@ def test_info_of_a_model_that_is_not_tiny(tmp_path):
 
 @pytest.mark.parametrize("kind", sorted({*tiny.KINDS} - {"scorer"}))  # what is saved by FaceScorer began from `reward`
 def test_the_name_tiny_marks_a_model_by_its_own_kind(root, tmp_path, kind):
-    """What a stage saved after it began from `tiny` tells which of the tiny models it was."""
+    """A model that a stage made from `tiny` names the tiny model that it came from."""
     BUILDERS[kind]().save_pretrained(tmp_path)
     tiny.copy_info("tiny", tmp_path, root)
     assert tiny.info(tmp_path) == {"kind": kind, "seed": 0, "trained": False}
@@ -272,8 +272,8 @@ def test_the_shipped_base_draws_faces_with_stock_diffusers():
     assert sum(bool(detect_faces(image, "mtcnn", 0.9)) for image in images) >= 3
 
 
-def test_the_shipped_scorer_tells_a_face_from_a_spoiled_one():
-    """Of sixteen people that no training saw, under strong blur."""
+def test_the_shipped_scorer_prefers_a_face_to_a_blurred_one():
+    """Twelve of sixteen people that no training saw, under strong blur."""
     scorer = FaceScorer.from_pretrained(SHIPPED / "scorer")
     order = []
     for seed in range(TEST_SEEDS, TEST_SEEDS + 16):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from faceprior import tiny
 from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
 from faceprior.human_eval.metrics import (
     LABELS,
@@ -402,11 +403,8 @@ def _judges(options: argparse.Namespace) -> dict[str, "Callable[[], Judge]"]:
 
 
 def _resolve(checkpoint: str) -> str:
-    if checkpoint != "tiny":
-        return checkpoint
-    from faceprior import tiny
-
-    print(f"FS: {tiny.NOTICE}", file=sys.stderr)
+    if checkpoint == tiny.NAME:
+        print(f"FS: {tiny.NOTICE}", file=sys.stderr)
     return tiny.resolve(checkpoint, "scorer")
 
 

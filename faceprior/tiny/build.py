@@ -1,14 +1,9 @@
-"""Small models of the real classes, built from a seed: the embedded default where there is no GPU and no hub.
+"""Build the tiny models from a seed.
 
-They have the architecture of their big siblings and load with stock diffusers and transformers, so a preset changes
-sizes and ids only, never the path through the code. What is tiny says so: their folders carry `tiny.json`, which also
-tells whether the weights were trained.
-
-    python -m faceprior.tiny            # writes checkpoints/tiny
+python -m faceprior.tiny            # writes those that do not exist to checkpoints/tiny
 """
 
 import json
-import logging
 import tempfile
 from collections import Counter
 from functools import lru_cache
@@ -27,18 +22,12 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-import faceprior
 from faceprior.restorer import AuthFaceRestorer, RestorerSettings
 from faceprior.scorer import FaceScorer
+from faceprior.tiny import INFO_FILE, KINDS, RESOLUTION
 from faceprior.training import seeded
 
-logger = logging.getLogger(__name__)
-NAME = "tiny"
-RESOLUTION = 128  # pixels; latents are a quarter of it
-INFO_FILE = "tiny.json"
-NOTICE = "the tiny embedded model: small, for drawn portraits and for trying the tools out, not the published one"
-
-# The words of the captions and prompts, each one token; any other word is read in pieces.
+# The words of the captions and prompts, each one token; any other word becomes several.
 WORDS = """
 a an and the of in on with without one two three four five six face portrait photo photograph person man woman boy
 girl people group young adult middle aged old elderly smiling smile laughing neutral serious look surprised closed
@@ -54,7 +43,7 @@ visor hoop stud drop wearing beret turban child
 
 
 def tiny_sd15(seed: int = 0) -> StableDiffusionPipeline:
-    """Build the Stable Diffusion 1.5 type pipeline: 128 px, latents of 4 x 32 x 32."""
+    """Build the Stable Diffusion 1.5 type pipeline: images of 128 px, latents of 4 x 32 x 32."""
     with seeded(seed):
         unet = UNet2DConditionModel(
             **_UNET, cross_attention_dim=64, transformer_layers_per_block=1, attention_head_dim=(2, 2, 3)
@@ -92,13 +81,13 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
             tokenizer_2=_tokenizer(),
             unet=unet,
             scheduler=_scheduler(),
-            force_zeros_for_empty_prompt=False,  # it is trained with the empty prompt as the missing one
+            force_zeros_for_empty_prompt=False,  # for guidance it is trained with the empty prompt instead
             add_watermarker=False,
         )
 
 
 def tiny_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetModel:
-    """Build the ControlNet of a U-Net from its encoder, as for the full size (zero-initialised outputs)."""
+    """Build the ControlNet of a U-Net from its encoder, as at full size (zero-initialised outputs)."""
     with seeded(seed):
         return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
 
@@ -118,7 +107,8 @@ def tiny_scorer(seed: int = 0) -> FaceScorer:
             text_dropout=0.0,
             vocab_size=2304,
         )
-        # BLIP's and ImageReward's own start is meant for large pretrained towers: so small they would learn nothing
+        # BLIP's and ImageReward's own initialisation is for large pretrained towers: towers of this size would learn
+        # nothing from it
         for module in scorer.modules():
             if isinstance(module, torch.nn.Linear):
                 torch.nn.init.xavier_uniform_(module.weight)
@@ -126,13 +116,12 @@ def tiny_scorer(seed: int = 0) -> FaceScorer:
 
 
 def tiny_restorer(seed: int = 0) -> AuthFaceRestorer:
-    """Build the restorer of 128 px faces, on the SDXL type pipeline; sampled without prompts and without CFG."""
+    """Build the restorer of 128 px faces on the SDXL type pipeline; it is sampled without prompts and without CFG."""
     prior = tiny_sdxl(seed)
     settings = RestorerSettings(resolution=RESOLUTION, guidance_scale=1.0, prompt="", negative_prompt="")
     return AuthFaceRestorer.from_prior(prior, tiny_controlnet(prior.unet, seed), settings)
 
 
-# Kind of model -> the function that builds it.
 _BUILDERS = {
     "sd15": tiny_sd15,
     "sdxl": tiny_sdxl,
@@ -140,33 +129,10 @@ _BUILDERS = {
     "scorer": tiny_scorer,
     "restorer": tiny_restorer,
 }
-KINDS = tuple(_BUILDERS)
-
-
-def resolve(name: str, kind: str, root: Path | None = None) -> str:
-    """Return the folder of the tiny model of that `kind` for the name `tiny`; any other name comes back as it is.
-
-    kind: sd15, sdxl, reward (what stage 2 starts from), scorer or restorer; root: the folder of the tiny models,
-    `tiny_folder()` by default. The shipped weights are taken where there are any; else untrained ones are built from
-    the seed once, with a warning.
-    """
-    if name != NAME:
-        return name
-    folder = (root or tiny_folder()) / kind
-    if not (folder / INFO_FILE).is_file():
-        logger.warning("%s: building it from a seed, UNTRAINED", folder)
-        write(folder, kind)
-    return str(folder)
-
-
-def tiny_folder() -> Path:
-    """Return `checkpoints/tiny` of the checkout, or a cache folder when the package stands alone."""
-    checkout = Path(faceprior.__file__).resolve().parent.parent / "checkpoints"
-    return checkout / NAME if checkout.is_dir() else Path.home() / ".cache" / "faceprior" / NAME
 
 
 def write(folder: Path, kind: str, seed: int = 0) -> None:
-    """Build one kind of model and put it in `folder`, whole or not at all; what was there is replaced."""
+    """Build one kind of model and write it to `folder`, complete or not at all; an old model there is replaced."""
     if kind not in KINDS:
         raise ValueError(f"`kind` has to be one of {', '.join(KINDS)} but is {kind!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -177,39 +143,6 @@ def write(folder: Path, kind: str, seed: int = 0) -> None:
         if folder.exists():
             folder.rename(Path(temporary) / "old")
         made.rename(folder)
-
-
-def info(folder: str | Path) -> dict | None:
-    """Return what `tiny.json` says of a model's folder ({kind, seed, trained}), None if the model is not tiny."""
-    path = Path(folder) / INFO_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def copy_info(source: str, folder: str | Path, root: Path | None = None) -> None:
-    """Mark a model that was made from a tiny one (the name `tiny`, or a folder with `tiny.json`) as tiny, too.
-
-    The name `tiny` stands for the kind that `folder` holds now; root: as for `resolve`.
-    """
-    origin = info((root or tiny_folder()) / _kind_in(Path(folder)) if source == NAME else source)
-    if origin is not None:
-        (Path(folder) / INFO_FILE).write_text(json.dumps(origin))
-
-
-def _kind_in(folder: Path) -> str:
-    """Tell the kind of a saved model by its class; a LoRA, which names none, belongs to the SD1.5 type."""
-    for name in ("model_index.json", "config.json"):
-        if (folder / name).is_file():
-            saved = json.loads((folder / name).read_text())["_class_name"]
-            return _KIND_OF_CLASS[saved]
-    return "sd15"
-
-
-_KIND_OF_CLASS = {
-    "StableDiffusionPipeline": "sd15",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLControlNetPipeline": "restorer",
-    "FaceScorer": "reward",  # stage 2 starts from it
-}
 
 
 _UNET = {
@@ -225,7 +158,7 @@ _UNET = {
 
 
 def make_vae() -> AutoencoderKL:
-    """Build the autoencoder that both pipelines share: 128 px to latents of 4 x 32 x 32."""
+    """Build the autoencoder of both pipelines: images of 128 px to latents of 4 x 32 x 32."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -239,7 +172,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def _scheduler() -> DDPMScheduler:
-    """Ancestral sampling: without fresh noise on the way, small networks' colours drift and their faces melt more."""
+    """Build the sampler: ancestral, since without fresh noise at each step small networks' colours drift."""
     return DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
@@ -261,7 +194,7 @@ def _text_config(width: int) -> CLIPTextConfig:
 
 
 def _tokenizer() -> CLIPTokenizer:
-    """Return CLIP's tokenizer with byte pairs that make one token of every word in WORDS."""
+    """Build CLIP's tokenizer with byte pairs that make one token of every word in WORDS."""
     letters = sorted(ByteLevel.alphabet())
     merges = _byte_pairs(tuple(WORDS))
     tokens = [
@@ -280,9 +213,9 @@ _END = "</w>"
 
 @lru_cache(maxsize=1)
 def _byte_pairs(words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Join the most frequent pair of neighbours until every word is whole; ties go by the alphabet.
+    """Join the most frequent pair of neighbours until every word is one token; ties in alphabetical order.
 
-    Unlike the trainer of the library `tokenizers` this gives the same pairs every time.
+    Unlike the trainer of the library `tokenizers`, the result is the same every time.
     """
     pieces, merges = [[*word[:-1], word[-1] + _END] for word in words], []
     while counts := Counter(pair for word in pieces for pair in pairwise(word)):
@@ -299,14 +232,3 @@ def _join(word: list[str], pair: tuple[str, str]) -> list[str]:
         else:
             joined.append(piece)
     return joined
-
-
-def main() -> None:
-    """Write all tiny models that are not there yet."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for kind in KINDS:
-        print(resolve(NAME, kind))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,4 @@
+from faceprior.tiny import main
+
+if __name__ == "__main__":
+    main()
