@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from faceprior.images import ImageSource, as_array, to_pixel_values
-from faceprior.models import first_line, resolve_model
+from faceprior.models import MODEL_FILES, first_line, resolve_model
 
 LANDMARK_OUTPUTS = tuple(f"landmark_{number}_{axis}" for number in range(5) for axis in "xy")
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -100,7 +100,8 @@ class FeatureNetwork(nn.Module):
         ValueError if it is not a vision transformer or damaged.
         """
         hint = "`python checkpoints/make_tiny.py --only features` trains one"
-        folder = resolve_model(name, "feature network", hint)
+        # DINO's oldest repositories have no safetensors; transformers reads such a file with `weights_only=True`
+        folder = resolve_model(name, "feature network", hint, patterns=(*MODEL_FILES, "pytorch_model.bin"))
         try:
             config = json.loads((folder / "config.json").read_text())
             if config.get("model_type") != "vit":

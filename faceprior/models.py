@@ -6,8 +6,7 @@ name a default without loading a library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,14 +51,14 @@ def resolve_model(
 
     1. A local folder that exists is taken.
     2. A name that looks like a path and does not exist is an error; the hub is not asked.
-    3. Any other name is a hub id. The hub's cache is tried first, then the hub is asked once.
+    3. Any other name is a hub id. The hub is asked once what is new; where there is no network, its cache is taken.
 
     what, hint: for the errors: the kind of model, and where to get one.
     required: files of which the folder must hold at least one.
     subfolder: where the model lies in the folder or repository; part of the result.
     patterns: the files to download of a repository.
-    download: replaces `snapshot_download` of these patterns; called with the id, `local_files_only` and `hub_options`,
-        it returns the repository's folder.
+    download: replaces `snapshot_download` of these patterns; called with the id and `hub_options`, it returns the
+        repository's folder.
     hub_options: any of HUB_OPTIONS.
 
     Raises FileNotFoundError if the path, the id or every one of the required files is missing, ValueError if `name` is
@@ -69,16 +68,15 @@ def resolve_model(
     if path.is_file():
         raise ValueError(f"the {what} {name} is a file: give the folder that holds it")
     if path.is_dir():
-        found = [path]
+        root = path
     elif looks_like_path(name):
         raise FileNotFoundError(f"no {what} at {name}: the path does not exist; {hint}")
     else:
-        found = _hub_folders(str(name), what, hint, download or _downloader(patterns, subfolder), hub_options)
+        root = _hub_folder(str(name), what, hint, download or _downloader(patterns, subfolder), hub_options)
 
-    for root in found:
-        folder = root / (subfolder or "")
-        if any((folder / file).is_file() for file in required):
-            return folder
+    folder = root / (subfolder or "")
+    if any((folder / file).is_file() for file in required):
+        return folder
     names = " or ".join(Path(subfolder or "", file).as_posix() for file in required)
     raise FileNotFoundError(f"no {what} in {root}: there is no {names}; {hint}")
 
@@ -94,14 +92,9 @@ def looks_like_path(name: str | Path) -> bool:
     )
 
 
-def _hub_folders(name: str, what: str, hint: str, download: Callable, options: dict[str, Any]) -> Iterator[Path]:
-    """Yield a repository's folder as the cache has it, maybe in part, then as the hub has it."""
-    cache_only = options.pop("local_files_only", False)
-    if not options.get("force_download"):
-        with suppress(OSError, ValueError):
-            yield Path(download(name, local_files_only=True, **options))
+def _hub_folder(name: str, what: str, hint: str, download: Callable, options: dict[str, Any]) -> Path:
     try:
-        yield Path(download(name, local_files_only=cache_only, **options))
+        return Path(download(name, **options))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no {what} {name!r}: there is no such folder, and the hub did not provide it (offline, gated, or a wrong "

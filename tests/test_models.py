@@ -47,17 +47,16 @@ def put_in_cache(cache, name, folder):
 
 
 class Hub:
-    """A download function that counts its calls: the cache holds `cached`, the hub `published`."""
+    """A download function that notes its options and returns `folder`."""
 
-    def __init__(self, cached=None, published=None):
-        self.cached, self.published, self.calls = cached, published, []
+    def __init__(self, folder=None):
+        self.folder, self.calls = folder, []
 
-    def __call__(self, name, local_files_only, **options):
-        self.calls.append("cache" if local_files_only else "hub")
-        found = self.cached if local_files_only else self.published
-        if found is None:
+    def __call__(self, name, **options):
+        self.calls.append(options)
+        if self.folder is None:
             raise FileNotFoundError("nothing of that id")
-        return found
+        return self.folder
 
 
 # ---- the rule
@@ -75,7 +74,7 @@ def test_a_local_folder_is_taken_before_the_hub(folder, tmp_path, monkeypatch):
 
 def test_a_missing_path_never_asks_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    hub = Hub(published=tmp_path)
+    hub = Hub(tmp_path)
     for name in ("./model", "~/no_such_model", "a/b/c", "checkpoints/model", "m.safetensors", Path("owner/model")):
         with pytest.raises(FileNotFoundError) as error:
             resolve_model(name, "VAE", HINT, download=hub)
@@ -96,14 +95,6 @@ def test_a_file_is_no_folder():
         resolve_model(__file__, "VAE", HINT)
 
 
-def test_the_cache_is_tried_before_the_hub(folder, tmp_path):
-    options = {"what": "VAE", "hint": HINT, "subfolder": "vae"}
-    cached, missing, partial = Hub(cached=folder), Hub(published=folder), Hub(cached=tmp_path, published=folder)
-    for hub, calls in ((cached, ["cache"]), (missing, ["cache", "hub"]), (partial, ["cache", "hub"])):
-        assert resolve_model("owner/name", download=hub, **options) == folder / "vae"
-        assert hub.calls == calls
-
-
 def test_the_hub_is_asked_once_and_its_error_names_the_command():
     hub = Hub()
     with pytest.raises(FileNotFoundError) as error:
@@ -111,19 +102,13 @@ def test_the_hub_is_asked_once_and_its_error_names_the_command():
     message = str(error.value)
     assert message.startswith("no VAE 'owner/name': ") and message.endswith(HINT)
     assert "`hf download owner/name --local-dir FOLDER`" in message
-    assert hub.calls == ["cache", "hub"]
+    assert len(hub.calls) == 1
 
 
-def test_options_of_the_hub(folder, tmp_path):
-    """`local_files_only` never asks it, `force_download` always does; snapshot_download knows all of them."""
-    options = {"what": "VAE", "hint": HINT, "subfolder": "vae"}
-    hub = Hub(published=folder)
-    with pytest.raises(FileNotFoundError):
-        resolve_model("owner/name", download=hub, local_files_only=True, **options)
-    assert set(hub.calls) == {"cache"}
-    hub = Hub(cached=tmp_path, published=folder)
-    resolve_model("owner/name", download=hub, force_download=True, **options)
-    assert hub.calls == ["hub"]
+def test_options_of_the_hub_reach_it(folder):
+    hub, options = Hub(folder), {"local_files_only": True, "revision": "main"}
+    assert resolve_model("owner/name", "VAE", HINT, subfolder="vae", download=hub, **options) == folder / "vae"
+    assert hub.calls == [options]
     assert set(HUB_OPTIONS) <= inspect.signature(snapshot_download).parameters.keys()
 
 
