@@ -6,8 +6,9 @@
     cells = (row["metric"], number_text(row["value"]), interval_text(row["low"], row["high"]), str(row["n"]))
     markdown_table(("metric", "mean", "95% interval", "n"), [cells])
 
-A number that cannot be measured on this machine keeps its row. The code that measures it raises `MetricUnavailable` with
-the reason and the way out, `measure` makes an estimate without a value of it, and the note reads "not measured: REASON".
+A number that cannot be measured on this machine keeps its row. The code that measures it raises `MetricUnavailable`
+with the reason and the way out, `measure` makes an estimate without a value of it, and the note of its row reads
+"not measured: REASON".
 """
 
 import math
