@@ -15,8 +15,8 @@ from PIL import Image
 from scipy import stats
 
 from faceprior.cli import main as faceprior_command
-from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_ranking, read_rankings, read_scores
-from faceprior.human_eval.metrics import (
+from faceprior.human_eval.__main__ import main
+from faceprior.human_eval.agreement import (
     agreement,
     bootstrap_interval,
     compare_pairs,
@@ -27,7 +27,8 @@ from faceprior.human_eval.metrics import (
     score_shares,
     win_rates,
 )
-from faceprior.human_eval.tables import METRICS, PUBLISHED, main, tables, to_markdown, write_tables
+from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_ranking, read_rankings, read_scores
+from faceprior.human_eval.tables import METRICS, PUBLISHED, tables, to_markdown, write_tables
 from faceprior.images import save_image
 from faceprior.procedural import draw_portrait
 
@@ -258,7 +259,7 @@ def test_a_metric_without_a_file_is_named_with_what_makes_it(folder):
 
 
 def test_written_tables_hold_ours_and_the_papers(folder, tmp_path, capsys):
-    assert main([str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert main(["tables", str(folder), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.rstrip() == text.rstrip()
     assert "agreement (labels that more than three fifths of the annotators gave): 66.67% (the paper: 93.30%)" in text
@@ -484,7 +485,7 @@ def test_what_is_missing_or_foreign_is_named(folder, tmp_path, capsys):
         path.unlink()
     with pytest.raises(FileNotFoundError, match="no rankings in "):
         tables(folder)
-    assert main([str(tmp_path / "nothing")]) == 2
+    assert main(["tables", str(tmp_path / "nothing")]) == 2
     assert "error: no prompts.jsonl or prompts.csv in" in capsys.readouterr().err
 
 

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from faceprior.human_eval.__main__ import main
 from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_ranking
-from faceprior.human_eval.pages import Progress, Ranking, _triplet, is_whole, main, order_scores, press, take_back
+from faceprior.human_eval.pages import Progress, Ranking, _triplet, is_whole, order_scores, press, take_back
 from faceprior.human_eval.tables import tables
 
 
@@ -150,7 +151,7 @@ OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
 @contextmanager
 def served(folder):
     """The page as the command serves it: (process, address). The process is killed in the end, as a power cut would."""
-    command = [sys.executable, "-m", "faceprior.human_eval.pages", "rank", str(folder)]
+    command = [sys.executable, "-m", "faceprior.human_eval", "rank", str(folder)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(folder.parent)}
     )

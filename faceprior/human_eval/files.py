@@ -198,7 +198,7 @@ def _check_triplet(path: Path, name: str, models: list[str], cells: dict[Key, tu
         if (name, model) not in cells:
             raise BenchmarkError(
                 f"{path}: no row for the image {name!r} of {model}: add it, leave the scores of the whole triplet empty"
-                f" to discard it, or go on with `python -m faceprior.human_eval.pages rank {path.parent.parent}`"
+                f" to discard it, or resume with `python -m faceprior.human_eval rank {path.parent.parent}`"
             )
     line = cells[name, models[0]][0]
     scores = [cells[name, model][1] for model in models]

@@ -8,11 +8,9 @@ not tell the models. Every answer is in FOLDER/rankings/NAME.csv before the next
 name again goes on where they were. `python -m faceprior.human_eval.tables FOLDER` makes the tables of the answers.
 """
 
-import argparse
 import functools
 import logging
 import random
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +21,6 @@ from faceprior.human_eval.files import (
     Benchmark,
     BenchmarkError,
     is_file_stem,
-    read_benchmark,
     read_ranking,
     write_ranking,
 )
@@ -316,32 +313,3 @@ def launch(page: "gradio.Blocks", port: int | None = None, block: bool = True) -
         print(f"Rank faces at {address} (Ctrl-C ends it; every answer is on the disk already)", flush=True)
         page.block_thread()
     return address
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, or 2 where the page cannot be shown."""
-    parser = argparse.ArgumentParser(
-        "python -m faceprior.human_eval.pages", description="Local pages.", allow_abbrev=False
-    )
-    commands = parser.add_subparsers(required=True, metavar="PAGE")
-    rank = commands.add_parser("rank", help="people rank the faces of a benchmark folder", allow_abbrev=False)
-    rank.add_argument("folder", type=Path, metavar="FOLDER", help="prompts and images/; rankings/ gets the answers")
-    rank.add_argument("--models", nargs=RANKED_MODELS, default=(), help="which three, where images/ holds more")
-    rank.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    try:
-        benchmark, models = read_benchmark(options.folder), tuple(options.models)
-        Ranking(benchmark, "anyone", models)  # pictures that are missing; one that cannot be read is told when shown
-        launch(rank_page(benchmark, models), options.port)
-    except ModuleNotFoundError as error:
-        print(f'faceprior.human_eval.pages: error: {error}: pip install "faceprior[pages]"', file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"faceprior.human_eval.pages: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,30 +1,20 @@
-"""The judgement of people: Tables 1 to 4 of Face Score (arXiv 2406.17100) for any benchmark folder.
+"""Tables 1 to 4 of Face Score (arXiv 2406.17100, 4.2 and 4.3) for a benchmark folder that people ranked.
 
-    python -m faceprior.human_eval.tables FOLDER [--output DIR]   # DIR/tables.md and tables.json, by default in FOLDER
-
-`files` says what stands in a folder, and `python -m faceprior.human_eval.pages rank FOLDER` is where people rank.
-They order the images that three models drew for each prompt; their votes become one label per image, and every
-metric is asked how often it orders two images of a triplet as the labels do. A metric without a file in scores/ is
-measured first if its library and weights are on this machine (`judgement_scores`); nothing is downloaded, and one
-that cannot be measured stands in the tables as missing, with the commands that get it. Shares and accuracies lie in
-[0, 1]; the Markdown prints them as percentages.
+People order the images that three models drew for each prompt; their votes become one label per image, and every metric
+is asked how often it orders two images of a triplet as the labels do. Fractions and accuracies lie in [0, 1]; the
+Markdown prints them as percentages. A metric without a file in scores/ has a row with the reason in place of numbers.
 """
 
-import argparse
-import functools
 import itertools
 import json
-import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
-from faceprior.human_eval.metrics import (
+from faceprior.human_eval.agreement import (
     LABELS,
     RESAMPLES,
     MetricAccuracy,
@@ -40,19 +30,9 @@ from faceprior.human_eval.metrics import (
     score_shares,
     win_rates,
 )
+from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
 from faceprior.images import atomic_write
-from faceprior.models import REWARD_ID, SCORER_ID
 from faceprior.tables import EMPTY, markdown_table, number_text
-
-if TYPE_CHECKING:
-    import torch
-
-    from faceprior.human_eval.scores import Judge
-    from faceprior.scorer import FaceScorer
-
-
-HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
-
 
 # The paper's metrics in its order, then others of today. LocalX is X on the face with the prompt "A face" (4.3).
 METRICS = {
@@ -349,113 +329,3 @@ def _percent(fraction: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return number_text(value, ".4f")
-
-
-def measure_missing(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, str]:
-    """Measure what has no file in scores/ and can be measured here; metric -> why the others cannot."""
-    from faceprior.human_eval.scores import face_finder, measure
-
-    reasons = {"FQA": "it is not measured here, but by the package modelscope (`pip install modelscope`)"}
-    find_face = face_finder(options.detector)
-    for name, make_judge in _judges(options).items():
-        try:
-            measure(benchmark, make_judge(), find_face)
-        except BenchmarkError:
-            raise
-        except Exception as error:  # whatever fails in one metric's library, the others have their rows
-            reasons[name] = str(error) or type(error).__name__
-    return reasons
-
-
-def _judges(options: argparse.Namespace) -> dict[str, "Callable[[], Judge]"]:
-    """What can be tried, in an order in which two metrics of one model follow each other."""
-    from faceprior.detect import resolve_detector
-    from faceprior.human_eval.scores import (
-        HPS_V1,
-        HPS_V2,
-        aesthetic_judge,
-        clip_judge,
-        face_quality_judge,
-        in_hub_cache,
-        reward_judge,
-    )
-    from faceprior.models import resolve_device
-
-    device = resolve_device(options.device)
-    detector = functools.partial(resolve_detector, options.detector)  # fails for those alone that need it
-    load_scorer = _scorer_loader(device)
-    score = (_resolve(options.checkpoint), f"`hf download {SCORER_ID}`, or `--checkpoint FOLDER`", load_scorer)
-    reward = (options.image_reward, f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`", load_scorer)
-    hps = (options.hps, "`--hps FILE`, the classifier of https://github.com/tgxs002/align_sd", HPS_V1, device)
-    hps_v2 = options.hps_v2 or in_hub_cache(HPS_V2_ID, HPS_V2_FILE)
-    hps_v2 = (hps_v2, f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`", HPS_V2, device)
-    return {
-        "FS": lambda: reward_judge("FS", *score, detector()),
-        "IR": lambda: reward_judge("IR", *reward),
-        "LocalIR": lambda: reward_judge("LocalIR", *reward, detector()),
-        "HPS": lambda: clip_judge("HPS", *hps),
-        "LocalHPS": lambda: clip_judge("LocalHPS", *hps, detector()),
-        "HPSv2": lambda: clip_judge("HPSv2", *hps_v2),
-        "ASP": lambda: aesthetic_judge(device),
-        "topiq_nr-face": lambda: face_quality_judge(device, detector()),
-    }
-
-
-def _resolve(checkpoint: str) -> str:
-    if checkpoint != "tiny":
-        return checkpoint
-    from faceprior import tiny
-
-    print(f"FS: {tiny.NOTICE}", file=sys.stderr)
-    return tiny.resolve(checkpoint, "scorer")
-
-
-def _scorer_loader(device: "torch.device") -> Callable[[str], "FaceScorer"]:
-    @functools.lru_cache(maxsize=1)
-    def load(folder: str) -> "FaceScorer":
-        from faceprior.scorer import FaceScorer
-
-        return FaceScorer.from_pretrained(folder).to(device)
-
-    return load
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m faceprior.human_eval.tables",
-        description="Make Tables 1 to 4 of a benchmark folder.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="prompts, images/, rankings/ and scores/")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="for the tables (default: FOLDER)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, [0, inf) (default: %(default)s)")
-    weights = parser.add_argument_group("weights of what is not in scores/ yet (only those on this disk are used)")
-    weights.add_argument("--checkpoint", default=SCORER_ID, help="FS: folder, hub id, or `tiny` (default: %(default)s)")
-    weights.add_argument("--image-reward", default=REWARD_ID, help="IR: folder or hub id (default: %(default)s)")
-    weights.add_argument("--hps", type=Path, metavar="FILE", help="HPS v1's checkpoint")
-    weights.add_argument("--hps-v2", type=Path, metavar="FILE", help=f"(default: {HPS_V2_FILE} of {HPS_V2_ID})")
-    parser.add_argument(
-        "--detector", default="auto", choices=("auto", "retinaface", "mtcnn"), help="auto never downloads"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, or 2 where the folder breaks a rule."""
-    options = _make_parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    try:
-        benchmark = read_benchmark(options.folder)
-        read_rankings(benchmark)  # before hours of measuring
-        reasons = measure_missing(benchmark, options)
-        result = write_tables(options.folder, options.output, options.seed, reasons)
-    except (ValueError, OSError) as error:
-        print(f"faceprior.human_eval.tables: error: {error}", file=sys.stderr)
-        return 2
-    print(to_markdown(result))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
