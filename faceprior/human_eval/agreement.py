@@ -11,7 +11,6 @@ import numpy as np
 
 LABELS = (1, 2, 3)
 
-
 RESAMPLES = 2000  # of the bootstrap
 
 

@@ -34,12 +34,9 @@ from faceprior.jsonl import read_rows, require_keys
 
 RANKED_MODELS = 3
 
-
 PROMPT_COLUMNS = ("id", "prompt")
 
-
 SCORE_COLUMNS = ("id", "model", "score")
-
 
 Key = tuple[str, str]  # prompt id, model
 

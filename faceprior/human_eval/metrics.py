@@ -37,31 +37,23 @@ HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
 # in open_clip: architecture, and what becomes the square that it sees: the middle, or the picture padded with black
 HPS_V1, HPS_V2 = ("ViT-L-14-quickgelu", "shortest"), ("ViT-H-14", "longest")
 
-
 _EDGE = 2**20  # bytes that are hashed at both ends of a file of weights
 
 
 # what pyiqa and its parts load; in its cache a file is called as in its address
 _PYIQA_URL = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
 
-
 _FACEXLIB_URL = "https://github.com/xinntao/facexlib/releases/download/"
-
 
 _CLIP_URL = "https://openaipublic.azureedge.net/clip/models/"
 
-
 _CLIP_FILE = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"
-
 
 _AESTHETIC = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
 
-
 _FACE_QUALITY = "topiq_nr_cgfiqa_res50-0a8b8e4f.pth"
 
-
 _FACE_PARTS = ("v0.1.0/detection_Resnet50_Final.pth", "v0.2.2/parsing_parsenet.pth")
-
 
 Score = Callable[[Image.Image, str, Face | None], float]
 

@@ -29,18 +29,13 @@ from faceprior.images import ImageError, load_image
 if TYPE_CHECKING:
     import gradio
 
-
 logger = logging.getLogger(__name__)
-
 
 _warn_once = functools.cache(logger.warning)  # a triplet is loaded anew for every annotator and visit
 
-
 PLACES = ("1", "2", "3")  # the pictures, from left to right
 
-
 VIEW = 5 + len(PLACES)  # parts of the page that a triplet fills
-
 
 RULES = """
 - Look at the **faces** only. Whether the picture fits the prompt, its composition and its beauty do not count.
@@ -49,12 +44,10 @@ RULES = """
 - Where only some pictures lack a face, those are the worst. Where **no picture** has a valid face, discard the triplet.
 """
 
-
 KEYS = """
 **1** **2** **3** the best picture first, then the next, then the worst. **=** before a picture: as good as the last.
 **0** no picture has a valid face. **Backspace** takes back: the last key, or the last triplet.
 """
-
 
 _SCRIPT = """<script>
 document.addEventListener("keydown", (event) => {
@@ -66,7 +59,6 @@ document.addEventListener("keydown", (event) => {
   button.click();
 });
 </script>"""
-
 
 _STYLE = """
 .picture img { width: 100%; height: 58vh; object-fit: contain; }

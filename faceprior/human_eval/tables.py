@@ -93,12 +93,9 @@ def _published_spread(metric: str, pearson: float, *spreads: tuple[float, float]
 
 _ACCURACIES = {"Random guess": 0.5, "IR": 0.6087, "ASP": 0.6881, "FQA": 0.7022, "LocalIR": 0.7127}
 
-
 _ACCURACIES |= {"HPS": 0.7470, "LocalHPS": 0.7531, "FS": 0.8031}
 
-
 _MEANS = {"Dalle3": 3.45, "MJ": 3.51, "Real": 3.54, "PixArt-α": 3.94, "SC": 3.98, "PGV2.5": 4.40}
-
 
 PUBLISHED = Published(
     source="Face Score, arXiv 2406.17100, 4.2 and Tables 1 to 4",
