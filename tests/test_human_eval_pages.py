@@ -80,7 +80,7 @@ def test_the_order_of_the_pictures_tells_nothing(simulated_benchmark):
 def test_the_pictures_stand_in_their_order(simulated_benchmark):
     """The blurred ones have a smaller deviation: sharp > soft > smudged."""
     ranking = Ranking(read_benchmark(simulated_benchmark), "simulated")
-    deviations = [np.asarray(picture, float).std() for picture in ranking.pictures("0001")]
+    deviations = [np.asarray(picture, float).std() for picture in ranking.images("0001")]
     order = sorted(zip(deviations, ranking.shown("0001"), strict=True), reverse=True)
     assert [model for _, model in order] == ["sharp", "soft", "smudged"]
 
@@ -94,7 +94,7 @@ def test_a_picture_that_cannot_be_read_leaves_its_place_empty(simulated_benchmar
         place = ranking.shown("0001").index("soft")
         name, _, _, prompt, _, *pictures = _triplet(ranking)
         assert name == "0001" and [picture is None for picture in pictures] == [i == place for i in range(3)]
-        note = f"Cannot be read: picture {place + 1}. Rank it last, or discard the triplet."  # no model
+        note = f"Cannot be read: image {place + 1}. Rank it last, or discard the triplet."  # no model
         assert prompt == f"### {benchmark.prompts['0001']}\n\n{note}"
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "soft/0001.png is not" in caplog.text
     ranking.answer("0001", [1 if i == place else 3 for i in range(3)])
@@ -120,7 +120,7 @@ def test_three_of_more_models(simulated_benchmark):
     with pytest.raises(BenchmarkError, match="these are more, sharp, smudged, soft"):
         Ranking(read_benchmark(simulated_benchmark), "simulated", ("sharp", "soft", "smudged"))
     (simulated_benchmark / "images" / "more" / "0003.png").unlink()
-    with pytest.raises(BenchmarkError, match="no picture of more for the prompt '0003': add .*more/0003.png"):
+    with pytest.raises(BenchmarkError, match="no image of more for the prompt '0003': add .*more/0003.png"):
         Ranking(read_benchmark(simulated_benchmark), "simulated")
 
 
@@ -254,7 +254,7 @@ def test_a_picture_that_cannot_be_read_locks_nobody_out(simulated_benchmark, bro
     place = Ranking(read_benchmark(simulated_benchmark), "simulated one").shown("0001").index("soft") + 1
     with served(simulated_benchmark) as (_, address):
         desk = Desk(browser, address)
-        desk.enter("simulated one", f"Cannot be read: picture {place}. Rank it last")
+        desk.enter("simulated one", f"Cannot be read: image {place}. Rank it last")
         shown = [desk.page.locator(f"#picture-{i} img").count() for i in (1, 2, 3)]
         assert [count == 0 for count in shown] == [i == place for i in (1, 2, 3)]
         others = [i for i in (1, 2, 3) if i != place]

@@ -1,6 +1,6 @@
-"""The mathematics of people's judgement: votes to labels, and metrics against labels (Face Score, 4.2, 4.3).
+"""The statistics of a human evaluation: from votes to labels, and metrics against labels (Face Score, 4.2, 4.3).
 
-Labels are (triplets, models) integers 1..3, 3 for the best. Shares and accuracies lie in [0, 1].
+Labels are (triplets, models) integers 1..3, 3 for the best. Fractions and accuracies lie in [0, 1].
 """
 
 import itertools
@@ -15,8 +15,8 @@ RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
-class ScoreShares:
-    """A row of Table 1: which shares of a model's images have the label 1, 2, 3, and the average label."""
+class ScoreFractions:
+    """A row of Table 1: the fractions of a model's images with the label 1, 2 and 3, and the average label."""
 
     model: str
     score_1: float
@@ -27,9 +27,9 @@ class ScoreShares:
 
 @dataclass(frozen=True)
 class MetricAccuracy:
-    """A row of Table 2: the share of pairs that a metric orders as people do, with its 95% interval.
+    """A row of Table 2: the fraction of pairs that a metric orders as people do, with its 95% interval.
 
-    pairs: how many were compared. left_out: pairs that people order, but of which an image has no score.
+    pairs: how many were compared. left_out: pairs that people order, but one of whose images has no score.
     note: why there is no accuracy.
     """
 
@@ -74,7 +74,7 @@ class MetricStatistics:
 
 
 def majority_vote(votes: np.ndarray) -> np.ndarray:
-    """The label of each image: what most annotators gave it (4.2, step 4).
+    """Return the label of each image: the score that most annotators gave it (4.2, step 4).
 
     votes: (annotators, triplets, models) of 1..3, 0 where an annotator discarded the triplet. Returns (triplets,
     models), 0 in triplets that half of the annotators or more discarded. Where two labels or more are given
@@ -89,7 +89,7 @@ def majority_vote(votes: np.ndarray) -> np.ndarray:
 
 
 def agreement(votes: np.ndarray) -> float:
-    """The share of labels on which more than three of five annotators agree (4.2).
+    """Return the fraction of labels on which more than three of five annotators agree (4.2).
 
     votes: as for `majority_vote`; with another number of annotators, more than three fifths of them. Labels of
     discarded triplets do not count; an annotator who discarded a kept triplet agrees with nobody.
@@ -99,19 +99,21 @@ def agreement(votes: np.ndarray) -> float:
 
 
 def _label_counts(votes: np.ndarray) -> np.ndarray:
-    """(annotators, triplets, models) -> (triplets, models, 3): how many gave 1, 2 and 3."""
+    """Return how many annotators gave 1, 2 and 3: (annotators, triplets, models) -> (triplets, models, 3)."""
     return np.stack([(votes == label).sum(0) for label in LABELS], axis=-1)
 
 
-def score_shares(labels: np.ndarray, models: Sequence[str]) -> tuple[ScoreShares, ...]:
-    """Table 1. labels: (triplets, models) of 1..3."""
-    shares = np.stack([(labels == label).mean(0) for label in LABELS], axis=-1)  # (models, 3)
+def score_fractions(labels: np.ndarray, models: Sequence[str]) -> tuple[ScoreFractions, ...]:
+    """Return Table 1. labels: (triplets, models) of 1..3."""
+    fractions = np.stack([(labels == label).mean(0) for label in LABELS], axis=-1)  # (models, 3)
     averages = labels.mean(0)
-    return tuple(ScoreShares(m, *map(float, s), float(a)) for m, s, a in zip(models, shares, averages, strict=True))
+    return tuple(
+        ScoreFractions(m, *map(float, f), float(a)) for m, f, a in zip(models, fractions, averages, strict=True)
+    )
 
 
 def win_rates(labels: np.ndarray) -> np.ndarray:
-    """(triplets, models) -> (models, models): how often the row's label is the higher one, ties counted half."""
+    """Return how often the row's label is the higher one, ties counted half: (triplets, models) -> (models, models)."""
     difference = labels[:, :, None] - labels[:, None, :]
     return ((difference > 0) + 0.5 * (difference == 0)).mean(0)
 
@@ -143,10 +145,10 @@ def compare_pairs(labels: np.ndarray, scores: np.ndarray) -> PairCounts:
 def bootstrap_interval(
     points: np.ndarray, pairs: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The 95% percentile interval of sum(points) / sum(pairs) over whole triplets, which are drawn with replacement.
+    """Return the 95% percentile interval of sum(points) / sum(pairs) over triplets that are drawn with replacement.
 
-    points, pairs: (triplets,); triplets without a pair are never drawn. Pairs of one triplet hang together, so
-    that an interval over single pairs would be too narrow.
+    points, pairs: (triplets,); triplets without a pair are never drawn. Pairs of one triplet depend on each
+    other, so an interval over single pairs would be too narrow.
     """
     points, pairs = points[pairs > 0], pairs[pairs > 0]
     rng = np.random.default_rng(seed)
@@ -156,7 +158,7 @@ def bootstrap_interval(
 
 
 def metric_accuracy(metric: str, labels: np.ndarray, scores: np.ndarray, seed: int = 0) -> MetricAccuracy:
-    """A row of Table 2. labels, scores: as for `compare_pairs`."""
+    """Return a row of Table 2. labels, scores: as for `compare_pairs`."""
     counts = compare_pairs(labels, scores)
     pairs, left_out = int(counts.pairs.sum()), int(counts.left_out.sum())
     if pairs == 0:
@@ -169,23 +171,23 @@ def metric_accuracy(metric: str, labels: np.ndarray, scores: np.ndarray, seed: i
 
 
 def metric_statistics(metric: str, labels: np.ndarray, scores: np.ndarray, models: Sequence[str]) -> MetricStatistics:
-    """A row of Table 4, over the images of kept triplets that have a score.
+    """Return a row of Table 4, over the images of kept triplets that have a score.
 
     labels, scores: as for `compare_pairs`. The scores are normalised by the lowest and the highest of all models'
     images; the correlation is with the label, image by image.
     """
     from scipy import stats
 
-    there = ~np.isnan(scores)
-    if not there.any() or np.ptp(scores[there]) == 0:
-        note = "all images have one score" if there.any() else "no image has a score"
+    scored = ~np.isnan(scores)
+    if not scored.any() or np.ptp(scores[scored]) == 0:
+        note = "all images have one score" if scored.any() else "no image has a score"
         return MetricStatistics(metric, None, tuple(ModelSpread(m, None, None) for m in models), note)
-    low = scores[there].min()
-    normalised = (scores - low) / (scores[there].max() - low)
+    low = scores[scored].min()
+    normalised = (scores - low) / (scores[scored].max() - low)
     spreads = tuple(_spread(m, column[~np.isnan(column)]) for m, column in zip(models, normalised.T, strict=True))
-    if np.ptp(labels[there]) == 0:
+    if np.ptp(labels[scored]) == 0:
         return MetricStatistics(metric, None, spreads, "people gave all images one score")
-    return MetricStatistics(metric, float(stats.pearsonr(labels[there], scores[there]).statistic), spreads)
+    return MetricStatistics(metric, float(stats.pearsonr(labels[scored], scores[scored]).statistic), spreads)
 
 
 def _spread(model: str, values: np.ndarray) -> ModelSpread:
@@ -195,7 +197,7 @@ def _spread(model: str, values: np.ndarray) -> ModelSpread:
 
 
 def model_mean(metric: str, model: str, scores: Iterable[float | None]) -> ModelMean:
-    """A row of Table 3. scores: of all the model's images, None where there is none."""
+    """Return a row of Table 3. scores: of all the model's images, None where there is none."""
     scores = list(scores)
     values = [score for score in scores if score is not None]
     if not values:

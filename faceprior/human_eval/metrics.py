@@ -34,13 +34,13 @@ FACE_PROMPT = "A face"
 HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
 
 
-# in open_clip: architecture, and what becomes the square that it sees: the middle, or the picture padded with black
+# architecture in open_clip, and how an image becomes a square: its middle, or padded with black
 HPS_V1, HPS_V2 = ("ViT-L-14-quickgelu", "shortest"), ("ViT-H-14", "longest")
 
 _EDGE = 2**20  # bytes that are hashed at both ends of a file of weights
 
 
-# what pyiqa and its parts load; in its cache a file is called as in its address
+# the files that pyiqa loads; its cache keeps the file names of the addresses
 _PYIQA_URL = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
 
 _FACEXLIB_URL = "https://github.com/xinntao/facexlib/releases/download/"
@@ -62,9 +62,8 @@ Score = Callable[[Image.Image, str, Face | None], float]
 class Metric:
     """A metric that can be measured here.
 
-    by: the weights it uses, and the detector if there is one; rows of other weights are not mixed with its own.
-    load: gives the function from a picture, its prompt and its face to the score; the face is None where the metric
-    does not need one.
+    by: the weights and the detector, if it uses one; rows of other weights are not mixed with its own. load: returns
+    the function (image, prompt, face) -> score; the face is None where the metric does not need one.
     """
 
     name: str
@@ -138,10 +137,10 @@ def reward_metric(
     load_scorer: Callable[[str], Any],
     detector: Detector | None = None,
 ) -> Metric:
-    """A BLIP reward (Face Score or ImageReward) on the face with the default prompt, or on the picture and its prompt.
+    """A BLIP reward (Face Score or ImageReward) on the face with the default prompt, or on the image and its prompt.
 
-    source: folder or hub id of the scorer. way_out: how to get it. load_scorer: a folder's `FaceScorer`. detector: who
-    finds the faces; without one the whole picture is looked at.
+    source: folder or hub id of the scorer. way_out: how to get it. load_scorer: folder -> `FaceScorer`. detector: finds
+    the faces; without one the whole image is scored.
 
     Raises MetricUnavailable without the weights, or without the tokenizer that other prompts than the default need.
     """
@@ -151,10 +150,10 @@ def reward_metric(
     def load() -> Score:
         scorer = load_scorer(str(folder))
 
-        def score(picture: Image.Image, prompt: str, face: Face | None) -> float:
+        def score(image: Image.Image, prompt: str, face: Face | None) -> float:
             if face is not None:
-                return scorer.score_crops([_crop(picture, face)])[0]
-            return _reward(scorer, picture, tokenize_prompt(prompt, tokenizer))
+                return scorer.score_crops([_crop(image, face)])[0]
+            return _reward(scorer, image, tokenize_prompt(prompt, tokenizer))
 
         return score
 
@@ -165,18 +164,18 @@ def reward_metric(
 
 
 def _scorer_folder(source: str, way_out: str) -> Path:
-    """The folder of a scorer's weights, found without a network."""
+    """Return the folder of a scorer's weights, found without a network."""
     try:
         folder = find_checkpoint_folder(source, local_files_only=True)
     except FileNotFoundError:
         raise MetricUnavailable(f"it needs the weights {source} ({way_out})") from None
     if find_official_checkpoint(folder) is None and not any(folder.glob("diffusion_pytorch_model*.safetensors")):
-        raise MetricUnavailable(f"it needs weights in {folder}, where there are none ({way_out})")
+        raise MetricUnavailable(f"it needs weights, but {folder} holds none ({way_out})")
     return folder
 
 
 def _tokenizer_folder(folder: Path) -> Path:
-    """BERT's tokenizer: beside the weights, or in the hub's cache."""
+    """Return the folder of BERT's tokenizer: beside the weights, or in the hub's cache."""
     if (folder / "vocab.txt").is_file():
         return folder
     cached = in_hub_cache(TOKENIZER, "vocab.txt") or in_hub_cache(TOKENIZER, "tokenizer.json")
@@ -185,12 +184,12 @@ def _tokenizer_folder(folder: Path) -> Path:
     return cached.parent
 
 
-def _reward(scorer: Any, picture: Image.Image, token_ids: list[int]) -> float:
+def _reward(scorer: Any, image: Image.Image, token_ids: list[int]) -> float:
     import torch
 
     with torch.inference_mode():
         input_ids = torch.tensor([token_ids], device=scorer.device)
-        return float(scorer(scorer.preprocess(picture).to(scorer.device), input_ids))
+        return float(scorer(scorer.preprocess(image).to(scorer.device), input_ids))
 
 
 # --- HPS
@@ -204,11 +203,11 @@ def clip_metric(
     device: "torch.device | str",
     detector: Detector | None = None,
 ) -> Metric:
-    """HPS: the cosine of a picture and its prompt in a fine-tuned CLIP, through open_clip; of face and "A face".
+    """HPS: the cosine of an image and its prompt in a fine-tuned CLIP, through open_clip; or of a face and "A face".
 
-    weights: the published checkpoint, None if it is not here. way_out: how to get it. model: HPS_V1 or HPS_V2 (arXiv
+    weights: the published checkpoint, None if there is none. way_out: how to get it. model: HPS_V1 or HPS_V2 (arXiv
     2303.14420 and 2306.09341, as in their official codes), or another architecture and resize mode of open_clip.
-    detector: who finds the faces; without one the whole picture is looked at.
+    detector: finds the faces; without one the whole image is scored.
 
     Raises MetricUnavailable without open_clip or the weights.
     """
@@ -218,13 +217,13 @@ def clip_metric(
         clip, transform, tokenize = _open_clip(weights, *model, str(device))
         text = functools.cache(lambda prompt: clip.encode_text(tokenize([prompt]).to(device), normalize=True))
 
-        def score(picture: Image.Image, prompt: str, face: Face | None) -> float:
+        def score(image: Image.Image, prompt: str, face: Face | None) -> float:
             import torch
 
-            seen, prompt = (picture, prompt) if face is None else (_crop(picture, face), FACE_PROMPT)
+            seen, prompt = (image, prompt) if face is None else (_crop(image, face), FACE_PROMPT)
             with torch.inference_mode():
-                image = clip.encode_image(transform(seen)[None].to(device), normalize=True)
-                return float(image @ text(prompt).T)
+                features = clip.encode_image(transform(seen)[None].to(device), normalize=True)
+                return float(features @ text(prompt).T)
 
         return score
 
@@ -248,7 +247,7 @@ def _open_clip(weights: Path, architecture: str, resize_mode: str, device: str) 
 
 
 def aesthetic_metric(device: "torch.device | str") -> Metric:
-    """ASP: the LAION aesthetic predictor, pyiqa's `laion_aes`, on the whole picture; about 1 to 10.
+    """ASP: the LAION aesthetic predictor, pyiqa's `laion_aes`, on the whole image; about 1 to 10.
 
     Raises MetricUnavailable without pyiqa or its weights.
     """
@@ -260,7 +259,7 @@ def aesthetic_metric(device: "torch.device | str") -> Metric:
         if _sha256(clip) != _CLIP_FILE.split("/")[0]:  # its own loader would download it again
             raise MetricUnavailable(f"{_short(clip)} is damaged: {_curl(clip, _CLIP_URL + _CLIP_FILE)}")
         metric = _pyiqa("laion_aes", files, device)
-        return lambda picture, prompt, face: metric(picture)
+        return lambda image, prompt, face: metric(image)
 
     return Metric("ASP", _by("pyiqa's laion_aes", next(iter(files)), None), load)
 
@@ -268,7 +267,7 @@ def aesthetic_metric(device: "torch.device | str") -> Metric:
 def face_quality_metric(device: "torch.device | str", detector: Detector) -> Metric:
     """pyiqa's face quality `topiq_nr-face`, on the face aligned to 512 pixels as in FFHQ; about 0 to 1.
 
-    pyiqa itself would take the face in the middle; here it is the one that all metrics look at. This is not the
+    pyiqa itself would take the face in the middle; here it is the largest one, as for all metrics. This is not the
     paper's FQA. Raises MetricUnavailable without pyiqa or its weights.
     """
     files = _in_cache(_PYIQA_URL, _FACE_QUALITY) | _in_cache(_FACEXLIB_URL, *_FACE_PARTS)
@@ -277,7 +276,7 @@ def face_quality_metric(device: "torch.device | str", detector: Detector) -> Met
     def load() -> Score:
         # the backbone is in the checkpoint, which is loaded strictly
         metric = _pyiqa("topiq_nr-face", files, device, align_crop_face=False, backbone_pretrain=False)
-        return lambda picture, prompt, face: metric(align_face(picture, face.landmarks, 512).crop)
+        return lambda image, prompt, face: metric(align_face(image, face.landmarks, 512).crop)
 
     by = _by("pyiqa's topiq_nr-face", next(iter(files)), detector)
     return Metric("topiq_nr-face", by, load, needs_face=True)
@@ -298,10 +297,10 @@ def _pyiqa(
 
         metric = pyiqa.create_metric(name, device=torch.device(device), **options)
 
-    def score(picture: Image.Image) -> float:
+    def score(image: Image.Image) -> float:
         from torchvision.transforms.functional import to_tensor
 
-        return float(metric(to_tensor(picture)[None]))
+        return float(metric(to_tensor(image)[None]))
 
     return score
 
@@ -315,7 +314,7 @@ def _sha256(path: Path) -> str:
 
 
 def _in_cache(url: str, *names: str) -> dict[Path, str]:
-    """pyiqa's files -> how to get them."""
+    """Return the paths of pyiqa's files -> how to get them."""
     import torch
 
     folder = Path(torch.hub.get_dir(), "pyiqa")
@@ -327,18 +326,18 @@ def _curl(path: Path, url: str) -> str:
 
 
 def _short(path: Path) -> str:
-    """With ~ for the home folder: tables are passed on."""
+    """Return a path with ~ for the home folder: tables are shared with others."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
-# --- what they share
+# --- shared by the metrics
 
 
 def require(module: str, package: str, files: Mapping[Path | None, str]) -> None:
-    """Check that a library and files (path -> how to get it) are here, before anything is imported.
+    """Check that a library and files (path -> how to get it) exist, before anything is imported.
 
-    Raises MetricUnavailable that names all that is missing.
+    Raises MetricUnavailable with all that is missing.
     """
     missing = [
         f"{_short(path) if path else 'its checkpoint'} ({way_out})"
@@ -352,17 +351,17 @@ def require(module: str, package: str, files: Mapping[Path | None, str]) -> None
 
 
 def in_hub_cache(repository: str, file: str) -> Path | None:
-    """A file that was downloaded from the hub before."""
+    """Return a file of the hub's cache, None if it was not downloaded."""
     cached = try_to_load_from_cache(repository, file)
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _crop(picture: Image.Image, face: Face) -> Image.Image:
-    return picture.crop(crop_bounds(face.box, *picture.size))
+def _crop(image: Image.Image, face: Face) -> Image.Image:
+    return image.crop(crop_bounds(face.box, *image.size))
 
 
 def _by(source: str, weights: Path, detector: Detector | None) -> str:
-    """What a row of scores says of its making: the weights with a hash of their file's two ends, and the detector."""
+    """Return the `by` of a metric: the weights with a hash of both ends of their file, and the detector."""
     size = weights.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(weights, "rb") as file:

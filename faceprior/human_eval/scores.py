@@ -33,30 +33,37 @@ def measure_missing(benchmark: Benchmark, weights: Weights, detector: str, devic
 
 
 def measure(benchmark: Benchmark, metric: Metric, find_face: Callable[[Path], Face | None]) -> None:
-    """Score every picture of a benchmark into scores/NAME.jsonl; a killed run is gone on with.
+    """Score every image of a benchmark into scores/NAME.jsonl; after a stop, the same call resumes.
 
-    Rows are {"id", "model", "score", "by"}; the score is None without a face, or where the picture cannot be read.
-    They gather in scores/.NAME.jsonl until the last is there. A file that came from elsewhere is left alone.
+    Rows are {"id", "model", "score", "by"}; the score is None without a face, or where the image cannot be read. They
+    are collected in scores/.NAME.jsonl until the last one is written. A file from elsewhere is not touched.
 
-    Raises BenchmarkError for rows of other weights; whatever the metric itself raises.
+    Raises BenchmarkError for rows of other weights, and whatever the metric itself raises.
     """
     from tqdm.auto import tqdm
 
+    # ---- the images without a score
     path = benchmark.folder / "scores" / f"{metric.name}.jsonl"
     part = path.with_name(f".{path.name}")
     if path.with_suffix(".csv").exists() or (path.exists() and not _is_measured(path)):
         return
-    there = path if path.exists() else part
-    done = {(row["id"], row["model"]) for row in _rows_by(there, metric)}
-    pictures = [(m, name, file) for m, files in benchmark.images.items() for name, file in files.items()]
-    left = [picture for picture in pictures if (picture[1], picture[0]) not in done]
+    existing = path if path.exists() else part
+    done = {(row["id"], row["model"]) for row in _rows_by(existing, metric)}
+    left = [
+        (name, model, file)
+        for model, files in benchmark.images.items()
+        for name, file in files.items()
+        if (name, model) not in done
+    ]
     if not left:
-        there.replace(path)
+        existing.replace(path)
         return
+
+    # ---- score them
     score = metric.load()
-    if there == path:
+    if existing == path:
         path.replace(part)
-    for model, name, file in tqdm(left, desc=metric.name, unit="picture", disable=None):
+    for name, model, file in tqdm(left, desc=metric.name, unit="image", disable=None):
         value = _score(metric, score, file, benchmark.prompts[name], find_face)
         append_row(part, {"id": name, "model": model, "score": value, "by": metric.by})
     part.replace(path)
@@ -89,7 +96,7 @@ def _score(
 
 
 def face_finder(detector: str | Detector) -> Callable[[Path], Face | None]:
-    """From a file to its largest face, or None; each file is searched once, however many metrics ask."""
+    """Return the function file -> its largest face, or None; each file is searched once for all metrics."""
 
     @functools.cache
     def find(file: Path) -> Face | None:

@@ -21,13 +21,13 @@ from faceprior.human_eval.agreement import (
     MetricStatistics,
     ModelMean,
     ModelSpread,
-    ScoreShares,
+    ScoreFractions,
     agreement,
     majority_vote,
     metric_accuracy,
     metric_statistics,
     model_mean,
-    score_shares,
+    score_fractions,
     win_rates,
 )
 from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
@@ -36,26 +36,26 @@ from faceprior.tables import EMPTY, markdown_table, number_text
 
 # The paper's metrics in its order, then others of today. LocalX is X on the face with the prompt "A face" (4.3).
 METRICS = {
-    "IR": "ImageReward on the whole picture and its prompt",
-    "ASP": "the LAION aesthetic predictor on the whole picture",
+    "IR": "ImageReward on the whole image and its prompt",
+    "ASP": "the LAION aesthetic predictor on the whole image",
     "FQA": "ModelScope's `cv_manual_face-quality-assessment_fqa` on the face",
     "LocalIR": "ImageReward on the face",
-    "HPS": "HPS v1 on the whole picture and its prompt",
+    "HPS": "HPS v1 on the whole image and its prompt",
     "LocalHPS": "HPS v1 on the face",
     "FS": "Face Score, on the face",
-    "HPSv2": "HPS v2 on the whole picture and its prompt",
+    "HPSv2": "HPS v2 on the whole image and its prompt",
     "topiq_nr-face": "pyiqa's face quality `topiq_nr-face` on the face",
 }
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Everything that a folder says.
+    """The tables of a folder.
 
     triplets: the kept ones; discarded: ids of the others. agreement: None with a single annotator.
-    human_ties: pairs of images with equal labels. win_rates: [i][j] = share of triplets in which the label of
+    human_ties: pairs of images with equal labels. win_rates: [i][j] = fraction of triplets in which the label of
     models[i] is higher than that of models[j], a tie counted half (so the diagonal is 1/2).
-    missing: METRICS without a file in scores/; their rows in Tables 2 to 4 have a note for numbers.
+    missing: METRICS without a file in scores/; their rows in Tables 2 to 4 have a note in place of numbers.
     """
 
     models: tuple[str, ...]
@@ -64,7 +64,7 @@ class Tables:
     discarded: tuple[str, ...]
     agreement: float | None
     human_ties: int
-    table_1: tuple[ScoreShares, ...]
+    table_1: tuple[ScoreFractions, ...]
     table_2: tuple[MetricAccuracy, ...]
     table_3: tuple[ModelMean, ...]
     table_4: tuple[MetricStatistics, ...]
@@ -74,11 +74,11 @@ class Tables:
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper prints."""
+    """The numbers that the paper prints."""
 
     source: str
     agreement: float
-    table_1: tuple[ScoreShares, ...]
+    table_1: tuple[ScoreFractions, ...]
     table_2: tuple[MetricAccuracy, ...]
     table_3: tuple[ModelMean, ...]
     table_4: tuple[MetricStatistics, ...]
@@ -101,9 +101,9 @@ PUBLISHED = Published(
     source="Face Score, arXiv 2406.17100, 4.2 and Tables 1 to 4",
     agreement=0.933,
     table_1=(
-        ScoreShares("SD1.5", 0.7620, 0.1865, 0.0515, 1.2895),
-        ScoreShares("RV5.1", 0.1222, 0.3720, 0.5058, 2.3836),
-        ScoreShares("SDXL", 0.1158, 0.4416, 0.4426, 2.3268),
+        ScoreFractions("SD1.5", 0.7620, 0.1865, 0.0515, 1.2895),
+        ScoreFractions("RV5.1", 0.1222, 0.3720, 0.5058, 2.3836),
+        ScoreFractions("SDXL", 0.1158, 0.4416, 0.4426, 2.3268),
     ),
     table_2=tuple(MetricAccuracy(metric, accuracy) for metric, accuracy in _ACCURACIES.items()),
     table_3=tuple(ModelMean("FS", model, mean) for model, mean in _MEANS.items()),
@@ -118,8 +118,8 @@ PUBLISHED = Published(
 def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None = None) -> Tables:
     """Read a benchmark folder and make Tables 1 to 4.
 
-    seed: of the bootstrap. reasons: metric -> why it could not be measured. METRICS come first, in their order; one
-    without a file has a row whose note says what it is and why it is missing.
+    seed: of the bootstrap. reasons: metric -> why it could not be measured. METRICS come first, in their order; the
+    row of a metric without a file has a note that says what it is and why it is missing.
 
     Raises FileNotFoundError for a missing part, BenchmarkError for a file that breaks a rule.
     """
@@ -129,7 +129,7 @@ def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None 
     labels = majority_vote(rankings.votes)
     kept = labels.any(1)
     if not kept.any():
-        raise BenchmarkError(f"{benchmark.folder / 'rankings'}: every triplet was discarded: rank one at least")
+        raise BenchmarkError(f"{benchmark.folder / 'rankings'}: every triplet was discarded: rank at least one")
     human = _Human(rankings.models, tuple(itertools.compress(benchmark.prompts, kept)), labels[kept])
     rows = [
         _measured(name, scores[name], benchmark, human, seed)
@@ -144,7 +144,7 @@ def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None 
         discarded=tuple(itertools.compress(benchmark.prompts, ~kept)),
         agreement=agreement(rankings.votes) if len(rankings.annotators) > 1 else None,
         human_ties=_count_ties(human.labels),
-        table_1=score_shares(human.labels, rankings.models),
+        table_1=score_fractions(human.labels, rankings.models),
         table_2=tuple(row.accuracy for row in rows),
         table_3=tuple(mean for row in rows for mean in row.means),
         table_4=tuple(row.statistics for row in rows),
@@ -155,7 +155,7 @@ def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None 
 
 @dataclass(frozen=True)
 class _Human:
-    """The kept triplets: their models, prompt ids and labels (triplets, 3)."""
+    """The kept triplets: models, prompt ids and labels (triplets, 3)."""
 
     models: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -217,10 +217,10 @@ def write_tables(
 
 
 def to_markdown(result: Tables) -> str:
-    """The tables for people, the paper's rows beneath ours and marked as its own."""
+    """Return the tables as Markdown, the rows of the paper below ours and marked as such."""
     sections = (
         _describe(result),
-        _section("Table 1: scores that people gave", _shares_table(result)),
+        _section("Table 1: scores that people gave", _fractions_table(result)),
         _section("Table 2: pairs that a metric orders as people do", _accuracy_table(result)),
         _section("Table 3: mean score per model", _means_table(result)),
         _section("Table 4: correlation with people, and spread of the normalised scores", _statistics_table(result)),
@@ -233,7 +233,7 @@ def _describe(result: Tables) -> str:
     agreed = "not defined for one annotator" if result.agreement is None else f"{_percent(result.agreement)}%"
     agreed += f" (the paper: {_percent(PUBLISHED.agreement)}%)"
     discarded = f": {', '.join(result.discarded)}" if result.discarded else ""
-    return f"""# The judgement of people
+    return f"""# Human evaluation
 
 Rows marked "paper" are those of {PUBLISHED.source}.
 Those marked "measured" are of this folder; for those marked "missing" Table 2 says what they need.
@@ -242,13 +242,13 @@ LocalX is X on the face with the prompt "A face".
 - annotators: {len(result.annotators)} (the paper: 5): {", ".join(result.annotators)}
 - triplets: {result.triplets} ranked, {len(result.discarded)} discarded{discarded}
 - agreement (labels that more than three fifths of the annotators gave): {agreed}
-- pairs that people did not order: {result.human_ties}, left out of Table 2; a metric's own ties count half there
+- pairs that people did not order: {result.human_ties}, not counted in Table 2; a metric's own ties count half there
 - intervals: 95%, bootstrap over triplets, {RESAMPLES} resamples
-- "without": no score, so left out; metrics are comparable where they leave out alike
+- "without": images or pairs without a score, which are not counted; compare metrics that lack the same ones
 """
 
 
-def _shares_table(result: Tables) -> str:
+def _fractions_table(result: Tables) -> str:
     header = ["model", *(f"score {label} (%)" for label in LABELS), "average", "source"]
     rows = [
         [row.model, *map(_percent, (row.score_1, row.score_2, row.score_3)), _number(row.average), source]
@@ -304,7 +304,7 @@ def _wins_table(result: Tables) -> str:
 
 
 def _beside(result: Tables, own: Sequence[Any], paper: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """(source, row): ours first, then the paper's."""
+    """Yield (source, row): ours first, then the paper's."""
     for row in own:
         yield "missing" if getattr(row, "metric", None) in result.missing else "measured", row
     for row in paper:
