@@ -184,7 +184,7 @@ def test_the_bootstrap_of_two_triplets():
 def test_the_bootstrap_agrees_with_the_normal_interval_over_triplets():
     """400 triplets of three pairs, right or wrong together, half of them right: .5 +- 1.96 sqrt(.25 / 400).
 
-    Over 1200 single pairs the half width would be .028, as if the three told three times as much.
+    Over 1200 single pairs the half width would be .028, as if three pairs held three times as much information.
     """
     points, pairs = np.repeat([3.0, 0.0], 200), np.full(400, 3)
     low, high = bootstrap_interval(points, pairs, seed=1)
@@ -327,7 +327,7 @@ def test_simulated_annotators(tmp_path):
 
 
 def test_what_faceprior_score_prints_is_a_metric_s_file(tmp_path, tiny_models, capsys):
-    """Portraits that were drawn, an empty picture, the tiny scorer, and annotators who were simulated."""
+    """Portraits that were drawn, an empty image, the tiny scorer, and annotators who were simulated."""
     prompts = ["p1", "p2"]
     folder = write_folder(tmp_path / "my benchmark", prompts, MODELS, np.array([[(3, 2, 1), (1, 2, 3)]] * 5))
     for seed, model in enumerate(MODELS):

@@ -32,7 +32,7 @@ from faceprior.human_eval.tables import tables
     ],
 )
 def test_keys_make_an_order_and_an_order_scores(keys, order, scores):
-    """A score is 3 minus the number of better pictures; every key can be taken back."""
+    """A score is 3 minus the number of better images; every key can be taken back."""
     so_far = [""]
     for key in keys:
         so_far.append(press(so_far[-1], key))
@@ -66,7 +66,7 @@ def test_every_answer_is_on_the_disk_and_can_be_taken_back(simulated_benchmark):
     assert tables(simulated_benchmark).annotators == ("simulated one",)
 
 
-def test_the_order_of_the_pictures_tells_nothing(simulated_benchmark):
+def test_the_order_of_the_images_tells_nothing(simulated_benchmark):
     """Each of 3! orders comes about as often: 600 draws of probability 1/6, within five standard deviations (46)."""
     ranking = Ranking(read_benchmark(simulated_benchmark), "simulated")
     orders = [tuple(ranking.shown(f"{i:04d}")) for i in range(600)]
@@ -77,7 +77,7 @@ def test_the_order_of_the_pictures_tells_nothing(simulated_benchmark):
     assert len({tuple(order) for order in others}) > 1
 
 
-def test_the_pictures_stand_in_their_order(simulated_benchmark):
+def test_the_images_stand_in_their_order(simulated_benchmark):
     """The blurred ones have a smaller deviation: sharp > soft > smudged."""
     ranking = Ranking(read_benchmark(simulated_benchmark), "simulated")
     deviations = [np.asarray(picture, float).std() for picture in ranking.images("0001")]
@@ -85,7 +85,7 @@ def test_the_pictures_stand_in_their_order(simulated_benchmark):
     assert [model for _, model in order] == ["sharp", "soft", "smudged"]
 
 
-def test_a_picture_that_cannot_be_read_leaves_its_place_empty(simulated_benchmark, caplog):
+def test_an_image_that_cannot_be_read_leaves_its_place_empty(simulated_benchmark, caplog):
     """The triplet is shown, again and again, and can be ranked; the page tells the place, the log the file, once."""
     (simulated_benchmark / "images" / "soft" / "0001.png").write_bytes(b"no picture")
     benchmark = read_benchmark(simulated_benchmark)
@@ -249,7 +249,7 @@ def assert_on_this_machine_only(process):
 
 
 @pytest.mark.browser
-def test_a_picture_that_cannot_be_read_locks_nobody_out(simulated_benchmark, browser):
+def test_an_image_that_cannot_be_read_locks_nobody_out(simulated_benchmark, browser):
     (simulated_benchmark / "images" / "soft" / "0001.png").write_bytes(b"no picture")
     place = Ranking(read_benchmark(simulated_benchmark), "simulated one").shown("0001").index("soft") + 1
     with served(simulated_benchmark) as (_, address):

@@ -82,7 +82,7 @@ def brightness(load=lambda: mean_brightness, by="a mean (00000000)", **options) 
 # --- measuring
 
 
-def test_a_score_of_every_picture(simulated_benchmark, detector):
+def test_a_score_of_every_image(simulated_benchmark, detector):
     """The empty room is (90, 110, 130) everywhere, so its mean is 110; it has no face to look at."""
     benchmark = read_benchmark(simulated_benchmark)
     measure(benchmark, brightness(), face_finder(detector))
@@ -96,7 +96,7 @@ def test_a_score_of_every_picture(simulated_benchmark, detector):
 
 
 def test_a_killed_measurement_goes_on(simulated_benchmark, detector):
-    """Stopped at the fifth picture, in the middle of a row; the tables see nothing of it until it is whole."""
+    """Stopped at the fifth image, in the middle of a row; the tables see nothing of it until it is whole."""
     benchmark, find_face, calls = read_benchmark(simulated_benchmark), face_finder(detector), []
 
     def stopping(picture, prompt, face):
@@ -117,7 +117,7 @@ def test_a_killed_measurement_goes_on(simulated_benchmark, detector):
     assert (simulated_benchmark / "scores" / "brightness.jsonl").read_text() == resumed
 
 
-def test_what_is_measured_is_not_measured_again_unless_pictures_came(simulated_benchmark, detector):
+def test_what_is_measured_is_not_measured_again_unless_images_came(simulated_benchmark, detector):
     benchmark, find_face = read_benchmark(simulated_benchmark), face_finder(detector)
     measure(benchmark, brightness(), find_face)
     measure(benchmark, brightness(load=None), find_face)  # would fail to load
@@ -152,7 +152,7 @@ def test_files_from_elsewhere_are_left_alone(simulated_benchmark, detector):
         (scores / file).unlink()
 
 
-def test_a_picture_that_cannot_be_read_has_no_score(simulated_benchmark, detector, caplog):
+def test_an_image_that_cannot_be_read_has_no_score(simulated_benchmark, detector, caplog):
     (simulated_benchmark / "images" / "soft" / "0002.png").write_bytes(b"no picture")
     benchmark = read_benchmark(simulated_benchmark)
     measure(benchmark, brightness(), face_finder(detector))
@@ -174,7 +174,7 @@ def test_the_largest_face_counts(tmp_path, simulated_benchmark, detector):
 # --- the metrics
 
 
-def test_image_reward_on_picture_and_face(ranked, image_reward, no_weights):
+def test_image_reward_on_image_and_face(ranked, image_reward, no_weights):
     """Normalised by ImageReward's mean and std; "a face." in the embedded tokens, the prompt in the tokenizer's."""
     scorer, folder = image_reward
     assert main(["tables", str(ranked), "--image-reward", str(folder), "--detector", "mtcnn"]) == 0
@@ -215,8 +215,8 @@ def cosine(clip, pixels: np.ndarray, prompt: str) -> float:
 
 
 @pytest.mark.parametrize(("mode", "visible"), [("shortest", slice(0, 32)), ("longest", slice(8, 24))])
-def test_hps_is_the_cosine_of_picture_and_prompt(tiny_hps, mode, visible):
-    """A plain picture of 64 x 32 pixels: v1 sees the colour alone, v2 in 16 of 32 rows, with black around them."""
+def test_hps_is_the_cosine_of_image_and_prompt(tiny_hps, mode, visible):
+    """A plain image of 64 x 32 pixels: v1 sees the colour alone, v2 in 16 of 32 rows, with black around them."""
     clip, file = tiny_hps
     score = clip_metric("HPS", file, "", ("tiny_hps", mode), "cpu").load()
     pixels = np.zeros((32, 32, 3), np.uint8)
@@ -322,7 +322,7 @@ def test_the_command_makes_the_tables_and_names_what_is_missing(ranked, no_weigh
 
 
 def test_weights_in_the_hub_s_cache_are_found(ranked, image_reward, no_weights, tmp_path, capsys):
-    """As `hf download` leaves them. The file of HPS v2 is no checkpoint, which is told as such."""
+    """As `hf download` leaves them. The file of HPS v2 is no checkpoint, which the tables say."""
     for repository, files in {"THUDM--ImageReward": image_reward[1], "xswu--HPSv2": tmp_path / "hps"}.items():
         folder = tmp_path / "hub" / f"models--{repository}"
         (folder / "refs").mkdir(parents=True)
@@ -362,7 +362,7 @@ def test_damaged_weights_do_not_fail_the_others(ranked, image_reward, no_weights
 def test_a_detector_that_does_not_load_fails_the_metrics_of_the_face_alone(
     ranked, image_reward, no_weights, capsys, monkeypatch
 ):
-    """Without MTCNN the whole picture is measured, and what has a file needs no detector."""
+    """Without MTCNN the whole image is measured, and what has a file needs no detector."""
     command = [
         "tables",
         str(ranked),
@@ -384,7 +384,7 @@ def test_a_detector_that_does_not_load_fails_the_metrics_of_the_face_alone(
         assert "the detector mtcnn does not load" in table_2[name]["note"]
 
 
-def test_ranks_that_break_a_rule_are_told_before_anything_is_measured(ranked, capsys):
+def test_ranks_that_break_a_rule_are_named_before_anything_is_measured(ranked, capsys):
     path = ranked / "rankings" / "simulated_3.csv"
     path.write_text(path.read_text().replace("0002,soft,2\n", ""))
     assert main(["tables", str(ranked), "--checkpoint", "tiny"]) == 2

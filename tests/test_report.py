@@ -207,7 +207,7 @@ def test_the_file_is_self_contained(root):
     assert str(root) not in text and "/usr/bin" not in text and "/somewhere" not in text
 
 
-def test_every_picture_is_embedded_with_a_description(root):
+def test_every_image_is_embedded_with_a_description(root):
     """3 x (whole + face) for two pairs, 2 portraits, 2 x 2 samples, 3 + 2 of restoration, 1 + 2 + 2 photographs."""
     images = read(root).all("img")
     assert len(images) == 12 + 2 + 4 + 5 + 5
@@ -219,7 +219,7 @@ def test_every_picture_is_embedded_with_a_description(root):
     np.testing.assert_array_equal(np.asarray(by_name["good image of one, face"]), np.asarray(crop))
 
 
-def test_sliders_are_range_inputs_over_two_pictures(root):
+def test_sliders_are_range_inputs_over_two_images(root):
     page = read(root)
     inputs = page.all("input")
     assert [(i["type"], i["min"], i["max"], i["aria-label"]) for i in inputs] == [
@@ -236,7 +236,7 @@ def test_the_boxes_of_scored_faces_are_drawn_in_pixels(root):
     assert "0 0 40 30" in [svg["viewbox"] for svg in page.all("svg")]
 
 
-def test_the_same_run_gives_the_same_pictures(root):
+def test_the_same_run_gives_the_same_images(root):
     assert read(root).all("img") == read(root).all("img")
 
 
@@ -344,7 +344,7 @@ def test_a_torn_row_is_named_and_the_rest_shown(root):
     assert "good image of two" in [image["alt"] for image in page.all("img")]
 
 
-def test_an_unreadable_picture_is_named_and_has_a_placeholder(root):
+def test_an_unreadable_image_is_named_and_has_a_placeholder(root):
     (root / "data/pairs/bad/one.png").write_bytes(b"no picture")
     (root / "data/pairs/mask/two.png").unlink()
     page = read(root)
@@ -428,7 +428,7 @@ def test_the_banner_says_which_networks_are_small_and_untrained(root):
 # --- sizes ---
 
 
-def test_large_pictures_are_embedded_smaller(root):
+def test_large_images_are_embedded_smaller(root):
     """Noise hardly compresses: three photographs of 900 x 900 pixels, three times each, would pass the limit."""
     faces = [{"score": 0.5, "box": [100, 100, 800, 800], "confidence": 1.0}]
     for name in "abc":
@@ -464,7 +464,7 @@ def test_reasons_are_told_apart_by_words_not_by_numbers():
     assert reason_kind("photos/a.jpg cannot be read") == reason_kind("b.png cannot be read")
 
 
-def test_a_face_window_is_a_square_inside_the_picture():
+def test_a_face_window_is_a_square_inside_the_image():
     """A box of 20 x 10 gives a side of 1.6 x 20 = 32: around (50, 45) it starts at (34, 29), at the border at 0."""
     assert face_window([40, 40, 60, 50], (100, 80)) == (34, 29, 66, 61)
     assert face_window([0, 0, 20, 10], (100, 80)) == (0, 0, 32, 32)

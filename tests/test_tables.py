@@ -49,7 +49,7 @@ def test_what_is_missing_becomes_the_reason(error):
 
 
 def test_texts_of_numbers():
-    assert [number_text(0.12345), number_text(0.5, ".1%"), number_text(30.0, ".3g", "dB")] == [
+    assert [number_text(0.12346), number_text(0.5, ".1%"), number_text(30.0, ".3g", "dB")] == [
         "0.1235",
         "50.0%",
         "30 dB",

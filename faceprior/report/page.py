@@ -95,7 +95,7 @@ SECTIONS = (
         "guidance",
         "Guidance tuning",
         "The generator is tuned on the pairs: given a face with noise, its prediction is pushed from the bad face "
-        "towards the good one. Below, the same prompts are drawn from the same noise.",
+        "towards the good one. Below, images of the same prompts from the same noise.",
         "tuning.html",
         functools.partial(tuning.describe, folder="checkpoints/guided", loss="guidance loss"),
         "{steps} steps on {pairs} pairs",
