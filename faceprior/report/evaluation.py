@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from faceprior.report.run import Run, number
+from faceprior.report.run import STAGES, Run, number
 from faceprior.report.summary import format_number
 from faceprior.tables import NOT_MEASURED
 
-RESULTS = "results/results.json"
+RESULTS = f"{STAGES['07_eval']}/results.json"
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,11 @@ class Section:
 
     def state(self, run: Run) -> str:
         """Return "not run", "started" (nothing to show yet), "not finished" or "finished"."""
-        if not self.stage or (self.folder(run) / self.done).is_file() and (self.folder(run) / self.file).is_file():
+        if not self.stage:
             return "finished"
-        if (self.folder(run) / self.file).is_file():
-            return "not finished"
-        return "started" if any(self.folder(run).glob("*")) else "not run"
+        if not (self.folder(run) / self.file).is_file():
+            return "started" if any(self.folder(run).glob("*")) else "not run"
+        return "finished" if (self.folder(run) / self.done).is_file() else "not finished"
 
 
 SECTIONS = (
@@ -97,7 +97,7 @@ SECTIONS = (
         "The generator is tuned on the pairs: given a face with noise, its prediction is pushed from the bad face "
         "towards the good one. Below, images of the same prompts from the same noise.",
         "tuning.html",
-        functools.partial(tuning.describe, folder="checkpoints/guided", loss="guidance loss"),
+        functools.partial(tuning.describe, folder=STAGES["04_guidance_tune"], loss="guidance loss"),
         "{steps} steps on {pairs} pairs",
         "04_guidance_tune",
     ),
@@ -107,7 +107,7 @@ SECTIONS = (
         "The generator is tuned on the accepted portraits and their captions, so that it knows what clean skin, eyes "
         "and light look like. It is the prior of the restorer.",
         "tuning.html",
-        functools.partial(tuning.describe, folder="checkpoints/prior", loss="noise prediction error (MSE)"),
+        functools.partial(tuning.describe, folder=STAGES["05_prior_tune"], loss="noise prediction error (MSE)"),
         "{steps} steps on {portraits} portraits",
         "05_prior_tune",
     ),

@@ -3,10 +3,10 @@
 from bisect import bisect_left
 from typing import Any
 
-from faceprior.report.run import NUMBER, Run, number
+from faceprior.report.run import NUMBER, STAGES, Run, number
 from faceprior.report.summary import format_number, heading, reasons, spread
 
-FOLDER = "data/pairs"
+FOLDER = STAGES["01_make_pairs"]
 PAIRS = 8  # most that are shown
 SIDES = ("good", "bad", "mask")
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from faceprior.report.run import EmbeddedImage, Run
+from faceprior.report.run import STAGES, EmbeddedImage, Run
 from faceprior.report.summary import heading, reasons, spread
 
-FOLDER = "data/portraits"
+FOLDER = STAGES["03_curate_portraits"]
 PORTRAITS = 12  # most that are shown of each kind
 
 

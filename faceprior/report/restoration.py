@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from faceprior.report.run import Run
+from faceprior.report.run import STAGES, Run
 from faceprior.report.summary import facts, heading
 from faceprior.report.tuning import SAMPLES, loss_chart
 
-FOLDER = "checkpoints/restorer"
+FOLDER = STAGES["06_train_restorer"]
 KINDS = ("clean", "degraded", "restored")
 
 

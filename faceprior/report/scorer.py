@@ -8,16 +8,16 @@ from typing import Any
 from faceprior.report.charts import Chart, histogram, line_chart
 from faceprior.report.evaluation import Measured
 from faceprior.report.pairs import Bins, area_bins, bin_text
-from faceprior.report.run import NUMBER, Run, number, points
+from faceprior.report.run import NUMBER, STAGES, Run, number, points
 from faceprior.report.summary import facts, format_number
 from faceprior.tables import NOT_MEASURED
 
-FOLDER = "checkpoints/scorer"
+FOLDER = STAGES["02_train_scorer"]
 FEW = 30  # validation pairs below which an accuracy says little
 
 
 def describe(run: Run) -> dict[str, Any]:
-    rows, checks = run.rows(f"{FOLDER}/metrics.jsonl"), run.read(f"{FOLDER}/report.json")
+    rows = run.rows(f"{FOLDER}/metrics.jsonl")
     losses = {"training": points(rows, "loss"), "validation": points(rows, "validation_loss")}
     accuracies = {"training": points(rows, "accuracy"), "validation": points(rows, "validation_accuracy")}
     return {
@@ -28,12 +28,7 @@ def describe(run: Run) -> dict[str, Any]:
             line_chart("Accuracy: good above bad", accuracies, "step", "fraction of pairs"),
         ],
         "validation": _validation(run),
-        "checks": {
-            "calibration": run.attempt(f"{FOLDER}/report.json: calibration", _calibration, checks),
-            "shortcuts": run.attempt(f"{FOLDER}/report.json: shortcuts", _shortcuts, run, checks),
-        }
-        if checks
-        else None,
+        "checks": _checks(run),
     }
 
 
@@ -72,6 +67,18 @@ def _accuracy_by_bin(rows: list[dict], bins: Bins) -> list[tuple]:
         own = [row["good"] > row["bad"] for row in rows if bin_text(bins, row["area_ratio"]) == text]
         found.append((text, len(own), f"{sum(own) / len(own):.0%}" if own else "–"))
     return found
+
+
+def _checks(run: Run) -> dict[str, Any] | None:
+    """Return calibration and shortcuts; None where they were not measured yet."""
+    place = f"{FOLDER}/report.json"
+    checks = run.read(place)
+    if not checks:
+        return None
+    return {
+        "calibration": run.attempt(f"{place}: calibration", _calibration, checks),
+        "shortcuts": run.attempt(f"{place}: shortcuts", _shortcuts, run, checks),
+    }
 
 
 def _calibration(checks: dict) -> dict[str, Any]:
