@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["faceprior", "faceprior.*"]),
-    package_data={"faceprior.report": ["report.html"]},
+    package_data={"faceprior.report": ["templates/*.html"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.14,<3",
@@ -38,6 +38,7 @@ setup(
         "scipy>=1.15,<2",
         "pillow>=12.3,<14",
         "pyyaml>=6,<7",
+        "jinja2>=3.1,<4",
         "tqdm>=4.70,<5",
     ],
     extras_require={

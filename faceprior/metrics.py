@@ -1,7 +1,7 @@
-"""The numbers that are reported about pictures, faces and folders, and how sure they are.
+"""Metrics of image pairs (PSNR, SSIM, landmarks, LPIPS) and of folders (FID), and statistics with 95% intervals.
 
-Metrics that need weights from the web never fetch them by themselves: where the file is missing they raise
-`MetricUnavailable`, which names the file and the command that gets it.
+Nothing is downloaded: where the weights of a metric are missing it raises `MetricUnavailable`, which names the file and
+the command that gets it.
 """
 
 import functools
@@ -28,13 +28,16 @@ _LPIPS_BACKBONES = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze"
 
 
 class MetricUnavailable(RuntimeError):
-    """A metric whose weights are not on this machine; the message names the file and how to get it."""
+    """A number that cannot be measured on this machine; the message says what is missing and how to get it."""
+
+
+# ---- image pairs
 
 
 def psnr(a: ImageSource, b: ImageSource, luma: bool = False) -> float:
-    """Peak signal-to-noise ratio in dB: 10 log10(255^2 / MSE); infinite for equal pictures.
+    """Peak signal-to-noise ratio in dB: 10 log10(255^2 / MSE); infinite for equal images.
 
-    a, b: pictures of one size. The mean square error runs over all pixels and R, G, B as in the
+    a, b: images of one size. The mean square error runs over all pixels and R, G, B as in the
     evaluation of GFP-GAN and CodeFormer; luma: over the Y channel of ITU-R BT.601 instead.
     """
     first, second = _pair(a, b, luma)
@@ -43,15 +46,15 @@ def psnr(a: ImageSource, b: ImageSource, luma: bool = False) -> float:
 
 
 def ssim(a: ImageSource, b: ImageSource, luma: bool = False) -> float:
-    """Structural similarity (Wang et al. 2004, Eq. 13), 1 for equal pictures.
+    """Structural similarity (Wang et al. 2004, Eq. 13), 1 for equal images.
 
-    a, b: pictures of one size, 11 px at least. Gaussian window of 11 px, sigma 1.5, K1 = .01, K2 = .03,
-    range 255, only windows that lie inside the picture; the mean over R, G, B as in the evaluation of
+    a, b: images of one size, 11 px at least. Gaussian window of 11 px, sigma 1.5, K1 = .01, K2 = .03,
+    range 255, only windows that lie inside the image; the mean over R, G, B as in the evaluation of
     GFP-GAN and CodeFormer, or, with luma, on the Y channel of ITU-R BT.601.
     """
     first, second = _pair(a, b, luma)
     if min(first.shape[:2]) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs pictures of {SSIM_WINDOW} px at least but got {first.shape[:2]} (height, width)")
+        raise ValueError(f"SSIM needs images of {SSIM_WINDOW} px at least but got {first.shape[:2]} (height, width)")
     mean_a, mean_b = _windowed(first), _windowed(second)
     variance_a = _windowed(first**2) - mean_a**2
     variance_b = _windowed(second**2) - mean_b**2
@@ -63,10 +66,10 @@ def ssim(a: ImageSource, b: ImageSource, luma: bool = False) -> float:
 
 
 def _pair(a: ImageSource, b: ImageSource, luma: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Both pictures as (H, W, C) float64 in 0..255."""
+    """Return both images as (H, W, C) float64 in 0..255."""
     first, second = as_array(a), as_array(b)
     if first.shape != second.shape:
-        raise ValueError(f"the pictures need one size but are {first.shape[:2]} and {second.shape[:2]} (height, width)")
+        raise ValueError(f"the images need one size but are {first.shape[:2]} and {second.shape[:2]} (height, width)")
     if luma:
         return _luma(first), _luma(second)
     return first.astype(np.float64), second.astype(np.float64)
@@ -78,14 +81,14 @@ def _luma(rgb: np.ndarray) -> np.ndarray:
 
 
 def _windowed(x: np.ndarray) -> np.ndarray:
-    """The Gaussian mean of every window inside the picture, channel by channel."""
+    """Return the Gaussian mean of every window inside the image, channel by channel."""
     smooth = cv2.GaussianBlur(x, (SSIM_WINDOW, SSIM_WINDOW), SSIM_SIGMA)
     edge = SSIM_WINDOW // 2
     return smooth[edge : x.shape[0] - edge, edge : x.shape[1] - edge]
 
 
 def landmark_error(detected: np.ndarray, reference: np.ndarray) -> float:
-    """Mean distance of five landmarks as a share of the reference's distance between the eyes.
+    """Mean distance of five landmarks as a fraction of the reference's inter-ocular distance.
 
     detected, reference: (5, 2) pixels, in the order of `faceprior.detect.LANDMARK_NAMES`.
     """
@@ -99,10 +102,10 @@ def landmark_error(detected: np.ndarray, reference: np.ndarray) -> float:
 
 
 def lpips_distance(a: ImageSource, b: ImageSource, net: "str | torch.nn.Module" = "alex") -> float:
-    """Learned perceptual distance (LPIPS 0.1, arXiv 1801.03924), 0 for equal pictures.
+    """Learned perceptual distance (LPIPS 0.1, arXiv 1801.03924), 0 for equal images.
 
-    a, b: pictures of one size. net: "alex" (the field's choice for reporting), "vgg", "squeeze", or an
-    `lpips.LPIPS` module, on whose device the pictures are compared.
+    a, b: images of one size. net: "alex" (the field's choice for reporting), "vgg", "squeeze", or an
+    `lpips.LPIPS` module, on whose device the images are compared.
 
     Raises MetricUnavailable if torchvision's weights of the backbone are not in torch's cache.
     """
@@ -135,9 +138,12 @@ def _check_backbone(net: str) -> None:
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.is_file():
         raise MetricUnavailable(
-            f"LPIPS ({net}) needs {path}, which is not there. With a network: python -c 'from"
-            f" torchvision.models import {name} as W; W.IMAGENET1K_V1.get_state_dict()', or put {url} there"
+            f"LPIPS ({net}) needs {path}, which does not exist. With a network: python -c 'from"
+            f" torchvision.models import {name} as W; W.IMAGENET1K_V1.get_state_dict()', or download {url} to it"
         )
+
+
+# ---- folders
 
 
 def fid(
@@ -147,18 +153,18 @@ def fid(
     device: str = "cpu",
     batch_size: int = 32,
 ) -> float:
-    """Frechet distance between the features of two folders of pictures (FID, arXiv 1706.08500, Eq. 6).
+    """Frechet distance between the features of two folders of images (FID, arXiv 1706.08500, Eq. 6).
 
-    Settings: clean-fid (arXiv 2104.11222) in mode "clean": every picture of the folder and its
+    Settings: clean-fid (arXiv 2104.11222) in mode "clean": every image of the folder and its
     sub-folders, resized to 299x299 by PIL's antialiased bicubic filter without rounding; features of
     Inception V3 (2048 values, weights `inception-2015-12-05.pt`); sample covariances. Name the reference
-    set under every FID, and compare only numbers of as many pictures: below some thousand the value is
+    set under every FID, and compare only numbers of equally many images: below some thousand the value is
     biased upwards.
 
     extractor: another network, from pixels (B, 3, 299, 299) float32 in 0..255 on `device` to features (B,
     D), such as `features.tiny_fid_extractor`; the number is then no longer comparable with published FIDs.
 
-    Raises MetricUnavailable if Inception is wanted and its weights are not on the disk.
+    Raises MetricUnavailable if Inception is needed and its weights are not on the disk.
     """
     extractor = extractor or _inception(device)
     features = [_folder_features(folder, extractor, device, batch_size) for folder in (folder_a, folder_b)]
@@ -171,7 +177,7 @@ def _folder_features(folder: str | Path, extractor: Callable, device: str, batch
 
     files = [str(file) for file in find_images(folder)]
     if len(files) < 2:
-        raise ValueError(f"FID needs at least two pictures a folder, but {folder} holds {len(files)}")
+        raise ValueError(f"FID needs at least two images a folder, but {folder} holds {len(files)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_files_features(
@@ -187,7 +193,7 @@ def _folder_features(folder: str | Path, extractor: Callable, device: str, batch
 
 @functools.cache
 def _inception(device: str) -> "Callable[[torch.Tensor], torch.Tensor]":
-    """clean-fid's Inception; the package keeps the weights in /tmp (on Windows in the current folder)."""
+    """Return clean-fid's Inception; the package keeps the weights in /tmp (on Windows in the current folder)."""
     import platform
 
     import torch
@@ -196,7 +202,7 @@ def _inception(device: str) -> "Callable[[torch.Tensor], torch.Tensor]":
     path = Path("./" if platform.system() == "Windows" else "/tmp", INCEPTION_FILE)
     if not path.is_file():
         raise MetricUnavailable(
-            f"FID needs the Inception weights {path}, which are not there. With a network:"
+            f"FID needs the Inception weights {path}, which do not exist. With a network:"
             f" curl -L -o {path} {INCEPTION_URL}"
         )
     return build_feature_extractor("clean", device=torch.device(device), use_dataparallel=False)
@@ -215,13 +221,16 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
 
 def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and R (min(N, D), D) with R^T R the sample covariance."""
+    """Return the mean (D,) and R (min(N, D), D) with R^T R the sample covariance."""
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features have to be (N, D) with N >= 2 but are {features.shape}")
     mean = features.mean(0)
     root = np.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r")
     return mean, root
+
+
+# ---- statistics
 
 
 class Interval(NamedTuple):
@@ -232,7 +241,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values and the half width of its 95% interval, by Student's t distribution.
+    """Return the mean of independent values and the half width of its 95% interval, by Student's t distribution.
 
     half width = t(.975, n - 1) s / sqrt(n); infinite for one value. Raises ValueError for none or for NaN.
     """
@@ -259,10 +268,10 @@ class PairedTest:
 
 
 def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
-    """Do two methods differ on the same items? Student's paired t test.
+    """Test whether two methods differ on the same items, by Student's paired t test.
 
-    a, b: one value per item, in the same order, two items at least. Equal differences everywhere leave no
-    doubt: p is 1 if they are zero, else 0.
+    a, b: one value per item, in the same order, two items at least. Where all
+    differences are equal, p is 1 if they are zero, else 0.
     """
     from scipy import stats
 
@@ -276,25 +285,25 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     return PairedTest(mean, half_width, float(stats.ttest_rel(first, second).pvalue), len(first))
 
 
-class ShareInterval(NamedTuple):
-    """A share in [0, 1] and its 95% confidence interval."""
+class FractionInterval(NamedTuple):
+    """A fraction in [0, 1] and its 95% confidence interval; the fields are the keys of the scorer's report.json."""
 
     share: float
     low: float
     high: float
 
 
-def share_interval(right: Sequence[bool]) -> ShareInterval:
-    """The share of True and its 95% interval (Wilson 1927), which stays inside of [0, 1]. ValueError for none."""
+def fraction_interval(correct: Sequence[bool]) -> FractionInterval:
+    """Return the fraction of True and its 95% interval (Wilson 1927), which lies within [0, 1]. ValueError for none."""
     from scipy import stats
 
-    values = _checked_values(right)
+    values = _checked_values(correct)
     interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-    return ShareInterval(float(values.mean()), float(interval.low), float(interval.high))
+    return FractionInterval(float(values.mean()), float(interval.low), float(interval.high))
 
 
 class CalibrationBin(NamedTuple):
-    """Pairs of like margin: their number, the mean |margin|, the mean sigmoid(|margin|), and the share in order."""
+    """Pairs of like margin: their number, mean |margin|, mean sigmoid(|margin|), and the fraction in correct order."""
 
     pairs: int
     margin: float
@@ -310,11 +319,12 @@ class Calibration(NamedTuple):
 
 
 def ranking_calibration(margins: Sequence[float], bins: int = 10) -> Calibration:
-    """Is a pair with the margin m in the right order with the probability sigmoid(|m|), as Eq. 5 of Face Score fits it?
+    """Measure whether pairs of margin m are in the correct order with probability sigmoid(|m|) (Face Score, Eq. 5).
 
-    margins: s(good) - s(bad) of pairs that were not trained on; the order is right above 0. The pairs, by |m|, are cut
-    into `bins` groups of equal number, ten pairs in each at least. The expected calibration error (Guo et al. 2017,
-    arXiv 1706.04599, Eq. 3) is the mean over the pairs of | share in order - mean sigmoid(|m|) | of their group.
+    margins: s(good) - s(bad) of pairs that were not trained on; the order is correct above 0. Sorted by |m|, the
+    pairs are split into `bins` groups of equal number, ten pairs in each at least. The expected calibration error (Guo
+    et al. 2017, arXiv 1706.04599, Eq. 3) is the mean over the pairs of |fraction in order - mean sigmoid(|m|)| of their
+    group.
     """
     values = _checked_values(margins)
     values = values[np.argsort(np.abs(values), kind="stable")]

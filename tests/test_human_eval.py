@@ -1,4 +1,4 @@
-"""People's judgement: what a folder may hold, and the mathematics on sets whose answers are known.
+"""Human evaluation: what a folder may hold, and the statistics on sets whose answers are known.
 
 All annotators here are simulated, by hand or from a seed; no person ranked anything.
 """
@@ -15,8 +15,8 @@ from PIL import Image
 from scipy import stats
 
 from faceprior.cli import main as faceprior_command
-from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_ranking, read_rankings, read_scores
-from faceprior.human_eval.metrics import (
+from faceprior.human_eval.__main__ import main
+from faceprior.human_eval.agreement import (
     agreement,
     bootstrap_interval,
     compare_pairs,
@@ -24,10 +24,11 @@ from faceprior.human_eval.metrics import (
     metric_accuracy,
     metric_statistics,
     model_mean,
-    score_shares,
+    score_fractions,
     win_rates,
 )
-from faceprior.human_eval.tables import METRICS, PUBLISHED, main, tables, to_markdown, write_tables
+from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_ranking, read_rankings, read_scores
+from faceprior.human_eval.tables import METRICS, PUBLISHED, tables, to_markdown, write_tables
 from faceprior.images import save_image
 from faceprior.procedural import draw_portrait
 
@@ -134,7 +135,7 @@ def test_an_annotator_who_discards_a_kept_triplet_agrees_with_nobody():
 
 def test_table_1_by_hand():
     """A has the labels 3,3,2,3, B 2,2,3,2 and C 1,1,1,2."""
-    a, b, c = score_shares(LABELS, MODELS)
+    a, b, c = score_fractions(LABELS, MODELS)
     assert (a.model, a.score_1, a.score_2, a.score_3, a.average) == ("A", 0, 0.25, 0.75, 2.75)
     assert (b.score_1, b.score_2, b.score_3, b.average) == (0, 0.75, 0.25, 2.25)
     assert (c.score_1, c.score_2, c.score_3, c.average) == (0.75, 0.25, 0, 1.25)
@@ -183,7 +184,7 @@ def test_the_bootstrap_of_two_triplets():
 def test_the_bootstrap_agrees_with_the_normal_interval_over_triplets():
     """400 triplets of three pairs, right or wrong together, half of them right: .5 +- 1.96 sqrt(.25 / 400).
 
-    Over 1200 single pairs the half width would be .028, as if the three told three times as much.
+    Over 1200 single pairs the half width would be .028, as if three pairs held three times as much information.
     """
     points, pairs = np.repeat([3.0, 0.0], 200), np.full(400, 3)
     low, high = bootstrap_interval(points, pairs, seed=1)
@@ -237,7 +238,7 @@ def test_tables_of_the_hand_made_folder(folder):
     assert result.models == MODELS and len(result.annotators) == 5
     assert (result.triplets, result.discarded, result.human_ties) == (4, ("p4",), 1)
     assert result.agreement == pytest.approx(8 / 12)
-    assert result.table_1 == score_shares(LABELS, MODELS)
+    assert result.table_1 == score_fractions(LABELS, MODELS)
     assert result.win_rates[0] == (0.5, 0.75, 1)
     assert {row.metric: row for row in result.table_2}["FS"] == metric_accuracy("FS", LABELS, KEPT_SCORES)
     assert {row.metric: row for row in result.table_4}["FS"] == metric_statistics("FS", LABELS, KEPT_SCORES, MODELS)
@@ -258,14 +259,14 @@ def test_a_metric_without_a_file_is_named_with_what_makes_it(folder):
 
 
 def test_written_tables_hold_ours_and_the_papers(folder, tmp_path, capsys):
-    assert main([str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert main(["tables", str(folder), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.rstrip() == text.rstrip()
     assert "agreement (labels that more than three fifths of the annotators gave): 66.67% (the paper: 93.30%)" in text
     assert "| A | 0.00 | 25.00 | 75.00 | 2.7500 | measured |" in text
     assert "| SD1.5 | 76.20 | 18.65 | 5.15 | 1.2895 | paper |" in text
     assert "| FS | 61.11 |" in text and "| FS | 80.31 | - | - | - | paper |  |" in text
-    assert "| HPS | - | - | - | - | missing | missing: HPS v1 on the whole picture and its prompt: no " in text
+    assert "| HPS | - | - | - | - | missing | missing: HPS v1 on the whole image and its prompt: no " in text
     assert "| HPS | - | - | - | - | missing | see Table 2 |" in text
     assert "| FS | A | 5 | 4 | 1 | measured |" in text and "| FS | Dalle3 | 3.45 | - | - | paper |" in text
     content = json.loads((tmp_path / "out" / "tables.json").read_text(encoding="utf-8"))
@@ -326,7 +327,7 @@ def test_simulated_annotators(tmp_path):
 
 
 def test_what_faceprior_score_prints_is_a_metric_s_file(tmp_path, tiny_models, capsys):
-    """Portraits that were drawn, an empty picture, the tiny scorer, and annotators who were simulated."""
+    """Portraits that were drawn, an empty image, the tiny scorer, and annotators who were simulated."""
     prompts = ["p1", "p2"]
     folder = write_folder(tmp_path / "my benchmark", prompts, MODELS, np.array([[(3, 2, 1), (1, 2, 3)]] * 5))
     for seed, model in enumerate(MODELS):
@@ -357,7 +358,7 @@ def test_the_largest_face_is_the_image_s(folder):
     ("row", "message"),
     [
         ('{"file": "A/p1.png", "error": "truncated"}', r"FS.jsonl:1: A/p1.png could not be scored \(truncated\)"),
-        ('{"file": "A/p9.png", "faces": []}', r"FS.jsonl:1: there is no image .*A/p9"),
+        ('{"file": "A/p9.png", "faces": []}', r"FS.jsonl:1: no image .*A/p9"),
         ('{"file": "A/p1.png"}', r"FS.jsonl:1: the row has no `faces`"),
         ('{"faces": []}', r"FS.jsonl:1: the row has no `file`"),
         ('{"file": "A/p1.png", "faces": [{"box": [1, 2, 3]}]}', r"FS.jsonl:1: a face has to have a `box`"),
@@ -379,7 +380,7 @@ def test_prompts_come_as_csv_or_json_lines(folder):
     from_csv = read_benchmark(folder).prompts
     lines = [json.dumps({"id": name, "prompt": prompt}) for name, prompt in from_csv.items()]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
-    with pytest.raises(BenchmarkError, match="are both there: keep one"):
+    with pytest.raises(BenchmarkError, match="both exist: keep one"):
         read_benchmark(folder)
     (folder / "prompts.csv").unlink()
     assert read_benchmark(folder).prompts == from_csv
@@ -391,14 +392,14 @@ def test_prompts_come_as_csv_or_json_lines(folder):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("prompts.csv", "id,prompt\np1,a\np1,b\n", r"prompts.csv:3: the id 'p1' stands in line 2 already"),
-        ("prompts.csv", "id,prompt\n../p,a\n", r"prompts.csv:2: the id '../p' cannot be the name of a picture"),
+        ("prompts.csv", "id,prompt\np1,a\np1,b\n", r"prompts.csv:3: the id 'p1' is in line 2 already"),
+        ("prompts.csv", "id,prompt\n../p,a\n", r"prompts.csv:2: the id '../p' cannot be the name of an image"),
         ("prompts.csv", "id,prompt\n", r"prompts.csv holds no prompt"),
         ("prompts.csv", "id;prompt\np1;a\n", r"prompts.csv:1: the first line has to name the columns id,prompt"),
         ("prompts.csv", "id,prompt\np1,a, b\n", r"prompts.csv:2: a row has to have 2 cells"),
         ("prompts.csv", "id,prompt\np1,a\n", r"images/A/p2.png: no prompt has the id 'p2'"),
         ("prompts.csv", b"id,prompt\np1,\xff\n", r"prompts.csv is no CSV file in UTF-8"),
-        ("images/A/p1.jpg", b"", r"p1.png: p1.jpg is a picture of this prompt already|p1.jpg: p1.png is"),
+        ("images/A/p1.jpg", b"", r"p1.png: p1.jpg is an image of this prompt already|p1.jpg: p1.png is"),
     ],
 )
 def test_a_folder_that_breaks_a_rule(folder, file, content, message):
@@ -410,9 +411,9 @@ def test_a_folder_that_breaks_a_rule(folder, file, content, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("p1,A,3", "p9,A,3", r"simulated_1.csv:2: there is no image .*images/A/p9.\*: add the picture or remove"),
-        ("p1,A,3", "p1,Z,3", r"simulated_1.csv:2: there is no image .*images/Z/p1"),
-        ("p1,B,2", "p1,A,2", r"simulated_1.csv:3: the image 'p1' of A stands in line 2 already: remove one"),
+        ("p1,A,3", "p9,A,3", r"simulated_1.csv:2: no image .*images/A/p9.\* found: add the image or remove"),
+        ("p1,A,3", "p1,Z,3", r"simulated_1.csv:2: no image .*images/Z/p1"),
+        ("p1,B,2", "p1,A,2", r"simulated_1.csv:3: the image 'p1' of A is in line 2 already: remove one"),
         ("p1,B,2\r\n", "", r"simulated_1.csv: no row for the image 'p1' of B: add it, leave"),
         ("p1,A,3\r\np1,B,2\r\np1,C,1\r\n", "", r"simulated_1.csv: no row for the image 'p1' of A"),
         ("p1,A,3", "p1,A,4", r"simulated_1.csv:2: `score` has to be 1, 2 or 3 but is '4'"),
@@ -474,7 +475,7 @@ def test_a_metric_s_score_has_to_be_a_number(folder, score):
 
 def test_what_is_missing_or_foreign_is_named(folder, tmp_path, capsys):
     (folder / "scores" / "FS.jsonl").write_text("")
-    with pytest.raises(BenchmarkError, match="FS.csv and FS.jsonl are both there"):
+    with pytest.raises(BenchmarkError, match="FS.csv and FS.jsonl both exist"):
         tables(folder)
     (folder / "scores" / "FS.jsonl").unlink()
     (folder / "rankings" / "third.xlsx").write_text("")
@@ -484,7 +485,7 @@ def test_what_is_missing_or_foreign_is_named(folder, tmp_path, capsys):
         path.unlink()
     with pytest.raises(FileNotFoundError, match="no rankings in "):
         tables(folder)
-    assert main([str(tmp_path / "nothing")]) == 2
+    assert main(["tables", str(tmp_path / "nothing")]) == 2
     assert "error: no prompts.jsonl or prompts.csv in" in capsys.readouterr().err
 
 
@@ -496,7 +497,7 @@ def test_a_folder_whose_triplets_are_all_discarded(tmp_path):
 
 def test_images_are_needed(folder):
     (folder / "images").rename(folder / "pictures")
-    with pytest.raises(FileNotFoundError, match="a benchmark holds its pictures as images/MODEL/PROMPT_ID.png"):
+    with pytest.raises(FileNotFoundError, match="a benchmark holds its images as images/MODEL/PROMPT_ID.png"):
         read_benchmark(folder)
     (folder / "images").mkdir()
     with pytest.raises(BenchmarkError, match="images holds no folder"):

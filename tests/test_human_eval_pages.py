@@ -15,8 +15,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from faceprior.human_eval.__main__ import main
 from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_ranking
-from faceprior.human_eval.pages import Progress, Ranking, _triplet, is_whole, main, order_scores, press, take_back
+from faceprior.human_eval.pages import Progress, Ranking, _triplet, is_whole, order_scores, press, take_back
 from faceprior.human_eval.tables import tables
 
 
@@ -31,7 +32,7 @@ from faceprior.human_eval.tables import tables
     ],
 )
 def test_keys_make_an_order_and_an_order_scores(keys, order, scores):
-    """A score is 3 minus the number of better pictures; every key can be taken back."""
+    """A score is 3 minus the number of better images; every key can be taken back."""
     so_far = [""]
     for key in keys:
         so_far.append(press(so_far[-1], key))
@@ -65,7 +66,7 @@ def test_every_answer_is_on_the_disk_and_can_be_taken_back(simulated_benchmark):
     assert tables(simulated_benchmark).annotators == ("simulated one",)
 
 
-def test_the_order_of_the_pictures_tells_nothing(simulated_benchmark):
+def test_the_order_of_the_images_tells_nothing(simulated_benchmark):
     """Each of 3! orders comes about as often: 600 draws of probability 1/6, within five standard deviations (46)."""
     ranking = Ranking(read_benchmark(simulated_benchmark), "simulated")
     orders = [tuple(ranking.shown(f"{i:04d}")) for i in range(600)]
@@ -76,15 +77,15 @@ def test_the_order_of_the_pictures_tells_nothing(simulated_benchmark):
     assert len({tuple(order) for order in others}) > 1
 
 
-def test_the_pictures_stand_in_their_order(simulated_benchmark):
+def test_the_images_stand_in_their_order(simulated_benchmark):
     """The blurred ones have a smaller deviation: sharp > soft > smudged."""
     ranking = Ranking(read_benchmark(simulated_benchmark), "simulated")
-    deviations = [np.asarray(picture, float).std() for picture in ranking.pictures("0001")]
+    deviations = [np.asarray(picture, float).std() for picture in ranking.images("0001")]
     order = sorted(zip(deviations, ranking.shown("0001"), strict=True), reverse=True)
     assert [model for _, model in order] == ["sharp", "soft", "smudged"]
 
 
-def test_a_picture_that_cannot_be_read_leaves_its_place_empty(simulated_benchmark, caplog):
+def test_an_image_that_cannot_be_read_leaves_its_place_empty(simulated_benchmark, caplog):
     """The triplet is shown, again and again, and can be ranked; the page tells the place, the log the file, once."""
     (simulated_benchmark / "images" / "soft" / "0001.png").write_bytes(b"no picture")
     benchmark = read_benchmark(simulated_benchmark)
@@ -93,7 +94,7 @@ def test_a_picture_that_cannot_be_read_leaves_its_place_empty(simulated_benchmar
         place = ranking.shown("0001").index("soft")
         name, _, _, prompt, _, *pictures = _triplet(ranking)
         assert name == "0001" and [picture is None for picture in pictures] == [i == place for i in range(3)]
-        note = f"Cannot be read: picture {place + 1}. Rank it last, or discard the triplet."  # no model
+        note = f"Cannot be read: image {place + 1}. Rank it last, or discard the triplet."  # no model
         assert prompt == f"### {benchmark.prompts['0001']}\n\n{note}"
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "soft/0001.png is not" in caplog.text
     ranking.answer("0001", [1 if i == place else 3 for i in range(3)])
@@ -119,7 +120,7 @@ def test_three_of_more_models(simulated_benchmark):
     with pytest.raises(BenchmarkError, match="these are more, sharp, smudged, soft"):
         Ranking(read_benchmark(simulated_benchmark), "simulated", ("sharp", "soft", "smudged"))
     (simulated_benchmark / "images" / "more" / "0003.png").unlink()
-    with pytest.raises(BenchmarkError, match="no picture of more for the prompt '0003': add .*more/0003.png"):
+    with pytest.raises(BenchmarkError, match="no image of more for the prompt '0003': add .*more/0003.png"):
         Ranking(read_benchmark(simulated_benchmark), "simulated")
 
 
@@ -150,7 +151,7 @@ OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
 @contextmanager
 def served(folder):
     """The page as the command serves it: (process, address). The process is killed in the end, as a power cut would."""
-    command = [sys.executable, "-m", "faceprior.human_eval.pages", "rank", str(folder)]
+    command = [sys.executable, "-m", "faceprior.human_eval", "rank", str(folder)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(folder.parent)}
     )
@@ -248,12 +249,12 @@ def assert_on_this_machine_only(process):
 
 
 @pytest.mark.browser
-def test_a_picture_that_cannot_be_read_locks_nobody_out(simulated_benchmark, browser):
+def test_an_image_that_cannot_be_read_locks_nobody_out(simulated_benchmark, browser):
     (simulated_benchmark / "images" / "soft" / "0001.png").write_bytes(b"no picture")
     place = Ranking(read_benchmark(simulated_benchmark), "simulated one").shown("0001").index("soft") + 1
     with served(simulated_benchmark) as (_, address):
         desk = Desk(browser, address)
-        desk.enter("simulated one", f"Cannot be read: picture {place}. Rank it last")
+        desk.enter("simulated one", f"Cannot be read: image {place}. Rank it last")
         shown = [desk.page.locator(f"#picture-{i} img").count() for i in (1, 2, 3)]
         assert [count == 0 for count in shown] == [i == place for i in (1, 2, 3)]
         others = [i for i in (1, 2, 3) if i != place]

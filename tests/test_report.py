@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faceprior import report
 from faceprior.images import load_image
 from faceprior.jsonl import append_row
-from faceprior.report import MAX_BYTES, SECTIONS, command_text, main, write_report
-from faceprior.report import parts as report_parts
-from faceprior.report import sections as report_sections
-from faceprior.report.parts import Run, duration, face_window, format_number, points, render, tag, ticks
-from faceprior.report.sections import reason_kind, spread
+from faceprior.report import write_report
+from faceprior.report.__main__ import REPORT_FILE, main
+from faceprior.report.charts import bin_counts, running_mean, thinned, tick_texts, ticks
+from faceprior.report.making import command_text
+from faceprior.report.page import MAX_BYTES, SECTIONS
+from faceprior.report.pairs import PAIRS
+from faceprior.report.run import Run, face_window, points
+from faceprior.report.summary import duration, format_number, reason_kind, spread
 
 VOID = {"meta", "link", "img", "input", "br"}
 CAPTION = "portrait photo, young woman, long wavy red hair"
@@ -179,7 +181,7 @@ def test_a_whole_run_has_every_part(root):
         assert section.title in page.text
     for text in (
         "had not been trained",
-        "10 to 100%", "noise factor", "hard to tell apart", "no face found",
+        "10 to 100%", "strength", "hard to tell apart", "no face found",
         "1,234 photographs", "near duplicate",
         "50% before training and in 75% after it", "The good face scores higher in 3 of 4 pairs", "1.25", "61.5",
         "0.062 apart in the mean", "72.5%", "57.1% to 83.9%", "VAE: mine", "`--vae` names a VAE",
@@ -205,19 +207,19 @@ def test_the_file_is_self_contained(root):
     assert str(root) not in text and "/usr/bin" not in text and "/somewhere" not in text
 
 
-def test_every_picture_is_embedded_with_a_description(root):
+def test_every_image_is_embedded_with_a_description(root):
     """3 x (whole + face) for two pairs, 2 portraits, 2 x 2 samples, 3 + 2 of restoration, 1 + 2 + 2 photographs."""
     images = read(root).all("img")
     assert len(images) == 12 + 2 + 4 + 5 + 5
     assert all(image["alt"] for image in images)
     by_name = {image["alt"]: decoded(image["src"]) for image in images}
     good = load_image(root / "data/pairs/good/one.png")
-    np.testing.assert_array_equal(np.asarray(by_name["good picture of one"]), np.asarray(good))
+    np.testing.assert_array_equal(np.asarray(by_name["good image of one"]), np.asarray(good))
     crop = good.crop(face_window([4, 4, 16, 18], good.size))
-    np.testing.assert_array_equal(np.asarray(by_name["good picture of one, face"]), np.asarray(crop))
+    np.testing.assert_array_equal(np.asarray(by_name["good image of one, face"]), np.asarray(crop))
 
 
-def test_sliders_are_range_inputs_over_two_pictures(root):
+def test_sliders_are_range_inputs_over_two_images(root):
     page = read(root)
     inputs = page.all("input")
     assert [(i["type"], i["min"], i["max"], i["aria-label"]) for i in inputs] == [
@@ -234,7 +236,7 @@ def test_the_boxes_of_scored_faces_are_drawn_in_pixels(root):
     assert "0 0 40 30" in [svg["viewbox"] for svg in page.all("svg")]
 
 
-def test_the_same_run_gives_the_same_pictures(root):
+def test_the_same_run_gives_the_same_images(root):
     assert read(root).all("img") == read(root).all("img")
 
 
@@ -256,13 +258,13 @@ def test_a_stage_without_done_json_is_not_finished(root):
     (root / "checkpoints/prior/done.json").unlink()
     (root / "checkpoints/guided/metrics.jsonl").unlink()
     text = read(root).text
-    assert "This stage is not finished: python stages/05_prior_tune.py goes on with it." in text
+    assert "This stage is not finished: python stages/05_prior_tune.py resumes it." in text
     assert "Started, but nothing to show yet: python stages/04_guidance_tune.py makes it." in text
 
 
 def test_a_scorer_without_checks_says_when_they_are_made(root):
     (root / "checkpoints/scorer/report.json").unlink()
-    assert "stage 2 does so when its training ends" in read(root).text
+    assert "stage 2 measures them when its training ends" in read(root).text
 
 
 @pytest.mark.parametrize(
@@ -331,7 +333,7 @@ def test_a_strange_count_of_the_filters_costs_its_table_only(root, rounds):
     objects(root / "data/pairs/report.json", {"rounds": rounds})
     page = read(root)
     assert page.balanced
-    assert "near duplicate" not in page.text and "good picture of two" in [i["alt"] for i in page.all("img")]
+    assert "near duplicate" not in page.text and "good image of two" in [i["alt"] for i in page.all("img")]
 
 
 def test_a_torn_row_is_named_and_the_rest_shown(root):
@@ -339,10 +341,10 @@ def test_a_torn_row_is_named_and_the_rest_shown(root):
         file.write('{"id": "torn", "good": "go')
     page = read(root)
     assert PROBLEMS in page.text and "data/pairs/manifest.jsonl:3" in page.text and "torn or foreign row" in page.text
-    assert "good picture of two" in [image["alt"] for image in page.all("img")]
+    assert "good image of two" in [image["alt"] for image in page.all("img")]
 
 
-def test_an_unreadable_picture_is_named_and_has_a_placeholder(root):
+def test_an_unreadable_image_is_named_and_has_a_placeholder(root):
     (root / "data/pairs/bad/one.png").write_bytes(b"no picture")
     (root / "data/pairs/mask/two.png").unlink()
     page = read(root)
@@ -358,7 +360,7 @@ def test_a_path_out_of_the_folder_is_not_followed(root, name):
     rows(root / "data/pairs/manifest.jsonl", pair("three", good=name))
     page = read(root)
     assert "leads out of data/pairs" in page.text.replace(f"{root}/", "")
-    assert "good picture of three" not in [image["alt"] for image in page.all("img")]
+    assert "good image of three" not in [image["alt"] for image in page.all("img")]
 
 
 def test_any_file_may_be_broken(root):
@@ -412,12 +414,12 @@ def test_the_banner_says_which_networks_are_small_and_untrained(root):
     def banner():
         return read(root).text
 
-    assert "The networks behind these pictures are small and had not been trained before" in banner()
+    assert "The networks behind these images are small and had not been trained before" in banner()
     for name in ("scorer", "guided", "prior"):
         objects(root / f"checkpoints/{name}/tiny.json", {"kind": "sd15", "seed": 0, "trained": True})
     assert "had not been trained (restorer) before the few steps" in banner()
     (root / "checkpoints/restorer/tiny.json").unlink()
-    assert "The scorer, tuned generator and portrait prior behind these pictures are small, made for" in banner()
+    assert "The scorer, tuned generator and portrait prior behind these images are small, made for" in banner()
     for name in ("scorer", "guided", "prior"):
         (root / f"checkpoints/{name}/tiny.json").unlink()
     assert "small" not in banner().partition("1. ")[0]
@@ -426,7 +428,7 @@ def test_the_banner_says_which_networks_are_small_and_untrained(root):
 # --- sizes ---
 
 
-def test_large_pictures_are_embedded_smaller(root):
+def test_large_images_are_embedded_smaller(root):
     """Noise hardly compresses: three photographs of 900 x 900 pixels, three times each, would pass the limit."""
     faces = [{"score": 0.5, "box": [100, 100, 800, 800], "confidence": 1.0}]
     for name in "abc":
@@ -443,8 +445,8 @@ def test_only_some_of_many_pairs_are_shown(root):
     for index in range(20):
         rows(root / "data/pairs/manifest.jsonl", pair("one", 0.01 + index / 100))
     page = read(root)
-    assert f"Pairs: {report_sections.PAIRS} of 22, from the smallest face to the largest" in page.text
-    assert len([i for i in page.all("img") if i["alt"].endswith(", face")]) == 3 * report_sections.PAIRS
+    assert f"Pairs: {PAIRS} of 22, from the smallest face to the largest" in page.text
+    assert len([i for i in page.all("img") if i["alt"].endswith(", face")]) == 3 * PAIRS
 
 
 # --- the parts, by hand ---
@@ -462,7 +464,7 @@ def test_reasons_are_told_apart_by_words_not_by_numbers():
     assert reason_kind("photos/a.jpg cannot be read") == reason_kind("b.png cannot be read")
 
 
-def test_a_face_window_is_a_square_inside_the_picture():
+def test_a_face_window_is_a_square_inside_the_image():
     """A box of 20 x 10 gives a side of 1.6 x 20 = 32: around (50, 45) it starts at (34, 29), at the border at 0."""
     assert face_window([40, 40, 60, 50], (100, 80)) == (34, 29, 66, 61)
     assert face_window([0, 0, 20, 10], (100, 80)) == (0, 0, 32, 32)
@@ -489,25 +491,25 @@ def test_ticks_of_a_single_value_enclose_it(value):
 
 
 def test_tick_texts_leave_the_power_of_ten_to_the_axis():
-    assert report_parts._texts([0.0, 0.0005, 0.001]) == (["0.0", "0.5", "1.0"], " (×10⁻³)")
-    assert report_parts._texts([0, 50, 100]) == (["0", "50", "100"], "")
-    assert report_parts._texts([0, 2e6]) == (["0", "2"], " (×10⁶)")
+    assert tick_texts([0.0, 0.0005, 0.001]) == (["0.0", "0.5", "1.0"], " (×10⁻³)")
+    assert tick_texts([0, 50, 100]) == (["0", "50", "100"], "")
+    assert tick_texts([0, 2e6]) == (["0", "2"], " (×10⁶)")
 
 
 def test_histogram_counts_by_hand():
     """Edges 0, 1, 2, 3: the last edge belongs to the last bin."""
-    assert report_parts._counts([0, 0.5, 1, 2.9, 3], [0, 1, 2, 3]) == [2, 1, 2]
+    assert bin_counts([0, 0.5, 1, 2.9, 3], [0, 1, 2, 3]) == [2, 1, 2]
 
 
 def test_a_running_mean_of_a_line_is_the_line_away_from_its_ends():
     line = [(float(x), 2.0 * x) for x in range(100)]
-    smooth = report_parts._running_mean(line)
+    smooth = running_mean(line)
     np.testing.assert_allclose(smooth[4:-4], line[4:-4])  # 100 // 24 = 4 points to each side
 
 
 def test_long_curves_are_drawn_as_means_of_equal_stretches():
     """600 points in 300 stretches: means of (0, 1), (2, 3), ... placed at the stretch's end."""
-    thin = report_parts._thinned([(float(x), float(x)) for x in range(600)])
+    thin = thinned([(float(x), float(x)) for x in range(600)])
     assert len(thin) == 300
     assert thin[0] == (1.0, 0.5) and thin[-1] == (599.0, 598.5)
 
@@ -515,12 +517,6 @@ def test_long_curves_are_drawn_as_means_of_equal_stretches():
 def test_points_keep_the_last_row_of_a_step():
     made = points([{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 1, "loss": 3}, {"step": 3, "loss": None}], "loss")
     assert made == [(1, 3)]
-
-
-def test_tags_escape_text_and_attributes_once():
-    made = tag("p", "a < b & c", tag("b", '"'), None, ["x", 1], class_='"q"', aria_label="<>", hidden=True, title=None)
-    assert made == '<p class="&quot;q&quot;" aria-label="&lt;&gt;" hidden>a &lt; b &amp; c<b>&quot;</b>x1</p>'
-    assert render(made) == made
 
 
 def test_numbers_and_durations_are_readable():
@@ -541,8 +537,8 @@ def test_only_whole_path_names_are_made_relative():
 
 def test_the_command_writes_beside_the_run(root, capsys):
     main([str(root)])
-    assert capsys.readouterr().out.strip() == str(root / report.REPORT_FILE)
-    assert Page(root / report.REPORT_FILE).balanced
+    assert capsys.readouterr().out.strip() == str(root / REPORT_FILE)
+    assert Page(root / REPORT_FILE).balanced
     main([str(root), "--output", str(root / "deeper/page.html")])
     assert (root / "deeper/page.html").is_file()
     assert not list(root.rglob("*.tmp"))

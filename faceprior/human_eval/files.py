@@ -1,21 +1,21 @@
-"""The folder of a benchmark judged by people: what stands in it, read and checked (Face Score, paper 4.2, 8.4).
+"""The benchmark folder of a human evaluation: its layout, and reading it with checks (Face Score, 4.2 and 8.4).
 
     prompts.jsonl            {"id": "0001", "prompt": "a man in a suit"}, one a line; or prompts.csv: id,prompt
-    images/MODEL/ID.png      one picture per model and prompt, of any image suffix
+    images/MODEL/ID.png      one image per model and prompt, of any image suffix
     rankings/ANNOTATOR.csv   id,model,score: one row for each image of the three ranked models
-    scores/METRIC.csv        id,model,score: one row for each image; or METRIC.jsonl, rows that `judgement` measured,
+    scores/METRIC.csv        id,model,score: one row for each image; or METRIC.jsonl, rows that `tables` measured,
                              or the lines that `faceprior score --json` printed about images/ (without --min-score)
 
-A ranking. The three images of a prompt are its triplet. The score of an image is 3 minus the number of better
+Rankings: the three images of a prompt are its triplet. The score of an image is 3 minus the number of better
 images in its triplet, so equal images have equal scores: 3,2,1 without a tie, 3,2,2 with two worst, 3,3,1 with
 two best, 3,3,3. An annotator discards a triplet by leaving its three scores empty. The paper's "no valid faces
 in any image" is read as "no image has a valid face": where only some lack one, those are the worst of a ranked
 triplet. (Annotators told to discard also where one image lacks a face use the same files.)
 
 An empty score of a metric (null in a .jsonl) stands for an image without a valid face, or one that was not measured.
-In a picture of several people the largest face counts, the nearest to the paper's "most frontal and representative".
+In an image of several people the largest face counts, the nearest to the paper's "most frontal and representative".
 
-Nothing is repaired: what breaks a rule is a `BenchmarkError` that names the file, the line, the rule and the way out.
+Nothing is repaired: a file that breaks a rule raises `BenchmarkError` with file, line, rule and way out.
 """
 
 import csv
@@ -34,23 +34,20 @@ from faceprior.jsonl import read_rows, require_keys
 
 RANKED_MODELS = 3
 
-
 PROMPT_COLUMNS = ("id", "prompt")
 
-
 SCORE_COLUMNS = ("id", "model", "score")
-
 
 Key = tuple[str, str]  # prompt id, model
 
 
 class BenchmarkError(ValueError):
-    """A benchmark's file that breaks a rule; the message names file, line, rule and way out."""
+    """A file of a benchmark breaks a rule; the message names file, line, rule and way out."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was drawn.
+    """The prompts, and the images that the models generated.
 
     prompts: by id, in the file's order. images: model -> prompt id -> file, models in natural order.
     """
@@ -62,7 +59,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Rankings:
-    """What people said.
+    """How people ranked.
 
     models: the three ranked ones. votes: (annotators, prompts, 3) int64, the scores 1..3; 0 where the annotator
     discarded the triplet.
@@ -75,7 +72,7 @@ class Rankings:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a metric said. values: (prompt id, model) -> score, None for an empty one. by: the weights, where known."""
+    """The scores of a metric. values: (prompt id, model) -> score, None for an empty one. by: weights, where known."""
 
     values: dict[Key, float | None]
     by: str = ""
@@ -90,7 +87,7 @@ def read_benchmark(folder: str | Path) -> Benchmark:
     prompts = _read_prompts(folder)
     root = folder / "images"
     if not root.is_dir():
-        raise FileNotFoundError(f"no {root}: a benchmark holds its pictures as images/MODEL/PROMPT_ID.png")
+        raise FileNotFoundError(f"no {root}: a benchmark holds its images as images/MODEL/PROMPT_ID.png")
     models = sorted((path for path in root.iterdir() if path.is_dir() and _is_visible(path)), key=natural_key)
     if not models:
         raise BenchmarkError(f"{root} holds no folder: it needs one per model, with PROMPT_ID.png in it")
@@ -113,14 +110,14 @@ def _read_prompts(folder: Path) -> dict[str, str]:
         name = row["id"]
         if not is_file_stem(name):
             raise BenchmarkError(
-                f"{path}:{line}: the id {name!r} cannot be the name of a picture: it may not be empty, begin with a dot"
+                f"{path}:{line}: the id {name!r} cannot be the name of an image: it must not be empty, begin with a dot"
                 " or hold a slash or a control code; rename it"
             )
         if name in prompts:
-            raise BenchmarkError(f"{path}:{line}: the id {name!r} stands in line {lines[name]} already: remove one")
+            raise BenchmarkError(f"{path}:{line}: the id {name!r} is in line {lines[name]} already: remove one")
         prompts[name], lines[name] = row["prompt"], line
     if not prompts:
-        raise BenchmarkError(f"{path} holds no prompt: write one at least, with its id")
+        raise BenchmarkError(f"{path} holds no prompt: write at least one, with its id")
     return prompts
 
 
@@ -136,10 +133,10 @@ def _list_images(folder: Path, prompts: dict[str, str]) -> dict[str, Path]:
             continue
         if path.stem not in prompts:
             raise BenchmarkError(
-                f"{path}: no prompt has the id {path.stem!r}: add it to the prompts or remove the picture"
+                f"{path}: no prompt has the id {path.stem!r}: add it to the prompts or remove the image"
             )
         if path.stem in images:
-            raise BenchmarkError(f"{path}: {images[path.stem].name} is a picture of this prompt already: remove one")
+            raise BenchmarkError(f"{path}: {images[path.stem].name} is an image of this prompt already: remove one")
         images[path.stem] = path
     return images
 
@@ -152,8 +149,8 @@ def read_rankings(benchmark: Benchmark) -> Rankings:
     files = list(_files(benchmark.folder / "rankings", (".csv",)))
     if not files:
         raise FileNotFoundError(
-            f"no rankings in {benchmark.folder / 'rankings'}: each annotator's stand in ANNOTATOR.csv, with the"
-            f" columns {','.join(SCORE_COLUMNS)}"
+            f"no rankings in {benchmark.folder / 'rankings'}: write those of each annotator to ANNOTATOR.csv,"
+            f" with the columns {','.join(SCORE_COLUMNS)}"
         )
     found = {path: read_ranking(path, benchmark) for path in files}
     models = _ranked_models(found)
@@ -165,7 +162,7 @@ def read_rankings(benchmark: Benchmark) -> Rankings:
 def read_ranking(path: str | Path, benchmark: Benchmark, complete: bool = True) -> dict[Key, int | None]:
     """Read one annotator's file: (prompt id, model) -> score, None in a discarded triplet.
 
-    complete: refuse a file in which a triplet is missing; without it, one that is still being written is read.
+    complete: refuse a file in which a triplet is missing; False reads a file that is still being written.
     """
     path = Path(path)
     cells = _read_cells(path, _csv_rows(path, SCORE_COLUMNS), benchmark, _parse_vote)
@@ -183,7 +180,7 @@ def read_ranking(path: str | Path, benchmark: Benchmark, complete: bool = True) 
 
 
 def write_ranking(path: str | Path, ranking: dict[Key, int | None]) -> None:
-    """Write one annotator's file, as `read_ranking` gives it: whole and on the disk, or as it was before."""
+    """Write one annotator's file, as `read_ranking` returns it; after a crash it is whole, new or old."""
     text = io.StringIO()
     rows = ([name, model, "" if score is None else score] for (name, model), score in ranking.items())
     csv.writer(text, lineterminator="\n").writerows([SCORE_COLUMNS, *rows])
@@ -198,7 +195,7 @@ def _check_triplet(path: Path, name: str, models: list[str], cells: dict[Key, tu
         if (name, model) not in cells:
             raise BenchmarkError(
                 f"{path}: no row for the image {name!r} of {model}: add it, leave the scores of the whole triplet empty"
-                f" to discard it, or go on with `python -m faceprior.human_eval.pages rank {path.parent.parent}`"
+                f" to discard it, or resume with `python -m faceprior.human_eval rank {path.parent.parent}`"
             )
     line = cells[name, models[0]][0]
     scores = [cells[name, model][1] for model in models]
@@ -217,7 +214,7 @@ def _check_triplet(path: Path, name: str, models: list[str], cells: dict[Key, tu
 
 
 def _ranked_models(rankings: dict[Path, dict[Key, int | None]]) -> set[str]:
-    """The three models that all annotators rank."""
+    """Return the three models that all annotators rank."""
     first, *others = rankings
     models = {path: {model for _, model in ranking} for path, ranking in rankings.items()}
     for path in others:
@@ -230,7 +227,7 @@ def _ranked_models(rankings: dict[Path, dict[Key, int | None]]) -> set[str]:
 
 
 def read_scores(benchmark: Benchmark) -> dict[str, Scores]:
-    """Read scores/, by metric. No such folder is no metric."""
+    """Read scores/, by metric; {} where there is no such folder."""
     paths = list(_files(benchmark.folder / "scores", (".csv", ".jsonl")))
     for path in paths:
         _only_one(path.with_suffix(".csv"), path.with_suffix(".jsonl"))
@@ -253,7 +250,7 @@ def _read_metric(path: Path, benchmark: Benchmark) -> Scores:
 
 
 def _measured_rows(path: Path, by: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of SCORE_COLUMNS, as they are or out of what `faceprior score --json` printed; `by` collects their "by"."""
+    """Yield rows of SCORE_COLUMNS, from our own rows or from `faceprior score --json`; `by` collects their "by"."""
     for line, row in _json_rows(path, {}):
         try:
             if "id" in row:
@@ -267,10 +264,10 @@ def _measured_rows(path: Path, by: set[str]) -> Iterator[tuple[int, dict[str, An
 
 
 def _printed_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What `faceprior score --json` printed of a picture, with its largest face's score."""
+    """Return the row of an image from what `faceprior score --json` printed, with its largest face's score."""
     require_keys(row, {"file": str})
     if "error" in row:
-        raise ValueError(f"{row['file']} could not be scored ({row['error']}): mend the picture, score it again")
+        raise ValueError(f"{row['file']} could not be scored ({row['error']}): fix the image and score it again")
     require_keys(row, {"faces": list})
     file = Path(row["file"])
     return {"id": file.stem, "model": file.parent.name, "score": _largest_face(row["faces"])}
@@ -284,9 +281,9 @@ def _largest_face(faces: list[Any]) -> float | None:
     try:
         score = float(max(faces, key=area)["score"]) if faces else None
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError("a face has to have a `box` of four numbers and a `score`: score the picture again") from error
+        raise ValueError("a face has to have a `box` of four numbers and a `score`: score the image again") from error
     if score is not None and not math.isfinite(score):
-        raise ValueError(f"`score` has to be finite but is {score}: score the picture again")
+        raise ValueError(f"`score` has to be finite but is {score}: score the image again")
     return score
 
 
@@ -296,16 +293,16 @@ def _read_cells(
     benchmark: Benchmark,
     parse: Callable[[Any], Any],
 ) -> dict[Key, tuple[int, Any]]:
-    """Rows of SCORE_COLUMNS -> (prompt id, model) -> (line, parsed score), each of an image that is there, once."""
+    """Return (prompt id, model) -> (line, parsed score) of rows of SCORE_COLUMNS, one for each image that exists."""
     cells: dict[Key, tuple[int, Any]] = {}
     for line, row in rows:
         key = name, model = row["id"], row["model"]
         if name not in benchmark.images.get(model, {}):
             image = benchmark.folder / "images" / model / name
-            raise BenchmarkError(f"{path}:{line}: there is no image {image}.*: add the picture or remove the row")
+            raise BenchmarkError(f"{path}:{line}: no image {image}.* found: add the image or remove the row")
         if key in cells:
             raise BenchmarkError(
-                f"{path}:{line}: the image {name!r} of {model} stands in line {cells[key][0]} already: remove one"
+                f"{path}:{line}: the image {name!r} of {model} is in line {cells[key][0]} already: remove one"
             )
         try:
             cells[key] = line, parse(row["score"])
@@ -333,7 +330,7 @@ def _parse_number(text: str) -> float | None:
 
 
 def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, row) of a CSV file with exactly these columns, in any order."""
+    """Yield (line, row) of a CSV file with exactly these columns, in any order."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -341,13 +338,13 @@ def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[
             if sorted(header) != sorted(columns):
                 raise BenchmarkError(
                     f"{path}:1: the first line has to name the columns {','.join(columns)}, split by commas, but is"
-                    f" {','.join(header)!r}: mend it"
+                    f" {','.join(header)!r}: fix it"
                 )
             for row in reader:
                 if None in row or None in row.values():
                     raise BenchmarkError(
-                        f"{path}:{reader.line_num}: a row has to have {len(columns)} cells ({','.join(columns)}): mend"
-                        " it (a text with a comma stands in quotes)"
+                        f"{path}:{reader.line_num}: a row has to have {len(columns)} cells ({','.join(columns)}): fix"
+                        " it (a text with a comma needs quotes)"
                     )
                 yield reader.line_num, row
     except (UnicodeDecodeError, csv.Error) as error:
@@ -355,22 +352,22 @@ def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[
 
 
 def _json_rows(path: Path, keys: dict[str, type]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of a file of JSON lines whose rows have these keys."""
+    """Yield (line, row) of a file of JSON lines whose rows have these keys."""
     rows, problems = read_rows(path)
     if problems:
         place, reason = problems[0]
-        raise BenchmarkError(f"{place}: {reason}: mend or remove the line")
+        raise BenchmarkError(f"{place}: {reason}: fix or remove the line")
     lines = [number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     for line, row in zip(lines, rows, strict=True):
         try:
             require_keys(row, keys)
         except ValueError as error:
-            raise BenchmarkError(f"{path}:{line}: {error}: mend the line") from error
+            raise BenchmarkError(f"{path}:{line}: {error}: fix the line") from error
         yield line, row
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """A folder's files in natural order, all of these suffixes; a missing folder has none."""
+    """Yield a folder's files in natural order, all of these suffixes; a missing folder has none."""
     for path in sorted(folder.iterdir() if folder.is_dir() else (), key=natural_key):
         if not _is_visible(path):
             continue
@@ -380,10 +377,10 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _only_one(*paths: Path) -> Path | None:
-    there = [path for path in paths if path.is_file()]
-    if len(there) > 1:
-        raise BenchmarkError(f"{there[0]} and {there[1].name} are both there: keep one")
-    return there[0] if there else None
+    found = [path for path in paths if path.is_file()]
+    if len(found) > 1:
+        raise BenchmarkError(f"{found[0]} and {found[1].name} both exist: keep one")
+    return found[0] if found else None
 
 
 def _is_visible(path: Path) -> bool:

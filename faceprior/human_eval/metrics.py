@@ -1,202 +1,371 @@
-"""The mathematics of people's judgement: votes to labels, and metrics against labels (Face Score, 4.2, 4.3).
+"""The metrics beside Face Score, each ready to be measured on this machine (Face Score, 4.3).
 
-Labels are (triplets, models) integers 1..3, 3 for the best. Shares and accuracies lie in [0, 1].
+LocalX is X on the crop of the face with the prompt "A face" (for LocalIR "A face.", as in the official code). Nothing
+is downloaded: a metric whose library or weights are missing raises `MetricUnavailable`, which names the commands that
+get them.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from huggingface_hub import try_to_load_from_cache
+from PIL import Image
 
-LABELS = (1, 2, 3)
+from faceprior.align import align_face
+from faceprior.blip import TOKENIZER, tokenize_prompt
+from faceprior.convert import find_checkpoint_folder, find_official_checkpoint
+from faceprior.detect import Detector, Face, crop_bounds, resolve_detector
+from faceprior.metrics import MetricUnavailable
+from faceprior.models import REWARD_ID, SCORER_ID, resolve_device
 
+if TYPE_CHECKING:
+    import torch
 
-RESAMPLES = 2000  # of the bootstrap
+    from faceprior.scorer import FaceScorer
 
-
-@dataclass(frozen=True)
-class ScoreShares:
-    """A row of Table 1: which shares of a model's images have the label 1, 2, 3, and the average label."""
-
-    model: str
-    score_1: float
-    score_2: float
-    score_3: float
-    average: float
-
-
-@dataclass(frozen=True)
-class MetricAccuracy:
-    """A row of Table 2: the share of pairs that a metric orders as people do, with its 95% interval.
-
-    pairs: how many were compared. left_out: pairs that people order, but of which an image has no score.
-    note: why there is no accuracy.
-    """
-
-    metric: str
-    accuracy: float | None = None
-    low: float | None = None
-    high: float | None = None
-    pairs: int = 0
-    left_out: int = 0
-    note: str = ""
+FACE_PROMPT = "A face"
+HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
 
 
-@dataclass(frozen=True)
-class ModelMean:
-    """A cell of Table 3: the mean score of a model's images; without: how many of them have no score."""
+# architecture in open_clip, and how an image becomes a square: its middle, or padded with black
+HPS_V1, HPS_V2 = ("ViT-L-14-quickgelu", "shortest"), ("ViT-H-14", "longest")
 
-    metric: str
-    model: str
-    mean: float | None = None
-    images: int = 0
-    without: int = 0
-    note: str = ""
+_EDGE = 2**20  # bytes that are hashed at both ends of a file of weights
+
+
+# the files that pyiqa loads; its cache keeps the file names of the addresses
+_PYIQA_URL = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
+
+_FACEXLIB_URL = "https://github.com/xinntao/facexlib/releases/download/"
+
+_CLIP_URL = "https://openaipublic.azureedge.net/clip/models/"
+
+_CLIP_FILE = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"
+
+_AESTHETIC = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
+
+_FACE_QUALITY = "topiq_nr_cgfiqa_res50-0a8b8e4f.pth"
+
+_FACE_PARTS = ("v0.1.0/detection_Resnet50_Final.pth", "v0.2.2/parsing_parsenet.pth")
+
+Score = Callable[[Image.Image, str, Face | None], float]
 
 
 @dataclass(frozen=True)
-class ModelSpread:
-    """Median and population standard deviation of a model's scores, normalised to [0, 1]."""
+class Metric:
+    """A metric that can be measured here.
 
-    model: str
-    median: float | None
-    std: float | None
+    by: the weights and the detector, if it uses one; rows of other weights are not mixed with its own. load: returns
+    the function (image, prompt, face) -> score; the face is None where the metric does not need one.
+    """
+
+    name: str
+    by: str
+    load: Callable[[], Score]
+    needs_face: bool = False
 
 
 @dataclass(frozen=True)
-class MetricStatistics:
-    """A row of Table 4: a metric's Pearson correlation with the labels, and its spread per model."""
+class Weights:
+    """Where weights are. face_score: folder, hub id or `tiny`; image_reward: folder or hub id; hps, hps_v2: files."""
 
-    metric: str
-    pearson: float | None = None
-    models: tuple[ModelSpread, ...] = ()
-    note: str = ""
+    face_score: str = SCORER_ID
+    image_reward: str = REWARD_ID
+    hps: Path | None = None
+    hps_v2: Path | None = None
 
 
-def majority_vote(votes: np.ndarray) -> np.ndarray:
-    """The label of each image: what most annotators gave it (4.2, step 4).
+def available_metrics(weights: Weights, detector: str, device: str) -> dict[str, Callable[[], Metric]]:
+    """Return what can be tried by name, in an order in which two metrics of one model follow each other.
 
-    votes: (annotators, triplets, models) of 1..3, 0 where an annotator discarded the triplet. Returns (triplets,
-    models), 0 in triplets that half of the annotators or more discarded. Where two labels or more are given
-    equally often, the label is the median of the image's votes, the lower one of an even number; of five votes
-    this is always 2.
+    Each raises MetricUnavailable where its library or weights are missing; a detector that does not load fails the
+    metrics of the face alone.
     """
-    counts = _label_counts(votes)
-    median = (counts.cumsum(-1) >= (counts.sum(-1, keepdims=True) + 1) // 2).argmax(-1) + 1
-    tied = (counts == counts.max(-1, keepdims=True)).sum(-1) > 1
-    labels = np.where(tied, median, counts.argmax(-1) + 1)
-    return np.where(2 * counts.sum(-1) > len(votes), labels, 0)
+    device = resolve_device(device)
+    find = functools.partial(resolve_detector, detector)
+    load_scorer = _scorer_loader(device)
+    score = (_folder_of(weights.face_score), f"`hf download {SCORER_ID}`, or `--checkpoint FOLDER`", load_scorer)
+    reward = (weights.image_reward, f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`", load_scorer)
+    hps = (weights.hps, "`--hps FILE`, the classifier of https://github.com/tgxs002/align_sd", HPS_V1, device)
+    hps_v2 = weights.hps_v2 or in_hub_cache(HPS_V2_ID, HPS_V2_FILE)
+    hps_v2 = (hps_v2, f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`", HPS_V2, device)
+    return {
+        "FS": lambda: reward_metric("FS", *score, find()),
+        "IR": lambda: reward_metric("IR", *reward),
+        "LocalIR": lambda: reward_metric("LocalIR", *reward, find()),
+        "HPS": lambda: clip_metric("HPS", *hps),
+        "LocalHPS": lambda: clip_metric("LocalHPS", *hps, find()),
+        "HPSv2": lambda: clip_metric("HPSv2", *hps_v2),
+        "ASP": lambda: aesthetic_metric(device),
+        "topiq_nr-face": lambda: face_quality_metric(device, find()),
+    }
 
 
-def agreement(votes: np.ndarray) -> float:
-    """The share of labels on which more than three of five annotators agree (4.2).
+def _folder_of(checkpoint: str) -> str:
+    if checkpoint != "tiny":
+        return checkpoint
+    from faceprior import tiny
 
-    votes: as for `majority_vote`; with another number of annotators, more than three fifths of them. Labels of
-    discarded triplets do not count; an annotator who discarded a kept triplet agrees with nobody.
+    print(f"FS: {tiny.NOTICE}", file=sys.stderr)
+    return tiny.resolve(checkpoint, "scorer")
+
+
+def _scorer_loader(device: "torch.device") -> Callable[[str], "FaceScorer"]:
+    @functools.lru_cache(maxsize=1)
+    def load(folder: str) -> "FaceScorer":
+        from faceprior.scorer import FaceScorer
+
+        return FaceScorer.from_pretrained(folder).to(device)
+
+    return load
+
+
+# --- ImageReward and Face Score
+
+
+def reward_metric(
+    name: str,
+    source: str,
+    way_out: str,
+    load_scorer: Callable[[str], Any],
+    detector: Detector | None = None,
+) -> Metric:
+    """A BLIP reward (Face Score or ImageReward) on the face with the default prompt, or on the image and its prompt.
+
+    source: folder or hub id of the scorer. way_out: how to get it. load_scorer: folder -> `FaceScorer`. detector: finds
+    the faces; without one the whole image is scored.
+
+    Raises MetricUnavailable without the weights, or without the tokenizer that other prompts than the default need.
     """
-    kept = majority_vote(votes) > 0
-    return float((5 * _label_counts(votes).max(-1) > 3 * len(votes))[kept].mean())
+    folder = _scorer_folder(source, way_out)
+    tokenizer = None if detector else _tokenizer_folder(folder)
+
+    def load() -> Score:
+        scorer = load_scorer(str(folder))
+
+        def score(image: Image.Image, prompt: str, face: Face | None) -> float:
+            if face is not None:
+                return scorer.score_crops([_crop(image, face)])[0]
+            return _reward(scorer, image, tokenize_prompt(prompt, tokenizer))
+
+        return score
+
+    official = find_official_checkpoint(folder)
+    weights = official.weights if official else sorted(folder.glob("diffusion_pytorch_model*.safetensors"))[0]
+    called = "/".join(folder.resolve().parts[-2:]) if Path(source).is_dir() else source
+    return Metric(name, _by(called, weights, detector), load, needs_face=detector is not None)
 
 
-def _label_counts(votes: np.ndarray) -> np.ndarray:
-    """(annotators, triplets, models) -> (triplets, models, 3): how many gave 1, 2 and 3."""
-    return np.stack([(votes == label).sum(0) for label in LABELS], axis=-1)
+def _scorer_folder(source: str, way_out: str) -> Path:
+    """Return the folder of a scorer's weights, found without a network."""
+    try:
+        folder = find_checkpoint_folder(source, local_files_only=True)
+    except FileNotFoundError:
+        raise MetricUnavailable(f"it needs the weights {source} ({way_out})") from None
+    if find_official_checkpoint(folder) is None and not any(folder.glob("diffusion_pytorch_model*.safetensors")):
+        raise MetricUnavailable(f"it needs weights, but {folder} holds none ({way_out})")
+    return folder
 
 
-def score_shares(labels: np.ndarray, models: Sequence[str]) -> tuple[ScoreShares, ...]:
-    """Table 1. labels: (triplets, models) of 1..3."""
-    shares = np.stack([(labels == label).mean(0) for label in LABELS], axis=-1)  # (models, 3)
-    averages = labels.mean(0)
-    return tuple(ScoreShares(m, *map(float, s), float(a)) for m, s, a in zip(models, shares, averages, strict=True))
+def _tokenizer_folder(folder: Path) -> Path:
+    """Return the folder of BERT's tokenizer: beside the weights, or in the hub's cache."""
+    if (folder / "vocab.txt").is_file():
+        return folder
+    cached = in_hub_cache(TOKENIZER, "vocab.txt") or in_hub_cache(TOKENIZER, "tokenizer.json")
+    if cached is None:
+        raise MetricUnavailable(f"it needs the tokenizer {TOKENIZER} (`hf download {TOKENIZER}`)")
+    return cached.parent
 
 
-def win_rates(labels: np.ndarray) -> np.ndarray:
-    """(triplets, models) -> (models, models): how often the row's label is the higher one, ties counted half."""
-    difference = labels[:, :, None] - labels[:, None, :]
-    return ((difference > 0) + 0.5 * (difference == 0)).mean(0)
+def _reward(scorer: Any, image: Image.Image, token_ids: list[int]) -> float:
+    import torch
+
+    with torch.inference_mode():
+        input_ids = torch.tensor([token_ids], device=scorer.device)
+        return float(scorer(scorer.preprocess(image).to(scorer.device), input_ids))
 
 
-@dataclass(frozen=True)
-class PairCounts:
-    """A metric against people, per triplet: points won, pairs compared, pairs without a score; each (triplets,)."""
-
-    points: np.ndarray
-    pairs: np.ndarray
-    left_out: np.ndarray
+# --- HPS
 
 
-def compare_pairs(labels: np.ndarray, scores: np.ndarray) -> PairCounts:
-    """Compare all pairs of each triplet (Fig. 3).
+def clip_metric(
+    name: str,
+    weights: Path | None,
+    way_out: str,
+    model: tuple[str, str],
+    device: "torch.device | str",
+    detector: Detector | None = None,
+) -> Metric:
+    """HPS: the cosine of an image and its prompt in a fine-tuned CLIP, through open_clip; or of a face and "A face".
 
-    labels: (triplets, models). scores: the same shape, NaN where there is none. A pair with equal labels is left
-    out; one without both scores is counted as such. A metric wins a point for the order of the labels, half a
-    point for equal scores.
+    weights: the published checkpoint, None if there is none. way_out: how to get it. model: HPS_V1 or HPS_V2 (arXiv
+    2303.14420 and 2306.09341, as in their official codes), or another architecture and resize mode of open_clip.
+    detector: finds the faces; without one the whole image is scored.
+
+    Raises MetricUnavailable without open_clip or the weights.
     """
-    first, second = map(list, zip(*itertools.combinations(range(labels.shape[1]), 2), strict=True))
-    human = np.sign(labels[:, first] - labels[:, second])
-    metric = np.sign(scores[:, first] - scores[:, second])  # NaN where a score is missing
-    compared = (human != 0) & ~np.isnan(metric)
-    points = np.where(metric == 0, 0.5, metric == human) * compared
-    return PairCounts(points.sum(1), compared.sum(1), ((human != 0) & np.isnan(metric)).sum(1))
+    require("open_clip", "open_clip_torch", {weights: way_out})
+
+    def load() -> Score:
+        clip, transform, tokenize = _open_clip(weights, *model, str(device))
+        text = functools.cache(lambda prompt: clip.encode_text(tokenize([prompt]).to(device), normalize=True))
+
+        def score(image: Image.Image, prompt: str, face: Face | None) -> float:
+            import torch
+
+            seen, prompt = (image, prompt) if face is None else (_crop(image, face), FACE_PROMPT)
+            with torch.inference_mode():
+                features = clip.encode_image(transform(seen)[None].to(device), normalize=True)
+                return float(features @ text(prompt).T)
+
+        return score
+
+    return Metric(name, _by(weights.name, weights, detector), load, needs_face=detector is not None)
 
 
-def bootstrap_interval(
-    points: np.ndarray, pairs: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """The 95% percentile interval of sum(points) / sum(pairs) over whole triplets, which are drawn with replacement.
+@functools.lru_cache(maxsize=1)  # HPS and LocalHPS come one after the other
+def _open_clip(weights: Path, architecture: str, resize_mode: str, device: str) -> tuple[Any, Callable, Callable]:
+    import open_clip
 
-    points, pairs: (triplets,); triplets without a pair are never drawn. Pairs of one triplet hang together, so
-    that an interval over single pairs would be too narrow.
+    clip, _, transform = open_clip.create_model_and_transforms(
+        architecture,
+        pretrained=str(weights),  # loaded strictly, and as tensors only
+        device=device,
+        image_resize_mode=resize_mode,
+    )
+    return clip.eval(), transform, open_clip.get_tokenizer(architecture)
+
+
+# --- pyiqa
+
+
+def aesthetic_metric(device: "torch.device | str") -> Metric:
+    """ASP: the LAION aesthetic predictor, pyiqa's `laion_aes`, on the whole image; about 1 to 10.
+
+    Raises MetricUnavailable without pyiqa or its weights.
     """
-    points, pairs = points[pairs > 0], pairs[pairs > 0]
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(pairs), size=len(pairs)) for _ in range(resamples))
-    low, high = np.percentile([points[draw].sum() / pairs[draw].sum() for draw in draws], [2.5, 97.5])
-    return float(low), float(high)
+    clip = Path("~/.cache/clip").expanduser() / Path(_CLIP_FILE).name
+    files = _in_cache(_PYIQA_URL, _AESTHETIC)
+    require("pyiqa", "pyiqa", {clip: _curl(clip, _CLIP_URL + _CLIP_FILE)} | files)
+
+    def load() -> Score:
+        if _sha256(clip) != _CLIP_FILE.split("/")[0]:  # its own loader would download it again
+            raise MetricUnavailable(f"{_short(clip)} is damaged: {_curl(clip, _CLIP_URL + _CLIP_FILE)}")
+        metric = _pyiqa("laion_aes", files, device)
+        return lambda image, prompt, face: metric(image)
+
+    return Metric("ASP", _by("pyiqa's laion_aes", next(iter(files)), None), load)
 
 
-def metric_accuracy(metric: str, labels: np.ndarray, scores: np.ndarray, seed: int = 0) -> MetricAccuracy:
-    """A row of Table 2. labels, scores: as for `compare_pairs`."""
-    counts = compare_pairs(labels, scores)
-    pairs, left_out = int(counts.pairs.sum()), int(counts.left_out.sum())
-    if pairs == 0:
-        note = "no pair has two scores" if left_out else "people order no pair"
-        return MetricAccuracy(metric, left_out=left_out, note=note)
-    accuracy = float(counts.points.sum() / pairs)
-    if (counts.pairs > 0).sum() < 2:
-        return MetricAccuracy(metric, accuracy, None, None, pairs, left_out, "no interval from a single triplet")
-    return MetricAccuracy(metric, accuracy, *bootstrap_interval(counts.points, counts.pairs, seed), pairs, left_out)
+def face_quality_metric(device: "torch.device | str", detector: Detector) -> Metric:
+    """pyiqa's face quality `topiq_nr-face`, on the face aligned to 512 pixels as in FFHQ; about 0 to 1.
 
-
-def metric_statistics(metric: str, labels: np.ndarray, scores: np.ndarray, models: Sequence[str]) -> MetricStatistics:
-    """A row of Table 4, over the images of kept triplets that have a score.
-
-    labels, scores: as for `compare_pairs`. The scores are normalised by the lowest and the highest of all models'
-    images; the correlation is with the label, image by image.
+    pyiqa itself would take the face in the middle; here it is the largest one, as for all metrics. This is not the
+    paper's FQA. Raises MetricUnavailable without pyiqa or its weights.
     """
-    there = ~np.isnan(scores)
-    if not there.any() or np.ptp(scores[there]) == 0:
-        note = "all images have one score" if there.any() else "no image has a score"
-        return MetricStatistics(metric, None, tuple(ModelSpread(m, None, None) for m in models), note)
-    low = scores[there].min()
-    normalised = (scores - low) / (scores[there].max() - low)
-    spreads = tuple(_spread(m, column[~np.isnan(column)]) for m, column in zip(models, normalised.T, strict=True))
-    if np.ptp(labels[there]) == 0:
-        return MetricStatistics(metric, None, spreads, "people gave all images one score")
-    return MetricStatistics(metric, float(np.corrcoef(labels[there], scores[there])[0, 1]), spreads)
+    files = _in_cache(_PYIQA_URL, _FACE_QUALITY) | _in_cache(_FACEXLIB_URL, *_FACE_PARTS)
+    require("pyiqa", "pyiqa", files)
+
+    def load() -> Score:
+        # the backbone is in the checkpoint, which is loaded strictly
+        metric = _pyiqa("topiq_nr-face", files, device, align_crop_face=False, backbone_pretrain=False)
+        return lambda image, prompt, face: metric(align_face(image, face.landmarks, 512).crop)
+
+    by = _by("pyiqa's topiq_nr-face", next(iter(files)), detector)
+    return Metric("topiq_nr-face", by, load, needs_face=True)
 
 
-def _spread(model: str, values: np.ndarray) -> ModelSpread:
-    if not len(values):
-        return ModelSpread(model, None, None)
-    return ModelSpread(model, float(np.median(values)), float(values.std()))
+def _pyiqa(
+    name: str, files: Mapping[Path, str], device: "torch.device | str", **options: Any
+) -> Callable[[Image.Image], float]:
+    import torch
+
+    for path, way_out in files.items():  # pyiqa would unpickle whatever they hold
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise MetricUnavailable(f"{_short(path)} is damaged or holds more than tensors: {way_out}") from error
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it loads
+        import pyiqa
+
+        metric = pyiqa.create_metric(name, device=torch.device(device), **options)
+
+    def score(image: Image.Image) -> float:
+        from torchvision.transforms.functional import to_tensor
+
+        return float(metric(to_tensor(image)[None]))
+
+    return score
 
 
-def model_mean(metric: str, model: str, scores: Iterable[float | None]) -> ModelMean:
-    """A row of Table 3. scores: of all the model's images, None where there is none."""
-    scores = list(scores)
-    values = [score for score in scores if score is not None]
-    if not values:
-        return ModelMean(metric, model, without=len(scores), note="no image has a score")
-    return ModelMean(metric, model, float(np.mean(values)), len(values), len(scores) - len(values))
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(functools.partial(file.read, _EDGE), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _in_cache(url: str, *names: str) -> dict[Path, str]:
+    """Return the paths of pyiqa's files -> how to get them."""
+    import torch
+
+    folder = Path(torch.hub.get_dir(), "pyiqa")
+    return {folder / Path(name).name: _curl(folder / Path(name).name, url + name) for name in names}
+
+
+def _curl(path: Path, url: str) -> str:
+    return f"`curl -L --create-dirs -o {_short(path)} {url}`"
+
+
+def _short(path: Path) -> str:
+    """Return a path with ~ for the home folder: tables are shared with others."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+# --- shared by the metrics
+
+
+def require(module: str, package: str, files: Mapping[Path | None, str]) -> None:
+    """Check that a library and files (path -> how to get it) exist, before anything is imported.
+
+    Raises MetricUnavailable with all that is missing.
+    """
+    missing = [
+        f"{_short(path) if path else 'its checkpoint'} ({way_out})"
+        for path, way_out in files.items()
+        if path is None or not path.is_file()
+    ]
+    if importlib.util.find_spec(module) is None:
+        missing.insert(0, f"the package {package} (`pip install {package}`)")
+    if missing:
+        raise MetricUnavailable(f"it needs {', '.join(missing)}")
+
+
+def in_hub_cache(repository: str, file: str) -> Path | None:
+    """Return a file of the hub's cache, None if it was not downloaded."""
+    cached = try_to_load_from_cache(repository, file)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _crop(image: Image.Image, face: Face) -> Image.Image:
+    return image.crop(crop_bounds(face.box, *image.size))
+
+
+def _by(source: str, weights: Path, detector: Detector | None) -> str:
+    """Return the `by` of a metric: the weights with a hash of both ends of their file, and the detector."""
+    size = weights.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(weights, "rb") as file:
+        digest.update(file.read(_EDGE))
+        file.seek(max(0, size - _EDGE))
+        digest.update(file.read())
+    return f"{source} ({digest.hexdigest()[:8]})" + (f", faces by {detector.name}" if detector else "")

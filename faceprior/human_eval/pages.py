@@ -1,18 +1,16 @@
-"""Local pages (Gradio, the extra `pages`): people rank the faces of a benchmark (Face Score, 4.2 and 8.4).
+"""The local page (Gradio, the extra `pages`): people rank the faces of a benchmark (Face Score, 4.2 and 8.4).
 
     pip install "faceprior[pages]"
-    python -m faceprior.human_eval.pages rank FOLDER     # then open the address that it prints
+    python -m faceprior.human_eval rank FOLDER           # then open the address that it prints
 
-The page runs on this machine only and needs no network. It shows a prompt and its three pictures in an order that does
-not tell the models. Every answer is in FOLDER/rankings/NAME.csv before the next triplet is shown; who gives the same
-name again goes on where they were. `python -m faceprior.human_eval.tables FOLDER` makes the tables of the answers.
+The page runs on this machine only and needs no network. It shows a prompt and its three images in an order that does
+not reveal the models. Every answer is in FOLDER/rankings/NAME.csv before the next triplet is shown; the same name
+resumes. `python -m faceprior.human_eval tables FOLDER` makes the tables of the answers.
 """
 
-import argparse
 import functools
 import logging
 import random
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +21,6 @@ from faceprior.human_eval.files import (
     Benchmark,
     BenchmarkError,
     is_file_stem,
-    read_benchmark,
     read_ranking,
     write_ranking,
 )
@@ -32,32 +29,25 @@ from faceprior.images import ImageError, load_image
 if TYPE_CHECKING:
     import gradio
 
-
 logger = logging.getLogger(__name__)
 
+_warn_once = functools.cache(logger.warning)  # a triplet is loaded again for every annotator and visit
 
-_warn_once = functools.cache(logger.warning)  # a triplet is loaded anew for every annotator and visit
-
-
-PLACES = ("1", "2", "3")  # the pictures, from left to right
-
+PLACES = ("1", "2", "3")  # of the images, from left to right
 
 VIEW = 5 + len(PLACES)  # parts of the page that a triplet fills
 
-
 RULES = """
-- Look at the **faces** only. Whether the picture fits the prompt, its composition and its beauty do not count.
+- Look at the **faces** only. Whether the image fits the prompt, its composition and its beauty do not count.
 - A **plausible** face comes first, a beautiful one second.
-- In a picture of several people, compare the most frontal and representative face.
-- Where only some pictures lack a face, those are the worst. Where **no picture** has a valid face, discard the triplet.
+- In an image of several people, compare the most frontal and representative face.
+- Where only some images lack a face, those are the worst. Where **no image** has a valid face, discard the triplet.
 """
-
 
 KEYS = """
-**1** **2** **3** the best picture first, then the next, then the worst. **=** before a picture: as good as the last.
-**0** no picture has a valid face. **Backspace** takes back: the last key, or the last triplet.
+**1** **2** **3** the best image first, then the next, then the worst. **=** before an image: as good as the last.
+**0** no image has a valid face. **Backspace** takes back: the last key, or the last triplet.
 """
-
 
 _SCRIPT = """<script>
 document.addEventListener("keydown", (event) => {
@@ -70,7 +60,6 @@ document.addEventListener("keydown", (event) => {
 });
 </script>"""
 
-
 _STYLE = """
 .picture img { width: 100%; height: 58vh; object-fit: contain; }
 #order { text-align: center; }
@@ -79,7 +68,7 @@ _STYLE = """
 
 
 class Progress(NamedTuple):
-    """Triplets that were answered, those among them that were discarded, and all there are."""
+    """Numbers of triplets: answered ones, the discarded ones among them, and all."""
 
     answered: int
     discarded: int
@@ -87,7 +76,7 @@ class Progress(NamedTuple):
 
 
 class Ranking:
-    """One annotator's ranking of a benchmark. All of its state is the annotator's file, read anew for every answer.
+    """One annotator's ranking of a benchmark. All of its state is the annotator's file, read again for every answer.
 
     models: which three to rank, needed where the benchmark has more; an annotator's file keeps its own.
     Raises BenchmarkError for a file, a name or models that break a rule.
@@ -96,7 +85,7 @@ class Ranking:
     def __init__(self, benchmark: Benchmark, annotator: str, models: tuple[str, ...] = ()):
         if not is_file_stem(annotator):
             raise BenchmarkError(
-                f"the name {annotator!r} cannot be the name of a file: it may not be empty, begin with a dot or hold a"
+                f"the name {annotator!r} cannot be the name of a file: it must not be empty, begin with a dot or hold a"
                 " slash; give another"
             )
         self.benchmark, self.annotator = benchmark, annotator
@@ -105,15 +94,13 @@ class Ranking:
         for model in self.models:
             for name in self.benchmark.prompts.keys() - self.benchmark.images[model].keys():
                 image = self.benchmark.folder / "images" / model / f"{name}.png"
-                raise BenchmarkError(
-                    f"no picture of {model} for the prompt {name!r}: add {image}, or remove the prompt"
-                )
+                raise BenchmarkError(f"no image of {model} for the prompt {name!r}: add {image}, or remove the prompt")
 
     def _read(self) -> dict[tuple[str, str], int | None]:
         return read_ranking(self.path, self.benchmark, complete=False) if self.path.is_file() else {}
 
     def current(self) -> str | None:
-        """The id of the first prompt without an answer; None when all are answered."""
+        """Return the id of the first prompt without an answer; None when all are answered."""
         answered = {name for name, _ in self._read()}
         return next((name for name in self.benchmark.prompts if name not in answered), None)
 
@@ -122,17 +109,17 @@ class Ranking:
         return Progress(len(scores), sum(score is None for score in scores.values()), len(self.benchmark.prompts))
 
     def shown(self, name: str) -> list[str]:
-        """The models by the places of their pictures: shuffled, for a prompt and an annotator always alike."""
+        """Return the models in the order of their places: shuffled, always alike for a prompt and an annotator."""
         models = list(self.models)
         random.Random(f"{self.annotator}/{name}").shuffle(models)
         return models
 
-    def pictures(self, name: str) -> list[Image.Image | None]:
-        """The pictures of a prompt by their places; None, and a warning in the log, for one that cannot be read."""
+    def images(self, name: str) -> list[Image.Image | None]:
+        """Return the images of a prompt by their places; None, and a warning in the log, where one cannot be read."""
         return [_load_or_warn(self.benchmark.images[model][name]) for model in self.shown(name)]
 
     def answer(self, name: str, scores: list[int] | None) -> None:
-        """Write the scores of a prompt's pictures by their places, or None to discard the triplet."""
+        """Write the scores of a prompt's images by their places, or None to discard the triplet."""
         ranking = self._read()
         places = dict(zip(self.shown(name), scores or [None] * RANKED_MODELS, strict=True))
         ranking |= {(name, model): places[model] for model in self.models}
@@ -165,7 +152,7 @@ def _ranked_models(images: dict[str, Any], wanted: set[str]) -> tuple[str, ...]:
 
 
 def press(order: str, key: str) -> str:
-    """The order so far, such as "2>1", after a key: a place ("3" -> "2>1>3"), or "=" ("=", "3" -> "2>1=3")."""
+    """Return the order so far, such as "2>1", after a key: a place ("3" -> "2>1>3"), or "=" ("=", "3" -> "2>1=3")."""
     if key == "=":
         return order if not order or order.endswith("=") else order + "="
     if key in order:
@@ -174,7 +161,7 @@ def press(order: str, key: str) -> str:
 
 
 def take_back(order: str) -> str:
-    """The order before its last key."""
+    """Return the order before its last key."""
     return order[:-1] if "=" in order[-2:] else order[:-2]
 
 
@@ -183,21 +170,21 @@ def is_whole(order: str) -> bool:
 
 
 def order_scores(order: str) -> list[int]:
-    """The score of each place, 3 minus the number of better ones: "2>1=3" -> [2, 3, 2]."""
+    """Return the score of each place, 3 minus the number of better ones: "2>1=3" -> [2, 3, 2]."""
     groups = [group.split("=") for group in order.split(">")]
     better = {place: sum(map(len, groups[:i])) for i, group in enumerate(groups) for place in group}
     return [RANKED_MODELS - better[place] for place in PLACES]
 
 
 def rank_page(benchmark: Benchmark, models: tuple[str, ...] = ()) -> "gradio.Blocks":
-    """The page on which people rank; `launch` serves it. models: as for `Ranking`."""
+    """Return the page on which people rank; `launch` serves it. models: as for `Ranking`."""
     import gradio as gr
 
     with gr.Blocks(title="Rank faces", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
         annotator, order = gr.State(), gr.State()
         with gr.Column() as entry:
             gr.Markdown("# Rank faces\n" + RULES)
-            own_name = gr.Textbox(label="Your name (give it again to go on)", max_length=80, elem_id="annotator")
+            own_name = gr.Textbox(label="Your name (the same name resumes)", max_length=80, elem_id="annotator")
             begin = gr.Button("Start", variant="primary", elem_id="start")
             problem = gr.Markdown(elem_id="problem")
         with gr.Column(visible=False) as desk:
@@ -214,7 +201,7 @@ def rank_page(benchmark: Benchmark, models: tuple[str, ...] = ()) -> "gradio.Blo
             gr.Markdown(KEYS + RULES)
 
         view = [name, order, line, prompt, progress, *images]
-        # one after the other, so that an answer is on the disk before the next is looked at
+        # one after the other, so that an answer is on the disk before the next triplet is shown
         options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "answers"}
         start = functools.partial(_start, benchmark, models)
         gr.on([begin.click, own_name.submit], start, own_name, [entry, desk, problem, annotator, *view], **options)
@@ -230,7 +217,7 @@ def _place(place: str) -> "tuple[gradio.Image, gradio.Button]":
 
     with gr.Column(min_width=200):
         image = gr.Image(
-            format="png",  # the default would compress what people look at
+            format="png",  # the default compresses the image
             show_label=False,
             buttons=["fullscreen"],
             interactive=False,
@@ -241,7 +228,7 @@ def _place(place: str) -> "tuple[gradio.Image, gradio.Button]":
 
 
 def _start(benchmark: Benchmark, models: tuple[str, ...], annotator: str) -> list[Any]:
-    """From the entry to the desk, or what is wrong with the name."""
+    """Return the updates from the entry to the desk, or what is wrong with the name."""
     import gradio as gr
 
     try:
@@ -252,11 +239,11 @@ def _start(benchmark: Benchmark, models: tuple[str, ...], annotator: str) -> lis
 
 
 def _act(benchmark: Benchmark, models: tuple[str, ...], key: str, annotator: str, name: str, order: str) -> list[Any]:
-    """What a key does to the triplet `name` that was on the page when it was pressed."""
+    """Return what a key does to the triplet `name` that was on the page when it was pressed."""
     import gradio as gr
 
     ranking = Ranking(benchmark, annotator, models)
-    if (ranking.current() or "") != name:  # a key too many, or answered in another window
+    if (ranking.current() or "") != name:  # an extra key, or answered in another window
         return _triplet(ranking)
     if key == "undo" and not order:
         ranking.undo()
@@ -273,7 +260,7 @@ def _act(benchmark: Benchmark, models: tuple[str, ...], key: str, annotator: str
 
 
 def _triplet(ranking: Ranking) -> list[Any]:
-    """The next triplet, as the VIEW parts of the page: its id, order, line, prompt, progress, pictures."""
+    """Return the next triplet, as the VIEW parts of the page: its id, order, line, prompt, progress, images."""
     name, done = ranking.current(), ranking.progress()
     progress = f"{done.answered} of {done.total} ranked"
     if done.discarded:
@@ -281,10 +268,10 @@ def _triplet(ranking: Ranking) -> list[Any]:
     if name is None:
         thanks = f"### All triplets are ranked. Thank you!\n\nThe answers are in `{ranking.path}`."
         return ["", "", _order_line(""), thanks, progress, *[None] * len(PLACES)]
-    prompt, pictures = f"### {ranking.benchmark.prompts[name]}", ranking.pictures(name)
-    if empty := [place for place, picture in zip(PLACES, pictures, strict=True) if picture is None]:
-        prompt += f"\n\nCannot be read: picture {', '.join(empty)}. Rank it last, or discard the triplet."
-    return [name, "", _order_line(""), prompt, progress, *pictures]
+    prompt, images = f"### {ranking.benchmark.prompts[name]}", ranking.images(name)
+    if empty := [place for place, image in zip(PLACES, images, strict=True) if image is None]:
+        prompt += f"\n\nCannot be read: image {', '.join(empty)}. Rank it last, or discard the triplet."
+    return [name, "", _order_line(""), prompt, progress, *images]
 
 
 def _order_line(order: str) -> str:
@@ -292,13 +279,13 @@ def _order_line(order: str) -> str:
 
 
 def launch(page: "gradio.Blocks", port: int | None = None, block: bool = True) -> str:
-    """Serve a page on this machine alone, without a network; returns its address.
+    """Serve a page on this machine only, without a network; returns its address.
 
     port: the first free one from 7860 on if None. block: until Ctrl-C.
     """
     import gradio as gr
 
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # the theme's own come from the web
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # those of the theme come from the web
     _, address, _ = page.launch(
         server_name="127.0.0.1",
         server_port=port,
@@ -316,32 +303,3 @@ def launch(page: "gradio.Blocks", port: int | None = None, block: bool = True) -
         print(f"Rank faces at {address} (Ctrl-C ends it; every answer is on the disk already)", flush=True)
         page.block_thread()
     return address
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, or 2 where the page cannot be shown."""
-    parser = argparse.ArgumentParser(
-        "python -m faceprior.human_eval.pages", description="Local pages.", allow_abbrev=False
-    )
-    commands = parser.add_subparsers(required=True, metavar="PAGE")
-    rank = commands.add_parser("rank", help="people rank the faces of a benchmark folder", allow_abbrev=False)
-    rank.add_argument("folder", type=Path, metavar="FOLDER", help="prompts and images/; rankings/ gets the answers")
-    rank.add_argument("--models", nargs=RANKED_MODELS, default=(), help="which three, where images/ holds more")
-    rank.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    try:
-        benchmark, models = read_benchmark(options.folder), tuple(options.models)
-        Ranking(benchmark, "anyone", models)  # pictures that are missing; one that cannot be read is told when shown
-        launch(rank_page(benchmark, models), options.port)
-    except ModuleNotFoundError as error:
-        print(f'faceprior.human_eval.pages: error: {error}: pip install "faceprior[pages]"', file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"faceprior.human_eval.pages: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

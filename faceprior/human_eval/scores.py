@@ -1,118 +1,71 @@
-"""The metrics beside Face Score, measured on a benchmark folder (Face Score, 4.3): rows of scores/METRIC.jsonl.
+"""The scores of a benchmark folder by the metrics that can be measured on this machine: rows of scores/METRIC.jsonl.
 
-LocalX is X on the crop of the face with the prompt "A face" (for LocalIR "A face.", as in the official code). In a
-picture of several people the largest face counts, the nearest to the paper's "most frontal and representative" one.
-Nothing is downloaded: a metric whose library or weights are missing raises `MetricUnavailable`, which names the
-commands that get them.
+In an image of several people the largest face counts, the nearest to the paper's "most frontal and representative" one.
 """
 
-import contextlib
 import functools
-import hashlib
-import importlib.util
 import logging
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from PIL import Image
-
-from faceprior.align import align_face
-from faceprior.blip import TOKENIZER, tokenize_prompt
-from faceprior.convert import find_checkpoint_folder, find_official_checkpoint
-from faceprior.detect import Detector, Face, crop_bounds, detect_faces
+from faceprior.detect import Detector, Face, detect_faces
 from faceprior.human_eval.files import Benchmark, BenchmarkError
+from faceprior.human_eval.metrics import Metric, Score, Weights, available_metrics
 from faceprior.images import ImageError, load_image
 from faceprior.jsonl import append_row, read_rows, resume_rows
-from faceprior.metrics import MetricUnavailable
-
-if TYPE_CHECKING:
-    import torch
-
 
 logger = logging.getLogger(__name__)
 
 
-FACE_PROMPT = "A face"
+def measure_missing(benchmark: Benchmark, weights: Weights, detector: str, device: str) -> dict[str, str]:
+    """Measure what has no file in scores/ and can be measured here; returns metric -> why the others cannot."""
+    reasons = {"FQA": "it is not measured here, but by the package modelscope (`pip install modelscope`)"}
+    find_face = face_finder(detector)
+    for name, make_metric in available_metrics(weights, detector, device).items():
+        try:
+            measure(benchmark, make_metric(), find_face)
+        except BenchmarkError:
+            raise
+        except Exception as error:  # whatever fails in one metric's library, the others have their rows
+            reasons[name] = str(error) or type(error).__name__
+    return reasons
 
 
-# in open_clip: architecture, and what becomes the square that it sees: the middle, or the picture padded with black
-HPS_V1, HPS_V2 = ("ViT-L-14-quickgelu", "shortest"), ("ViT-H-14", "longest")
+def measure(benchmark: Benchmark, metric: Metric, find_face: Callable[[Path], Face | None]) -> None:
+    """Score every image of a benchmark into scores/NAME.jsonl; after a stop, the same call resumes.
 
+    Rows are {"id", "model", "score", "by"}; the score is None without a face, or where the image cannot be read. They
+    are collected in scores/.NAME.jsonl until the last one is written. A file from elsewhere is not touched.
 
-_EDGE = 2**20  # bytes that are hashed at both ends of a file of weights
-
-
-# what pyiqa and its parts load; in its cache a file is called as in its address
-_PYIQA_URL = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
-
-
-_FACEXLIB_URL = "https://github.com/xinntao/facexlib/releases/download/"
-
-
-_CLIP_URL = "https://openaipublic.azureedge.net/clip/models/"
-
-
-_CLIP_FILE = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"
-
-
-_AESTHETIC = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
-
-
-_FACE_QUALITY = "topiq_nr_cgfiqa_res50-0a8b8e4f.pth"
-
-
-_FACE_PARTS = ("v0.1.0/detection_Resnet50_Final.pth", "v0.2.2/parsing_parsenet.pth")
-
-
-Score = Callable[[Image.Image, str, Face | None], float]
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A metric that can be measured here.
-
-    by: the weights it uses, and the detector if there is one; rows of other weights are not mixed with its own.
-    load: gives the function from a picture, its prompt and its face to the score; the face is None where the metric
-    does not need one.
-    """
-
-    name: str
-    by: str
-    load: Callable[[], Score]
-    needs_face: bool = False
-
-
-def measure(benchmark: Benchmark, judge: Judge, find_face: Callable[[Path], Face | None]) -> None:
-    """Score every picture of a benchmark into scores/NAME.jsonl; a killed run is gone on with.
-
-    Rows are {"id", "model", "score", "by"}; the score is None without a face, or where the picture cannot be read.
-    They gather in scores/.NAME.jsonl until the last is there. A file that came from elsewhere is left alone.
-
-    Raises BenchmarkError for rows of other weights; whatever the metric itself raises.
+    Raises BenchmarkError for rows of other weights, and whatever the metric itself raises.
     """
     from tqdm.auto import tqdm
 
-    path = benchmark.folder / "scores" / f"{judge.name}.jsonl"
+    # ---- the images without a score
+    path = benchmark.folder / "scores" / f"{metric.name}.jsonl"
     part = path.with_name(f".{path.name}")
     if path.with_suffix(".csv").exists() or (path.exists() and not _is_measured(path)):
         return
-    there = path if path.exists() else part
-    done = {(row["id"], row["model"]) for row in _rows_by(there, judge)}
-    pictures = [(m, name, file) for m, files in benchmark.images.items() for name, file in files.items()]
-    left = [picture for picture in pictures if (picture[1], picture[0]) not in done]
+    existing = path if path.exists() else part
+    done = {(row["id"], row["model"]) for row in _rows_by(existing, metric)}
+    left = [
+        (name, model, file)
+        for model, files in benchmark.images.items()
+        for name, file in files.items()
+        if (name, model) not in done
+    ]
     if not left:
-        there.replace(path)
+        existing.replace(path)
         return
-    score = judge.load()
-    if there == path:
+
+    # ---- score them
+    score = metric.load()
+    if existing == path:
         path.replace(part)
-    for model, name, file in tqdm(left, desc=judge.name, unit="picture", disable=None):
-        value = _score(judge, score, file, benchmark.prompts[name], find_face)
-        append_row(part, {"id": name, "model": model, "score": value, "by": judge.by})
+    for name, model, file in tqdm(left, desc=metric.name, unit="image", disable=None):
+        value = _score(metric, score, file, benchmark.prompts[name], find_face)
+        append_row(part, {"id": name, "model": model, "score": value, "by": metric.by})
     part.replace(path)
 
 
@@ -120,277 +73,33 @@ def _is_measured(path: Path) -> bool:
     return any("by" in row for row in read_rows(path)[0][:1])
 
 
-def _rows_by(path: Path, judge: Judge) -> list[dict[str, Any]]:
+def _rows_by(path: Path, metric: Metric) -> list[dict[str, Any]]:
     rows = read_rows(path)[0] if path.is_file() else []
-    other = next((row.get("by") for row in rows if row.get("by") != judge.by), None)
+    other = next((row.get("by") for row in rows if row.get("by") != metric.by), None)
     if other is not None:
         raise BenchmarkError(
-            f"{path} was measured by {other}, but now {judge.name} is {judge.by}: remove the file to measure again, or"
-            " give the weights and the detector of then"
+            f"{path} was measured by {other}, but now {metric.name} is {metric.by}: remove the file to measure"
+            " again, or give the weights and the detector of the file"
         )
     return resume_rows(path)  # cuts off a torn line, so only once the file is known to be ours
 
 
 def _score(
-    judge: Judge, score: Score, file: Path, prompt: str, find_face: Callable[[Path], Face | None]
+    metric: Metric, score: Score, file: Path, prompt: str, find_face: Callable[[Path], Face | None]
 ) -> float | None:
     try:
-        face = find_face(file) if judge.needs_face else None
-        return None if judge.needs_face and face is None else score(load_image(file), prompt, face)
+        face = find_face(file) if metric.needs_face else None
+        return None if metric.needs_face and face is None else score(load_image(file), prompt, face)
     except ImageError as error:
-        logger.warning("%s: no score: %s", judge.name, error)
+        logger.warning("%s: no score: %s", metric.name, error)
         return None
 
 
 def face_finder(detector: str | Detector) -> Callable[[Path], Face | None]:
-    """From a file to its largest face, or None; each file is searched once, however many metrics ask."""
+    """Return the function file -> its largest face, or None; each file is searched once for all metrics."""
 
     @functools.cache
     def find(file: Path) -> Face | None:
         return next(iter(detect_faces(file, detector)), None)
 
     return find
-
-
-# --- ImageReward and Face Score
-
-
-def reward_judge(
-    name: str,
-    source: str,
-    way_out: str,
-    load_scorer: Callable[[str], Any],
-    detector: Detector | None = None,
-) -> Judge:
-    """A BLIP reward (Face Score or ImageReward) on the face with the default prompt, or on the picture and its prompt.
-
-    source: folder or hub id of the scorer. way_out: how to get it. load_scorer: a folder's `FaceScorer`. detector: who
-    finds the faces; without one the whole picture is looked at.
-
-    Raises MetricUnavailable without the weights, or without the tokenizer that other prompts than the default need.
-    """
-    folder = _scorer_folder(source, way_out)
-    tokenizer = None if detector else _tokenizer_folder(folder)
-
-    def load() -> Score:
-        scorer = load_scorer(str(folder))
-
-        def score(picture: Image.Image, prompt: str, face: Face | None) -> float:
-            if face is not None:
-                return scorer.score_crops([_crop(picture, face)])[0]
-            return _reward(scorer, picture, tokenize_prompt(prompt, tokenizer))
-
-        return score
-
-    official = find_official_checkpoint(folder)
-    weights = official.weights if official else sorted(folder.glob("diffusion_pytorch_model*.safetensors"))[0]
-    called = "/".join(folder.resolve().parts[-2:]) if Path(source).is_dir() else source
-    return Judge(name, _by(called, weights, detector), load, needs_face=detector is not None)
-
-
-def _scorer_folder(source: str, way_out: str) -> Path:
-    """The folder of a scorer's weights, found without a network."""
-    try:
-        folder = find_checkpoint_folder(source, local_files_only=True)
-    except FileNotFoundError:
-        raise MetricUnavailable(f"it needs the weights {source} ({way_out})") from None
-    if find_official_checkpoint(folder) is None and not any(folder.glob("diffusion_pytorch_model*.safetensors")):
-        raise MetricUnavailable(f"it needs weights in {folder}, where there are none ({way_out})")
-    return folder
-
-
-def _tokenizer_folder(folder: Path) -> Path:
-    """BERT's tokenizer: beside the weights, or in the hub's cache."""
-    if (folder / "vocab.txt").is_file():
-        return folder
-    cached = in_hub_cache(TOKENIZER, "vocab.txt") or in_hub_cache(TOKENIZER, "tokenizer.json")
-    if cached is None:
-        raise MetricUnavailable(f"it needs the tokenizer {TOKENIZER} (`hf download {TOKENIZER}`)")
-    return cached.parent
-
-
-def _reward(scorer: Any, picture: Image.Image, token_ids: list[int]) -> float:
-    import torch
-
-    with torch.inference_mode():
-        input_ids = torch.tensor([token_ids], device=scorer.device)
-        return float(scorer(scorer.preprocess(picture).to(scorer.device), input_ids))
-
-
-# --- HPS
-
-
-def clip_judge(
-    name: str,
-    weights: Path | None,
-    way_out: str,
-    model: tuple[str, str],
-    device: "torch.device | str",
-    detector: Detector | None = None,
-) -> Judge:
-    """HPS: the cosine of a picture and its prompt in a fine-tuned CLIP, through open_clip; of face and "A face".
-
-    weights: the published checkpoint, None if it is not here. way_out: how to get it. model: HPS_V1 or HPS_V2 (arXiv
-    2303.14420 and 2306.09341, as in their official codes), or another architecture and resize mode of open_clip.
-    detector: who finds the faces; without one the whole picture is looked at.
-
-    Raises MetricUnavailable without open_clip or the weights.
-    """
-    require("open_clip", "open_clip_torch", {weights: way_out})
-
-    def load() -> Score:
-        clip, transform, tokenize = _open_clip(weights, *model, str(device))
-        text = functools.cache(lambda prompt: clip.encode_text(tokenize([prompt]).to(device), normalize=True))
-
-        def score(picture: Image.Image, prompt: str, face: Face | None) -> float:
-            import torch
-
-            seen, prompt = (picture, prompt) if face is None else (_crop(picture, face), FACE_PROMPT)
-            with torch.inference_mode():
-                image = clip.encode_image(transform(seen)[None].to(device), normalize=True)
-                return float(image @ text(prompt).T)
-
-        return score
-
-    return Judge(name, _by(weights.name, weights, detector), load, needs_face=detector is not None)
-
-
-@functools.lru_cache(maxsize=1)  # HPS and LocalHPS come one after the other
-def _open_clip(weights: Path, architecture: str, resize_mode: str, device: str) -> tuple[Any, Callable, Callable]:
-    import open_clip
-
-    clip, _, transform = open_clip.create_model_and_transforms(
-        architecture,
-        pretrained=str(weights),  # loaded strictly, and as tensors only
-        device=device,
-        image_resize_mode=resize_mode,
-    )
-    return clip.eval(), transform, open_clip.get_tokenizer(architecture)
-
-
-# --- pyiqa
-
-
-def aesthetic_judge(device: "torch.device | str") -> Judge:
-    """ASP: the LAION aesthetic predictor, pyiqa's `laion_aes`, on the whole picture; about 1 to 10.
-
-    Raises MetricUnavailable without pyiqa or its weights.
-    """
-    clip = Path("~/.cache/clip").expanduser() / Path(_CLIP_FILE).name
-    files = _in_cache(_PYIQA_URL, _AESTHETIC)
-    require("pyiqa", "pyiqa", {clip: _curl(clip, _CLIP_URL + _CLIP_FILE)} | files)
-
-    def load() -> Score:
-        if _sha256(clip) != _CLIP_FILE.split("/")[0]:  # its own loader would download it again
-            raise MetricUnavailable(f"{_short(clip)} is damaged: {_curl(clip, _CLIP_URL + _CLIP_FILE)}")
-        metric = _pyiqa("laion_aes", files, device)
-        return lambda picture, prompt, face: metric(picture)
-
-    return Judge("ASP", _by("pyiqa's laion_aes", next(iter(files)), None), load)
-
-
-def face_quality_judge(device: "torch.device | str", detector: Detector) -> Judge:
-    """pyiqa's face quality `topiq_nr-face`, on the face aligned to 512 pixels as in FFHQ; about 0 to 1.
-
-    pyiqa itself would take the face in the middle; here it is the one that all metrics look at. This is not the
-    paper's FQA. Raises MetricUnavailable without pyiqa or its weights.
-    """
-    files = _in_cache(_PYIQA_URL, _FACE_QUALITY) | _in_cache(_FACEXLIB_URL, *_FACE_PARTS)
-    require("pyiqa", "pyiqa", files)
-
-    def load() -> Score:
-        # the backbone is in the checkpoint, which is loaded strictly
-        metric = _pyiqa("topiq_nr-face", files, device, align_crop_face=False, backbone_pretrain=False)
-        return lambda picture, prompt, face: metric(align_face(picture, face.landmarks, 512).crop)
-
-    by = _by("pyiqa's topiq_nr-face", next(iter(files)), detector)
-    return Judge("topiq_nr-face", by, load, needs_face=True)
-
-
-def _pyiqa(
-    name: str, files: Mapping[Path, str], device: "torch.device | str", **options: Any
-) -> Callable[[Image.Image], float]:
-    import torch
-
-    for path, way_out in files.items():  # pyiqa would unpickle whatever they hold
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise MetricUnavailable(f"{_short(path)} is damaged or holds more than tensors: {way_out}") from error
-    with contextlib.redirect_stdout(sys.stderr):  # it prints what it loads
-        import pyiqa
-
-        metric = pyiqa.create_metric(name, device=torch.device(device), **options)
-
-    def score(picture: Image.Image) -> float:
-        from torchvision.transforms.functional import to_tensor
-
-        return float(metric(to_tensor(picture)[None]))
-
-    return score
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(functools.partial(file.read, _EDGE), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _in_cache(url: str, *names: str) -> dict[Path, str]:
-    """pyiqa's files -> how to get them."""
-    import torch
-
-    folder = Path(torch.hub.get_dir(), "pyiqa")
-    return {folder / Path(name).name: _curl(folder / Path(name).name, url + name) for name in names}
-
-
-def _curl(path: Path, url: str) -> str:
-    return f"`curl -L --create-dirs -o {_short(path)} {url}`"
-
-
-def _short(path: Path) -> str:
-    """With ~ for the home folder: tables are passed on."""
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
-
-
-# --- what they share
-
-
-def require(module: str, package: str, files: Mapping[Path | None, str]) -> None:
-    """Check that a library and files (path -> how to get it) are here, before anything is imported.
-
-    Raises MetricUnavailable that names all that is missing.
-    """
-    missing = [
-        f"{_short(path) if path else 'its checkpoint'} ({way_out})"
-        for path, way_out in files.items()
-        if path is None or not path.is_file()
-    ]
-    if importlib.util.find_spec(module) is None:
-        missing.insert(0, f"the package {package} (`pip install {package}`)")
-    if missing:
-        raise MetricUnavailable(f"it needs {', '.join(missing)}")
-
-
-def in_hub_cache(repository: str, file: str) -> Path | None:
-    """A file that was downloaded from the hub before."""
-    cached = try_to_load_from_cache(repository, file)
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def _crop(picture: Image.Image, face: Face) -> Image.Image:
-    return picture.crop(crop_bounds(face.box, *picture.size))
-
-
-def _by(source: str, weights: Path, detector: Detector | None) -> str:
-    """What a row of scores says of its making: the weights with a hash of their file's two ends, and the detector."""
-    size = weights.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(weights, "rb") as file:
-        digest.update(file.read(_EDGE))
-        file.seek(max(0, size - _EDGE))
-        digest.update(file.read())
-    return f"{source} ({digest.hexdigest()[:8]})" + (f", faces by {detector.name}" if detector else "")

@@ -1,81 +1,61 @@
-"""The judgement of people: Tables 1 to 4 of Face Score (arXiv 2406.17100) for any benchmark folder.
+"""Tables 1 to 4 of Face Score (arXiv 2406.17100, 4.2 and 4.3) for a benchmark folder that people ranked.
 
-    python -m faceprior.human_eval.tables FOLDER [--output DIR]   # DIR/tables.md and tables.json, by default in FOLDER
-
-`files` says what stands in a folder, and `python -m faceprior.human_eval.pages rank FOLDER` is where people rank.
-They order the images that three models drew for each prompt; their votes become one label per image, and every
-metric is asked how often it orders two images of a triplet as the labels do. A metric without a file in scores/ is
-measured first if its library and weights are on this machine (`judgement_scores`); nothing is downloaded, and one
-that cannot be measured stands in the tables as missing, with the commands that get it. Shares and accuracies lie in
-[0, 1]; the Markdown prints them as percentages.
+People order the images that three models drew for each prompt; their votes become one label per image, and every metric
+is asked how often it orders two images of a triplet as the labels do. Fractions and accuracies lie in [0, 1]; the
+Markdown prints them as percentages. A metric without a file in scores/ has a row with the reason in place of numbers.
 """
 
-import argparse
-import functools
 import itertools
 import json
-import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from faceprior import tiny
-from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
-from faceprior.human_eval.metrics import (
+from faceprior.human_eval.agreement import (
     LABELS,
     RESAMPLES,
     MetricAccuracy,
     MetricStatistics,
     ModelMean,
     ModelSpread,
-    ScoreShares,
+    ScoreFractions,
     agreement,
     majority_vote,
     metric_accuracy,
     metric_statistics,
     model_mean,
-    score_shares,
+    score_fractions,
     win_rates,
 )
+from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
 from faceprior.images import atomic_write
-from faceprior.models import REWARD_ID, SCORER_ID
-
-if TYPE_CHECKING:
-    import torch
-
-    from faceprior.human_eval.scores import Judge
-    from faceprior.scorer import FaceScorer
-
-
-HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
-
+from faceprior.tables import EMPTY, markdown_table, number_text
 
 # The paper's metrics in its order, then others of today. LocalX is X on the face with the prompt "A face" (4.3).
 METRICS = {
-    "IR": "ImageReward on the whole picture and its prompt",
-    "ASP": "the LAION aesthetic predictor on the whole picture",
+    "IR": "ImageReward on the whole image and its prompt",
+    "ASP": "the LAION aesthetic predictor on the whole image",
     "FQA": "ModelScope's `cv_manual_face-quality-assessment_fqa` on the face",
     "LocalIR": "ImageReward on the face",
-    "HPS": "HPS v1 on the whole picture and its prompt",
+    "HPS": "HPS v1 on the whole image and its prompt",
     "LocalHPS": "HPS v1 on the face",
     "FS": "Face Score, on the face",
-    "HPSv2": "HPS v2 on the whole picture and its prompt",
+    "HPSv2": "HPS v2 on the whole image and its prompt",
     "topiq_nr-face": "pyiqa's face quality `topiq_nr-face` on the face",
 }
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Everything that a folder says.
+    """The tables of a folder.
 
     triplets: the kept ones; discarded: ids of the others. agreement: None with a single annotator.
-    human_ties: pairs of images with equal labels. win_rates: [i][j] = share of triplets in which the label of
+    human_ties: pairs of images with equal labels. win_rates: [i][j] = fraction of triplets in which the label of
     models[i] is higher than that of models[j], a tie counted half (so the diagonal is 1/2).
-    missing: METRICS without a file in scores/; their rows in Tables 2 to 4 have a note for numbers.
+    missing: METRICS without a file in scores/; their rows in Tables 2 to 4 have a note in place of numbers.
     """
 
     models: tuple[str, ...]
@@ -84,7 +64,7 @@ class Tables:
     discarded: tuple[str, ...]
     agreement: float | None
     human_ties: int
-    table_1: tuple[ScoreShares, ...]
+    table_1: tuple[ScoreFractions, ...]
     table_2: tuple[MetricAccuracy, ...]
     table_3: tuple[ModelMean, ...]
     table_4: tuple[MetricStatistics, ...]
@@ -94,11 +74,11 @@ class Tables:
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper prints."""
+    """The numbers that the paper prints."""
 
     source: str
     agreement: float
-    table_1: tuple[ScoreShares, ...]
+    table_1: tuple[ScoreFractions, ...]
     table_2: tuple[MetricAccuracy, ...]
     table_3: tuple[ModelMean, ...]
     table_4: tuple[MetricStatistics, ...]
@@ -113,20 +93,17 @@ def _published_spread(metric: str, pearson: float, *spreads: tuple[float, float]
 
 _ACCURACIES = {"Random guess": 0.5, "IR": 0.6087, "ASP": 0.6881, "FQA": 0.7022, "LocalIR": 0.7127}
 
-
 _ACCURACIES |= {"HPS": 0.7470, "LocalHPS": 0.7531, "FS": 0.8031}
 
-
 _MEANS = {"Dalle3": 3.45, "MJ": 3.51, "Real": 3.54, "PixArt-α": 3.94, "SC": 3.98, "PGV2.5": 4.40}
-
 
 PUBLISHED = Published(
     source="Face Score, arXiv 2406.17100, 4.2 and Tables 1 to 4",
     agreement=0.933,
     table_1=(
-        ScoreShares("SD1.5", 0.7620, 0.1865, 0.0515, 1.2895),
-        ScoreShares("RV5.1", 0.1222, 0.3720, 0.5058, 2.3836),
-        ScoreShares("SDXL", 0.1158, 0.4416, 0.4426, 2.3268),
+        ScoreFractions("SD1.5", 0.7620, 0.1865, 0.0515, 1.2895),
+        ScoreFractions("RV5.1", 0.1222, 0.3720, 0.5058, 2.3836),
+        ScoreFractions("SDXL", 0.1158, 0.4416, 0.4426, 2.3268),
     ),
     table_2=tuple(MetricAccuracy(metric, accuracy) for metric, accuracy in _ACCURACIES.items()),
     table_3=tuple(ModelMean("FS", model, mean) for model, mean in _MEANS.items()),
@@ -141,8 +118,8 @@ PUBLISHED = Published(
 def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None = None) -> Tables:
     """Read a benchmark folder and make Tables 1 to 4.
 
-    seed: of the bootstrap. reasons: metric -> why it could not be measured. METRICS come first, in their order; one
-    without a file has a row whose note says what it is and why it is missing.
+    seed: of the bootstrap. reasons: metric -> why it could not be measured. METRICS come first, in their order; the
+    row of a metric without a file has a note that says what it is and why it is missing.
 
     Raises FileNotFoundError for a missing part, BenchmarkError for a file that breaks a rule.
     """
@@ -152,7 +129,7 @@ def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None 
     labels = majority_vote(rankings.votes)
     kept = labels.any(1)
     if not kept.any():
-        raise BenchmarkError(f"{benchmark.folder / 'rankings'}: every triplet was discarded: rank one at least")
+        raise BenchmarkError(f"{benchmark.folder / 'rankings'}: every triplet was discarded: rank at least one")
     human = _Human(rankings.models, tuple(itertools.compress(benchmark.prompts, kept)), labels[kept])
     rows = [
         _measured(name, scores[name], benchmark, human, seed)
@@ -167,7 +144,7 @@ def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None 
         discarded=tuple(itertools.compress(benchmark.prompts, ~kept)),
         agreement=agreement(rankings.votes) if len(rankings.annotators) > 1 else None,
         human_ties=_count_ties(human.labels),
-        table_1=score_shares(human.labels, rankings.models),
+        table_1=score_fractions(human.labels, rankings.models),
         table_2=tuple(row.accuracy for row in rows),
         table_3=tuple(mean for row in rows for mean in row.means),
         table_4=tuple(row.statistics for row in rows),
@@ -178,7 +155,7 @@ def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None 
 
 @dataclass(frozen=True)
 class _Human:
-    """The kept triplets: their models, prompt ids and labels (triplets, 3)."""
+    """The kept triplets: models, prompt ids and labels (triplets, 3)."""
 
     models: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -240,10 +217,10 @@ def write_tables(
 
 
 def to_markdown(result: Tables) -> str:
-    """The tables for people, the paper's rows beneath ours and marked as its own."""
+    """Return the tables as Markdown, the rows of the paper below ours and marked as such."""
     sections = (
         _describe(result),
-        _section("Table 1: scores that people gave", _shares_table(result)),
+        _section("Table 1: scores that people gave", _fractions_table(result)),
         _section("Table 2: pairs that a metric orders as people do", _accuracy_table(result)),
         _section("Table 3: mean score per model", _means_table(result)),
         _section("Table 4: correlation with people, and spread of the normalised scores", _statistics_table(result)),
@@ -256,7 +233,7 @@ def _describe(result: Tables) -> str:
     agreed = "not defined for one annotator" if result.agreement is None else f"{_percent(result.agreement)}%"
     agreed += f" (the paper: {_percent(PUBLISHED.agreement)}%)"
     discarded = f": {', '.join(result.discarded)}" if result.discarded else ""
-    return f"""# The judgement of people
+    return f"""# Human evaluation
 
 Rows marked "paper" are those of {PUBLISHED.source}.
 Those marked "measured" are of this folder; for those marked "missing" Table 2 says what they need.
@@ -265,50 +242,57 @@ LocalX is X on the face with the prompt "A face".
 - annotators: {len(result.annotators)} (the paper: 5): {", ".join(result.annotators)}
 - triplets: {result.triplets} ranked, {len(result.discarded)} discarded{discarded}
 - agreement (labels that more than three fifths of the annotators gave): {agreed}
-- pairs that people did not order: {result.human_ties}, left out of Table 2; a metric's own ties count half there
+- pairs that people did not order: {result.human_ties}, not counted in Table 2; a metric's own ties count half there
 - intervals: 95%, bootstrap over triplets, {RESAMPLES} resamples
-- "without": no score, so left out; metrics are comparable where they leave out alike
+- "without": images or pairs without a score, which are not counted; compare metrics that lack the same ones
 """
 
 
-def _shares_table(result: Tables) -> str:
+def _fractions_table(result: Tables) -> str:
     header = ["model", *(f"score {label} (%)" for label in LABELS), "average", "source"]
     rows = [
         [row.model, *map(_percent, (row.score_1, row.score_2, row.score_3)), _number(row.average), source]
         for source, row in _beside(result, result.table_1, PUBLISHED.table_1)
     ]
-    return _markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _accuracy_table(result: Tables) -> str:
     header = ["metric", "accuracy (%)", "95% interval", "pairs", "without", "source", "note"]
     rows = []
     for source, row in _beside(result, result.table_2, PUBLISHED.table_2):
-        interval = "-" if row.low is None else f"{_percent(row.low)} to {_percent(row.high)}"
-        counts = [str(row.pairs), str(row.left_out)] if source == "measured" else ["-", "-"]
+        interval = EMPTY if row.low is None else f"{_percent(row.low)} to {_percent(row.high)}"
+        counts = [str(row.pairs), str(row.left_out)] if source == "measured" else [EMPTY, EMPTY]
         rows.append([row.metric, _percent(row.accuracy), interval, *counts, source, row.note])
-    return _markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _means_table(result: Tables) -> str:
     header = ["metric", "model", "mean", "images", "without", "source", "note"]
     rows = []
     for source, row in _beside(result, result.table_3, PUBLISHED.table_3):
-        counts = [str(row.images), str(row.without)] if source == "measured" else ["-", "-"]
-        mean = "-" if row.mean is None else f"{row.mean:.5g}"
-        rows.append([row.metric, row.model, mean, *counts, source, _short_note(source, row.note)])
-    return _markdown_table(header, rows)
+        counts = [str(row.images), str(row.without)] if source == "measured" else [EMPTY, EMPTY]
+        rows.append(
+            [row.metric, row.model, number_text(row.mean, ".5g"), *counts, source, _short_note(source, row.note)]
+        )
+    return markdown_table(header, rows)
 
 
 def _statistics_table(result: Tables) -> str:
     header = ["metric", "Pearson", "model", "median", "std", "source", "note"]
     rows = [
-        [row.metric, _number(row.pearson), spread.model, _number(spread.median), _number(spread.std)]
+        [
+            row.metric,
+            _number(row.pearson),
+            spread.model,
+            number_text(spread.median, ".4f"),
+            number_text(spread.std, ".4f"),
+        ]
         + [source, _short_note(source, row.note)]
         for source, row in _beside(result, result.table_4, PUBLISHED.table_4)
         for spread in row.models or (ModelSpread("-", None, None),)
     ]
-    return _markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _wins_table(result: Tables) -> str:
@@ -316,11 +300,11 @@ def _wins_table(result: Tables) -> str:
         [model, *("-" if i == j else f"{_percent(rate)}%" for j, rate in enumerate(rates))]
         for i, (model, rates) in enumerate(zip(result.models, result.win_rates, strict=True))
     ]
-    return _markdown_table(["", *result.models], rows)
+    return markdown_table(["", *result.models], rows)
 
 
 def _beside(result: Tables, own: Sequence[Any], paper: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """(source, row): ours first, then the paper's."""
+    """Yield (source, row): ours first, then the paper's."""
     for row in own:
         yield "missing" if getattr(row, "metric", None) in result.missing else "measured", row
     for row in paper:
@@ -335,125 +319,10 @@ def _section(title: str, table: str) -> str:
     return f"## {title}\n\n{table}"
 
 
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
-
-
-def _escape(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
+def _percent(fraction: float | None) -> str:
+    """As the paper prints it, without the sign."""
+    return number_text(fraction, ".2%").rstrip("%")
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def measure_missing(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, str]:
-    """Measure what has no file in scores/ and can be measured here; metric -> why the others cannot."""
-    from faceprior.human_eval.scores import face_finder, measure
-
-    reasons = {"FQA": "it is not measured here, but by the package modelscope (`pip install modelscope`)"}
-    find_face = face_finder(options.detector)
-    for name, make_judge in _judges(options).items():
-        try:
-            measure(benchmark, make_judge(), find_face)
-        except BenchmarkError:
-            raise
-        except Exception as error:  # whatever fails in one metric's library, the others have their rows
-            reasons[name] = str(error) or type(error).__name__
-    return reasons
-
-
-def _judges(options: argparse.Namespace) -> dict[str, "Callable[[], Judge]"]:
-    """What can be tried, in an order in which two metrics of one model follow each other."""
-    from faceprior.detect import resolve_detector
-    from faceprior.human_eval.scores import (
-        HPS_V1,
-        HPS_V2,
-        aesthetic_judge,
-        clip_judge,
-        face_quality_judge,
-        in_hub_cache,
-        reward_judge,
-    )
-    from faceprior.models import resolve_device
-
-    device = resolve_device(options.device)
-    detector = functools.partial(resolve_detector, options.detector)  # fails for those alone that need it
-    load_scorer = _scorer_loader(device)
-    score = (_resolve(options.checkpoint), f"`hf download {SCORER_ID}`, or `--checkpoint FOLDER`", load_scorer)
-    reward = (options.image_reward, f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`", load_scorer)
-    hps = (options.hps, "`--hps FILE`, the classifier of https://github.com/tgxs002/align_sd", HPS_V1, device)
-    hps_v2 = options.hps_v2 or in_hub_cache(HPS_V2_ID, HPS_V2_FILE)
-    hps_v2 = (hps_v2, f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`", HPS_V2, device)
-    return {
-        "FS": lambda: reward_judge("FS", *score, detector()),
-        "IR": lambda: reward_judge("IR", *reward),
-        "LocalIR": lambda: reward_judge("LocalIR", *reward, detector()),
-        "HPS": lambda: clip_judge("HPS", *hps),
-        "LocalHPS": lambda: clip_judge("LocalHPS", *hps, detector()),
-        "HPSv2": lambda: clip_judge("HPSv2", *hps_v2),
-        "ASP": lambda: aesthetic_judge(device),
-        "topiq_nr-face": lambda: face_quality_judge(device, detector()),
-    }
-
-
-def _resolve(checkpoint: str) -> str:
-    if checkpoint == tiny.NAME:
-        print(f"FS: {tiny.NOTICE}", file=sys.stderr)
-    return tiny.resolve(checkpoint, "scorer")
-
-
-def _scorer_loader(device: "torch.device") -> Callable[[str], "FaceScorer"]:
-    @functools.lru_cache(maxsize=1)
-    def load(folder: str) -> "FaceScorer":
-        from faceprior.scorer import FaceScorer
-
-        return FaceScorer.from_pretrained(folder).to(device)
-
-    return load
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m faceprior.human_eval.tables",
-        description="Make Tables 1 to 4 of a benchmark folder.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="prompts, images/, rankings/ and scores/")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="for the tables (default: FOLDER)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, [0, inf) (default: %(default)s)")
-    weights = parser.add_argument_group("weights of what is not in scores/ yet (only those on this disk are used)")
-    weights.add_argument("--checkpoint", default=SCORER_ID, help="FS: folder, hub id, or `tiny` (default: %(default)s)")
-    weights.add_argument("--image-reward", default=REWARD_ID, help="IR: folder or hub id (default: %(default)s)")
-    weights.add_argument("--hps", type=Path, metavar="FILE", help="HPS v1's checkpoint")
-    weights.add_argument("--hps-v2", type=Path, metavar="FILE", help=f"(default: {HPS_V2_FILE} of {HPS_V2_ID})")
-    parser.add_argument(
-        "--detector", default="auto", choices=("auto", "retinaface", "mtcnn"), help="auto never downloads"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, or 2 where the folder breaks a rule."""
-    options = _make_parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    try:
-        benchmark = read_benchmark(options.folder)
-        read_rankings(benchmark)  # before hours of measuring
-        reasons = measure_missing(benchmark, options)
-        result = write_tables(options.folder, options.output, options.seed, reasons)
-    except (ValueError, OSError) as error:
-        print(f"faceprior.human_eval.tables: error: {error}", file=sys.stderr)
-        return 2
-    print(to_markdown(result))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return number_text(value, ".4f")

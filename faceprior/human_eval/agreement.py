@@ -1,0 +1,205 @@
+"""The statistics of a human evaluation: from votes to labels, and metrics against labels (Face Score, 4.2, 4.3).
+
+Labels are (triplets, models) integers 1..3, 3 for the best. Fractions and accuracies lie in [0, 1].
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LABELS = (1, 2, 3)
+
+RESAMPLES = 2000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class ScoreFractions:
+    """A row of Table 1: the fractions of a model's images with the label 1, 2 and 3, and the average label."""
+
+    model: str
+    score_1: float
+    score_2: float
+    score_3: float
+    average: float
+
+
+@dataclass(frozen=True)
+class MetricAccuracy:
+    """A row of Table 2: the fraction of pairs that a metric orders as people do, with its 95% interval.
+
+    pairs: how many were compared. left_out: pairs that people order, but one of whose images has no score.
+    note: why there is no accuracy.
+    """
+
+    metric: str
+    accuracy: float | None = None
+    low: float | None = None
+    high: float | None = None
+    pairs: int = 0
+    left_out: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelMean:
+    """A cell of Table 3: the mean score of a model's images; without: how many of them have no score."""
+
+    metric: str
+    model: str
+    mean: float | None = None
+    images: int = 0
+    without: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelSpread:
+    """Median and population standard deviation of a model's scores, normalised to [0, 1]."""
+
+    model: str
+    median: float | None
+    std: float | None
+
+
+@dataclass(frozen=True)
+class MetricStatistics:
+    """A row of Table 4: a metric's Pearson correlation with the labels, and its spread per model."""
+
+    metric: str
+    pearson: float | None = None
+    models: tuple[ModelSpread, ...] = ()
+    note: str = ""
+
+
+def majority_vote(votes: np.ndarray) -> np.ndarray:
+    """Return the label of each image: the score that most annotators gave it (4.2, step 4).
+
+    votes: (annotators, triplets, models) of 1..3, 0 where an annotator discarded the triplet. Returns (triplets,
+    models), 0 in triplets that half of the annotators or more discarded. Where two labels or more are given
+    equally often, the label is the median of the image's votes, the lower one of an even number; of five votes
+    this is always 2.
+    """
+    counts = _label_counts(votes)
+    median = (counts.cumsum(-1) >= (counts.sum(-1, keepdims=True) + 1) // 2).argmax(-1) + 1
+    tied = (counts == counts.max(-1, keepdims=True)).sum(-1) > 1
+    labels = np.where(tied, median, counts.argmax(-1) + 1)
+    return np.where(2 * counts.sum(-1) > len(votes), labels, 0)
+
+
+def agreement(votes: np.ndarray) -> float:
+    """Return the fraction of labels on which more than three of five annotators agree (4.2).
+
+    votes: as for `majority_vote`; with another number of annotators, more than three fifths of them. Labels of
+    discarded triplets do not count; an annotator who discarded a kept triplet agrees with nobody.
+    """
+    kept = majority_vote(votes) > 0
+    return float((5 * _label_counts(votes).max(-1) > 3 * len(votes))[kept].mean())
+
+
+def _label_counts(votes: np.ndarray) -> np.ndarray:
+    """Return how many annotators gave 1, 2 and 3: (annotators, triplets, models) -> (triplets, models, 3)."""
+    return np.stack([(votes == label).sum(0) for label in LABELS], axis=-1)
+
+
+def score_fractions(labels: np.ndarray, models: Sequence[str]) -> tuple[ScoreFractions, ...]:
+    """Return Table 1. labels: (triplets, models) of 1..3."""
+    fractions = np.stack([(labels == label).mean(0) for label in LABELS], axis=-1)  # (models, 3)
+    averages = labels.mean(0)
+    return tuple(
+        ScoreFractions(m, *map(float, f), float(a)) for m, f, a in zip(models, fractions, averages, strict=True)
+    )
+
+
+def win_rates(labels: np.ndarray) -> np.ndarray:
+    """Return how often the row's label is the higher one, ties counted half: (triplets, models) -> (models, models)."""
+    difference = labels[:, :, None] - labels[:, None, :]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean(0)
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """A metric against people, per triplet: points won, pairs compared, pairs without a score; each (triplets,)."""
+
+    points: np.ndarray
+    pairs: np.ndarray
+    left_out: np.ndarray
+
+
+def compare_pairs(labels: np.ndarray, scores: np.ndarray) -> PairCounts:
+    """Compare all pairs of each triplet (Fig. 3).
+
+    labels: (triplets, models). scores: the same shape, NaN where there is none. A pair with equal labels is left
+    out; one without both scores is counted as such. A metric wins a point for the order of the labels, half a
+    point for equal scores.
+    """
+    first, second = map(list, zip(*itertools.combinations(range(labels.shape[1]), 2), strict=True))
+    human = np.sign(labels[:, first] - labels[:, second])
+    metric = np.sign(scores[:, first] - scores[:, second])  # NaN where a score is missing
+    compared = (human != 0) & ~np.isnan(metric)
+    points = np.where(metric == 0, 0.5, metric == human) * compared
+    return PairCounts(points.sum(1), compared.sum(1), ((human != 0) & np.isnan(metric)).sum(1))
+
+
+def bootstrap_interval(
+    points: np.ndarray, pairs: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """Return the 95% percentile interval of sum(points) / sum(pairs) over triplets that are drawn with replacement.
+
+    points, pairs: (triplets,); triplets without a pair are never drawn. Pairs of one triplet depend on each
+    other, so an interval over single pairs would be too narrow.
+    """
+    points, pairs = points[pairs > 0], pairs[pairs > 0]
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(pairs), size=len(pairs)) for _ in range(resamples))
+    low, high = np.percentile([points[draw].sum() / pairs[draw].sum() for draw in draws], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def metric_accuracy(metric: str, labels: np.ndarray, scores: np.ndarray, seed: int = 0) -> MetricAccuracy:
+    """Return a row of Table 2. labels, scores: as for `compare_pairs`."""
+    counts = compare_pairs(labels, scores)
+    pairs, left_out = int(counts.pairs.sum()), int(counts.left_out.sum())
+    if pairs == 0:
+        note = "no pair has two scores" if left_out else "people order no pair"
+        return MetricAccuracy(metric, left_out=left_out, note=note)
+    accuracy = float(counts.points.sum() / pairs)
+    if (counts.pairs > 0).sum() < 2:
+        return MetricAccuracy(metric, accuracy, None, None, pairs, left_out, "no interval from a single triplet")
+    return MetricAccuracy(metric, accuracy, *bootstrap_interval(counts.points, counts.pairs, seed), pairs, left_out)
+
+
+def metric_statistics(metric: str, labels: np.ndarray, scores: np.ndarray, models: Sequence[str]) -> MetricStatistics:
+    """Return a row of Table 4, over the images of kept triplets that have a score.
+
+    labels, scores: as for `compare_pairs`. The scores are normalised by the lowest and the highest of all models'
+    images; the correlation is with the label, image by image.
+    """
+    from scipy import stats
+
+    scored = ~np.isnan(scores)
+    if not scored.any() or np.ptp(scores[scored]) == 0:
+        note = "all images have one score" if scored.any() else "no image has a score"
+        return MetricStatistics(metric, None, tuple(ModelSpread(m, None, None) for m in models), note)
+    low = scores[scored].min()
+    normalised = (scores - low) / (scores[scored].max() - low)
+    spreads = tuple(_spread(m, column[~np.isnan(column)]) for m, column in zip(models, normalised.T, strict=True))
+    if np.ptp(labels[scored]) == 0:
+        return MetricStatistics(metric, None, spreads, "people gave all images one score")
+    return MetricStatistics(metric, float(stats.pearsonr(labels[scored], scores[scored]).statistic), spreads)
+
+
+def _spread(model: str, values: np.ndarray) -> ModelSpread:
+    if not len(values):
+        return ModelSpread(model, None, None)
+    return ModelSpread(model, float(np.median(values)), float(values.std()))
+
+
+def model_mean(metric: str, model: str, scores: Iterable[float | None]) -> ModelMean:
+    """Return a row of Table 3. scores: of all the model's images, None where there is none."""
+    scores = list(scores)
+    values = [score for score in scores if score is not None]
+    if not values:
+        return ModelMean(metric, model, without=len(scores), note="no image has a score")
+    return ModelMean(metric, model, float(np.mean(values)), len(values), len(scores) - len(values))
