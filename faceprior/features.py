@@ -264,7 +264,7 @@ def _find_folder(name: str | Path) -> Path:
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) or str(name).startswith("checkpoints/"):
         raise FileNotFoundError(
             f"no feature network in {folder}: a folder with config.json and model.safetensors is expected; "
-            "`python checkpoints/make_tiny.py --only features` trains one"
+            "`python -m checkpoints.tiny_models.make_tiny --only features` trains one"
         )
     options = {"allow_patterns": ["config.json", PROCESSOR_FILE, "*.safetensors"]}
     try:

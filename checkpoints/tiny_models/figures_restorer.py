@@ -5,11 +5,11 @@ from functools import cache, partial
 
 import numpy as np
 import torch
-from figures_bench import BATCH, Bench, best_face, digest_of, drawing_digest, picture
-from figures_table import Missing, cell, difference_of, jackknife, mean_of
 from PIL import Image
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.bench import BATCH, Bench, best_face, digest_of, drawing_digest, picture
+from checkpoints.tiny_models.table import Missing, cell, difference_of, jackknife, mean_of
 from faceprior import tiny
 from faceprior.align import align_face
 from faceprior.degrade import PRESETS, degrade, scaled

@@ -1,8 +1,8 @@
 """
 Measure the trained tiny models on test seeds, which no training saw.
 
-    python checkpoints/figures.py --work data/tiny           # everything that is not measured yet
-    python checkpoints/figures.py --only damage              # one piece, or all whose names begin so
+    python -m checkpoints.tiny_models.figures --work data/tiny           # everything that is not measured yet
+    python -m checkpoints.tiny_models.figures --only damage              # one piece, or all whose names begin so
 
 Reads   checkpoints/tiny/, and what `make_tiny.py` left in `work`; trains the ablations there where they are missing
 Writes  results/tiny/: figures.md (the table), figures.json (the same, with what made each piece), sheets/ (pictures to
@@ -21,13 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from figures_bases import BASES, measure_prompts, measure_samples, measure_vae
-from figures_bench import Bench, drawing_digest
-from figures_restorer import measure_facial_loss, measure_restorer
-from figures_scorer import measure_damage, measure_pairs, measure_ranking, measure_sharpness
-from figures_table import Missing, machine, markdown, not_measured
-from figures_tuning import measure_ablation, measure_tuning
-
+from checkpoints.tiny_models.bench import Bench, drawing_digest
+from checkpoints.tiny_models.figures_bases import BASES, measure_prompts, measure_samples, measure_vae
+from checkpoints.tiny_models.figures_restorer import measure_facial_loss, measure_restorer
+from checkpoints.tiny_models.figures_scorer import measure_damage, measure_pairs, measure_ranking, measure_sharpness
+from checkpoints.tiny_models.figures_tuning import measure_ablation, measure_tuning
+from checkpoints.tiny_models.table import Missing, machine, markdown, not_measured
 from faceprior.config import run_stage
 from faceprior.images import atomic_write
 from faceprior.models import quiet_libraries
@@ -169,7 +168,7 @@ def write(config: Config, groups: dict[str, dict[str, Any]]) -> None:
 
 def command_of(config: Config) -> str:
     """Return the command that measures the same."""
-    words = ["python checkpoints/figures.py"]
+    words = ["python -m checkpoints.tiny_models.figures"]
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in ("only", "overwrite") and (value != field.default or field.name == "work"):

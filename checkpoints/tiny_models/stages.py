@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_data import Drawings, tidy_configs
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.data import Drawings, tidy_configs
 from faceprior import tiny
 from faceprior.align import align_face
 from faceprior.images import save_image
@@ -17,7 +17,7 @@ from faceprior.procedural import TRAIN_SEEDS, draw_portrait, draw_scenes, save_c
 from faceprior.restorer import AuthFaceRestorer
 from faceprior.scorer import FaceScorer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REWARD_FIRST = 1000  # the first drawing behind the reward model's pairs: stage 1 draws others
 FACE_SEEDS = TRAIN_SEEDS + 1000  # of the faces that the restorer is trained on: stage 3 draws others
 REWARD_SCENES = TRAIN_SEEDS + 9000  # and the first scene's seed

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from tiny_damage import DAMAGES, LEVELS, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
-from tiny_data import Drawings, save_arrays, tidy_configs
-from tiny_vae import pixel_batches
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.damage import DAMAGES, LEVELS, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
+from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs
+from checkpoints.tiny_models.vae import pixel_batches
 from faceprior import tiny
 from faceprior.detect import face_square
 from faceprior.images import as_array, cv2, load_image, to_pil

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from figures_bench import Bench, best_face, digest_of, drawing_digest
-from figures_faces import told_residuals
-from figures_table import Missing, cell, correlation_of, mean_of, rank_correlation, share_of
 from PIL import Image
-from tiny_damage import DAMAGES, LEVELS, UNSEEN
-from tiny_stages import run
 
+from checkpoints.tiny_models.bench import Bench, best_face, digest_of, drawing_digest
+from checkpoints.tiny_models.damage import DAMAGES, LEVELS, UNSEEN
+from checkpoints.tiny_models.faces import told_residuals
+from checkpoints.tiny_models.stages import run
+from checkpoints.tiny_models.table import Missing, cell, correlation_of, mean_of, rank_correlation, share_of
 from faceprior import tiny
 from faceprior.detect import AREA_LIMITS, area_bin, face_square
 from faceprior.images import cv2, load_image

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from tiny_data import Drawings, tidy_configs
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from checkpoints.tiny_models.data import Drawings, tidy_configs
 from faceprior import tiny
 from faceprior.diffusion import noise_like
 from faceprior.images import find_images, load_image, to_pixel_values

@@ -4,10 +4,10 @@ from collections import Counter
 from functools import cached_property, partial
 
 import numpy as np
-from figures_bench import FOUND, Bench, best_face, confidence_of
-from figures_table import cell, mean_of, share_of
 from PIL import Image
 
+from checkpoints.tiny_models.bench import FOUND, Bench, best_face, confidence_of
+from checkpoints.tiny_models.table import cell, mean_of, share_of
 from faceprior.metrics import psnr
 from faceprior.procedural import Drawing
 

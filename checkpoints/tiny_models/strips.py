@@ -1,4 +1,4 @@
-"""The README's pictures, cut from what `figures.py` and the demo left: python checkpoints/strips.py
+"""The README's pictures, cut from what `figures.py` and the demo left: python -m checkpoints.tiny_models.strips
 
 The first ones of every sheet, not the best ones.
 """
@@ -11,7 +11,7 @@ from PIL import Image
 from faceprior.images import load_image
 from faceprior.procedural import TEST_SEEDS, contact_sheet, draw_portrait
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHEETS, DEMO, OUTPUT = ROOT / "results/tiny/sheets", ROOT / "results/demo", ROOT / "examples/pictures"
 TILE = 128
 

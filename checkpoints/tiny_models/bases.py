@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_data import Drawings, save_arrays, tidy_configs
-from tiny_vae import pixel_batches
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs
+from checkpoints.tiny_models.vae import pixel_batches
 from faceprior import tiny
 from faceprior.diffusion import added_conditions, encode_prompts, noise_like
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps

@@ -76,7 +76,9 @@ class Drawings(Dataset):
     def __init__(self, work: Path, split: str):
         files = [np.load(path) for path in sorted((work / split).glob("??????.npz"))]
         if not files:
-            raise FileNotFoundError(f"no drawings in {work / split}: `python checkpoints/make_tiny.py --only draw`")
+            raise FileNotFoundError(
+                f"no drawings in {work / split}: `python -m checkpoints.tiny_models.make_tiny --only draw`"
+            )
         self.images = np.concatenate([file["images"] for file in files])
         self.captions = [str(text) for file in files for text in file["captions"]]
         self.records = [json.loads(str(text)) for file in files for text in file["records"]]

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, DiffusionPipeline
-from figures_table import Missing
 from PIL import Image
-from tiny_stages import run
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.stages import run
+from checkpoints.tiny_models.table import Missing
 from faceprior import tiny
 from faceprior.detect import Face, detect_faces
 from faceprior.diffusion import decode_latents, encode_latents, load_part, load_pipeline, sample_images
@@ -53,7 +53,7 @@ class Bench:
         """Return the folder of a finished model, shipped or in the work folder; Missing names the way to it."""
         if kind in SHIPPED:
             folder = self.models / kind
-            info, command = tiny.info(folder), f"`python checkpoints/make_tiny.py --only {kind}`"
+            info, command = tiny.info(folder), f"`python -m checkpoints.tiny_models.make_tiny --only {kind}`"
             if info is None:
                 raise Missing(f"there is no {folder}: {command} trains it")
             if not (info.get("trained") or self.config.untrained):
@@ -65,7 +65,7 @@ class Bench:
         """Return a finished run's folder in the work folder."""
         folder = self.work / name
         if not (folder / "done.json").is_file():
-            raise Missing(f"no finished {folder}: `python checkpoints/make_tiny.py --only {name}` makes it")
+            raise Missing(f"no finished {folder}: `python -m checkpoints.tiny_models.make_tiny --only {name}` makes it")
         return folder
 
     def digest(self, kind: str) -> str | None:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from figures_bench import Bench, best_face
-from figures_table import Missing
 from PIL import Image
 
+from checkpoints.tiny_models.bench import Bench, best_face
+from checkpoints.tiny_models.table import Missing
 from faceprior import tiny
 from faceprior.detect import Face
 from faceprior.metrics import landmark_error

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_data import Drawings
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from checkpoints.tiny_models.data import Drawings
 from faceprior import tiny
 from faceprior.degrade import DegradationConfig, degrade
 from faceprior.features import FeatureNetwork

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from functools import partial
 
-from figures_bench import FOUND, Bench, best_face, confidence_of
-from figures_faces import Proportions, drawn_proportions
-from figures_table import cell, difference_of
 from PIL import Image
 
+from checkpoints.tiny_models.bench import FOUND, Bench, best_face, confidence_of
+from checkpoints.tiny_models.faces import Proportions, drawn_proportions
+from checkpoints.tiny_models.table import cell, difference_of
 from faceprior.diffusion import load_pipeline
 from faceprior.guidance import load_tuned
 
