@@ -360,7 +360,7 @@ def test_training_from_drawings_to_a_folder(tmp_path, monkeypatch):
     one, other = (tiny_features.to_tensors(portraits[i])["landmarks"] for i in range(2))
     torch.testing.assert_close(tiny_features.mean_landmarks(portraits), (one + other) / 2)
     monkeypatch.setattr(tiny_features.tiny, "tiny_folder", lambda: tmp_path / "tiny")
-    monkeypatch.setattr("BATCH", 2)
+    monkeypatch.setattr(tiny_features, "BATCH", 2)
     config = SimpleNamespace(feature_steps=2, feature_learning_rate=1e-3, mixed_precision="no", device="cpu")
     tiny_features.train_features(config, tmp_path / "work")
     info = json.loads((tmp_path / "tiny/features/tiny.json").read_text())
