@@ -28,7 +28,7 @@ _LPIPS_BACKBONES = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze"
 
 
 class MetricUnavailable(RuntimeError):
-    """A metric whose weights are not on this machine; the message names the file and how to get it."""
+    """A number that cannot be measured on this machine; the message says what is missing and how to get it."""
 
 
 def psnr(a: ImageSource, b: ImageSource, luma: bool = False) -> float:
@@ -276,21 +276,21 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     return PairedTest(mean, half_width, float(stats.ttest_rel(first, second).pvalue), len(first))
 
 
-class ShareInterval(NamedTuple):
-    """A share in [0, 1] and its 95% confidence interval."""
+class FractionInterval(NamedTuple):
+    """A fraction in [0, 1] and its 95% confidence interval; the fields are the keys of the scorer's report.json."""
 
     share: float
     low: float
     high: float
 
 
-def share_interval(right: Sequence[bool]) -> ShareInterval:
-    """The share of True and its 95% interval (Wilson 1927), which stays inside of [0, 1]. ValueError for none."""
+def fraction_interval(correct: Sequence[bool]) -> FractionInterval:
+    """The fraction of True and its 95% interval (Wilson 1927), which lies within [0, 1]. ValueError for none."""
     from scipy import stats
 
-    values = _checked_values(right)
+    values = _checked_values(correct)
     interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-    return ShareInterval(float(values.mean()), float(interval.low), float(interval.high))
+    return FractionInterval(float(values.mean()), float(interval.low), float(interval.high))
 
 
 class CalibrationBin(NamedTuple):

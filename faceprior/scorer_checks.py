@@ -15,7 +15,7 @@ from PIL import Image
 from faceprior.detect import AREA_LIMITS, area_bin
 from faceprior.images import cv2, load_image
 from faceprior.inpaint import cut_out, put_back, through_vae
-from faceprior.metrics import ranking_calibration, share_interval
+from faceprior.metrics import fraction_interval, ranking_calibration
 from faceprior.pairs import Change, FacePair
 
 REPORT_FILE = "report.json"
@@ -34,7 +34,7 @@ def report_scores(good: list[float], bad: list[float]) -> dict[str, Any]:
     counts = {side: np.histogram(scores, edges)[0].tolist() for side, scores in (("good", good), ("bad", bad))}
     return {
         "pairs": len(margins),
-        "accuracy": share_interval(margins > 0)._asdict(),
+        "accuracy": fraction_interval(margins > 0)._asdict(),
         "calibration": {
             "expected_error": calibration.expected_error,
             "bins": [b._asdict() for b in calibration.bins],
@@ -95,7 +95,7 @@ def _measure(
     score: Score, pairs: list[FacePair], test: str, good: Change | None, bad: Change | None, note: str
 ) -> dict:
     right = np.greater(*score(pairs, good, bad))
-    return {"test": test, **share_interval(right)._asdict(), "n": len(pairs), "note": note}
+    return {"test": test, **fraction_interval(right)._asdict(), "n": len(pairs), "note": note}
 
 
 def light_blur(image: Image.Image, pair: FacePair) -> Image.Image:

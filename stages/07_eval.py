@@ -33,21 +33,21 @@ from faceprior.diffusion import load_pipeline, looks_like_path, sample_images
 from faceprior.guidance import load_tuned
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
-from faceprior.metrics import (
-    MetricUnavailable,
-    fid,
-    landmark_error,
-    lpips_distance,
-    mean_interval,
-    paired_test,
-    psnr,
-    ssim,
-)
+from faceprior.metrics import fid, landmark_error, lpips_distance, psnr, ssim
 from faceprior.models import quiet_libraries, resolve_device, weight_dtype
 from faceprior.photos import safe_name
 from faceprior.procedural import TEST_SEEDS, draw_portrait
 from faceprior.restorer import AuthFaceRestorer
 from faceprior.scorer import FaceScorer
+from faceprior.tables import (
+    Estimate,
+    difference_estimate,
+    interval_text,
+    markdown_table,
+    mean_estimate,
+    measure,
+    number_text,
+)
 from faceprior.training import METRICS_FILE, finish
 
 ROWS, RESULTS, TABLE = "rows.jsonl", "results.json", "table.md"
@@ -205,70 +205,66 @@ def landmark_distance(config: Config, image: Image.Image, clean: Image.Image) ->
 
 
 def generation_table(rows: list[dict]) -> Iterator[dict]:
-    """Yield the numbers of Table 5 that this stage measures."""
+    """Yield the numbers of Table 5 of Face Score that this stage measures, one row of the table each."""
     drawn = [row for row in rows if row["part"] == "generation"]
     models = {model: [row for row in drawn if row["model"] == model] for model in ("base", "tuned")}
-    for model, own in models.items():
-        yield cell("generation", f"pictures with a face, {model}", [float(row["faces"] > 0) for row in own])
-        scores = [row["score"] for row in own if row["score"] is not None]
-        yield cell("generation", f"Face Score, {model}", scores, NO_FACE)
     scores = {model: {row["id"]: row["score"] for row in own} for model, own in models.items()}
+
+    # ---- each model on its own: how many images have a face, and the Face Score of those that have one
+    for model, own in models.items():
+        with_face = [float(row["faces"] > 0) for row in own]
+        yield table_row("generation", f"pictures with a face, {model}", mean_estimate(with_face))
+        found = [score for score in scores[model].values() if score is not None]
+        yield table_row("generation", f"Face Score, {model}", mean_estimate(found, reason=NO_FACE))
+
+    # ---- both models on the same prompts and noise, where both drew a face
     both = [i for i, score in scores["base"].items() if score is not None and scores["tuned"].get(i) is not None]
-    if len(both) > 1:
-        test = paired_test([scores["tuned"][i] for i in both], [scores["base"][i] for i in both])
-        differences = [scores["tuned"][i] - scores["base"][i] for i in both]
-        yield cell("generation", "Face Score, tuned - base", differences, note=f"paired t test, p = {test.p_value:.3g}")
-    else:
-        yield cell("generation", "Face Score, tuned - base", [], "fewer than two prompts gave a face with both models")
+    tuned, base = ([scores[model][i] for i in both] for model in ("tuned", "base"))
+    reason = "fewer than two prompts gave a face with both models"
+    yield table_row("generation", "Face Score, tuned - base", difference_estimate(tuned, base, reason=reason))
 
 
 def restoration_table(output: Path, rows: list[dict]) -> Iterator[dict]:
-    """Yield the numbers of Table 1 that this stage measures, for the degraded input and for the restored face."""
+    """Yield the numbers of Table 1 of AuthFace that this stage measures, for degraded and for restored faces."""
     restored = [row for row in rows if row["part"] == "restoration"]
+
+    # ---- against the clean face
     names = {"psnr": "PSNR (dB)", "ssim": "SSIM", "landmarks": "landmark error (share of inter-ocular distance)"}
     for key, name in names.items():
         for kind in ("degraded", "restored"):
             values = [row[f"{key}_{kind}"] for row in restored if row[f"{key}_{kind}"] is not None]
-            yield cell("restoration", f"{name}, {kind}", [v for v in values if math.isfinite(v)], NO_FACE)
+            finite = [value for value in values if math.isfinite(value)]
+            yield table_row("restoration", f"{name}, {kind}", mean_estimate(finite, reason=NO_FACE))
+
+    # ---- without a reference
     for kind in ("clean", "degraded", "restored"):
-        yield cell("restoration", f"Face Score, {kind}", [row[f"score_{kind}"] for row in restored])
+        yield table_row("restoration", f"Face Score, {kind}", mean_estimate([row[f"score_{kind}"] for row in restored]))
+
+    # ---- by networks whose weights may not be on this machine
     folders = {kind: output / "pictures" / kind for kind in ("clean", "degraded", "restored")}
     for kind in ("degraded", "restored"):
         pairs = [(folders[kind] / f"{row['id']}.png", folders["clean"] / f"{row['id']}.png") for row in restored]
-        yield perhaps(f"LPIPS, {kind}", lambda pairs=pairs: [lpips_distance(*pair) for pair in pairs])
-        yield perhaps(f"FID to the clean faces, {kind}", lambda kind=kind: [fid(folders[kind], folders["clean"])])
+        lpips = measure(lambda pairs=pairs: mean_estimate([lpips_distance(*pair) for pair in pairs]))
+        yield table_row("restoration", f"LPIPS, {kind}", lpips)
+        distance = measure(lambda kind=kind: mean_estimate([fid(folders[kind], folders["clean"])]))
+        yield table_row("restoration", f"FID to the clean faces, {kind}", distance)
 
 
-def perhaps(name: str, measure: Callable[[], list[float]]) -> dict:
-    """Return the cell of a metric whose weights may not be on this machine."""
-    try:
-        return cell("restoration", name, measure())
-    except (MetricUnavailable, ImportError) as error:
-        return cell("restoration", name, [], str(error))
-
-
-def cell(part: str, metric: str, values: list[float], missing: str = "", note: str = "") -> dict:
-    """Return one number of the table: mean, 95% interval, n; a value of None is not measured, and the note says why."""
-    row = {"part": part, "metric": metric, "value": None, "low": None, "high": None, "n": len(values)}
-    if not values:
-        return row | {"note": f"not measured: {missing}"}
-    mean, half = mean_interval(values)
-    if math.isfinite(half):
-        row |= {"low": mean - half, "high": mean + half}
-    return row | {"value": mean, "note": note}
+def table_row(part: str, metric: str, estimate: Estimate) -> dict:
+    return {"part": part, "metric": metric, **estimate.to_row()}
 
 
 def write_results(output: Path, results: list[dict]) -> None:
-    """Write the cells as JSON, as a Markdown table and as rows of metrics.jsonl."""
+    """Write the rows of the table as JSON, as Markdown and as a row of metrics.jsonl."""
     (output / RESULTS).write_text(json.dumps({"rows": results}, indent=1))
     measured = {row["metric"]: row["value"] for row in results if row["value"] is not None}
     rewrite_rows(output / METRICS_FILE, [{"step": 1, **measured}])
-    lines = ["| part | metric | mean | 95% interval | n | note |", "|---|---|---|---|---|---|"]
-    for row in results:
-        value = "-" if row["value"] is None else f"{row['value']:.4g}"
-        interval = "-" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
-        lines.append(f"| {row['part']} | {row['metric']} | {value} | {interval} | {row['n']} | {row['note']} |")
-    (output / TABLE).write_text("\n".join(lines) + "\n")
+    texts = [
+        (row["part"], row["metric"], number_text(row["value"]), interval_text(row["low"], row["high"]))
+        + (str(row["n"]), row["note"])
+        for row in results
+    ]
+    (output / TABLE).write_text(markdown_table(("part", "metric", "mean", "95% interval", "n", "note"), texts))
 
 
 if __name__ == "__main__":

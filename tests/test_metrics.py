@@ -15,6 +15,7 @@ from faceprior import metrics
 from faceprior.metrics import (
     MetricUnavailable,
     fid,
+    fraction_interval,
     frechet_distance,
     landmark_error,
     lpips_distance,
@@ -22,7 +23,6 @@ from faceprior.metrics import (
     paired_test,
     psnr,
     ranking_calibration,
-    share_interval,
     ssim,
 )
 
@@ -308,11 +308,11 @@ def test_a_share_by_hand():
     z = statistics.NormalDist().inv_cdf(0.975)
     middle = (0.8 + z**2 / 20) / (1 + z**2 / 10)
     half = z / (1 + z**2 / 10) * math.sqrt(0.8 * 0.2 / 10 + z**2 / 400)
-    assert share_interval([True] * 8 + [False] * 2) == pytest.approx((0.8, middle - half, middle + half))
-    share, low, high = share_interval(np.array([True]))
+    assert fraction_interval([True] * 8 + [False] * 2) == pytest.approx((0.8, middle - half, middle + half))
+    share, low, high = fraction_interval(np.array([True]))
     assert (share, high) == (1, 1) and 0.1 < low < 0.3
     with pytest.raises(ValueError, match="one at least"):
-        share_interval([])
+        fraction_interval([])
 
 
 def test_calibration_by_hand():

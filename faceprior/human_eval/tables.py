@@ -16,7 +16,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ from faceprior.human_eval.metrics import (
 )
 from faceprior.images import atomic_write
 from faceprior.models import REWARD_ID, SCORER_ID
+from faceprior.tables import EMPTY, markdown_table, number_text
 
 if TYPE_CHECKING:
     import torch
@@ -276,38 +277,45 @@ def _shares_table(result: Tables) -> str:
         [row.model, *map(_percent, (row.score_1, row.score_2, row.score_3)), _number(row.average), source]
         for source, row in _beside(result, result.table_1, PUBLISHED.table_1)
     ]
-    return _markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _accuracy_table(result: Tables) -> str:
     header = ["metric", "accuracy (%)", "95% interval", "pairs", "without", "source", "note"]
     rows = []
     for source, row in _beside(result, result.table_2, PUBLISHED.table_2):
-        interval = "-" if row.low is None else f"{_percent(row.low)} to {_percent(row.high)}"
-        counts = [str(row.pairs), str(row.left_out)] if source == "measured" else ["-", "-"]
+        interval = EMPTY if row.low is None else f"{_percent(row.low)} to {_percent(row.high)}"
+        counts = [str(row.pairs), str(row.left_out)] if source == "measured" else [EMPTY, EMPTY]
         rows.append([row.metric, _percent(row.accuracy), interval, *counts, source, row.note])
-    return _markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _means_table(result: Tables) -> str:
     header = ["metric", "model", "mean", "images", "without", "source", "note"]
     rows = []
     for source, row in _beside(result, result.table_3, PUBLISHED.table_3):
-        counts = [str(row.images), str(row.without)] if source == "measured" else ["-", "-"]
-        mean = "-" if row.mean is None else f"{row.mean:.5g}"
-        rows.append([row.metric, row.model, mean, *counts, source, _short_note(source, row.note)])
-    return _markdown_table(header, rows)
+        counts = [str(row.images), str(row.without)] if source == "measured" else [EMPTY, EMPTY]
+        rows.append(
+            [row.metric, row.model, number_text(row.mean, ".5g"), *counts, source, _short_note(source, row.note)]
+        )
+    return markdown_table(header, rows)
 
 
 def _statistics_table(result: Tables) -> str:
     header = ["metric", "Pearson", "model", "median", "std", "source", "note"]
     rows = [
-        [row.metric, _number(row.pearson), spread.model, _number(spread.median), _number(spread.std)]
+        [
+            row.metric,
+            _number(row.pearson),
+            spread.model,
+            number_text(spread.median, ".4f"),
+            number_text(spread.std, ".4f"),
+        ]
         + [source, _short_note(source, row.note)]
         for source, row in _beside(result, result.table_4, PUBLISHED.table_4)
         for spread in row.models or (ModelSpread("-", None, None),)
     ]
-    return _markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _wins_table(result: Tables) -> str:
@@ -315,7 +323,7 @@ def _wins_table(result: Tables) -> str:
         [model, *("-" if i == j else f"{_percent(rate)}%" for j, rate in enumerate(rates))]
         for i, (model, rates) in enumerate(zip(result.models, result.win_rates, strict=True))
     ]
-    return _markdown_table(["", *result.models], rows)
+    return markdown_table(["", *result.models], rows)
 
 
 def _beside(result: Tables, own: Sequence[Any], paper: Sequence[Any]) -> Iterator[tuple[str, Any]]:
@@ -334,21 +342,13 @@ def _section(title: str, table: str) -> str:
     return f"## {title}\n\n{table}"
 
 
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
-
-
-def _escape(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
+def _percent(fraction: float | None) -> str:
+    """As the paper prints it, without the sign."""
+    return number_text(fraction, ".2%").rstrip("%")
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return number_text(value, ".4f")
 
 
 def measure_missing(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, str]:

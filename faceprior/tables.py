@@ -1,0 +1,104 @@
+"""Tables of measured numbers: an estimate with its 95% interval, or the reason why there is none; and Markdown.
+
+    estimate = measure(lambda: mean_estimate(scores))       # or fraction_estimate, difference_estimate
+    estimate.to_row()                                       # {"value", "low", "high", "n", "note"}, ready for JSON
+
+    cells = (row["metric"], number_text(row["value"]), interval_text(row["low"], row["high"]), str(row["n"]))
+    markdown_table(("metric", "mean", "95% interval", "n"), [cells])
+
+A number that cannot be measured on this machine keeps its row. The code that measures it raises `MetricUnavailable` with
+the reason and the way out, `measure` makes an estimate without a value of it, and the note reads "not measured: REASON".
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from faceprior.metrics import MetricUnavailable, fraction_interval, mean_interval, paired_test
+
+NOT_MEASURED = "not measured: "  # begins the note of an estimate without a value
+EMPTY = "-"  # the text of a number that does not exist
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its 95% interval, of how many items (n), and a note; without a value, the reason for that.
+
+    low, high: None, or infinite, where there is no interval (a single item). p_value: of a paired test.
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    note: str = ""
+    p_value: float | None = None
+    reason: str = ""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the JSON keys value, low, high, n and note; a number that is not finite becomes None."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
+        reason = NOT_MEASURED + self.reason if self.value is None else ""
+        test = "" if self.p_value is None else f"paired t test, p = {self.p_value:.3g}"
+        return {**finite, "n": self.n, "note": "; ".join(filter(None, (reason, self.note, test)))}
+
+
+def measure(function: Callable[[], Estimate]) -> Estimate:
+    """Return what a function measures; where it lacks weights, files or a library, an estimate with the reason."""
+    try:
+        return function()
+    except (MetricUnavailable, ImportError) as error:
+        return Estimate(reason=str(error))
+
+
+def mean_estimate(values: Sequence[float], note: str = "", reason: str = "no values") -> Estimate:
+    """Return the mean with its interval by Student's t. reason: why there is none, should `values` be empty."""
+    if not len(values):
+        return Estimate(reason=reason, note=note)
+    mean, half = mean_interval(values)
+    return Estimate(mean, mean - half, mean + half, len(values), note)
+
+
+def fraction_estimate(correct: Sequence[bool], note: str = "", reason: str = "no values") -> Estimate:
+    """Return the fraction of True, [0, 1], with its interval by Wilson. reason: as for `mean_estimate`."""
+    if not len(correct):
+        return Estimate(reason=reason, note=note)
+    return Estimate(*fraction_interval(correct), len(correct), note)
+
+
+def difference_estimate(
+    a: Sequence[float], b: Sequence[float], note: str = "", reason: str = "fewer than two values"
+) -> Estimate:
+    """Return the mean of a - b over the same items, with its interval and p value by the paired t test.
+
+    reason: why there is none, should there be fewer than two items.
+    """
+    if len(a) < 2:
+        return Estimate(reason=reason, note=note)
+    test = paired_test(a, b)
+    mean, half = test.mean_difference, test.half_width
+    return Estimate(mean, mean - half, mean + half, test.n, note, test.p_value)
+
+
+def number_text(value: float | None, spec: str = ".4g", unit: str = "") -> str:
+    """Return a number by its format (".1%" shows a fraction as a percentage) with its unit; "-" for None."""
+    return EMPTY if value is None else f"{value:{spec}} {unit}".rstrip()
+
+
+def interval_text(low: float | None, high: float | None, spec: str = ".4g", unit: str = "") -> str:
+    """Return "LOW to HIGH", "-" where one of them is None."""
+    if low is None or high is None:
+        return EMPTY
+    return f"{number_text(low, spec, unit)} to {number_text(high, spec, unit)}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table, a line per row; `|` is escaped and a line break within a cell becomes a space."""
+    lines = [_line(head), "|---" * len(head) + "|", *map(_line, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
