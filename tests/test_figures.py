@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import stats
 
 from checkpoints.tiny_models import bench as bench_module
-from checkpoints.tiny_models import figures, table
+from checkpoints.tiny_models import figures
 from checkpoints.tiny_models import figures_bases as bases
 from checkpoints.tiny_models import figures_restorer as restorer
 from checkpoints.tiny_models import figures_scorer as scorer
@@ -22,78 +22,87 @@ from checkpoints.tiny_models import figures_tuning as tuning
 from checkpoints.tiny_models.bench import Bench, digest_of
 from checkpoints.tiny_models.faces import Proportions, eye_frame
 from checkpoints.tiny_models.figures_scorer import damage_ladder
+from checkpoints.tiny_models.table import (
+    columns,
+    correlation_estimate,
+    is_met,
+    jackknife_estimate,
+    make_row,
+    rank_correlation,
+)
 from faceprior import tiny
 from faceprior.config import make_config
 from faceprior.features import FeatureNetwork
 from faceprior.images import save_image
+from faceprior.metrics import MetricUnavailable
 from faceprior.models import quiet_libraries
 from faceprior.procedural import TEST_SEEDS, draw_portrait
+from faceprior.tables import Estimate, fraction_estimate, mean_estimate
 
-# --- statistics ---
-
-
-def test_wilson_by_hand():
-    """9 of 10, z^2 = 3.8415: middle (.9 + .19207) / 1.38415 = .7890, half 1.96 / 1.38415 sqrt(.009 + .0096) = .1931."""
-    found = table.share_of([True] * 9 + [False])
-    assert found.value == 0.9 and found.n == 10
-    assert found.low == pytest.approx(0.7890 - 0.1931, abs=1e-3)
-    assert found.high == pytest.approx(0.7890 + 0.1931, abs=1e-3)
-    everything = table.share_of([True] * 10)
-    assert everything.high == pytest.approx(1) and everything.low == pytest.approx(10 / (10 + 1.959964**2), abs=1e-4)
-    wanted = stats.binomtest(30, 40).proportion_ci(method="wilson")
-    assert table.share_of([True] * 30 + [False] * 10)[1:3] == pytest.approx((wanted.low, wanted.high), abs=1e-5)
-
-
-def test_mean_and_difference_by_hand():
-    """1, 2, 3: deviation 1, t(.975, 2) = 4.3027, half 4.3027 / sqrt 3. Differences of 1, 2, 3 to zeros are the same."""
-    half = 4.30265 / math.sqrt(3)
-    assert table.mean_of([1, 2, 3]) == pytest.approx((2, 2 - half, 2 + half, 3), abs=1e-4)
-    estimate, p_value = table.difference_of([1, 2, 3], [0, 0, 0])
-    assert estimate == pytest.approx((2, 2 - half, 2 + half, 3), abs=1e-4)
-    assert p_value == pytest.approx(stats.ttest_1samp([1, 2, 3], 0).pvalue)
+# --- statistics and rows ---
 
 
 def test_correlation_by_hand():
     """Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24) = .8; a constant side orders nothing."""
-    found = table.correlation_of([1, 2, 3, 4, 5], [20, 10, 40, 30, 500])
-    assert found.value == pytest.approx(0.8)
+    found = correlation_estimate([1, 2, 3, 4, 5], [20, 10, 40, 30, 500])
+    assert found.value == pytest.approx(0.8) and found.n == 5
     half = 1.959964 * math.sqrt((1 + 0.32) / 2)
-    assert found[1:3] == pytest.approx((math.tanh(math.atanh(0.8) - half), math.tanh(math.atanh(0.8) + half)))
-    assert table.rank_correlation([1, 2, 3], [7, 7, 7]) == 0
-    a, b = np.random.default_rng(0).integers(0, 5, (2, 50))
-    assert table.rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert found.low == pytest.approx(math.tanh(math.atanh(0.8) - half))
+    assert found.high == pytest.approx(math.tanh(math.atanh(0.8) + half))
+    assert rank_correlation([1, 2, 3], [7, 7, 7]) == 0
 
 
 def test_jackknife_of_a_mean():
     """Of a mean, one item left out at a time, it gives the mean's standard error s / sqrt(n) exactly."""
     values = np.array([1.0, 4.0, 2.0, 8.0, 5.0, 7.0, 1.0, 3.0, 6.0, 9.0, 2.0, 4.0])
-    found = table.jackknife(lambda items: values[items].mean(), 12, groups=6)
+    found = jackknife_estimate(lambda items: values[items].mean(), 12, groups=6)
     groups = np.array([values[np.arange(12) % 6 == g].mean() for g in range(6)])
     half = stats.t.ppf(0.975, 5) * groups.std(ddof=1) / math.sqrt(6)
-    assert found == pytest.approx((values.mean(), values.mean() - half, values.mean() + half, 12))
+    assert found.value == pytest.approx(values.mean()) and found.n == 12
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half))
 
 
 def test_too_few_items_are_no_estimate():
-    for estimate, values in ((table.mean_of, []), (table.share_of, []), (table.jackknife, None)):
-        with pytest.raises(table.Missing, match="too few"):
-            estimate(values) if values is not None else estimate(np.mean, 3)
-    with pytest.raises(table.Missing, match="4 usable pictures are too few, 5 are needed"):
-        table.correlation_of([1, 2, 3, 4], [1, 2, 3, 4])
-    row = table.cell("share", lambda: table.share_of([]), (">=", 0.95), "%")
-    assert row["value"] is None and row["met"] is None and row["aim"] == ">= 95.0%"
-    assert row["note"].startswith("not measured: 0 usable pictures")
+    assert jackknife_estimate(np.mean, 3).reason == "3 usable images are too few, 4 are needed"
+    assert correlation_estimate([1, 2, 3, 4], [1, 2, 3, 4]).reason == "4 usable images are too few, 5 are needed"
+    row = make_row("fraction", fraction_estimate([], reason="no samples"), (">=", 0.95), "%")
+    assert columns(row) == ("fraction", "-", "-", ">= 95.0%", "", "not measured: no samples")
+    assert row["met"] is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "aim", "met"),
+    [
+        (0.95, 0.99, (">=", 0.95), True),  # the interval's end on the bound
+        (0.94, 0.99, (">=", 0.95), False),  # the value alone would meet it
+        (0.1, 0.5, (">", 0), True),
+        (0.0, 0.5, (">", 0), False),
+        (0.2, 0.7, ("<=", 0.7), True),
+        (0.2, 0.8, ("<=", 0.7), False),
+        (-0.5, -0.1, ("<", 0), True),
+        (-0.5, 0.0, ("<", 0), False),
+        (-math.inf, math.inf, (">", 0), False),  # a single value
+        (0.1, 0.5, None, None),
+    ],
+)
+def test_an_aim_is_met_by_the_whole_interval(low, high, aim, met):
+    assert is_met(Estimate((low + high) / 2, low, high, 9), aim) is met
+
+
+def test_an_aim_with_a_p_value_needs_both():
+    below, above = (Estimate(1, low, 2, 9, p_value=p) for low, p in ((0.5, 0.009), (0.5, 0.01)))
+    assert is_met(below, (">", 0), 0.01) is True and is_met(above, (">", 0), 0.01) is False
+    assert is_met(Estimate(1, -0.1, 2, 9, p_value=0.009), (">", 0), 0.01) is False
+    assert is_met(above, (">", 0)) is True
 
 
 def test_rows_and_their_texts():
-    """The aim is met by the value; with a p value both have to hold."""
-    row = table.cell("a", lambda: table.Estimate(0.96, 0.9, 0.99, 100), (">=", 0.95), "%", "note")
-    assert table.columns(row) == ("a", "96.0% (90.0% to 99.0%)", "100", ">= 95.0%", "yes", "note")
-    assert table.cell("a", lambda: table.Estimate(0.94, 0.9, 0.99, 100), (">=", 0.95))["met"] is False
-    unsure = table.cell("b", lambda: (table.Estimate(1, -1, 3, 9), 0.4), (">", 0), p_below=0.01)
-    assert unsure["met"] is False and unsure["aim"] == "> 0, p < 0.01" and "p = 0.4" in unsure["note"]
-    assert table.cell("b", lambda: (table.Estimate(1, 0.5, 1.5, 9), 0.001), (">", 0), p_below=0.01)["met"] is True
-    single = table.cell("c", lambda: table.mean_of([3.0]), unit="dB")
-    assert single["low"] is None and table.columns(single)[1] == "3 dB" and single["met"] is None
+    row = make_row("a", Estimate(0.96, 0.95, 0.99, 100, "more"), (">=", 0.95), "%", "note")
+    assert columns(row) == ("a", "96.0% (95.0% to 99.0%)", "100", ">= 95.0%", "yes", "note; more")
+    row = make_row("b", Estimate(1, -1, 3, 9, p_value=0.4), (">", 0), p_below=0.01)
+    assert columns(row) == ("b", "1 (-1 to 3)", "9", "> 0, p < 0.01", "no", "paired t test, p = 0.4")
+    row = make_row("c", mean_estimate([123.45]), unit="dB")
+    assert row["low"] is None and columns(row) == ("c", "123.5 dB", "1", "", "", "")
 
 
 # --- judges ---
@@ -144,7 +153,7 @@ def test_distance_from_proportions():
     assert distances[2] == pytest.approx(5 * distances[0])
     own = [proportions.distance(face) ** 2 for face in faces()]
     assert np.mean(own) == pytest.approx(6 * 39 / 40, rel=0.01)  # of the six dimensions, (n - 1) / n each
-    with pytest.raises(table.Missing, match="7 faces"):
+    with pytest.raises(MetricUnavailable, match="7 usable faces"):
         Proportions.of(faces(7))
 
 
@@ -220,7 +229,8 @@ def test_ratios_of_restored_to_degraded(models):
     faces = [restorer.draw_face(index) for index in range(6)]
     degraded, clean = [face.degraded for face in faces], [face.clean for face in faces]
     row, true = restorer.landmark_rows(faces, degraded)
-    assert row["value"] == row["low"] == true["value"] == 1 and row["met"] is False and "no face seen in" in row["note"]
+    assert row["value"] == row["low"] == true["value"] == 1 and row["met"] is False
+    assert "no face found in" in row["note"]
     row, true = restorer.landmark_rows(faces, clean)
     assert row["value"] == 0 < true["value"] != 1 and row["met"] is True
     blank, _ = restorer.landmark_rows(faces, [Image.new("RGB", (128, 128))] * 6)
@@ -321,7 +331,7 @@ def test_what_is_measured_is_kept(settings, models, tmp_path, monkeypatch):
 
     def count(bench):
         measured.append(bench.config.num_portraits)
-        return [table.cell("a", lambda: table.mean_of([1.0, 2.0]))]
+        return [make_row("a", mean_estimate([1.0, 2.0]))]
 
     pieces = {"a": figures.Piece("A", count, ("num_portraits",), ("scorer",))}
     monkeypatch.setattr(figures, "make_pieces", lambda: pieces)
@@ -358,8 +368,8 @@ def test_what_was_missing_is_tried_again(settings, models, tmp_path, monkeypatch
 
     def measure(bench):
         if not there:
-            raise table.Missing("there is no ablation")
-        return [table.cell("a", lambda: table.mean_of([1.0, 2.0]))]
+            raise MetricUnavailable("there is no ablation")
+        return [make_row("a", mean_estimate([1.0, 2.0]))]
 
     monkeypatch.setattr(figures, "make_pieces", lambda: {"a": figures.Piece("A", measure, (), ())})
     for value in (None, 1.5):
@@ -415,7 +425,7 @@ def test_a_stage_trains_an_ablation(settings, models, tmp_path, monkeypatch):
     assert calls == [("04_guidance_tune", {"config": tmp_path / "work/guided/config.yaml", "t_end": 1.0})]
     weights = tmp_path / "work/guided/vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
-    with pytest.raises(table.Missing, match="was trained beside another"):
+    with pytest.raises(MetricUnavailable, match="was trained for another"):
         bench.train("04_guidance_tune", "guided_all", "guided", t_end=1.0)
 
 

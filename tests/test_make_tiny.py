@@ -164,7 +164,7 @@ def test_every_second_picture_of_the_autoencoder_is_a_face(work):
 
 
 def test_the_record_keeps_the_runs_of_other_work_folders(work, config, home, tmp_path, monkeypatch):
-    """Two folders, a run each: both rows stay, and writing again adds none."""
+    """Two folders, a run each: both rows stay, writing again adds none, and what people wrote below them stays."""
     settings = SimpleNamespace(num_drawn=10, resolution=128)
     for folder, steps in ((tmp_path / "a", 1), (tmp_path / "b", 2)):
         (folder / "vae").mkdir(parents=True)
@@ -173,8 +173,11 @@ def test_the_record_keeps_the_runs_of_other_work_folders(work, config, home, tmp
         note_duration(folder, "vae", 36.0)
         for _ in range(2):
             write_readme(settings, folder)
+            page = (home / "README.md").read_text()
+            (home / "README.md").write_text(page + f"{steps} by hand\n")
     page = (home / "README.md").read_text()
     assert page.count("| vae | ") == 2 and "| vae | 2 | 0.5 | 0.01 | psnr 30 |" in page
+    assert page.endswith("\n1 by hand\n1 by hand\n2 by hand\n2 by hand\n") and page.count("# The tiny models") == 1
 
 
 def test_the_sdxl_type_starts_as_the_other_base():

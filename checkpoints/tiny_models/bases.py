@@ -66,7 +66,7 @@ def swap_sides(caption: str) -> str:
 
 
 def thin_out(caption: str, rng: np.random.Generator) -> str:
-    """Keep all tags in half of the cases, else the first one and a random fraction of the others: people write few words."""
+    """Keep all tags in half of the cases, else the first one and a random fraction of the others, as people do."""
     first, *tags = caption.split(", ")
     if rng.random() < 0.5:
         return caption

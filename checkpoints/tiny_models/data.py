@@ -93,7 +93,7 @@ class Drawings(Dataset):
 
 
 def tidy_configs(folder: Path) -> None:
-    """Drop the paths of the parts' origins, and let transformers load the text encoders in float32, as diffusers does."""
+    """Drop the paths of where parts came from, and let transformers load text encoders in float32."""
     for path in (path for name in CONFIGS for path in folder.rglob(name)):
         config = {key: value for key, value in json.loads(path.read_text()).items() if key not in ORIGINS}
         if path.parent.name.startswith("text_encoder"):

@@ -99,7 +99,7 @@ class SpoiledPair:
 
 
 def spoil(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return a face and a worse one: two strengths of one damage, or a light photometric damage against broken features."""
+    """Return a face and a worse one: one damage in two strengths, or a light photometric against a structural one."""
     seed = int(rng.integers(2**31))
 
     def damaged(image: np.ndarray, name: str, strength: float) -> np.ndarray:

@@ -1,101 +1,62 @@
-"""What the figures are made of: an estimate with its 95% interval, a row of the table, and the table."""
+"""What the figures are made of: two more estimates with a 95% interval, a row with its aim, and the page of tables."""
 
 import math
-import os
-import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
+from scipy import stats
 
-from faceprior.metrics import mean_interval, paired_test
+from faceprior.tables import EMPTY, Estimate, markdown_table, number_text
 
-Z = 1.959964  # the normal distribution's quantile of 97.5%
+Z = float(stats.norm.ppf(0.975))
 HEAD = ("figure", "value (95% interval)", "n", "aim", "met?", "note")
-
-
-class Missing(Exception):
-    """A figure cannot be measured here; the message says what is missing and the command that makes it."""
-
-
-class Estimate(NamedTuple):
-    """A value, its 95% interval (infinite where one value says nothing of it), and of how many items."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def mean_of(values: Sequence[float]) -> Estimate:
-    """The mean and its interval by Student's t."""
-    mean, half = mean_interval(_required(values, 1))
-    return Estimate(mean, mean - half, mean + half, len(values))
-
-
-def share_of(right: Sequence[bool]) -> Estimate:
-    """A share and its interval by Wilson (1927): the shares that are within Z of their own deviation."""
-    n = len(_required(right, 1))
-    share = float(np.mean(right))
-    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return Estimate(share, max(middle - half, 0.0), min(middle + half, 1.0), n)
-
-
-def difference_of(a: Sequence[float], b: Sequence[float]) -> tuple[Estimate, float]:
-    """The mean of a - b over the same items, and the two-sided p value of the paired t test."""
-    _required(a, 2)
-    test = paired_test(a, b)
-    mean, half = test.mean_difference, test.half_width
-    return Estimate(mean, mean - half, mean + half, test.n), test.p_value
+AIMS = {">=": "low", ">": "low", "<=": "high", "<": "high"}  # sign of an aim -> the end of the interval that decides
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's correlation, ties sharing their mean rank; 0 where one side is constant and orders nothing."""
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(values) for values in (a, b)]
-    if any(np.ptp(rank) == 0 for rank in ranks):
+    """Return Spearman's correlation, [-1, 1]; 0 where one side is constant and orders nothing."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(stats.spearmanr(a, b).statistic)
 
 
-def correlation_of(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    """Spearman's correlation, its interval by Fisher's z with the variance of Bonett and Wright (2000)."""
-    n, value = len(_required(a, 5)), rank_correlation(a, b)
+def correlation_estimate(a: Sequence[float], b: Sequence[float]) -> Estimate:
+    """Return Spearman's correlation, its interval by Fisher's z with the variance of Bonett and Wright (2000)."""
+    n = len(a)
+    if n < 5:
+        return too_few(n, 5)
+    value = rank_correlation(a, b)
     if abs(value) == 1:
         return Estimate(value, value, value, n)
-    half = Z * math.sqrt((1 + value**2 / 2) / (n - 3))
-    return Estimate(value, math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half), n)
+    z, half = math.atanh(value), Z * math.sqrt((1 + value**2 / 2) / (n - 3))
+    return Estimate(value, math.tanh(z - half), math.tanh(z + half), n)
 
 
-def jackknife(statistic: Callable[[np.ndarray], float], n: int, groups: int = 10) -> Estimate:
-    """The statistic of the items 0 .. n - 1, its interval by leaving out one group of them after the other.
+def jackknife_estimate(statistic: Callable[[np.ndarray], float], n: int, groups: int = 10) -> Estimate:
+    """Return the statistic of n items, its interval by leaving out one group of them after the other.
 
-    statistic: takes the numbers of the items that count. For values that are no mean, such as a ratio or a FID.
+    statistic: takes the numbers of the items that count, of 0 .. n - 1. For values that are no mean, such as a ratio or
+    a FID.
     """
-    from scipy import stats
-
-    everything = np.arange(len(_required(range(n), 4)))
-    groups = min(groups, n // 2)
-    value = statistic(everything)
-    left_out = np.array([statistic(everything[everything % groups != group]) for group in range(groups)])
-    error = math.sqrt((groups - 1) / groups * ((left_out - left_out.mean()) ** 2).sum())
+    if n < 4:
+        return too_few(n, 4)
+    items, groups = np.arange(n), min(groups, n // 2)
+    value = float(statistic(items))
+    without = np.array([statistic(items[items % groups != group]) for group in range(groups)])
+    error = math.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
     half = float(stats.t.ppf(0.975, groups - 1)) * error
-    return Estimate(float(value), float(value - half), float(value + half), n)
+    return Estimate(value, value - half, value + half, n)
 
 
-def _required(values: Sequence, least: int) -> Sequence:
-    if len(values) < least:
-        raise Missing(f"{len(values)} usable pictures are too few, {least} are needed")
-    return values
+def too_few(n: int, least: int) -> Estimate:
+    return Estimate(reason=f"{n} usable images are too few, {least} are needed")
 
 
-def cell(
+def make_row(
     figure: str,
-    measure: Callable[[], Estimate | tuple[Estimate, float]],
+    estimate: Estimate,
     aim: tuple[str, float] | None = None,
     unit: str = "",
     note: str = "",
@@ -103,25 +64,22 @@ def cell(
 ) -> dict[str, Any]:
     """Return one row of the table.
 
-    measure: gives an estimate, or an estimate and a p value; where it raises Missing, the row says so. aim: ">=", ">",
-    "<=" or "<", and the value; p_below: what the p value is to be below, beside the aim. unit: "%" for shares.
+    aim: ">=", ">", "<=" or "<", and the value; p_below: an upper limit of the p value, beside the aim. unit: "%" for
+    fractions. `met` tells whether the whole interval meets the aim, None without an aim or a value.
     """
-    row = {"figure": figure, "unit": unit, "aim": aim_text(aim, unit, p_below), "note": note}
-    try:
-        found = measure()
-    except Missing as missing:
-        return not_measured(row, str(missing))
-    estimate, p_value = found if isinstance(found[0], Estimate) else (found, None)
-    met = None if aim is None else compare(estimate.value, *aim)
-    if p_value is not None:
-        met = met if p_below is None or met is None else met and p_value < p_below
-        row["note"] = "; ".join(filter(None, (note, f"paired t test, p = {p_value:.2g}")))
-    numbers = {key: number if math.isfinite(number) else None for key, number in estimate._asdict().items()}
-    return {**row, **numbers, "met": met}
+    estimate = replace(estimate, note="; ".join(filter(None, (note, estimate.note))))
+    row = {"figure": figure, "unit": unit, "aim": aim_text(aim, unit, p_below), **estimate.to_row()}
+    return {**row, "met": is_met(estimate, aim, p_below)}
 
 
-def compare(value: float, sign: str, bound: float) -> bool:
-    return {">=": value >= bound, ">": value > bound, "<=": value <= bound, "<": value < bound}[sign]
+def is_met(estimate: Estimate, aim: tuple[str, float] | None, p_below: float | None = None) -> bool | None:
+    """Tell whether the whole 95% interval meets the aim, and the p value its limit; None where there is no answer."""
+    if aim is None or estimate.value is None:
+        return None
+    sign, bound = aim
+    end = getattr(estimate, AIMS[sign])
+    met = {">=": end >= bound, ">": end > bound, "<=": end <= bound, "<": end < bound}[sign]
+    return met and (p_below is None or estimate.p_value < p_below)
 
 
 def aim_text(aim: tuple[str, float] | None, unit: str, p_below: float | None) -> str:
@@ -131,14 +89,7 @@ def aim_text(aim: tuple[str, float] | None, unit: str, p_below: float | None) ->
     return text if p_below is None else f"{text}, p < {p_below}"
 
 
-def not_measured(row: dict[str, Any], reason: str) -> dict[str, Any]:
-    """Return the row of a figure that has no value, with the reason in its note."""
-    empty = {"value": None, "low": None, "high": None, "n": 0, "met": None}
-    note = "; ".join(filter(None, (f"not measured: {reason}", row.get("note"))))
-    return {"unit": "", "aim": "", **row, **empty, "note": note}
-
-
-def markdown(groups: dict[str, dict[str, Any]], command: str) -> str:
+def markdown(groups: dict[str, dict[str, Any]], command: str, machine: str) -> str:
     """Return the page: what was measured and where, and one table for each group.
 
     groups: as figures.py keeps them, {"title", "key", "cells", "seconds"} each.
@@ -146,47 +97,33 @@ def markdown(groups: dict[str, dict[str, Any]], command: str) -> str:
     lines = [
         "# Figures of the tiny models",
         "",
-        "Drawn people only, told and judged by tiny models: these numbers show that the methods do here what they are"
-        " for. They compare with each other, and with no published ones. All pictures are from test seeds, which no"
+        "Drawn people only, measured by tiny models: these numbers show that the methods do here what they are meant to"
+        " do. They compare with each other, and with no published numbers. All images are from test seeds, which no"
         " training saw.",
         "",
-        f"Measured by `{command}` on {machine()}. An aim that is missed stands as it was measured.",
+        f"Measured by `{command}` on {machine}. An aim is met only if the whole 95% interval meets it; a missed aim"
+        " stays in the table as it was measured.",
     ]
     for group in groups.values():
         lines += ["", f"## {group['title']}", ""]
-        lines += [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
-        lines += [f"| {' | '.join(columns(row))} |" for row in group["cells"]]
+        lines += [markdown_table(HEAD, map(columns, group["cells"]))]
         settings = ", ".join(f"{name} {value}" for name, value in group["key"]["settings"].items())
-        lines += ["", f"Settings: {settings}. Measured in {group['seconds']:.0f} s."]
+        lines += [f"Settings: {settings}. Measured in {group['seconds']:.0f} s."]
     return "\n".join(lines) + "\n"
 
 
 def columns(row: dict[str, Any]) -> tuple[str, ...]:
     """Return a row's texts in the order of HEAD."""
+    value, n = EMPTY, EMPTY
+    if row["value"] is not None:
+        value, n = _number(row["value"], row["unit"]), str(row["n"])
+        if row["low"] is not None and row["high"] is not None:
+            value += f" ({_number(row['low'], row['unit'])} to {_number(row['high'], row['unit'])})"
     met = {True: "yes", False: "no", None: ""}[row["met"]]
-    note = row["note"].replace("|", "/").replace("\n", " ")
-    if row["value"] is None:
-        return row["figure"], "-", "-", row["aim"], met, note
-    value = _number(row["value"], row["unit"])
-    if row["low"] is not None and row["high"] is not None:
-        value += f" ({_number(row['low'], row['unit'])} to {_number(row['high'], row['unit'])})"
-    return row["figure"], value, str(row["n"]), row["aim"], met, note
+    return row["figure"], value, n, row["aim"], met, row["note"]
 
 
 def _number(value: float, unit: str) -> str:
     if unit == "%":
-        return f"{100 * value:.1f}%"
-    text = f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
-    return f"{text} {unit}".rstrip()
-
-
-def machine() -> str:
-    """Return one line about where this was measured: processor, cores in use, graphics card, torch."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = next(iter(names), platform.processor() or platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    used = f"{cores} of {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{processor}, {used}{card}, torch {torch.__version__}"
+        return number_text(value, ".1%")
+    return number_text(value, ".3g" if abs(value) < 100 else ".1f", unit)
