@@ -7,11 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from faceprior.detect import area_bin as bin_of
 from faceprior.images import cv2
 from faceprior.procedural import (
-    AREA_BINS,
-    MAX_FACES,
-    TAGS,
     TEST_SEEDS,
     TRAIN_SEEDS,
     VALIDATION_SEEDS,
@@ -19,12 +17,14 @@ from faceprior.procedural import (
     draw_portrait,
     draw_scene,
     draw_scenes,
-    main,
 )
+from faceprior.procedural.__main__ import main
 from faceprior.procedural.anatomy import Head
 from faceprior.procedural.complexion import Face
 from faceprior.procedural.hair import Hair
 from faceprior.procedural.people import CHOICES, HAIR_STYLES, HATS, HIDDEN_EARS, sample_person, trait_names
+from faceprior.procedural.portraits import TAGS
+from faceprior.procedural.scenes import MAX_FACES
 
 SIZE = 96  # pixels of most portraits here: they only have to be portraits
 
@@ -300,11 +300,10 @@ def test_every_tag_can_be_overridden():
 @pytest.mark.parametrize("area_bin", range(4))
 def test_faces_of_a_scene_fall_into_their_bin(area_bin):
     scene = draw_scene(1, 256, faces=min(2, MAX_FACES[area_bin]), area_bin=area_bin)
-    low, high = AREA_BINS[area_bin]
     assert scene.image.shape == (256, 256, 3)
     for face in scene.faces:
         x0, y0, x1, y1 = face.box
-        assert low < (x1 - x0) * (y1 - y0) / 256**2 <= high
+        assert bin_of((x1 - x0) * (y1 - y0) / 256**2) == area_bin
         assert x0 >= 0 and x1 <= 256 and y0 >= 0 and y1 <= 256
         assert face.face_mask.shape == (256, 256) and inside(face.face_mask, face.landmarks[2])
     assert scene.caption().startswith("photo of ")
