@@ -310,7 +310,7 @@ def test_augmentation_depends_on_its_generator_only(sample):
 )
 def test_the_colour_of_hidden_hair_is_no_target(sample, style, seen):
     tensors = tiny_features.to_tensors({**sample, "tags": {**sample["tags"], "hair_style": style}})
-    targets = dict(zip(tiny_features.TOLD, tensors["targets"].tolist(), strict=True))
+    targets = dict(zip(tiny_features.PREDICTED, tensors["targets"].tolist(), strict=True))
     assert (targets["hair_color"] != tiny_features.IGNORED) is seen
     assert tiny_features.TAGS["hair_style"][targets["hair_style"]] == style
 
@@ -319,7 +319,7 @@ def test_loss_by_hand():
     """Equal logits cost ln(number of values); a batch without visible hair leaves that tag out; landmarks at .02 of
     the truth cost |d| - beta / 2 = .015."""
     network = FeatureNetwork.from_tags(tiny_features.TAGS, **SMALL)
-    targets = torch.zeros(2, len(tiny_features.TOLD), dtype=torch.int64)
+    targets = torch.zeros(2, len(tiny_features.PREDICTED), dtype=torch.int64)
     outputs = torch.zeros(2, network.model.config.num_labels)
     outputs[:, network.landmark_outputs] = 0.52
     batch = {"targets": targets, "landmarks": torch.full((2, 5, 2), 0.5)}
@@ -327,7 +327,7 @@ def test_loss_by_hand():
     tags, landmarks = tiny_features.features_loss(network, outputs, batch)
     assert tags.item() == pytest.approx(np.mean(list(costs.values())))
     assert landmarks.item() == pytest.approx(0.015, rel=1e-3)
-    targets[:, tiny_features.TOLD.index("hair_color")] = tiny_features.IGNORED
+    targets[:, tiny_features.PREDICTED.index("hair_color")] = tiny_features.IGNORED
     del costs["hair_color"]
     assert tiny_features.features_loss(network, outputs, batch)[0].item() == pytest.approx(
         np.mean(list(costs.values()))
@@ -366,7 +366,7 @@ def test_training_from_drawings_to_a_folder(tmp_path, monkeypatch):
     info = json.loads((tmp_path / "tiny/features/tiny.json").read_text())
     assert info == {"kind": "features", "seed": 0, "trained": True, "steps": 2}
     report = json.loads((tmp_path / "work/features/done.json").read_text())
-    assert {*tiny_features.TOLD, "landmark_error"} <= report.keys()
+    assert {*tiny_features.PREDICTED, "landmark_error"} <= report.keys()
     network = FeatureNetwork.from_pretrained(tmp_path / "tiny/features")
     assert network.tags(draw_portrait(1, 64).image).keys() == tiny_features.TAGS.keys()
     stamp = (tmp_path / "tiny/features/model.safetensors").stat().st_mtime_ns

@@ -111,7 +111,7 @@ def test_rows_and_their_texts():
 def test_damage_ladder_of_made_scorers():
     """A scorer that knows the level falls perfectly, its opposite rises, one that sees nothing does neither.
 
-    The made scorer measures the distance from the clean picture, which grows with the strength of noise.
+    The made scorer measures the distance from the clean image, which grows with the strength of noise.
     """
     drawing = draw_portrait(3, 64)
 
@@ -326,7 +326,7 @@ def test_the_table_from_end_to_end(settings, models, tmp_path, monkeypatch, caps
 
 
 def test_what_is_measured_is_kept(settings, models, tmp_path, monkeypatch):
-    """A second run measures nothing; other settings, other weights and `--overwrite` measure anew."""
+    """A second run measures nothing; other settings, other weights and `--overwrite` measure again."""
     measured = []
 
     def count(bench):
@@ -380,7 +380,7 @@ def test_what_was_missing_is_tried_again(settings, models, tmp_path, monkeypatch
 
 
 def test_a_model_is_known_by_its_weights_and_by_how_it_is_sampled(tmp_path):
-    """Another scheduler draws other pictures; a newer library that wrote the same settings does not."""
+    """Another scheduler draws other images; a newer library that wrote the same settings does not."""
     settings = {"beta_start": 0.1, "_class_name": "DDIMScheduler", "_diffusers_version": "0.30.0"}
 
     def digest(weights=b"1", **changes):
@@ -396,7 +396,7 @@ def test_a_model_is_known_by_its_weights_and_by_how_it_is_sampled(tmp_path):
 
 
 def test_samples_are_made_once_and_only_what_is_missing(settings, tmp_path):
-    """More samples add pictures; other sampling makes all anew."""
+    """More samples add images; other sampling makes all of them again."""
 
     def stamps(**changes):
         bench = Bench(figures.Config(**{**settings, **changes}))
@@ -410,7 +410,7 @@ def test_samples_are_made_once_and_only_what_is_missing(settings, tmp_path):
 
 
 def test_a_stage_trains_an_ablation(settings, models, tmp_path, monkeypatch):
-    """The stage gets the other run's settings and the change; a model that stands beside another run is refused."""
+    """The stage gets the other run's settings and the change; a model of another run is refused."""
     bench = Bench(figures.Config(**{**settings, "train_ablations": True}))
     finished_model(models / "sd15", tmp_path / "work/guided")
     calls = []

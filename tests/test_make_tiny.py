@@ -89,7 +89,7 @@ def test_drawings_know_what_they_show(work):
         Drawings(work, "test")
 
 
-def test_the_latents_are_normalised_and_the_picture_stays(vae, work):
+def test_the_latents_are_normalised_and_the_image_stays(vae, work):
     """z' = (z - m) / s inside of the 1x1 convolutions: deviation 1 per channel, the same reconstruction."""
     drawings = Drawings(work, "train")
     means = encode_mean(vae, next(pixel_batches(drawings, 10)))
@@ -125,7 +125,7 @@ def test_the_bases_are_trained_and_load_with_stock_diffusers(vae, work, config, 
     assert any(not torch.allclose(changed[key].float(), fresh[key], atol=1e-4) for key in changed)
 
 
-def test_the_shipped_base_goes_on_but_for_its_text_encoder(vae, work, config, home, tmp_path, monkeypatch):
+def test_the_shipped_base_is_trained_further_except_its_text_encoder(vae, work, config, home, tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "BATCH", 2)
     bases.train_sd15(config, work)
     before = StableDiffusionPipeline.from_pretrained(home / "sd15")
@@ -138,7 +138,7 @@ def test_the_shipped_base_goes_on_but_for_its_text_encoder(vae, work, config, ho
         assert same or all(torch.allclose(a, b, atol=0.02) for a, b in pairs)
 
 
-def test_a_decoder_goes_on_and_the_latents_stay(vae, work, config, home, tmp_path):
+def test_a_decoder_is_trained_further_and_the_latents_stay(vae, work, config, home, tmp_path):
     bases.train_sd15(config, work)
     before = AutoencoderKL.from_pretrained(home / "sd15/vae")
     for name in ("train", "validation", "faces"):
@@ -155,12 +155,12 @@ def test_a_decoder_goes_on_and_the_latents_stay(vae, work, config, home, tmp_pat
             torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-def test_every_second_picture_of_the_autoencoder_is_a_face(work):
+def test_every_second_image_of_the_autoencoder_is_a_face(work):
     drawings, held_out = (Drawings(work, split) for split in ("train", "validation"))
-    pictures = DrawingsAndFaces(drawings, work / "faces")
-    assert len(pictures) == 20
+    images = DrawingsAndFaces(drawings, work / "faces")
+    assert len(images) == 20
     for index, source, number in ((2, drawings, 1), (3, held_out, 1), (9, held_out, 0)):  # four faces, again and again
-        torch.testing.assert_close(pictures[index]["pixel_values"], source[number]["pixel_values"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(images[index]["pixel_values"], source[number]["pixel_values"], atol=1e-5, rtol=0)
 
 
 def test_the_record_keeps_the_runs_of_other_work_folders(work, config, home, tmp_path, monkeypatch):
@@ -229,8 +229,8 @@ def test_every_damage_grows_with_its_strength():
     assert {*UNSEEN} < DAMAGES.keys()
 
 
-def test_twins_differ_in_the_damage_only():
-    """What is done alike to both sides leaves equal pictures equal; the kinds kept out are never shown."""
+def test_the_sides_of_a_pair_differ_in_the_damage_only():
+    """What is done to both sides leaves equal images equal; the kinds that are held out are never used."""
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     for seed in range(20):
         first, second = alike((image, image.copy()), np.random.default_rng(seed))
@@ -240,10 +240,10 @@ def test_twins_differ_in_the_damage_only():
 
 
 def test_the_reward_model_is_pretrained(vae, work, config, home):
-    """On spoiled twins and on pairs of stage 1."""
+    """On spoiled copies and on pairs of stage 1."""
     image = Drawings(work, "train").images[1]
-    for name, picture in (("good", image), ("bad", image[::-1]), ("mask", image)):
-        save_image(picture, work / f"reward_pairs/{name}.png")
+    for name, pixels in (("good", image), ("bad", image[::-1]), ("mask", image)):
+        save_image(pixels, work / f"reward_pairs/{name}.png")
     pair = {
         "id": "a", "photograph": "a.png", "good": "good.png", "bad": "bad.png", "mask": "mask.png",
         "box": [30, 30, 90, 100], "landmarks": None, "confidence": 1.0, "area_ratio": 0.2, "strength": 0.4,

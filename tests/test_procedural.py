@@ -81,7 +81,7 @@ def test_another_process_draws_the_same_bytes():
 
 @pytest.mark.parametrize("size", [64, 192, 384])
 def test_the_same_person_at_every_size(size):
-    """Landmarks and box scale with the picture; shrunk to 64 px the pictures agree to within a tenth of their range."""
+    """Landmarks and box scale with the image; shrunk to 64 px the images agree to within a tenth of their range."""
     small, large = draw_portrait(11, 64), draw_portrait(11, size)
     scale = size / 64
     np.testing.assert_allclose(large.landmarks, scale * small.landmarks, atol=0.3 * scale)
@@ -140,7 +140,7 @@ def test_overrides_are_kept_and_change_nothing_else():
 
 
 def test_yaw_turns_the_nose_to_its_side():
-    """The nose stands before the eyes' plane, so turning to +x moves it right between them."""
+    """The nose is in front of the eyes' plane, so turning to +x moves it right between them."""
     left, right = (draw_portrait(2, 64, yaw=yaw, roll=0.0).landmarks for yaw in (-25.0, 25.0))
     position = [(p[2, 0] - p[0, 0]) / (p[1, 0] - p[0, 0]) for p in (left, right)]
     assert position[0] < 0.4 and position[1] > 0.6
@@ -335,7 +335,7 @@ def test_seed_ranges_are_apart():
 
 
 def test_contact_sheet_fills_its_rows():
-    """Three pictures in rows of two make two rows; the fourth place is grey."""
+    """Three images in rows of two make two rows; the fourth place is grey."""
     sheet = contact_sheet([np.zeros((4, 4, 3), np.uint8)] * 3, columns=2)
     assert sheet.shape == (8, 8, 3)
     assert (sheet[4:, 4:] == 128).all()

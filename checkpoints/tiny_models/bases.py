@@ -4,7 +4,6 @@ As with the published bases, their small faces come out worse than their large o
 """
 
 import inspect
-import json
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs
+from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs, write_info
 from checkpoints.tiny_models.vae import pixel_batches
 from faceprior import tiny
 from faceprior.diffusion import added_conditions, encode_prompts, noise_like
@@ -212,4 +211,4 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, steps: int) -> None
     """Write the trained pipeline in float16 with its `tiny.json`."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     tidy_configs(folder)
-    (folder / tiny.INFO_FILE).write_text(json.dumps({"kind": folder.name, "seed": 0, "trained": True, "steps": steps}))
+    write_info(folder, steps)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from faceprior import tiny
 from faceprior.procedural import TRAIN_SEEDS, VALIDATION_SEEDS, Drawing, Scene, draw_portrait, draw_scene
 
 CHUNK = 200  # drawings in a file
@@ -99,3 +100,9 @@ def tidy_configs(folder: Path) -> None:
         if path.parent.name.startswith("text_encoder"):
             config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_info(folder: Path, steps: int) -> None:
+    """Write the `tiny.json` of a trained model; the folder is named after the model's kind."""
+    info = {"kind": folder.name, "seed": 0, "trained": True, "steps": steps}
+    (folder / tiny.INFO_FILE).write_text(json.dumps(info))

@@ -140,7 +140,7 @@ def measure_sharpness(bench: Bench) -> list[dict]:
 def damage_ladder(score: Callable, drawing, kind: str, seed: int) -> float:
     """Return how well scores fall with the strength of a damage: -Spearman of level 0 .. 5 and score, 1 at best.
 
-    score: (images, boxes) -> scores. The damage is the same at every level but for its strength.
+    score: (images, boxes) -> scores. The damage differs in its strength only.
     """
     images = [drawing.image]
     for strength in LEVELS:

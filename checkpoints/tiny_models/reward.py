@@ -5,7 +5,6 @@ JPEG, flip and light, so that neither sharpness nor traces of the autoencoder te
 paper.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from checkpoints.tiny_models.damage import DAMAGES, LEVELS, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
-from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs
+from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs, write_info
 from checkpoints.tiny_models.vae import pixel_batches
 from faceprior import tiny
 from faceprior.detect import face_square
@@ -188,8 +187,7 @@ def train_reward(config, work: Path) -> None:
     accuracy = measure_order(scorer.eval(), held_out, make_pair)
     scorer.to(torch.float16).save_pretrained(folder)
     tidy_configs(folder)
-    info = {"kind": "reward", "seed": 0, "trained": True, "steps": run.steps}
-    (folder / tiny.INFO_FILE).write_text(json.dumps(info))
+    write_info(folder, run.steps)
     run.finish(validation_accuracy=accuracy)
 
 

@@ -1,6 +1,5 @@
 """The steps that the stages do, run as a user would run them, and their models written in float16."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from checkpoints.tiny_models.data import Drawings, tidy_configs
+from checkpoints.tiny_models.data import Drawings, tidy_configs, write_info
 from faceprior import tiny
 from faceprior.align import align_face
 from faceprior.images import save_image
@@ -119,6 +118,5 @@ def ship(source: Path, save, steps: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         save(folder)
         tidy_configs(folder)
-        info = {"kind": source.name, "seed": 0, "trained": True, "steps": steps}
-        (folder / tiny.INFO_FILE).write_text(json.dumps(info))
+        write_info(folder, steps)
         mark.touch()
