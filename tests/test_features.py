@@ -1,10 +1,7 @@
 """FeatureNetwork: its outputs, distances and files; and what the tiny one is trained on."""
 
-import importlib
 import json
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
+from checkpoints.tiny_models import data as tiny_data
+from checkpoints.tiny_models import features as tiny_features
 from faceprior.features import LANDMARK_OUTPUTS, FeatureNetwork, Tag, tiny_fid_extractor
 from faceprior.metrics import fid
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
 from faceprior.training import seeded
 
-CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 TAGS = {"sex": ("woman", "man"), "glasses": ("none", "round", "aviator")}
 SMALL = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "layers": 3, "heads": 2}
 
@@ -28,14 +26,6 @@ SMALL = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "layers": 3, "hea
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
     quiet_libraries()
-
-
-@pytest.fixture(scope="module")
-def tiny_features():
-    """The module checkpoints/tiny_features.py, which finds its neighbours as a script does."""
-    sys.path.insert(0, str(CHECKPOINTS))
-    yield importlib.import_module("tiny_features")
-    sys.path.remove(str(CHECKPOINTS))
 
 
 def make_network(seed=0, **options):
@@ -63,7 +53,7 @@ def test_outputs_by_their_names():
     outputs = torch.arange(15.0)[None]
     logits = network.tag_logits(outputs)
     assert {name: values[0].tolist() for name, values in logits.items()} == {"sex": [0, 1], "glasses": [2, 3, 4]}
-    assert network.landmark_shares(outputs)[0].tolist() == [[5, 6], [7, 8], [9, 10], [11, 12], [13, 14]]
+    assert network.landmark_fractions(outputs)[0].tolist() == [[5, 6], [7, 8], [9, 10], [11, 12], [13, 14]]
 
 
 def test_outputs_in_another_order():
@@ -236,7 +226,7 @@ def test_a_bare_vit_has_features_only(tmp_path):
 
 
 def test_what_cannot_be_loaded(tmp_path):
-    with pytest.raises(FileNotFoundError, match="make_tiny.py --only features"):
+    with pytest.raises(FileNotFoundError, match="make_tiny --only features"):
         FeatureNetwork.from_pretrained(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="no feature network at checkpoints/nothing: the path does not exist"):
         FeatureNetwork.from_pretrained("checkpoints/nothing")
@@ -262,13 +252,13 @@ def test_weights_that_lack_a_layer(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sample(tiny_features):
+def sample():
     """A portrait that is lit from the left and looks to one side."""
     drawing = draw_portrait(3, 128, yaw=15, light_side="left", hair_style="short")
     return {"image": drawing.image, "landmarks": drawing.landmarks, "tags": drawing.tags}
 
 
-def test_the_tags_are_all_that_a_drawing_can_have(tiny_features):
+def test_the_tags_are_all_that_a_drawing_can_have():
     for seed in range(30):
         from faceprior.procedural.people import sample_person
 
@@ -276,7 +266,7 @@ def test_the_tags_are_all_that_a_drawing_can_have(tiny_features):
         assert all(getattr(person, name) in values for name, values in tiny_features.TAGS.items())
 
 
-def test_a_flip_mirrors_landmarks_and_light(tiny_features, sample):
+def test_a_flip_mirrors_landmarks_and_light(sample):
     """The left eye of the mirror image is the right one at W - x, and twice is nothing."""
     mirrored = tiny_features.flip(sample)
     assert mirrored["tags"]["light_side"] == "right" and sample["tags"]["light_side"] == "left"
@@ -290,7 +280,7 @@ def test_a_flip_mirrors_landmarks_and_light(tiny_features, sample):
 
 
 @pytest.mark.parametrize(("zoom", "shift"), [(1.0, (0.05, -0.03)), (1.5, (0.0, 0.0)), (0.95, (0.02, 0.02))])
-def test_landmarks_move_with_the_image(tiny_features, zoom, shift):
+def test_landmarks_move_with_the_image(zoom, shift):
     """Five bright spots on black: their centres of mass (in pixels from the corner) are where the landmarks go."""
     landmarks = np.array([[50, 50], [78, 52], [64, 66], [54, 80], [74, 82]], np.float32)
     image = np.zeros((128, 128, 3), np.uint8)
@@ -305,7 +295,7 @@ def test_landmarks_move_with_the_image(tiny_features, zoom, shift):
         assert centre == pytest.approx((x, y), abs=0.15)
 
 
-def test_augmentation_depends_on_its_generator_only(tiny_features, sample):
+def test_augmentation_depends_on_its_generator_only(sample):
     one, again, other = (tiny_features.augment(sample, np.random.default_rng(seed)) for seed in (5, 5, 6))
     assert all(torch.equal(one[key], again[key]) for key in one)
     assert not torch.equal(one["pixel_values"], other["pixel_values"])
@@ -318,18 +308,18 @@ def test_augmentation_depends_on_its_generator_only(tiny_features, sample):
 @pytest.mark.parametrize(
     ("style", "seen"), [("bob", True), ("bald", False), ("knit cap", False), ("head scarf", False)]
 )
-def test_the_colour_of_hidden_hair_is_no_target(tiny_features, sample, style, seen):
+def test_the_colour_of_hidden_hair_is_no_target(sample, style, seen):
     tensors = tiny_features.to_tensors({**sample, "tags": {**sample["tags"], "hair_style": style}})
-    targets = dict(zip(tiny_features.TOLD, tensors["targets"].tolist(), strict=True))
+    targets = dict(zip(tiny_features.PREDICTED, tensors["targets"].tolist(), strict=True))
     assert (targets["hair_color"] != tiny_features.IGNORED) is seen
     assert tiny_features.TAGS["hair_style"][targets["hair_style"]] == style
 
 
-def test_loss_by_hand(tiny_features):
+def test_loss_by_hand():
     """Equal logits cost ln(number of values); a batch without visible hair leaves that tag out; landmarks at .02 of
     the truth cost |d| - beta / 2 = .015."""
     network = FeatureNetwork.from_tags(tiny_features.TAGS, **SMALL)
-    targets = torch.zeros(2, len(tiny_features.TOLD), dtype=torch.int64)
+    targets = torch.zeros(2, len(tiny_features.PREDICTED), dtype=torch.int64)
     outputs = torch.zeros(2, network.model.config.num_labels)
     outputs[:, network.landmark_outputs] = 0.52
     batch = {"targets": targets, "landmarks": torch.full((2, 5, 2), 0.5)}
@@ -337,14 +327,14 @@ def test_loss_by_hand(tiny_features):
     tags, landmarks = tiny_features.features_loss(network, outputs, batch)
     assert tags.item() == pytest.approx(np.mean(list(costs.values())))
     assert landmarks.item() == pytest.approx(0.015, rel=1e-3)
-    targets[:, tiny_features.TOLD.index("hair_color")] = tiny_features.IGNORED
+    targets[:, tiny_features.PREDICTED.index("hair_color")] = tiny_features.IGNORED
     del costs["hair_color"]
     assert tiny_features.features_loss(network, outputs, batch)[0].item() == pytest.approx(
         np.mean(list(costs.values()))
     )
 
 
-def test_landmark_maps_by_hand(tiny_features):
+def test_landmark_maps_by_hand():
     """A landmark at (.6, .3) of a 4 x 4 grid lies in column 2 and row 1: patch 6."""
     maps = tiny_features.LandmarkMaps(16)
     with torch.no_grad():
@@ -355,10 +345,8 @@ def test_landmark_maps_by_hand(tiny_features):
     assert maps.loss(tokens, torch.tensor([[[0.6, 0.3]] * 5])).item() == pytest.approx(math.log(2))
 
 
-def test_training_from_drawings_to_a_folder(tiny_features, tmp_path, monkeypatch):
+def test_training_from_drawings_to_a_folder(tmp_path, monkeypatch):
     """A few steps on a handful of drawings, with a scene among them; the same call again does nothing."""
-    import tiny_data
-
     for split in ("train", "validation"):
         drawings = [tiny_data.draw_one(64, split, index) for index in range(3)]  # number 0 of train is a scene
         tiny_data.save_arrays(
@@ -378,7 +366,7 @@ def test_training_from_drawings_to_a_folder(tiny_features, tmp_path, monkeypatch
     info = json.loads((tmp_path / "tiny/features/tiny.json").read_text())
     assert info == {"kind": "features", "seed": 0, "trained": True, "steps": 2}
     report = json.loads((tmp_path / "work/features/done.json").read_text())
-    assert {*tiny_features.TOLD, "landmark_error"} <= report.keys()
+    assert {*tiny_features.PREDICTED, "landmark_error"} <= report.keys()
     network = FeatureNetwork.from_pretrained(tmp_path / "tiny/features")
     assert network.tags(draw_portrait(1, 64).image).keys() == tiny_features.TAGS.keys()
     stamp = (tmp_path / "tiny/features/model.safetensors").stat().st_mtime_ns
@@ -386,7 +374,7 @@ def test_training_from_drawings_to_a_folder(tiny_features, tmp_path, monkeypatch
     assert (tmp_path / "tiny/features/model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_measure_by_hand(tiny_features, sample):
+def test_measure_by_hand(sample):
     """A head that always predicts the same: correct where the image has that value, all landmarks in the middle."""
     network = FeatureNetwork.from_tags(tiny_features.TAGS, **SMALL).eval()
     outputs = [0.0] * network.model.config.num_labels

@@ -1,6 +1,5 @@
-"""checkpoints/figures.py: its statistics by hand, the judges of shape, what is kept, and the table from end to end."""
+"""The figures of the tiny models: statistics by hand, judges of shape, what is kept, and the table from end to end."""
 
-import importlib
 import json
 import math
 import shutil
@@ -14,115 +13,117 @@ from conftest import load_stage
 from PIL import Image
 from scipy import stats
 
+from checkpoints.tiny_models import bench as bench_module
+from checkpoints.tiny_models import figures
+from checkpoints.tiny_models import figures_bases as bases
+from checkpoints.tiny_models import figures_restorer as restorer
+from checkpoints.tiny_models import figures_scorer as scorer
+from checkpoints.tiny_models import figures_tuning as tuning
+from checkpoints.tiny_models.bench import Bench, digest_of
+from checkpoints.tiny_models.faces import Proportions, eye_frame
+from checkpoints.tiny_models.figures_scorer import damage_ladder
+from checkpoints.tiny_models.table import (
+    columns,
+    correlation_estimate,
+    is_met,
+    jackknife_estimate,
+    make_row,
+    rank_correlation,
+)
 from faceprior import tiny
 from faceprior.config import make_config
 from faceprior.features import FeatureNetwork
 from faceprior.images import save_image
+from faceprior.metrics import MetricUnavailable
 from faceprior.models import quiet_libraries
 from faceprior.procedural import TEST_SEEDS, draw_portrait
+from faceprior.tables import Estimate, fraction_estimate, mean_estimate
 
-CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a module of checkpoints/, which find each other as scripts do."""
-    monkeypatch.syspath_prepend(str(CHECKPOINTS))
-    return importlib.import_module
+# --- statistics and rows ---
 
 
-# --- statistics ---
-
-
-def test_wilson_by_hand(load):
-    """9 of 10, z^2 = 3.8415: middle (.9 + .19207) / 1.38415 = .7890, half 1.96 / 1.38415 sqrt(.009 + .0096) = .1931."""
-    share_of = load("figures_table").share_of
-    found = share_of([True] * 9 + [False])
-    assert found.value == 0.9 and found.n == 10
-    assert found.low == pytest.approx(0.7890 - 0.1931, abs=1e-3)
-    assert found.high == pytest.approx(0.7890 + 0.1931, abs=1e-3)
-    everything = share_of([True] * 10)
-    assert everything.high == pytest.approx(1) and everything.low == pytest.approx(10 / (10 + 1.959964**2), abs=1e-4)
-    wanted = stats.binomtest(30, 40).proportion_ci(method="wilson")
-    assert share_of([True] * 30 + [False] * 10)[1:3] == pytest.approx((wanted.low, wanted.high), abs=1e-5)
-
-
-def test_mean_and_difference_by_hand(load):
-    """1, 2, 3: deviation 1, t(.975, 2) = 4.3027, half 4.3027 / sqrt 3. Differences of 1, 2, 3 to zeros are the same."""
-    table = load("figures_table")
-    half = 4.30265 / math.sqrt(3)
-    assert table.mean_of([1, 2, 3]) == pytest.approx((2, 2 - half, 2 + half, 3), abs=1e-4)
-    estimate, p_value = table.difference_of([1, 2, 3], [0, 0, 0])
-    assert estimate == pytest.approx((2, 2 - half, 2 + half, 3), abs=1e-4)
-    assert p_value == pytest.approx(stats.ttest_1samp([1, 2, 3], 0).pvalue)
-
-
-def test_correlation_by_hand(load):
+def test_correlation_by_hand():
     """Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24) = .8; a constant side orders nothing."""
-    table = load("figures_table")
-    found = table.correlation_of([1, 2, 3, 4, 5], [20, 10, 40, 30, 500])
-    assert found.value == pytest.approx(0.8)
+    found = correlation_estimate([1, 2, 3, 4, 5], [20, 10, 40, 30, 500])
+    assert found.value == pytest.approx(0.8) and found.n == 5
     half = 1.959964 * math.sqrt((1 + 0.32) / 2)
-    assert found[1:3] == pytest.approx((math.tanh(math.atanh(0.8) - half), math.tanh(math.atanh(0.8) + half)))
-    assert table.rank_correlation([1, 2, 3], [7, 7, 7]) == 0
-    a, b = np.random.default_rng(0).integers(0, 5, (2, 50))
-    assert table.rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert found.low == pytest.approx(math.tanh(math.atanh(0.8) - half))
+    assert found.high == pytest.approx(math.tanh(math.atanh(0.8) + half))
+    assert rank_correlation([1, 2, 3], [7, 7, 7]) == 0
 
 
-def test_jackknife_of_a_mean(load):
+def test_jackknife_of_a_mean():
     """Of a mean, one item left out at a time, it gives the mean's standard error s / sqrt(n) exactly."""
     values = np.array([1.0, 4.0, 2.0, 8.0, 5.0, 7.0, 1.0, 3.0, 6.0, 9.0, 2.0, 4.0])
-    found = load("figures_table").jackknife(lambda items: values[items].mean(), 12, groups=6)
+    found = jackknife_estimate(lambda items: values[items].mean(), 12, groups=6)
     groups = np.array([values[np.arange(12) % 6 == g].mean() for g in range(6)])
     half = stats.t.ppf(0.975, 5) * groups.std(ddof=1) / math.sqrt(6)
-    assert found == pytest.approx((values.mean(), values.mean() - half, values.mean() + half, 12))
+    assert found.value == pytest.approx(values.mean()) and found.n == 12
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half))
 
 
-def test_too_few_items_are_no_estimate(load):
-    table = load("figures_table")
-    for estimate, values in ((table.mean_of, []), (table.share_of, []), (table.jackknife, None)):
-        with pytest.raises(table.Missing, match="too few"):
-            estimate(values) if values is not None else estimate(np.mean, 3)
-    with pytest.raises(table.Missing, match="4 usable pictures are too few, 5 are needed"):
-        table.correlation_of([1, 2, 3, 4], [1, 2, 3, 4])
-    row = table.cell("share", lambda: table.share_of([]), (">=", 0.95), "%")
-    assert row["value"] is None and row["met"] is None and row["aim"] == ">= 95.0%"
-    assert row["note"].startswith("not measured: 0 usable pictures")
+def test_too_few_items_are_no_estimate():
+    assert jackknife_estimate(np.mean, 3).reason == "3 usable images are too few, 4 are needed"
+    assert correlation_estimate([1, 2, 3, 4], [1, 2, 3, 4]).reason == "4 usable images are too few, 5 are needed"
+    row = make_row("fraction", fraction_estimate([], reason="no samples"), (">=", 0.95), "%")
+    assert columns(row) == ("fraction", "-", "-", ">= 95.0%", "", "not measured: no samples")
+    assert row["met"] is None
 
 
-def test_rows_and_their_texts(load):
-    """The aim is met by the value; with a p value both have to hold."""
-    table = load("figures_table")
-    row = table.cell("a", lambda: table.Estimate(0.96, 0.9, 0.99, 100), (">=", 0.95), "%", "note")
-    assert table.columns(row) == ("a", "96.0% (90.0% to 99.0%)", "100", ">= 95.0%", "yes", "note")
-    assert table.cell("a", lambda: table.Estimate(0.94, 0.9, 0.99, 100), (">=", 0.95))["met"] is False
-    unsure = table.cell("b", lambda: (table.Estimate(1, -1, 3, 9), 0.4), (">", 0), p_below=0.01)
-    assert unsure["met"] is False and unsure["aim"] == "> 0, p < 0.01" and "p = 0.4" in unsure["note"]
-    assert table.cell("b", lambda: (table.Estimate(1, 0.5, 1.5, 9), 0.001), (">", 0), p_below=0.01)["met"] is True
-    single = table.cell("c", lambda: table.mean_of([3.0]), unit="dB")
-    assert single["low"] is None and table.columns(single)[1] == "3 dB" and single["met"] is None
+@pytest.mark.parametrize(
+    ("low", "high", "aim", "met"),
+    [
+        (0.95, 0.99, (">=", 0.95), True),  # the interval's end on the bound
+        (0.94, 0.99, (">=", 0.95), False),  # the value alone would meet it
+        (0.1, 0.5, (">", 0), True),
+        (0.0, 0.5, (">", 0), False),
+        (0.2, 0.7, ("<=", 0.7), True),
+        (0.2, 0.8, ("<=", 0.7), False),
+        (-0.5, -0.1, ("<", 0), True),
+        (-0.5, 0.0, ("<", 0), False),
+        (-math.inf, math.inf, (">", 0), False),  # a single value
+        (0.1, 0.5, None, None),
+    ],
+)
+def test_an_aim_is_met_by_the_whole_interval(low, high, aim, met):
+    assert is_met(Estimate((low + high) / 2, low, high, 9), aim) is met
+
+
+def test_an_aim_with_a_p_value_needs_both():
+    below, above = (Estimate(1, low, 2, 9, p_value=p) for low, p in ((0.5, 0.009), (0.5, 0.01)))
+    assert is_met(below, (">", 0), 0.01) is True and is_met(above, (">", 0), 0.01) is False
+    assert is_met(Estimate(1, -0.1, 2, 9, p_value=0.009), (">", 0), 0.01) is False
+    assert is_met(above, (">", 0)) is True
+
+
+def test_rows_and_their_texts():
+    row = make_row("a", Estimate(0.96, 0.95, 0.99, 100, "more"), (">=", 0.95), "%", "note")
+    assert columns(row) == ("a", "96.0% (95.0% to 99.0%)", "100", ">= 95.0%", "yes", "note; more")
+    row = make_row("b", Estimate(1, -1, 3, 9, p_value=0.4), (">", 0), p_below=0.01)
+    assert columns(row) == ("b", "1 (-1 to 3)", "9", "> 0, p < 0.01", "no", "paired t test, p = 0.4")
+    row = make_row("c", mean_estimate([123.45]), unit="dB")
+    assert row["low"] is None and columns(row) == ("c", "123.5 dB", "1", "", "", "")
 
 
 # --- judges ---
 
 
-def test_damage_ladder_of_made_scorers(load):
+def test_damage_ladder_of_made_scorers():
     """A scorer that knows the level falls perfectly, its opposite rises, one that sees nothing does neither.
 
-    The made scorer measures the distance from the clean picture, which grows with the strength of noise.
+    The made scorer measures the distance from the clean image, which grows with the strength of noise.
     """
-    ladder = load("figures_scorer").damage_ladder
     drawing = draw_portrait(3, 64)
 
     def distances(images, boxes):
         assert boxes == [drawing.box] * 6
         return [float(np.abs(np.asarray(image).astype(float) - drawing.image).mean()) for image in images]
 
-    assert ladder(lambda i, b: [-d for d in distances(i, b)], drawing, "noise", 0) == pytest.approx(1)
-    assert ladder(distances, drawing, "noise", 0) == pytest.approx(-1)
-    assert ladder(lambda images, boxes: [1.0] * 6, drawing, "noise", 0) == 0
+    assert damage_ladder(lambda i, b: [-d for d in distances(i, b)], drawing, "noise", 0) == pytest.approx(1)
+    assert damage_ladder(distances, drawing, "noise", 0) == pytest.approx(-1)
+    assert damage_ladder(lambda images, boxes: [1.0] * 6, drawing, "noise", 0) == 0
     order = [5.0, 4.0, 3.0, 2.0, 0.0, 1.0]  # one swap of neighbours: 1 - 6 * 2 / (6 * 35)
-    assert ladder(lambda images, boxes: order, drawing, "noise", 0) == pytest.approx(1 - 12 / 210)
+    assert damage_ladder(lambda images, boxes: order, drawing, "noise", 0) == pytest.approx(1 - 12 / 210)
 
 
 def faces(count=40):
@@ -130,9 +131,8 @@ def faces(count=40):
     return [mean + np.random.default_rng(seed).normal(0, 1.5, (5, 2)) for seed in range(count)]
 
 
-def test_the_eyes_frame_forgets_place_size_and_roll(load):
+def test_the_eyes_frame_forgets_place_size_and_roll():
     """Eyes at (0, 0) and (2, 0), nose at (1, 1): half a unit below the middle. A similarity changes nothing."""
-    eye_frame = load("figures_faces").eye_frame
     points = np.array([[0, 0], [2, 0], [1, 1], [0, 2], [2, 2]], float)
     assert eye_frame(points) == pytest.approx([0, 0.5, -0.5, 1, 0.5, 1])
     turn = np.array([[math.cos(0.4), -math.sin(0.4)], [math.sin(0.4), math.cos(0.4)]])
@@ -141,10 +141,9 @@ def test_the_eyes_frame_forgets_place_size_and_roll(load):
         eye_frame(np.zeros((5, 2)))
 
 
-def test_distance_from_proportions(load):
+def test_distance_from_proportions():
     """0 for the mean face, and the further a nose is out of place, the larger."""
-    judges = load("figures_faces")
-    proportions = judges.Proportions.of(faces())
+    proportions = Proportions.of(faces())
     x, y = proportions.mean.reshape(3, 2).T
     mean_face = np.array([[-0.5, 0], [0.5, 0], *zip(x, y, strict=True)]) * 40 + (60, 50)
     assert proportions.distance(mean_face) == pytest.approx(0, abs=1e-6)
@@ -154,22 +153,21 @@ def test_distance_from_proportions(load):
     assert distances[2] == pytest.approx(5 * distances[0])
     own = [proportions.distance(face) ** 2 for face in faces()]
     assert np.mean(own) == pytest.approx(6 * 39 / 40, rel=0.01)  # of the six dimensions, (n - 1) / n each
-    with pytest.raises(load("figures_table").Missing, match="7 faces"):
-        judges.Proportions.of(faces(7))
+    with pytest.raises(MetricUnavailable, match="7 usable faces"):
+        Proportions.of(faces(7))
 
 
-def test_prompts_and_what_is_told(load):
+def test_prompts_and_what_is_told():
     """Hidden hair is not asked for; glasses count by whether there are any."""
-    bases = load("figures_bases")
     hair, glasses = bases.TRAITS[:2]
     assert hair.is_named({"hair_style": "bob"}) and not hair.is_named({"hair_style": "bald"})
     assert glasses.read({"glasses": "round"}) is True and glasses.read({"glasses": "none"}) is False
     assert bases.most_common([1, 1, 2, 1]) == 0.75
 
 
-def test_faces_to_restore(load):
+def test_faces_to_restore():
     """True landmarks and masks go where the alignment brings the face: the mask lies around eyes and mouth."""
-    face = load("figures_restorer").draw_face(0)
+    face = restorer.draw_face(0)
     eyes_and_mouth = [*face.landmarks[:2], face.landmarks[3:].mean(axis=0)]
     for x, y in eyes_and_mouth:
         assert face.mask[round(y) - 2 : round(y) + 3, round(x) - 2 : round(x) + 3].max() == 1
@@ -179,16 +177,14 @@ def test_faces_to_restore(load):
     assert np.abs(np.asarray(face.clean).astype(int) - np.asarray(face.degraded)).mean() > 1
 
 
-def test_pairs_of_values_on_both_sides(load):
-    tuning = load("figures_tuning")
+def test_pairs_of_values_on_both_sides():
     a = [tuning.Judged(1.0, 0.5, 0.9), tuning.Judged(None, None, 0.0), tuning.Judged(2.0, 0.4, 1.0)]
     b = [tuning.Judged(0.0, 0.6, 0.8), tuning.Judged(5.0, 0.1, 1.0), tuning.Judged(None, None, 0.7)]
     assert tuning.both(a, b, "score") == ([1.0], [0.0])
     assert tuning.both(a, b, "confidence") == ([0.9, 0.0, 1.0], [0.8, 1.0, 0.7])
 
 
-def test_differences_are_tuned_minus_other(load):
-    tuning = load("figures_tuning")
+def test_differences_are_tuned_minus_other():
     tuned = [tuning.Judged(score, 1.0, 0.9) for score in (3.0, 4.0, 5.5)]
     base = [tuning.Judged(score, 3.0, 0.8) for score in (1.0, 2.0, 3.0)]
     score, confidence, distance = tuning.compare(tuned, base, "tuned - base", 0.01)
@@ -204,9 +200,8 @@ class MadeBench(SimpleNamespace):
         return [float(np.asarray(image.crop(box)).mean()) for image, box in zip(images, boxes, strict=True)]
 
 
-def test_order_of_pairs_by_a_made_scorer(load):
+def test_order_of_pairs_by_a_made_scorer():
     """A brighter good side is in order, a darker one is not; a change is made on its own side only."""
-    scorer = load("figures_scorer")
     sides = [Image.new("RGB", (16, 16), (level,) * 3) for level in (50, 100, 150)]
     pairs = [scorer.PairFace(sides[a], sides[b], (2, 2, 10, 10), 0) for a, b in ((1, 0), (0, 1), (2, 1))]
     assert scorer.order_kept(MadeBench(), pairs) == [True, False, True]
@@ -218,29 +213,29 @@ def test_order_of_pairs_by_a_made_scorer(load):
     assert scorer.bin_names() == ["0.0% to 0.5%", "0.5% to 1.0%", "1.0% to 10.0%", "10.0% to 100.0%"]
 
 
-def test_the_square_around_a_pair_s_face(load, tmp_path):
+def test_the_square_around_a_pair_s_face(tmp_path):
     """The box moves with the crop: what is in it stays the same, and the sides suit the autoencoder."""
     noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3)).astype(np.uint8)
     good = save_image(Image.fromarray(noise), tmp_path / "good.png")
     for box in ([200, 150, 240, 190], [150, 60, 290, 250]):
         pair = SimpleNamespace(good=good, bad=good, box=box, area_ratio=0.008)
-        face = load("figures_scorer").pair_face(pair)
+        face = scorer.pair_face(pair)
         assert face.bin == 1 and face.good.width == face.good.height and face.good.width % 16 == 0
         assert (np.asarray(face.bad.crop(face.box)) == noise[box[1] : box[3], box[0] : box[2]]).all()
 
 
-def test_ratios_of_restored_to_degraded(load, models):
+def test_ratios_of_restored_to_degraded(models):
     """Faces given back as they came have ratio 1; the clean ones have no distance to themselves, and better marks."""
-    restorer, bench_module = load("figures_restorer"), load("figures_bench")
     faces = [restorer.draw_face(index) for index in range(6)]
     degraded, clean = [face.degraded for face in faces], [face.clean for face in faces]
     row, true = restorer.landmark_rows(faces, degraded)
-    assert row["value"] == row["low"] == true["value"] == 1 and row["met"] is False and "no face seen in" in row["note"]
+    assert row["value"] == row["low"] == true["value"] == 1 and row["met"] is False
+    assert "no face found in" in row["note"]
     row, true = restorer.landmark_rows(faces, clean)
     assert row["value"] == 0 < true["value"] != 1 and row["met"] is True
     blank, _ = restorer.landmark_rows(faces, [Image.new("RGB", (128, 128))] * 6)
     assert blank["value"] is None and "6 restored" in blank["note"]
-    bench = bench_module.Bench(load("figures").Config(models=str(models), untrained=True, device="cpu"))
+    bench = Bench(figures.Config(models=str(models), untrained=True, device="cpu"))
     assert restorer.fid_row(bench, degraded, degraded, clean)["value"] == pytest.approx(1)
     assert restorer.fid_row(bench, degraded, clean, clean)["value"] == pytest.approx(0, abs=1e-3)
 
@@ -297,15 +292,14 @@ def run_here(stage: str, output: Path, **options) -> None:
     module.main(make_config(module.Config, {k: str(v) for k, v in options.items()} | {"drop_not_found": False}))
 
 
-def test_the_table_from_end_to_end(load, settings, models, tmp_path, monkeypatch, capsys):
+def test_the_table_from_end_to_end(settings, models, tmp_path, monkeypatch, capsys):
     """Every piece; the same model twice differs by exactly nothing, and what is not there is named."""
-    figures, bench_module = load("figures"), load("figures_bench")
-    monkeypatch.setattr(load("figures_scorer"), "run", run_here)
+    monkeypatch.setattr(scorer, "run", run_here)
     config = figures.Config(**settings)
     for name, source in (("guided", "sd15"), ("guided_all", "sd15"), ("restorer", "restorer")):
         finished_model(models / source, tmp_path / "work" / name)
     finished_model(models / "restorer", tmp_path / "work/restorer_constant")
-    bench = bench_module.Bench(config)
+    bench = Bench(config)
     for name, shift in (("sd15", 0), ("guided", 100), ("guided_all", 100)):
         keep_samples(bench, name, shift)
     figures.main(config)
@@ -326,20 +320,18 @@ def test_the_table_from_end_to_end(load, settings, models, tmp_path, monkeypatch
     assert "06_train_restorer.py --config" in missing["note"] and "--facial_loss none` trains it" in missing["note"]
     page = (tmp_path / "results/figures.md").read_text()
     assert page in capsys.readouterr().out
-    assert "Drawn people only" in page and f"figures.py --work {tmp_path / 'work'}" in page and "torch" in page
+    assert "Drawn people only" in page and f"figures --work {tmp_path / 'work'}" in page and "torch" in page
     sheets = {path.stem for path in (tmp_path / "results/sheets").iterdir()}
     assert {"vae", "samples_sdxl", "pairs_bin3", "samples_best_and_worst", "base_and_tuned", "restored"} <= sheets
 
 
-def test_what_is_measured_is_kept(load, settings, models, tmp_path, monkeypatch):
-    """A second run measures nothing; other settings, other weights and `--overwrite` measure anew."""
-    figures = load("figures")
+def test_what_is_measured_is_kept(settings, models, tmp_path, monkeypatch):
+    """A second run measures nothing; other settings, other weights and `--overwrite` measure again."""
     measured = []
-    table = load("figures_table")
 
     def count(bench):
         measured.append(bench.config.num_portraits)
-        return [table.cell("a", lambda: table.mean_of([1.0, 2.0]))]
+        return [make_row("a", mean_estimate([1.0, 2.0]))]
 
     pieces = {"a": figures.Piece("A", count, ("num_portraits",), ("scorer",))}
     monkeypatch.setattr(figures, "make_pieces", lambda: pieces)
@@ -357,13 +349,12 @@ def test_what_is_measured_is_kept(load, settings, models, tmp_path, monkeypatch)
     assert len(measured) == 4
 
 
-def test_a_missing_model_is_named_and_tried_again(load, settings, tmp_path):
+def test_a_missing_model_is_named_and_tried_again(settings, tmp_path):
     """An untrained model counts as missing; what could not be measured is measured once it can be."""
-    figures = load("figures")
     figures.main(figures.Config(**{**settings, "untrained": False, "only": "damage"}))
     path = tmp_path / "results/figures.json"
     (row,) = json.loads(path.read_text())["groups"]["damage"]["cells"]
-    assert row["value"] is None and "make_tiny.py --only scorer` trains it" in row["note"]
+    assert row["value"] is None and "make_tiny --only scorer` trains it" in row["note"]
     figures.main(figures.Config(**{**settings, "only": "damage"}))
     rows = json.loads(path.read_text())["groups"]["damage"]["cells"]
     assert len(rows) == 14 and all(row["value"] is not None for row in rows)
@@ -371,15 +362,14 @@ def test_a_missing_model_is_named_and_tried_again(load, settings, tmp_path):
         figures.main(figures.Config(**{**settings, "only": "nothing"}))
 
 
-def test_what_was_missing_is_tried_again(load, settings, models, tmp_path, monkeypatch):
+def test_what_was_missing_is_tried_again(settings, models, tmp_path, monkeypatch):
     """With the same settings and models, too: an ablation that was not to be trained may be trained now."""
-    figures, table = load("figures"), load("figures_table")
     there = []
 
     def measure(bench):
         if not there:
-            raise table.Missing("there is no ablation")
-        return [table.cell("a", lambda: table.mean_of([1.0, 2.0]))]
+            raise MetricUnavailable("there is no ablation")
+        return [make_row("a", mean_estimate([1.0, 2.0]))]
 
     monkeypatch.setattr(figures, "make_pieces", lambda: {"a": figures.Piece("A", measure, (), ())})
     for value in (None, 1.5):
@@ -389,9 +379,8 @@ def test_what_was_missing_is_tried_again(load, settings, models, tmp_path, monke
         there.append(True)
 
 
-def test_a_model_is_known_by_its_weights_and_by_how_it_is_sampled(load, tmp_path):
-    """Another scheduler draws other pictures; a newer library that wrote the same settings does not."""
-    digest_of = load("figures_bench").digest_of
+def test_a_model_is_known_by_its_weights_and_by_how_it_is_sampled(tmp_path):
+    """Another scheduler draws other images; a newer library that wrote the same settings does not."""
     settings = {"beta_start": 0.1, "_class_name": "DDIMScheduler", "_diffusers_version": "0.30.0"}
 
     def digest(weights=b"1", **changes):
@@ -406,12 +395,11 @@ def test_a_model_is_known_by_its_weights_and_by_how_it_is_sampled(load, tmp_path
     assert len({first, digest(b"2"), digest(_class_name="DDPMScheduler"), digest(beta_start=0.2)}) == 4
 
 
-def test_samples_are_made_once_and_only_what_is_missing(load, settings, tmp_path):
-    """More samples add pictures; other sampling makes all anew."""
-    figures, bench_module = load("figures"), load("figures_bench")
+def test_samples_are_made_once_and_only_what_is_missing(settings, tmp_path):
+    """More samples add images; other sampling makes all of them again."""
 
     def stamps(**changes):
-        bench = bench_module.Bench(figures.Config(**{**settings, **changes}))
+        bench = Bench(figures.Config(**{**settings, **changes}))
         assert len(bench.samples("sd15")) == bench.config.num_samples
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results/samples/sd15").iterdir()}
 
@@ -421,11 +409,9 @@ def test_samples_are_made_once_and_only_what_is_missing(load, settings, tmp_path
     assert other.keys() == two.keys() and other != two
 
 
-def test_a_stage_trains_an_ablation(load, settings, models, tmp_path, monkeypatch):
-    """The stage gets the other run's settings and the change; a model that stands beside another run is refused."""
-    figures, bench_module = load("figures"), load("figures_bench")
-    table = load("figures_table")
-    bench = bench_module.Bench(figures.Config(**{**settings, "train_ablations": True}))
+def test_a_stage_trains_an_ablation(settings, models, tmp_path, monkeypatch):
+    """The stage gets the other run's settings and the change; a model of another run is refused."""
+    bench = Bench(figures.Config(**{**settings, "train_ablations": True}))
     finished_model(models / "sd15", tmp_path / "work/guided")
     calls = []
 
@@ -439,14 +425,13 @@ def test_a_stage_trains_an_ablation(load, settings, models, tmp_path, monkeypatc
     assert calls == [("04_guidance_tune", {"config": tmp_path / "work/guided/config.yaml", "t_end": 1.0})]
     weights = tmp_path / "work/guided/vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
-    with pytest.raises(table.Missing, match="was trained beside another"):
+    with pytest.raises(MetricUnavailable, match="was trained for another"):
         bench.train("04_guidance_tune", "guided_all", "guided", t_end=1.0)
 
 
-def test_half_precision_is_the_networks_only(load, settings):
+def test_half_precision_is_the_networks_only(settings):
     """Inside, a product is rounded to 8 bits of mantissa and comes back as float32; afterwards it is exact again."""
-    figures, bench_module = load("figures"), load("figures_bench")
-    bench = bench_module.Bench(figures.Config(**{**settings, "mixed_precision": "bf16"}))
+    bench = Bench(figures.Config(**{**settings, "mixed_precision": "bf16"}))
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(layer.weight, 1.001)
     one = torch.ones(1, 1)
@@ -455,9 +440,8 @@ def test_half_precision_is_the_networks_only(load, settings):
     assert layer(one).item() == pytest.approx(1.001)
 
 
-def test_the_command_that_measures_the_same(load):
-    figures = load("figures")
+def test_the_command_that_measures_the_same():
     config = figures.Config(num_faces=3, train_ablations=False, untrained=True, only="vae")
     assert figures.command_of(config) == (
-        "python checkpoints/figures.py --work data/tiny --num_faces 3 --no-train_ablations --untrained"
+        "python -m checkpoints.tiny_models.figures --work data/tiny --num_faces 3 --no-train_ablations --untrained"
     )

@@ -216,7 +216,7 @@ def test_stage_4_finds_the_network_of_the_dino_distance(features, tmp_path, monk
     """By its folder, and for `tiny` among the tiny models, where an untrained one is no answer."""
     stage = load_stage("04_guidance_tune")
     monkeypatch.setattr(stage.tiny, "tiny_folder", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match="make_tiny.py --only features"):
+    with pytest.raises(FileNotFoundError, match="make_tiny --only features"):
         stage.load_features("tiny")
     features.save_pretrained(tmp_path / "features")
     for name in ("tiny", str(tmp_path / "features")):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,36 +10,42 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
+from checkpoints.tiny_models import bases
+from checkpoints.tiny_models.damage import DAMAGES, PHOTOMETRIC, UNSEEN
+from checkpoints.tiny_models.data import Drawings, describe, draw_one, save_arrays
+from checkpoints.tiny_models.readme import note_duration, write_readme
+from checkpoints.tiny_models.reward import SEEN, DrawnFaces, alike, jitter, train_reward
+from checkpoints.tiny_models.vae import (
+    PIPELINES,
+    DrawingsAndFaces,
+    encode_mean,
+    normalise_latents,
+    pixel_batches,
+    train_vae,
+)
 from faceprior import tiny
 from faceprior.images import save_image
 from faceprior.models import quiet_libraries
+from faceprior.procedural import draw_portrait
 from faceprior.scorer import FaceScorer
-
-CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def siblings():
-    """The modules of checkpoints/ import each other as a script's neighbours."""
+def quiet():
     quiet_libraries()
-    sys.path.insert(0, str(CHECKPOINTS))
-    yield
-    sys.path.remove(str(CHECKPOINTS))
 
 
 @pytest.fixture(scope="module")
-def work(siblings, tmp_path_factory):
+def work(tmp_path_factory):
     """Ten training drawings, two of them scenes, four for validation, and as many in place of aligned faces."""
-    import tiny_data
-
     folder = tmp_path_factory.mktemp("work")
     for split, count in (("train", 10), ("validation", 4)):
-        drawings = [tiny_data.draw_one(128, split, i) for i in range(count)]
-        tiny_data.save_arrays(
+        drawings = [draw_one(128, split, i) for i in range(count)]
+        save_arrays(
             folder / split / "000000.npz",
             images=np.stack([d.image for d in drawings]),
             captions=np.array([d.caption() for d in drawings]),
-            records=np.array([json.dumps(tiny_data.describe(d)) for d in drawings]),
+            records=np.array([json.dumps(describe(d)) for d in drawings]),
         )
     for number, drawing in enumerate(drawings):
         save_image(Image.fromarray(drawing.image), folder / "faces" / f"{number}.png")
@@ -68,15 +72,11 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(work, config, home):
-    from tiny_vae import train_vae
-
     train_vae(config, work)
     return AutoencoderKL.from_pretrained(work / "vae")
 
 
 def test_drawings_know_what_they_show(work):
-    from tiny_data import Drawings
-
     drawings = Drawings(work, "train")
     assert [record["kind"] for record in drawings.records[:6]] == ["scene", *["portrait"] * 4, "scene"]
     assert drawings.images.shape == (10, 128, 128, 3) and len(drawings) == 10
@@ -89,32 +89,26 @@ def test_drawings_know_what_they_show(work):
         Drawings(work, "test")
 
 
-def test_the_latents_are_normalised_and_the_picture_stays(vae, work):
+def test_the_latents_are_normalised_and_the_image_stays(vae, work):
     """z' = (z - m) / s inside of the 1x1 convolutions: deviation 1 per channel, the same reconstruction."""
-    import tiny_vae
-    from tiny_data import Drawings
-
     drawings = Drawings(work, "train")
-    means = tiny_vae.encode_mean(vae, next(tiny_vae.pixel_batches(drawings, 10)))
+    means = encode_mean(vae, next(pixel_batches(drawings, 10)))
     torch.testing.assert_close(means.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(means.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
     fresh = tiny.make_vae()
-    pixels = next(tiny_vae.pixel_batches(drawings, 2))
+    pixels = next(pixel_batches(drawings, 2))
     with torch.no_grad():
         before = fresh.decode(fresh.encode(pixels).latent_dist.mean).sample
-        tiny_vae.normalise_latents(fresh, drawings)
+        normalise_latents(fresh, drawings)
         after = fresh.decode(fresh.encode(pixels).latent_dist.mean).sample
     torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
     assert json.loads((work / "vae/done.json").read_text())["psnr"] > 3
 
 
 def test_the_bases_are_trained_and_load_with_stock_diffusers(vae, work, config, home, monkeypatch):
-    import tiny_bases
-    from tiny_bases import train_sd15, train_sdxl
-
-    monkeypatch.setattr(tiny_bases, "BATCH", 2)
-    train_sd15(config, work)
-    train_sdxl(config, work)
+    monkeypatch.setattr(bases, "BATCH", 2)
+    bases.train_sd15(config, work)
+    bases.train_sdxl(config, work)
     for kind, pipeline_class in (("sd15", StableDiffusionPipeline), ("sdxl", StableDiffusionXLPipeline)):
         assert tiny.info(home / kind) == {"kind": kind, "seed": 0, "trained": True, "steps": 2}
         pipeline = pipeline_class.from_pretrained(home / kind)
@@ -131,14 +125,12 @@ def test_the_bases_are_trained_and_load_with_stock_diffusers(vae, work, config, 
     assert any(not torch.allclose(changed[key].float(), fresh[key], atol=1e-4) for key in changed)
 
 
-def test_the_shipped_base_goes_on_but_for_its_text_encoder(vae, work, config, home, tmp_path, monkeypatch):
-    import tiny_bases
-
-    monkeypatch.setattr(tiny_bases, "BATCH", 2)
-    tiny_bases.train_sd15(config, work)
+def test_the_shipped_base_is_trained_further_except_its_text_encoder(vae, work, config, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(bases, "BATCH", 2)
+    bases.train_sd15(config, work)
     before = StableDiffusionPipeline.from_pretrained(home / "sd15")
     shutil.rmtree(work / "sd15")
-    tiny_bases.train_sd15(SimpleNamespace(**{**vars(config), "go_on": True}), work)
+    bases.train_sd15(SimpleNamespace(**{**vars(config), "go_on": True}), work)
     after = StableDiffusionPipeline.from_pretrained(home / "sd15")
     for part, same in (("text_encoder", True), ("vae", True), ("unet", False)):
         pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
@@ -146,58 +138,52 @@ def test_the_shipped_base_goes_on_but_for_its_text_encoder(vae, work, config, ho
         assert same or all(torch.allclose(a, b, atol=0.02) for a, b in pairs)
 
 
-def test_a_decoder_goes_on_and_the_latents_stay(vae, work, config, home, tmp_path):
-    import tiny_bases
-    import tiny_vae
-
-    tiny_bases.train_sd15(config, work)
+def test_a_decoder_is_trained_further_and_the_latents_stay(vae, work, config, home, tmp_path):
+    bases.train_sd15(config, work)
     before = AutoencoderKL.from_pretrained(home / "sd15/vae")
     for name in ("train", "validation", "faces"):
         (tmp_path / name).symlink_to(work / name)
-    tiny_vae.train_vae(SimpleNamespace(**{**vars(config), "go_on": True}), tmp_path)
+    train_vae(SimpleNamespace(**{**vars(config), "go_on": True}), tmp_path)
     after = AutoencoderKL.from_pretrained(tmp_path / "vae")
     for part, same in (("encoder", True), ("quant_conv", True), ("decoder", False), ("post_quant_conv", False)):
         pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) is same, part
-    for name in tiny_vae.PIPELINES:
+    for name in PIPELINES:
         shipped = AutoencoderKL.from_pretrained(home / name / "vae")
         assert str(home.parent) not in (home / name / "vae/config.json").read_text()
         for a, b in zip(after.parameters(), shipped.parameters(), strict=True):
             torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-def test_every_second_picture_of_the_autoencoder_is_a_face(work):
-    import tiny_vae
-
-    drawings, held_out = (tiny_vae.Drawings(work, split) for split in ("train", "validation"))
-    pictures = tiny_vae.DrawingsAndFaces(drawings, work / "faces")
-    assert len(pictures) == 20
+def test_every_second_image_of_the_autoencoder_is_a_face(work):
+    drawings, held_out = (Drawings(work, split) for split in ("train", "validation"))
+    images = DrawingsAndFaces(drawings, work / "faces")
+    assert len(images) == 20
     for index, source, number in ((2, drawings, 1), (3, held_out, 1), (9, held_out, 0)):  # four faces, again and again
-        torch.testing.assert_close(pictures[index]["pixel_values"], source[number]["pixel_values"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(images[index]["pixel_values"], source[number]["pixel_values"], atol=1e-5, rtol=0)
 
 
 def test_the_record_keeps_the_runs_of_other_work_folders(work, config, home, tmp_path, monkeypatch):
-    """Two folders, a run each: both rows stay, and writing again adds none."""
-    import tiny_readme
-
+    """Two folders, a run each: both rows stay, writing again adds none, and what people wrote below them stays."""
     settings = SimpleNamespace(num_drawn=10, resolution=128)
     for folder, steps in ((tmp_path / "a", 1), (tmp_path / "b", 2)):
         (folder / "vae").mkdir(parents=True)
         (folder / "vae/metrics.jsonl").write_text(json.dumps({"step": steps, "loss": 0.5}) + "\n")
         (folder / "vae/done.json").write_text(json.dumps({"steps": steps, "psnr": 30.0}))
-        tiny_readme.note_duration(folder, "vae", 36.0)
+        note_duration(folder, "vae", 36.0)
         for _ in range(2):
-            tiny_readme.write_readme(settings, folder)
+            write_readme(settings, folder)
+            page = (home / "README.md").read_text()
+            (home / "README.md").write_text(page + f"{steps} by hand\n")
     page = (home / "README.md").read_text()
     assert page.count("| vae | ") == 2 and "| vae | 2 | 0.5 | 0.01 | psnr 30 |" in page
+    assert page.endswith("\n1 by hand\n1 by hand\n2 by hand\n2 by hand\n") and page.count("# The tiny models") == 1
 
 
 def test_the_sdxl_type_starts_as_the_other_base():
     """With the first text encoder's states in the first columns and no size condition both predict the same."""
-    from tiny_bases import warm_start
-
     first, second = tiny.tiny_sd15().unet.eval(), tiny.tiny_sdxl().unet.eval()
-    warm_start(second, first)
+    bases.warm_start(second, first)
     for parameter in second.add_embedding.parameters():
         torch.nn.init.zeros_(parameter)
     noisy, timesteps = torch.randn(2, 4, 32, 32), torch.tensor([3, 700])
@@ -211,76 +197,66 @@ def test_the_sdxl_type_starts_as_the_other_base():
 
 
 def test_captions_of_mirror_images_and_short_ones():
-    from tiny_bases import swap_sides, thin_out
-
     caption = "portrait photo, young woman, soft light from the left, studio background"
-    assert swap_sides(caption) == caption.replace("left", "right") and swap_sides(swap_sides(caption)) == caption
+    assert (
+        bases.swap_sides(caption) == caption.replace("left", "right")
+        and bases.swap_sides(bases.swap_sides(caption)) == caption
+    )
     rng = np.random.default_rng(0)
-    short = {thin_out(caption, rng) for _ in range(200)}
+    short = {bases.thin_out(caption, rng) for _ in range(200)}
     assert caption in short and "portrait photo" in short and len(short) == 8  # every subset of the three tags
     assert all(text.startswith("portrait photo") for text in short)
 
 
 def test_min_snr_weights_by_hand():
     """SNR = a / (1 - a): a = .5 gives 1, weight 1; a = .9 gives 9, weight 5 / 9."""
-    from tiny_bases import min_snr_weights
-
     scheduler = SimpleNamespace(alphas_cumprod=torch.tensor([0.9, 0.5, 0.1]))
-    weights = min_snr_weights(scheduler, torch.tensor([0, 1, 2]))
+    weights = bases.min_snr_weights(scheduler, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(weights, torch.tensor([5 / 9, 1.0, 1.0]))
 
 
 def test_every_damage_grows_with_its_strength():
-    import tiny_damage
-
-    from faceprior.procedural import draw_portrait
-
     drawing = draw_portrait(10_007, 128)
-    for name, damage in tiny_damage.DAMAGES.items():
+    for name, damage in DAMAGES.items():
         weak, strong = (damage(drawing.image, drawing.landmarks, s, np.random.default_rng(1)) for s in (0.2, 1.0))
         again = damage(drawing.image, drawing.landmarks, 1.0, np.random.default_rng(1))
         assert strong.shape == drawing.image.shape and strong.dtype == np.uint8 and (strong == again).all(), name
         change = [np.abs(side.astype(float) - drawing.image).mean() for side in (weak, strong)]
         assert 0 < change[0] < change[1], name
         corner = (slice(0, 8), slice(0, 8))
-        if name not in tiny_damage.PHOTOMETRIC:
+        if name not in PHOTOMETRIC:
             assert (strong[corner] == drawing.image[corner]).all(), name
-    assert {*tiny_damage.UNSEEN} < tiny_damage.DAMAGES.keys()
+    assert {*UNSEEN} < DAMAGES.keys()
 
 
-def test_twins_differ_in_the_damage_only():
-    """What is done alike to both sides leaves equal pictures equal; the kinds kept out are never shown."""
-    import tiny_reward
-    from tiny_damage import UNSEEN
-
+def test_the_sides_of_a_pair_differ_in_the_damage_only():
+    """What is done to both sides leaves equal images equal; the kinds that are held out are never used."""
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     for seed in range(20):
-        first, second = tiny_reward.alike((image, image.copy()), np.random.default_rng(seed))
+        first, second = alike((image, image.copy()), np.random.default_rng(seed))
         assert (first == second).all()
-        assert min(tiny_reward.jitter([1.0, 5.0, 120.0, 128.0], 128, np.random.default_rng(seed))) >= 0
-    assert not {*tiny_reward.SEEN} & {*UNSEEN}
+        assert min(jitter([1.0, 5.0, 120.0, 128.0], 128, np.random.default_rng(seed))) >= 0
+    assert not {*SEEN} & {*UNSEEN}
 
 
 def test_the_reward_model_is_pretrained(vae, work, config, home):
-    """On spoiled twins and on pairs of stage 1."""
-    import tiny_reward
-
-    image = tiny_reward.Drawings(work, "train").images[1]
-    for name, picture in (("good", image), ("bad", image[::-1]), ("mask", image)):
-        save_image(picture, work / f"reward_pairs/{name}.png")
+    """On spoiled copies and on pairs of stage 1."""
+    image = Drawings(work, "train").images[1]
+    for name, pixels in (("good", image), ("bad", image[::-1]), ("mask", image)):
+        save_image(pixels, work / f"reward_pairs/{name}.png")
     pair = {
         "id": "a", "photograph": "a.png", "good": "good.png", "bad": "bad.png", "mask": "mask.png",
         "box": [30, 30, 90, 100], "landmarks": None, "confidence": 1.0, "area_ratio": 0.2, "strength": 0.4,
         "prompt": "", "seed": 0, "base": "tiny", "difference": 9.0, "round_trip": True,
     }  # fmt: skip
     (work / "reward_pairs/manifest.jsonl").write_text(json.dumps(pair) + "\n")
-    tiny_reward.train_reward(config, work)
+    train_reward(config, work)
     assert tiny.info(home / "reward")["trained"] is True
     scorer = FaceScorer.from_pretrained(home / "reward")
     assert scorer.score_crops([np.zeros((64, 64, 3), np.uint8)])
     assert 0 <= json.loads((work / "reward/done.json").read_text())["validation_accuracy"] <= 1
-    tiny_reward.train_reward(config, work)  # complete: nothing is done again
+    train_reward(config, work)  # complete: nothing is done again
     assert len((work / "reward/metrics.jsonl").read_text().splitlines()) == 2
-    faces = tiny_reward.DrawnFaces(work, "train", vae, work / "reward_pairs")
+    faces = DrawnFaces(work, "train", vae, work / "reward_pairs")
     good, bad, box = faces[3]["pair"]()
     assert (good == image).all() and (bad == image[::-1]).all() and box == [30, 30, 90, 100]

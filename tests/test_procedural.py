@@ -7,11 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from faceprior.detect import area_bin as bin_of
 from faceprior.images import cv2
 from faceprior.procedural import (
-    AREA_BINS,
-    MAX_FACES,
-    TAGS,
     TEST_SEEDS,
     TRAIN_SEEDS,
     VALIDATION_SEEDS,
@@ -19,12 +17,14 @@ from faceprior.procedural import (
     draw_portrait,
     draw_scene,
     draw_scenes,
-    main,
 )
+from faceprior.procedural.__main__ import main
 from faceprior.procedural.anatomy import Head
 from faceprior.procedural.complexion import Face
 from faceprior.procedural.hair import Hair
 from faceprior.procedural.people import CHOICES, HAIR_STYLES, HATS, HIDDEN_EARS, sample_person, trait_names
+from faceprior.procedural.portraits import TAGS
+from faceprior.procedural.scenes import MAX_FACES
 
 SIZE = 96  # pixels of most portraits here: they only have to be portraits
 
@@ -81,7 +81,7 @@ def test_another_process_draws_the_same_bytes():
 
 @pytest.mark.parametrize("size", [64, 192, 384])
 def test_the_same_person_at_every_size(size):
-    """Landmarks and box scale with the picture; shrunk to 64 px the pictures agree to within a tenth of their range."""
+    """Landmarks and box scale with the image; shrunk to 64 px the images agree to within a tenth of their range."""
     small, large = draw_portrait(11, 64), draw_portrait(11, size)
     scale = size / 64
     np.testing.assert_allclose(large.landmarks, scale * small.landmarks, atol=0.3 * scale)
@@ -140,7 +140,7 @@ def test_overrides_are_kept_and_change_nothing_else():
 
 
 def test_yaw_turns_the_nose_to_its_side():
-    """The nose stands before the eyes' plane, so turning to +x moves it right between them."""
+    """The nose is in front of the eyes' plane, so turning to +x moves it right between them."""
     left, right = (draw_portrait(2, 64, yaw=yaw, roll=0.0).landmarks for yaw in (-25.0, 25.0))
     position = [(p[2, 0] - p[0, 0]) / (p[1, 0] - p[0, 0]) for p in (left, right)]
     assert position[0] < 0.4 and position[1] > 0.6
@@ -300,11 +300,10 @@ def test_every_tag_can_be_overridden():
 @pytest.mark.parametrize("area_bin", range(4))
 def test_faces_of_a_scene_fall_into_their_bin(area_bin):
     scene = draw_scene(1, 256, faces=min(2, MAX_FACES[area_bin]), area_bin=area_bin)
-    low, high = AREA_BINS[area_bin]
     assert scene.image.shape == (256, 256, 3)
     for face in scene.faces:
         x0, y0, x1, y1 = face.box
-        assert low < (x1 - x0) * (y1 - y0) / 256**2 <= high
+        assert bin_of((x1 - x0) * (y1 - y0) / 256**2) == area_bin
         assert x0 >= 0 and x1 <= 256 and y0 >= 0 and y1 <= 256
         assert face.face_mask.shape == (256, 256) and inside(face.face_mask, face.landmarks[2])
     assert scene.caption().startswith("photo of ")
@@ -336,7 +335,7 @@ def test_seed_ranges_are_apart():
 
 
 def test_contact_sheet_fills_its_rows():
-    """Three pictures in rows of two make two rows; the fourth place is grey."""
+    """Three images in rows of two make two rows; the fourth place is grey."""
     sheet = contact_sheet([np.zeros((4, 4, 3), np.uint8)] * 3, columns=2)
     assert sheet.shape == (8, 8, 3)
     assert (sheet[4:, 4:] == 128).all()

@@ -89,7 +89,7 @@ def chin_y(person: SimpleNamespace) -> float:
 class Head:
     """Signed distance to the bald head without ears.
 
-    cell: sampling distance of the relief, in units; finer pictures take finer cells.
+    cell: sampling distance of the relief, in units; finer images take finer cells.
     """
 
     X_MAX, Y_MIN, Y_MAX = 0.90, -1.34, 1.02

@@ -231,7 +231,7 @@ class Face:
         return ball * (1 - shadow)
 
     def _lashes(self, i, dx, y, upper, lower) -> None:
-        """The dark line of the upper lashes, single lashes in large pictures, and a faint lower line."""
+        """The dark line of the upper lashes, single lashes in large images, and a faint lower line."""
         p = self.person
         inside = smoothstep(1.12, 0.95, np.abs(dx) / p.eye_half_width)
         thick = 0.007 + 0.006 * p.lashes + 0.008 * p.eyeliner + 0.25 * self.pixel

@@ -1,10 +1,10 @@
 """
-Who is drawn, and how the picture is taken: every trait of a drawn portrait, sampled from a seed.
+Who is drawn, and how the image is taken: every trait of a drawn portrait, sampled from a seed.
 
-Each trait has a random stream of its own, so that choosing one (`hair_style="bob"`) leaves all others as they were,
-but for what it hides.
+Each trait has its own random stream, so that choosing one (`hair_style="bob"`) leaves all others as they were, except
+those that it hides.
 A few hidden causes (age, sex, build, ancestry) move many traits together: that gives people instead of noise.
-Lengths are decimetres in the head's frame: x to the picture's right, y up, z to the camera, origin midway between the
+Lengths are decimetres in the head's frame: x to the image's right, y up, z to the camera, origin midway between the
 eyeballs; angles are degrees.
 """
 
@@ -117,13 +117,13 @@ TRAITS = {
     "oiliness": Trait(0.5, 0.16, 0.1, 1.0, {"age": -0.2}),
     # hair line above the eyes
     "hairline_y": Trait(0.735, 0.025, 0.66, 0.83, {"masculine": 0.02}),
-    # the head's pose, and the picture
+    # the head's pose, and the image
     "yaw": Trait(0.0, 13.0, -30, 30),
     "pitch": Trait(-1.0, 5.0, -12, 12),
     "roll": Trait(0.0, 4.0, -12, 12),
     "gaze_x": Trait(0.0, 3.0, -12, 12),
     "gaze_y": Trait(0.0, 2.0, -8, 8),
-    "view_height": Trait(3.68, 0.25, 3.3, 4.5),  # what the picture's height covers at the face
+    "view_height": Trait(3.68, 0.25, 3.3, 4.5),  # what the image's height covers at the face
     "offset_x": Trait(0.0, 0.10, -0.3, 0.3),
     "offset_y": Trait(0.0, 0.05, -0.12, 0.12),
     "camera_distance": Trait(12.0, 1.5, 9.0, 16.0),
@@ -142,7 +142,7 @@ class Dice:
         self.chosen = chosen
 
     def stream(self, name: str) -> np.random.Generator:
-        """The random stream of `name`; equal for equal seeds, whatever else was drawn."""
+        """The random stream of `name`; equal for equal seeds, independent of all other draws."""
         return np.random.default_rng([*self.seed, zlib.crc32(name.encode())])
 
     def normal(self, name: str, trait: Trait, causes: dict[str, float]) -> float:

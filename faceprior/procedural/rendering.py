@@ -19,7 +19,7 @@ from faceprior.procedural.textures import sample_noise
 from faceprior.procedural.tracing import Camera, Figure, Hits, normals_of, occlusion, soft_shadow, trace
 from faceprior.procedural.wardrobe import FRAME_COLORS, LENS_Z, TEMPLE_X, frame_distance, lens_distance, temple_distance
 
-LIGHT_GRID = 128  # occlusion and shadow are computed on about this many points across, at every picture size
+LIGHT_GRID = 128  # occlusion and shadow are computed on about this many points across, at every image size
 TEMPERATURES = {"warm": (1.14, 0.98, 0.78), "neutral": (1.03, 1.0, 0.96), "cool": (0.92, 0.99, 1.12)}
 SCATTER = (0.030, 0.014, 0.008)  # how far light spreads below the skin, in units, red to blue
 VIEW = np.array([0, 0, 1], np.float32)
@@ -64,23 +64,23 @@ class Layer:
     radiance: np.ndarray  # (size, size, 3) linear RGB
     coverage: np.ndarray  # (size, size, 1), 0 .. 1
     head_points: np.ndarray  # (3, N) points of the figure, head frame
-    index: np.ndarray  # (N,) their flat indices in the picture
+    index: np.ndarray  # (N,) their flat indices in the image
     face: Face
-    skin: np.ndarray  # (N,) share of skin at each point
-    hair: np.ndarray  # (N,) share of hair
+    skin: np.ndarray  # (N,) fraction of skin at each point
+    hair: np.ndarray  # (N,) fraction of hair
     on_head: np.ndarray  # (N,) bool: head rather than ears, neck or cloth
     camera: Camera
     figure: Figure
 
 
 def render(person: SimpleNamespace, size: int) -> tuple[np.ndarray, Layer]:
-    """Draw the person before its background: a developed picture (size, size, 3) uint8, and the figure in it."""
+    """Draw the person before its background: a developed image (size, size, 3) uint8, and the figure in it."""
     camera = Camera.for_portrait(person, size)
     layer = render_figure(person, camera)
     rng = np.random.default_rng([person.seed, 11])
-    picture = draw_backdrop(person.background, size, rng, 0.85 * make_lights(person).key_color)
-    picture += layer.coverage * (layer.radiance - picture)
-    return develop(picture, person.exposure, person.melanin, seed=person.seed), layer
+    image = draw_backdrop(person.background, size, rng, 0.85 * make_lights(person).key_color)
+    image += layer.coverage * (layer.radiance - image)
+    return develop(image, person.exposure, person.melanin, seed=person.seed), layer
 
 
 def render_figure(person: SimpleNamespace, camera: Camera) -> Layer:
@@ -95,7 +95,7 @@ def render_figure(person: SimpleNamespace, camera: Camera) -> Layer:
     cloth = parts["cloth"] < np.minimum(bare, parts["hair"])
     hat = parts["hat"] < np.minimum(np.minimum(bare, parts["hair"]), parts["cloth"])
     off_ears = parts["ears"] > np.minimum(parts["head"], parts["hair"])
-    hair = _hair_share(figure, head, parts["hair"], bare) * ~cloth * ~hat * off_ears
+    hair = _hair_fraction(figure, head, parts["hair"], bare) * ~cloth * ~hat * off_ears
     open_light, key_light = _visibility(figure, hits, normals, lights, size)
 
     radiance = _shade_skin(face, figure, normals, lights, open_light, key_light, hits, size)
@@ -109,22 +109,22 @@ def render_figure(person: SimpleNamespace, camera: Camera) -> Layer:
     i = np.flatnonzero(hat)
     radiance[:, i] = _shade_hat(figure, head[:, i], normals[:, i], lights, open_light[i], key_light[i])
 
-    picture, coverage = _spread_to_edges(radiance, hits)
+    image, coverage = _spread_to_edges(radiance, hits)
     kind = np.zeros(size * size, np.uint8)
     kind[hits.index] = 1 + (hair > 0.5) + 2 * cloth + 3 * hat
-    _soften_edges(picture, kind.reshape(size, size), hits.depth)
+    _soften_edges(image, kind.reshape(size, size), hits.depth)
     if person.glasses != "none":
-        _add_glasses(picture, coverage, figure, camera, hits.depth, lights)
+        _add_glasses(image, coverage, figure, camera, hits.depth, lights)
     if person.ear_rings != "none":
-        _add_ear_rings(picture, coverage, figure, camera, hits.depth, lights)
+        _add_ear_rings(image, coverage, figure, camera, hits.depth, lights)
     on_head = (parts["head"] < np.minimum(parts["ears"], parts["neck"])) & ~cloth & ~hat
     skin = (1 - hair) * ~cloth * ~hat
     hair = hair * (not figure.hair.style.cloth)
-    return Layer(picture, coverage, head, hits.index, face, skin, hair, on_head, camera, figure)
+    return Layer(image, coverage, head, hits.index, face, skin, hair, on_head, camera, figure)
 
 
 def _spread_to_edges(radiance: np.ndarray, hits: Hits) -> tuple[np.ndarray, np.ndarray]:
-    """Colours (3, N) as a picture with its coverage; pixels at the edge take their neighbours' colour."""
+    """Colours (3, N) as an image with its coverage; pixels at the edge take their neighbours' colour."""
     grid = np.zeros((*hits.depth.shape, 4), np.float32)
     grid.reshape(-1, 4)[hits.index, :3] = radiance.T
     grid.reshape(-1, 4)[hits.index, 3] = 1
@@ -136,16 +136,16 @@ def _spread_to_edges(radiance: np.ndarray, hits: Hits) -> tuple[np.ndarray, np.n
     return np.ascontiguousarray(grid[..., :3]), coverage[..., None].astype(np.float32)
 
 
-def _soften_edges(picture: np.ndarray, kind: np.ndarray, depth: np.ndarray) -> None:
+def _soften_edges(image: np.ndarray, kind: np.ndarray, depth: np.ndarray) -> None:
     """Blur by less than a pixel where one thing hides another: rays hit the one or the other, film sees both."""
     around = np.ones((3, 3), np.uint8)
     edge = cv2.morphologyEx(kind, cv2.MORPH_GRADIENT, around) > 0
     edge |= cv2.morphologyEx(depth, cv2.MORPH_GRADIENT, around) > 0.12
-    picture[edge] = cv2.GaussianBlur(picture, (3, 3), 0.85)[edge]
+    image[edge] = cv2.GaussianBlur(image, (3, 3), 0.85)[edge]
 
 
-def _hair_share(figure: Figure, head, hair_distance, skin_distance):
-    """Share (N,) of hair at each point: all of it on the hair's solid, thinning out at the hairline."""
+def _hair_fraction(figure: Figure, head, hair_distance, skin_distance):
+    """Fraction (N,) of hair at each point: all of it on the hair's solid, thinning out at the hairline."""
     reach = figure.hair.reach(*head)
     across, along = figure.hair.strands(*head)
     ragged = 0.030 * (not figure.hair.style.cloth)
@@ -238,7 +238,7 @@ def _tooth_normals(face: Face, figure: Figure, chosen) -> np.ndarray:
 
 
 def _scatter(light: np.ndarray, hits: Hits, size: int, pixel: float) -> np.ndarray:
-    """Blur light (3, N) over the picture as far as each colour travels below the skin."""
+    """Blur light (3, N) over the image as far as each colour travels below the skin."""
     grid = np.zeros((size * size, 4), np.float32)
     grid[hits.index, :3] = light.T
     grid[hits.index, 3] = 1
@@ -308,19 +308,19 @@ def _shade_cloth(figure: Figure, points, normals, lights: Lights, open_light, ke
     return color * light + 0.10 * _rim(normals, lights)[None] * lights.key_color[:, None]
 
 
-def _add_glasses(picture, coverage, figure: Figure, camera: Camera, depth, lights: Lights) -> None:
-    """Paint frames, lenses and arms over the picture, in place, where they lie before the figure."""
+def _add_glasses(image, coverage, figure: Figure, camera: Camera, depth, lights: Lights) -> None:
+    """Paint frames, lenses and arms over the image, in place, where they lie before the figure."""
     person = figure.person
     rays = camera.directions(camera.size)
     origin = figure.to_head(camera.position[:, None])[:, 0]
     direction = figure.head_turn.T @ rays
-    flat, cover, near = picture.reshape(-1, 3), coverage.reshape(-1, 1), depth.ravel()
+    flat, cover, near = image.reshape(-1, 3), coverage.reshape(-1, 1), depth.ravel()
     color = np.array(FRAME_COLORS[person.glasses_color], np.float32)
     soft = 0.6 * camera.pixel
 
     def lay(where, amount, paint):
-        share = amount / np.maximum(amount + cover[where] * (1 - amount), 1e-4)
-        flat[where] += share * (paint - flat[where])
+        fraction = amount / np.maximum(amount + cover[where] * (1 - amount), 1e-4)
+        flat[where] += fraction * (paint - flat[where])
         cover[where] = np.maximum(cover[where], amount)
 
     for side in (-1, 1):
@@ -340,11 +340,11 @@ def _add_glasses(picture, coverage, figure: Figure, camera: Camera, depth, light
     lay(i, frame, color * (0.8 + lights.ambient + gleam))
 
 
-def _add_ear_rings(picture, coverage, figure: Figure, camera: Camera, depth, lights: Lights) -> None:
-    """Paint ear rings over the picture, in place, at the lobes that the camera sees."""
+def _add_ear_rings(image, coverage, figure: Figure, camera: Camera, depth, lights: Lights) -> None:
+    """Paint ear rings over the image, in place, at the lobes that the camera sees."""
     person, size = figure.person, camera.size
     metal = np.array(METALS[person.metal], np.float32)[:, None]
-    flat, cover = picture.reshape(-1, 3), coverage.reshape(-1, 1)
+    flat, cover = image.reshape(-1, 3), coverage.reshape(-1, 1)
     for side in (-1, 1):
         x, y, z = ear_lobe(person)
         lobe = figure.from_head(np.array([[side * x], [y], [z]]))
@@ -362,19 +362,19 @@ def _add_ear_rings(picture, coverage, figure: Figure, camera: Camera, depth, lig
         amount = (amount * (depth.ravel()[i] > distance - 0.12))[:, None]
         light = _irradiance(normals, lights, np.float32(0.8), np.float32(0.7), (0.1, 0.1, 0.1))
         paint = (metal * (0.25 + light) + 1.6 * metal * _highlight(normals, lights, 12)).T
-        share = amount / np.maximum(amount + cover[i] * (1 - amount), 1e-4)
-        flat[i] += share * (paint - flat[i])
+        fraction = amount / np.maximum(amount + cover[i] * (1 - amount), 1e-4)
+        flat[i] += fraction * (paint - flat[i])
         cover[i] = np.maximum(cover[i], amount)
 
 
-def develop(picture: np.ndarray, exposure: float, melanin: float, seed: int) -> np.ndarray:
+def develop(image: np.ndarray, exposure: float, melanin: float, seed: int) -> np.ndarray:
     """Linear light -> 8-bit sRGB: lens blur, exposure, a soft shoulder for highlights, grain.
 
     melanin: of the people in it; cameras open up for dark faces.
     """
-    size = picture.shape[0]
-    picture = cv2.GaussianBlur(picture, (0, 0), 0.45 + 0.0006 * size)
-    x = picture * np.float32(0.88 * exposure * (1 + 0.55 * melanin))
+    size = image.shape[0]
+    image = cv2.GaussianBlur(image, (0, 0), 0.45 + 0.0006 * size)
+    x = image * np.float32(0.88 * exposure * (1 + 0.55 * melanin))
     x = np.where(x > 0.6, 0.6 + 0.4 * (1 - np.exp(-(x - 0.6) / 0.4)), x)
     x = np.where(x < 0.0031308, 12.92 * x, 1.055 * np.power(np.maximum(x, 1e-6), 1 / 2.4) - 0.055)
     grain = np.random.default_rng([seed, 13, size]).standard_normal((size, size, 1), np.float32)

@@ -7,7 +7,7 @@ import numpy as np
 
 from faceprior.images import cv2
 
-_LOOKUP_WIDTH = 256  # cv2.remap takes pictures of at most 32767 rows: points are folded into rows of this length
+_LOOKUP_WIDTH = 256  # cv2.remap takes images of at most 32767 rows: points are folded into rows of this length
 
 
 def smoothstep(low: float, high: float, x):

@@ -18,10 +18,10 @@ from faceprior.procedural.shapes import smooth_min, smoothstep
 from faceprior.procedural.wardrobe import Garment
 
 NECK_PIVOT = np.array([0.0, -0.75, -0.55], np.float32)  # the head turns about this point
-FAR = 9.0  # a distance that stands for "nowhere near"
+FAR = 9.0  # a distance that means "nowhere near"
 EAR_BLEND, NECK_BLEND = 0.035, 0.09
 NEAREST, FARTHEST = -1.1, 2.4  # depth range of the scene about the camera's distance
-STEP, FREE_STEP = 0.72, 0.97  # share of the distance by which a ray advances, near the steep relief and away from it
+STEP, FREE_STEP = 0.72, 0.97  # fraction of the distance by which a ray advances, near the steep relief and away from it
 SECANT_REACH, MAX_GAIN = 0.06, 2.5  # closer than this a ray follows the slope that it measured, up to this multiple
 LEAVING, LEAVING_GAIN = 0.03, 1.6  # a ray whose distance grows again passed an edge: it may hurry on
 MAX_STEPS = (40, 24, 32)  # of a ray on the coarse, the middle and the fine grid
@@ -39,7 +39,7 @@ def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
 class Camera:
     """A pinhole camera that looks along -z at `centre`, (x, y) of the world.
 
-    size: the picture's side in pixels; height: what that side covers at the face; distance: from the eyes.
+    size: the image's side in pixels; height: what that side covers at the face; distance: from the eyes.
     """
 
     def __init__(self, size: int, height: float, centre: tuple[float, float], distance: float):
@@ -63,7 +63,7 @@ class Camera:
         return d / np.linalg.norm(d, axis=0)
 
     def project(self, points: np.ndarray) -> np.ndarray:
-        """World points (3, N) -> pixels (N, 2), x right and y down, (0, 0) the corner of the picture."""
+        """World points (3, N) -> pixels (N, 2), x right and y down, (0, 0) the corner of the image."""
         q = np.asarray(points, np.float32) - self.position[:, None]
         scale = self.distance / -q[2] / self.height
         return np.stack([(q[0] * scale + 0.5) * self.size, (0.5 - q[1] * scale) * self.size], axis=-1)
@@ -225,7 +225,7 @@ def _shorter_difference(grid: np.ndarray, axis: int) -> np.ndarray:
 
 
 def occlusion(figure: Figure, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
-    """Share (N,) of the surroundings' light that reaches the points, 0 .. 1."""
+    """Fraction (N,) of the surroundings' light that reaches the points, 0 .. 1."""
     closed = np.zeros(points.shape[1], np.float32)
     for reach, weight in ((0.07, 1.1), (0.2, 0.8), (0.45, 0.5)):
         distance = figure.distance(points + normals * np.float32(reach))
@@ -234,7 +234,7 @@ def occlusion(figure: Figure, points: np.ndarray, normals: np.ndarray) -> np.nda
 
 
 def soft_shadow(figure: Figure, points: np.ndarray, normals: np.ndarray, light: np.ndarray, sharpness: float):
-    """Share (N,) of the key light that reaches the points; `light` is the unit direction towards it."""
+    """Fraction (N,) of the key light that reaches the points; `light` is the unit direction towards it."""
     reached = np.ones(points.shape[1], np.float32)
     active = np.flatnonzero(light @ normals > -0.2)
     reached[light @ normals <= -0.2] = 0

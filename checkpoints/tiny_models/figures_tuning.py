@@ -1,15 +1,15 @@
-"""Figures of the guidance tuning: against the base, all timesteps, and plain fine-tuning, on the same noise."""
+"""Figures of the guidance tuning: against the base, all timesteps and plain fine-tuning, from the same noise."""
 
 from dataclasses import dataclass
-from functools import partial
 
-from figures_bench import FOUND, Bench, best_face, confidence_of
-from figures_faces import Proportions, drawn_proportions
-from figures_table import cell, difference_of
 from PIL import Image
 
+from checkpoints.tiny_models.bench import Bench
+from checkpoints.tiny_models.faces import FOUND, Proportions, best_face, confidence_of, drawn_proportions
+from checkpoints.tiny_models.table import make_row
 from faceprior.diffusion import load_pipeline
 from faceprior.guidance import load_tuned
+from faceprior.tables import difference_estimate
 
 STAGE = "04_guidance_tune"
 ABLATIONS = {  # name in the work folder -> what it is, and what is changed
@@ -28,7 +28,7 @@ class Judged:
 
 
 def judge(bench: Bench, images: list[Image.Image], proportions: Proportions) -> list[Judged]:
-    """Return the judgements of pictures, each by the face that MTCNN is surest of."""
+    """Return the measures of images, each by the face that MTCNN is most confident of."""
     faces = [best_face(image) for image in images]
     sure = [i for i, face in enumerate(faces) if confidence_of(face) >= FOUND]
     scores = bench.score([images[i] for i in sure], [faces[i].box for i in sure]) if sure else []
@@ -44,25 +44,25 @@ def judge(bench: Bench, images: list[Image.Image], proportions: Proportions) -> 
 
 
 def both(a: list[Judged], b: list[Judged], key: str) -> tuple[list[float], list[float]]:
-    """Return the values of the samples that have one on both sides."""
+    """Return the values of the samples that have one on both sides. key: an attribute of Judged."""
     pairs = [(getattr(x, key), getattr(y, key)) for x, y in zip(a, b, strict=True)]
     kept = [pair for pair in pairs if None not in pair]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
 def compare(a: list[Judged], b: list[Judged], name: str, p_below: float | None) -> list[dict]:
-    """Return the rows of a - b at the same prompts and seeds."""
+    """Return the rows of a - b at the same prompts and seeds. p_below: the limit of the Face Score's p value."""
     found = "samples with a face on both sides"
     measures = (
         ("Face Score", "score", (">", 0), found),
-        ("MTCNN's confidence", "confidence", (">", 0), "0 where it sees no face"),
+        ("MTCNN's confidence", "confidence", (">", 0), "0 where it finds no face"),
         ("distance from drawn proportions", "distance", ("<", 0), found),
     )
     rows = []
     for what, key, aim, note in measures:
         limit = p_below if key == "score" else None
-        values = both(a, b, key)
-        rows.append(cell(f"{what}, {name}", partial(difference_of, *values), aim, note=note, p_below=limit))
+        difference = difference_estimate(*both(a, b, key))
+        rows.append(make_row(f"{what}, {name}", difference, aim, note=note, p_below=limit))
     return rows
 
 
@@ -77,7 +77,7 @@ def measure_tuning(bench: Bench) -> list[dict]:
 
 
 def measure_ablation(bench: Bench, name: str) -> list[dict]:
-    """The tuned model against an ablation, which is trained here where it is missing."""
+    """The tuned model against an ablation, which is trained first where it is missing."""
     what, changes = ABLATIONS[name]
     tuned = tuned_samples(bench, "guided")
     bench.train(STAGE, name, like="guided", **changes)
@@ -85,14 +85,13 @@ def measure_ablation(bench: Bench, name: str) -> list[dict]:
     bench.sheet(f"tuned_and_{name}", [image for pair in zip(tuned, other, strict=True) for image in pair][:96], 12)
     proportions = drawn_proportions(bench)
     judged = [judge(bench, images, proportions) for images in (tuned, other)]
-    against_base = [judge(bench, bench.samples("sd15"), proportions)]
+    base = judge(bench, bench.samples("sd15"), proportions)
     rows = compare(*judged, f"tuned - {what}", None)
-    beside = both(judged[1], against_base[0], "score")
-    return [*rows, cell(f"Face Score, {what} - base", partial(difference_of, *beside))]
+    return [*rows, make_row(f"Face Score, {what} - base", difference_estimate(*both(judged[1], base, "score")))]
 
 
 def tuned_samples(bench: Bench, name: str) -> list[Image.Image]:
-    """Return the samples of a model that stage 04 tuned; a LoRA stands on its base."""
+    """Return the samples of a model that stage 4 tuned: a whole pipeline, or a LoRA on the base."""
 
     def load():
         folder = bench.folder(name)

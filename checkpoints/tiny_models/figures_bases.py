@@ -1,17 +1,19 @@
 """Figures of the autoencoder and of the two bases: reconstruction, faces in samples, prompts followed."""
 
 from collections import Counter
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
-from figures_bench import FOUND, Bench, best_face, confidence_of
-from figures_table import cell, mean_of, share_of
 from PIL import Image
 
+from checkpoints.tiny_models.bench import Bench
+from checkpoints.tiny_models.faces import FOUND, best_face, confidence_of
+from checkpoints.tiny_models.features import HIDES_HAIR
+from checkpoints.tiny_models.table import make_row
 from faceprior.metrics import psnr
 from faceprior.procedural import Drawing
+from faceprior.tables import fraction_estimate, mean_estimate
 
-HIDES_HAIR = ("bald", "head scarf", "knit cap", "hat", "cap")  # of its colour too little is seen, or nothing
 BASES = ("sd15", "sdxl")
 
 
@@ -21,8 +23,8 @@ def measure_vae(bench: Bench) -> list[dict]:
     decoded = bench.round_trip(drawn)
     bench.sheet("vae", [image for pair in zip(drawn, decoded, strict=True) for image in pair][:64], 8)
     values = [psnr(after, before) for before, after in zip(drawn, decoded, strict=True)]
-    size = f"{drawn[0].width} px"
-    return [cell(f"autoencoder: PSNR of reconstructions at {size}", partial(mean_of, values), (">=", 32), "dB")]
+    title = f"autoencoder: PSNR of reconstructions at {drawn[0].width} px"
+    return [make_row(title, mean_estimate(values), (">=", 32), "dB")]
 
 
 def measure_samples(bench: Bench, base: str) -> list[dict]:
@@ -32,11 +34,11 @@ def measure_samples(bench: Bench, base: str) -> list[dict]:
     found = [confidence_of(best_face(image)) >= FOUND for image in images]
     options = f"DDPM, {bench.config.sample_steps} steps, CFG {bench.config.guidance_scale:g}"
     title = f"{base}: samples in which MTCNN finds a face at {FOUND}"
-    return [cell(title, partial(share_of, found), (">=", 0.95), "%", options)]
+    return [make_row(title, fraction_estimate(found), (">=", 0.95), "%", options)]
 
 
 class Trait:
-    """One of the things that a prompt names, and how it is read from a drawing's tags and from what is told."""
+    """Something that a prompt names, and how it is read from the tags of a drawing and from predicted ones."""
 
     def __init__(self, name: str, tag: str, is_flag: bool = False):
         self.name, self.tag, self.is_flag = name, tag, is_flag
@@ -45,7 +47,7 @@ class Trait:
         return tags[self.tag] != "none" if self.is_flag else tags[self.tag]
 
     def is_named(self, tags: dict) -> bool:
-        """Tell whether the caption names it; what it leaves out, such as a beard, counts as named to be absent."""
+        """Tell whether the caption names it; a trait without mention, such as a beard, is to be absent."""
         return self.tag != "hair_color" or tags["hair_style"] not in HIDES_HAIR
 
 
@@ -58,21 +60,22 @@ TRAITS = (
 
 
 class Readings:
-    """What the feature network tells of the drawings that gave the prompts, and how often it is right there."""
+    """The tags that the feature network predicts, against those of the drawings that gave the prompts."""
 
     def __init__(self, bench: Bench):
         self.bench, self.drawings = bench, bench.portraits(bench.config.num_samples)
 
     @cached_property
     def of_drawings(self) -> list[dict[str, str]]:
-        return self.bench.told([Image.fromarray(drawing.image) for drawing in self.drawings])
+        return self.bench.predict_tags([Image.fromarray(drawing.image) for drawing in self.drawings])
 
-    def right(self, trait: Trait, told: list[dict]) -> list[bool]:
-        pairs = zip(self.drawings, told, strict=True)
+    def correct(self, trait: Trait, predicted: list[dict]) -> list[bool]:
+        """Tell of each prompt that names the trait whether it is predicted."""
+        pairs = zip(self.drawings, predicted, strict=True)
         return [trait.read(tags) == trait.read(drawing.tags) for drawing, tags in pairs if trait.is_named(drawing.tags)]
 
     def commonest(self, trait: Trait) -> float:
-        """Return how often the commonest value would be right."""
+        """Return how often the commonest value would be correct."""
         return most_common([trait.read(d.tags) for d in self.drawings if trait.is_named(d.tags)])
 
 
@@ -81,23 +84,22 @@ def most_common(values: list) -> float:
 
 
 def measure_prompts(bench: Bench, base: str) -> list[dict]:
-    """What the prompts ask for, told by the feature network on a base's samples."""
+    """What the prompts ask for, as the feature network predicts it on a base's samples."""
     readings = Readings(bench)
-    told = bench.told(bench.samples(base))
+    predicted = bench.predict_tags(bench.samples(base))
     rows = []
     for trait in TRAITS:
-        right = readings.right(trait, told)
-        seen = np.mean(readings.right(trait, readings.of_drawings) or [float("nan")])
-        note = (
-            f"of the drawings themselves {100 * seen:.1f}%; always the commonest {100 * readings.commonest(trait):.1f}%"
-        )
-        rows.append(cell(f"{base}: {trait.name} as the prompt says", partial(share_of, right), (">=", 0.8), "%", note))
+        correct = fraction_estimate(readings.correct(trait, predicted))
+        drawn = np.mean(readings.correct(trait, readings.of_drawings) or [float("nan")])
+        note = f"on the drawings themselves {drawn:.1%}; always the commonest {readings.commonest(trait):.1%}"
+        rows.append(make_row(f"{base}: {trait.name} as the prompt says", correct, (">=", 0.8), "%", note))
         if trait.is_flag:
-            rows.append(asked_for(base, trait, readings.drawings, told))
+            rows.append(asked_for(base, trait, readings.drawings, predicted))
     return rows
 
 
-def asked_for(base: str, trait: Trait, drawings: list[Drawing], told: list[dict]) -> dict:
-    """Return the row of the prompts that do name the trait, which most do not."""
-    right = [trait.read(tags) for drawing, tags in zip(drawings, told, strict=True) if trait.read(drawing.tags)]
-    return cell(f"{base}: of the prompts with {trait.tag}, those followed", partial(share_of, right), unit="%")
+def asked_for(base: str, trait: Trait, drawings: list[Drawing], predicted: list[dict]) -> dict:
+    """Return the row of the prompts that ask for the trait, which most do not."""
+    followed = [trait.read(tags) for drawing, tags in zip(drawings, predicted, strict=True) if trait.read(drawing.tags)]
+    title = f"{base}: of the prompts with {trait.tag}, those followed"
+    return make_row(title, fraction_estimate(followed), unit="%")

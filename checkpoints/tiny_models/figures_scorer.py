@@ -2,30 +2,31 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-from figures_bench import Bench, best_face, digest_of, drawing_digest
-from figures_faces import told_residuals
-from figures_table import Missing, cell, correlation_of, mean_of, rank_correlation, share_of
 from PIL import Image
-from tiny_damage import DAMAGES, LEVELS, UNSEEN
-from tiny_stages import run
 
+from checkpoints.tiny_models.bench import Bench, digest_of, drawing_digest
+from checkpoints.tiny_models.damage import DAMAGES, LEVELS, UNSEEN
+from checkpoints.tiny_models.faces import best_face, landmark_residuals
+from checkpoints.tiny_models.stages import run
+from checkpoints.tiny_models.table import correlation_estimate, make_row, rank_correlation
 from faceprior import tiny
 from faceprior.detect import AREA_LIMITS, area_bin, face_square
 from faceprior.images import cv2, load_image
+from faceprior.metrics import MetricUnavailable
 from faceprior.pairs import gather_pairs
 from faceprior.procedural import TEST_SEEDS, draw_folder, draw_scenes
+from faceprior.tables import Estimate, fraction_estimate, mean_estimate, measure
 
 PORTRAIT_SEEDS, SCENE_SEEDS = TEST_SEEDS + 3000, TEST_SEEDS + 6000  # other people than those of the samples' prompts
-SCENE_BINS = (0, 1, 2, 2)  # of Table 8, in turn; the third holds fewer faces in a picture
-MULTIPLE = 16  # sides that the autoencoder takes
+SCENE_BINS = (0, 1, 2, 2)  # bins of Table 8, in turn; the third has fewer faces in an image
+MULTIPLE = 16  # the sides of an image for the autoencoder are multiples of it
 
 
 @dataclass(frozen=True)
 class PairFace:
-    """A pair's face and what is around it: both sides, the face's box in them, and its bin of Table 8."""
+    """A pair's face and its surroundings: both sides, the face's box in them, and its bin of Table 8."""
 
     good: Image.Image
     bad: Image.Image
@@ -34,14 +35,18 @@ class PairFace:
 
 
 def pair_faces(bench: Bench) -> list[PairFace]:
-    """Return the pairs that stage 01 makes of drawings from test seeds; made once and kept."""
+    """Return the pairs that stage 1 makes of drawings from test seeds; made once and kept."""
     config = bench.config
+
+    # ---- the drawings
     key = {"num_portraits": config.pair_portraits, "num_scenes": config.pair_scenes, "drawings": drawing_digest()}
     drawn = bench.fresh("pairs_drawn", key)
     draw_folder(drawn, range(PORTRAIT_SEEDS, PORTRAIT_SEEDS + config.pair_portraits), tiny.RESOLUTION)
     if config.pair_scenes:
         seeds = range(SCENE_SEEDS, SCENE_SEEDS + config.pair_scenes)
         draw_scenes(drawn, seeds, 4 * tiny.RESOLUTION, SCENE_BINS)
+
+    # ---- their pairs
     base = bench.folder("sd15")
     options = {"mixed_precision": config.mixed_precision, "steps": config.pair_steps, "device": config.device}
     folder = bench.fresh("pairs", {**key, **options, "base": digest_of(base)})
@@ -67,12 +72,20 @@ def measure_pairs(bench: Bench) -> list[dict]:
         own = [face for face in faces if face.bin == number][:32]
         sides = [side.resize((128, 128)) for face in own for side in (face.good, face.bad)]
         bench.sheet(f"pairs_bin{number}", sides, 8)
-    right = np.array(order_kept(bench, faces))
+    kept = order_kept(bench, faces)
     rows = []
-    for number, name in enumerate(bin_names()):
-        own = [bool(kept) for kept, face in zip(right, faces, strict=True) if face.bin == number]
-        rows.append(cell(f"pairs in order, face of {name} of the picture", partial(share_of, own), (">=", 0.95), "%"))
-    return [*rows, cell("pairs in order, all", partial(share_of, right.tolist()), unit="%")]
+    for name, own in zip(bin_names(), by_bin(kept, faces), strict=True):
+        title = f"pairs in order, face of {name} of the image"
+        rows.append(make_row(title, fraction_estimate(own, reason="there are no pairs"), (">=", 0.95), "%"))
+    return [*rows, make_row("pairs in order, all", fraction_estimate(kept), unit="%")]
+
+
+def by_bin(kept: list[bool], faces: list[PairFace]) -> list[list[bool]]:
+    """Return `kept` in parts, one for each bin of Table 8."""
+    return [
+        [value for value, face in zip(kept, faces, strict=True) if face.bin == number]
+        for number in range(len(AREA_LIMITS))
+    ]
 
 
 def bin_names() -> list[str]:
@@ -86,9 +99,12 @@ def order_kept(
     change_good: Callable[[Image.Image], Image.Image] | None = None,
     change_bad: Callable[[Image.Image], Image.Image] | None = None,
 ) -> list[bool]:
-    """Tell of each pair whether its good side, changed or not, scores above its bad side, changed or not."""
+    """Tell of each pair whether its good side, changed or not, scores above its bad side, changed or not.
+
+    Raises MetricUnavailable without any pairs.
+    """
     if not faces:
-        raise Missing("there are no pairs")
+        raise MetricUnavailable("there are no pairs")
     boxes = [face.box for face in faces]
     good = [change_good(face.good) if change_good else face.good for face in faces]
     bad = [change_bad(face.bad) if change_bad else face.bad for face in faces]
@@ -100,31 +116,31 @@ def light_blur(image: Image.Image) -> Image.Image:
 
 
 def measure_sharpness(bench: Bench) -> list[dict]:
-    """Whether the scorer only measures how sharp a face is, or whether it went through the autoencoder."""
+    """Whether the scorer only measures how sharp a face is, or whether a face went through the autoencoder."""
     faces = pair_faces(bench)
-    again = "both sides of a pair have been through it once; here the good one twice"
+    twice = "both sides of a pair went through it once, the good one now twice"
 
     def trip(image):
         return bench.round_trip([image])[0]
 
     checks = (
-        ("good face once more through the autoencoder, above its bad twin", (trip, None), again),
-        ("good face under a 3 x 3 box blur, above its bad twin", (light_blur, None), ""),
+        ("good face once more through the autoencoder, above the bad face", (trip, None), twice),
+        ("good face under a 3 x 3 box blur, above the bad face", (light_blur, None), ""),
         ("both faces under the same blur, order kept", (light_blur, light_blur), ""),
     )
     rows = []
     for name, changes, note in checks:
-        right = order_kept(bench, faces, *changes)
-        groups = [[kept for kept, face in zip(right, faces, strict=True) if face.bin == b] for b in range(4)]
-        by_bin = "by bin " + ", ".join(f"{100 * np.mean(group):.0f}%" if group else "-" for group in groups)
-        rows.append(cell(name, partial(share_of, right), (">=", 0.9), "%", "; ".join(filter(None, (note, by_bin)))))
+        kept = order_kept(bench, faces, *changes)
+        means = [f"{np.mean(own):.0%}" if own else "-" for own in by_bin(kept, faces)]
+        note = "; ".join(filter(None, (note, f"by bin {', '.join(means)}")))
+        rows.append(make_row(name, fraction_estimate(kept), (">=", 0.9), "%", note))
     return rows
 
 
 def damage_ladder(score: Callable, drawing, kind: str, seed: int) -> float:
     """Return how well scores fall with the strength of a damage: -Spearman of level 0 .. 5 and score, 1 at best.
 
-    score: (images, boxes) -> scores. The damage is the same at every level but for its strength.
+    score: (images, boxes) -> scores. The damage differs in its strength only.
     """
     images = [drawing.image]
     for strength in LEVELS:
@@ -144,10 +160,10 @@ def measure_damage(bench: Bench) -> list[dict]:
     rows = []
     for name, kinds in (("eight kinds seen in training", seen), ("four kinds never seen", UNSEEN)):
         means = np.mean([falls[kind] for kind in kinds], axis=0).tolist()  # faces are independent, kinds are not
-        rows.append(cell(f"score falls with damage, {name} (-Spearman)", partial(mean_of, means), (">=", 0.9)))
+        rows.append(make_row(f"score falls with damage, {name} (-Spearman)", mean_estimate(means), (">=", 0.9)))
     for kind in (*seen, *UNSEEN):
         note = "never seen in training, though other moved features were" if kind in UNSEEN else ""
-        rows.append(cell(f"score falls with {kind.replace('_', ' ')}", partial(mean_of, falls[kind]), note=note))
+        rows.append(make_row(f"score falls with {kind.replace('_', ' ')}", mean_estimate(falls[kind]), note=note))
     return rows
 
 
@@ -160,21 +176,15 @@ def measure_ranking(bench: Bench) -> list[dict]:
     order = np.argsort(scores)[::-1]
     ends = [*order[:10], *order[-10:]] if len(order) >= 20 else list(order)
     bench.sheet("samples_best_and_worst", [images[i] for i in ends], 10)
-    confidences = [face.confidence for face in faces]
-    note = "samples in which MTCNN sees a face"
-    rows = [
-        cell(
-            "samples' Face Score and MTCNN's confidence (Spearman)",
-            lambda: correlation_of(scores, confidences),
-            (">", 0.3),
-            note=note,
-        )
+
+    def agreement() -> Estimate:
+        return correlation_estimate(scores, [-distance for distance in landmark_residuals(bench, images, faces)])
+
+    confidence = correlation_estimate(scores, [face.confidence for face in faces])
+    found_in = "samples in which MTCNN finds a face"
+    minus = "agreement: minus the mean distance between the feature network's landmarks and MTCNN's"
+    title = "samples' Face Score and {} (Spearman)"
+    return [
+        make_row(title.format("MTCNN's confidence"), confidence, (">", 0.3), note=found_in),
+        make_row(title.format("agreement of landmarks"), measure(agreement), (">", 0.3), note=minus),
     ]
-
-    def against_landmarks():
-        residuals = told_residuals(bench, images, faces)
-        return correlation_of(scores, [-residual for residual in residuals])
-
-    title = "samples' Face Score and agreement of landmarks (Spearman)"
-    note = "agreement: minus the mean distance of the feature network's landmarks and MTCNN's"
-    return [*rows, cell(title, against_landmarks, (">", 0.3), note=note)]

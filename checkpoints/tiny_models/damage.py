@@ -1,7 +1,7 @@
-"""Twelve ways to spoil a face, in five strengths: what the tiny reward model is pretrained and measured on.
+"""Twelve ways to spoil a face, in five strengths: the tiny reward model is pretrained on eight and measured on all.
 
 Each is a function (image (H, W, 3) uint8, landmarks (5, 2) pixels, strength 0 .. 1, rng) -> a spoiled copy. Lengths are
-in units of the distance between the eyes, so a face is spoiled alike at every size.
+in units of the distance between the eyes, so a face is spoiled equally at every size.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def ghost(image, landmarks, strength, rng):
 
 
 def warp(image, landmarks, strength, rng):
-    """A smooth random displacement: melted features."""
+    """A smooth random displacement: features melt."""
     unit = between_eyes(landmarks)
     field = [
         cv2.GaussianBlur(rng.normal(0, 1, image.shape[:2]).astype(np.float32), (0, 0), 0.28 * unit) for _ in range(2)
@@ -75,7 +75,7 @@ def mouth_shift(image, landmarks, strength, rng):
 
 
 def erase(image, landmarks, strength, rng):
-    """Features painted over from around: the eyes, the nose or the mouth fade."""
+    """Eyes, nose or mouth are filled from their surroundings."""
     unit, count = between_eyes(landmarks), 1 + round(2 * strength)
     mask = np.zeros(image.shape[:2], np.uint8)
     for x, y in landmarks[rng.permutation(5)[:count]]:
@@ -138,9 +138,9 @@ DAMAGES: dict[str, Callable] = {
     function.__name__: function
     for function in (blur, noise, jpeg, downsample, ghost, warp, swirl, eye_shift, mouth_shift, erase, smear, patches)
 }
-# More ways to move features, for the pretraining alone: the figures are over the twelve above.
+# More ways to move features, for the pretraining only: the figures are about the twelve above.
 TRAINING_ONLY: dict[str, Callable] = {function.__name__: function for function in (nose_shift, stretch, shear)}
-UNSEEN = ("ghost", "swirl", "mouth_shift", "patches")  # kept out of the pretraining
+UNSEEN = ("ghost", "swirl", "mouth_shift", "patches")  # held out from the pretraining
 PHOTOMETRIC = ("blur", "noise", "jpeg", "downsample")
 
 

@@ -1,6 +1,6 @@
-"""What several figures share: the models, the drawn test pictures, the base's samples and the faces in them.
+"""What several figures share: the models, the drawn test images and the samples of the bases.
 
-Pictures that take a network are kept below results/tiny and made once for each model and each setting.
+Images that take a network to make are kept below results/tiny, and made once for each model and its settings.
 """
 
 import hashlib
@@ -16,31 +16,29 @@ import numpy as np
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, DiffusionPipeline
-from figures_table import Missing
 from PIL import Image
-from tiny_stages import run
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.stages import run
 from faceprior import tiny
-from faceprior.detect import Face, detect_faces
 from faceprior.diffusion import decode_latents, encode_latents, load_pipeline, sample_images
 from faceprior.features import FeatureNetwork
 from faceprior.images import atomic_write, load_image, save_image, to_pil, to_pixel_values
+from faceprior.metrics import MetricUnavailable
 from faceprior.models import load_part, resolve_device
 from faceprior.procedural import TEST_SEEDS, Drawing, contact_sheet, draw_portrait
 from faceprior.scorer import FaceScorer
 
-SHIPPED = ("sd15", "sdxl", "scorer", "restorer", "features")  # the others lie in the work folder
-SAMPLED_BY = ("scheduler_config.json", "restorer_config.json")  # what of a model's settings its pictures depend on
+SHIPPED = ("sd15", "sdxl", "scorer", "restorer", "features")  # the other models are in the work folder
+SAMPLED_BY = ("scheduler_config.json", "restorer_config.json")  # the settings of a model that its images depend on
 BATCH = 16
-SEEN = 0.7  # the least confidence that MTCNN gives at all
-FOUND = 0.9  # the confidence from which a face counts as found
+MAKE_TINY = "python -m checkpoints.tiny_models.make_tiny"
 
 drawn_portrait = cache(lambda index, size: draw_portrait(TEST_SEEDS + index, size))
 
 
 class Bench:
-    """The models to measure and the pictures to measure them on; config: see figures.py."""
+    """The models to measure and the images to measure them on. config: the one of figures.py."""
 
     def __init__(self, config):
         self.config, self.work, self.output = config, Path(config.work), Path(config.output)
@@ -50,14 +48,14 @@ class Bench:
     # --- models ---
 
     def folder(self, kind: str) -> Path:
-        """Return the folder of a finished model, shipped or in the work folder; Missing names the way to it."""
+        """Return the folder of a finished model, shipped or in the work folder, or raise MetricUnavailable."""
         if kind in SHIPPED:
             folder = self.models / kind
-            info, command = tiny.info(folder), f"`python checkpoints/make_tiny.py --only {kind}`"
+            info, command = tiny.info(folder), f"`{MAKE_TINY} --only {kind}`"
             if info is None:
-                raise Missing(f"there is no {folder}: {command} trains it")
+                raise MetricUnavailable(f"{folder} does not exist: {command} trains it")
             if not (info.get("trained") or self.config.untrained):
-                raise Missing(f"{folder} is untrained: {command} trains it")
+                raise MetricUnavailable(f"{folder} is untrained: {command} trains it")
             return folder
         return self.finished(kind)
 
@@ -65,14 +63,14 @@ class Bench:
         """Return a finished run's folder in the work folder."""
         folder = self.work / name
         if not (folder / "done.json").is_file():
-            raise Missing(f"no finished {folder}: `python checkpoints/make_tiny.py --only {name}` makes it")
+            raise MetricUnavailable(f"no finished run in {folder}: `{MAKE_TINY} --only {name}` makes one")
         return folder
 
     def digest(self, kind: str) -> str | None:
-        """Return a digest of a model's weights, None where there is no such model."""
+        """Return a digest of a model's weights, None where the model does not exist."""
         try:
             return digest_of(self.folder(kind))
-        except Missing:
+        except MetricUnavailable:
             return None
 
     @cached_property
@@ -89,7 +87,7 @@ class Bench:
 
     @torch.no_grad()
     def round_trip(self, images: list[Image.Image]) -> list[Image.Image]:
-        """Return pictures of one size as the autoencoder gives them back."""
+        """Return images of one size as the autoencoder reconstructs them."""
         decoded = []
         for start in range(0, len(images), BATCH):
             pixels = to_pixel_values(images[start : start + BATCH])
@@ -97,17 +95,17 @@ class Bench:
         return decoded
 
     def score(self, images: list[Image.Image], boxes: list) -> list[float]:
-        """Return the Face Score of one known face in each picture."""
+        """Return the Face Score of one known face in each image."""
         return [found[0].score for found in self.scorer.score(images, faces=[[box] for box in boxes])]
 
     @torch.no_grad()
     def outputs(self, images: list[Image.Image]) -> torch.Tensor:
-        """Return the feature network's outputs for pictures of one size, (B, outputs) on the CPU."""
+        """Return the feature network's outputs for images of one size, (B, outputs) on the CPU."""
         batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
         return torch.cat([self.features(to_pixel_values(batch).to(self.device)).cpu() for batch in batches])
 
-    def told(self, images: list[Image.Image]) -> list[dict[str, str]]:
-        """Return what the feature network sees in each picture: tag -> value."""
+    def predict_tags(self, images: list[Image.Image]) -> list[dict[str, str]]:
+        """Return the tags that the feature network predicts for each image: tag -> value."""
         chosen = {}
         for name, logits in self.features.tag_logits(self.outputs(images)).items():
             values = list(self.features.groups[name])
@@ -123,29 +121,29 @@ class Bench:
     # --- samples ---
 
     def samples(self, name: str, load: Callable[[], DiffusionPipeline] | None = None) -> list[Image.Image]:
-        """Return the samples of a base: picture i has test portrait i's caption as its prompt, and the seed i.
+        """Return the samples of a base: image i has the caption of test portrait i as its prompt, and the seed i.
 
-        name: sd15, sdxl or a model in the work folder, which `load` loads. They are kept, and made where missing.
+        name: sd15, sdxl or a model in the work folder, which `load` loads. Samples are kept, and made where missing.
         """
         config, source = self.config, self.folder(name)
         settings = {key: getattr(config, key) for key in ("sample_steps", "guidance_scale", "mixed_precision")}
         prompts = [drawing.caption() for drawing in self.portraits(config.num_samples)]
         folder = self.fresh(f"samples/{name}", {**settings, "model": digest_of(source), "drawings": drawing_digest()})
-        left = [index for index in range(config.num_samples) if not picture(folder, index).is_file()]
-        if left:
+        missing = [index for index in range(config.num_samples) if not image_path(folder, index).is_file()]
+        if missing:
             pipeline = (load() if load else load_pipeline(source)).to(self.device)
             with self.half_precision(pipeline.unet):
-                for start in tqdm(range(0, len(left), BATCH), desc=f"sampling {name}", unit="batch"):
-                    batch = left[start : start + BATCH]
+                for start in tqdm(range(0, len(missing), BATCH), desc=f"sampling {name}", unit="batch"):
+                    batch = missing[start : start + BATCH]
                     options = (tiny.RESOLUTION, config.sample_steps, config.guidance_scale)
                     images = sample_images(pipeline, [prompts[i] for i in batch], batch, *options)
                     for index, image in zip(batch, images, strict=True):
-                        save_image(image, picture(folder, index))
-        return [load_image(picture(folder, index)) for index in range(config.num_samples)]
+                        save_image(image, image_path(folder, index))
+        return [load_image(image_path(folder, index)) for index in range(config.num_samples)]
 
     @contextmanager
     def half_precision(self, *networks: torch.nn.Module) -> Iterator[None]:
-        """Run the networks' matrix products in bfloat16, if so configured; all else, the VAE too, stays float32."""
+        """Run the networks' matrix products in bfloat16, if so configured; all else stays float32, the VAE too."""
         originals = [network.forward for network in networks]
         if self.config.mixed_precision == "bf16":
             for network in networks:
@@ -157,7 +155,7 @@ class Bench:
                 network.forward = forward
 
     def fresh(self, name: str, key: dict) -> Path:
-        """Return the folder `name` below the results for pictures of that key; pictures of another key are deleted."""
+        """Return the folder `name` below the results for images of that key; images of another key are deleted."""
         folder = self.output / name
         file = folder.with_name(folder.name + ".key.json")
         if not file.is_file() or json.loads(file.read_text()) != key:
@@ -167,27 +165,27 @@ class Bench:
         return folder
 
     def sheet(self, name: str, images: list[Image.Image], columns: int) -> None:
-        """Write a contact sheet of pictures of one size."""
+        """Write a contact sheet of images of one size."""
         if images:
             arrays = [np.asarray(image.convert("RGB")) for image in images]
             save_image(contact_sheet(arrays, columns), self.output / "sheets" / f"{name}.png")
 
     def train(self, stage: str, name: str, like: str, **changes) -> Path:
-        """Return the model `name` in the work folder, trained by a stage as `like` was but for the changes."""
+        """Return the model `name` in the work folder, trained by a stage as `like` was, except for the changes."""
         source, output = self.finished(like), self.work / name
         key, stamp = digest_of(source), self.work / f"{name}.key.json"
         if stamp.is_file() and json.loads(stamp.read_text()) != key:
-            raise Missing(f"{output} was trained beside another {source}: remove it and {stamp}")
+            raise MetricUnavailable(f"{output} was trained for another {source}: delete it and {stamp}")
         if not (output / "done.json").is_file():
             words = " ".join(f"--{option} {value}" for option, value in changes.items())
             command = f"python stages/{stage}.py --config {source / 'config.yaml'} --output {output} {words}"
             if not self.config.train_ablations:
-                raise Missing(f"there is no {output}: `{command}` trains it")
+                raise MetricUnavailable(f"{output} does not exist: `{command}` trains it")
             stamp.write_text(json.dumps(key))
             try:
                 run(stage, output, config=source / "config.yaml", **changes)
             except subprocess.CalledProcessError as error:
-                raise Missing(f"`{command}` failed (exit code {error.returncode})") from error
+                raise MetricUnavailable(f"`{command}` failed (exit code {error.returncode})") from error
         return output
 
 
@@ -199,23 +197,12 @@ def _under_autocast(forward: Callable, device: str) -> Callable:
     return convert_outputs_to_fp32(call)
 
 
-def picture(folder: Path, index: int) -> Path:
+def image_path(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.png"
 
 
-def best_face(image: Image.Image) -> Face | None:
-    """Return the face that MTCNN is surest of, None where it sees none."""
-    faces = detect_faces(image, "mtcnn", SEEN, min_face_size=20)
-    return max(faces, key=lambda face: face.confidence, default=None)
-
-
-def confidence_of(face: Face | None) -> float:
-    """Return MTCNN's confidence, 0 where it sees no face."""
-    return 0.0 if face is None else face.confidence
-
-
 def digest_of(folder: Path) -> str:
-    """Return a digest of a model's weights and of how it is sampled, whatever else lies in its folder."""
+    """Return a digest of a model's weights and of how it is sampled; other files in its folder do not count."""
     digest = hashlib.sha256()
     for path in sorted(path for name in ("*.safetensors", *SAMPLED_BY) for path in folder.rglob(name)):
         if "resume" not in path.parts:
@@ -224,7 +211,7 @@ def digest_of(folder: Path) -> str:
 
 
 def content_of(path: Path) -> bytes:
-    """Return a file's bytes; of a configuration all but which version of a library wrote it."""
+    """Return the content of a file; of a configuration all but the version of the library that wrote it."""
     if path.suffix != ".json":
         return path.read_bytes()
     values = {key: value for key, value in json.loads(path.read_text()).items() if not key.endswith("_version")}
@@ -233,5 +220,5 @@ def content_of(path: Path) -> bytes:
 
 @cache
 def drawing_digest() -> str:
-    """Return a digest of one test portrait: figures of other drawings are other figures."""
+    """Return a digest of one test portrait, which figures are kept with: they depend on how people are drawn."""
     return hashlib.sha256(drawn_portrait(0, tiny.RESOLUTION).image.tobytes()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""The README's pictures, cut from what `figures.py` and the demo left: python checkpoints/strips.py
+"""The README's images, cut from the sheets of the figures and the demo: python -m checkpoints.tiny_models.strips
 
-The first ones of every sheet, not the best ones.
+They show the first images of every sheet, not the best ones.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 from faceprior.images import load_image
 from faceprior.procedural import TEST_SEEDS, contact_sheet, draw_portrait
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHEETS, DEMO, OUTPUT = ROOT / "results/tiny/sheets", ROOT / "results/demo", ROOT / "examples/pictures"
 TILE = 128
 
@@ -33,9 +33,9 @@ def row(sheet: Path, tiles: int, number: int = 0) -> np.ndarray:
 
 def beside(name: str, height: int = 320) -> Image.Image:
     """Return a photograph and its restoration beside it."""
-    pictures = [load_image(DEMO / folder / f"{name}.png") for folder in ("photographs", "restored")]
-    pictures = [picture.resize((round(picture.width * height / picture.height), height)) for picture in pictures]
-    return Image.fromarray(np.hstack([np.asarray(picture) for picture in pictures]))
+    images = [load_image(DEMO / folder / f"{name}.png") for folder in ("photographs", "restored")]
+    images = [image.resize((round(image.width * height / image.height), height)) for image in images]
+    return Image.fromarray(np.hstack([np.asarray(image) for image in images]))
 
 
 def save(image: np.ndarray, name: str) -> None:

@@ -1,15 +1,15 @@
 """
 Measure the trained tiny models on test seeds, which no training saw.
 
-    python checkpoints/figures.py --work data/tiny           # everything that is not measured yet
-    python checkpoints/figures.py --only damage              # one piece, or all whose names begin so
+    python -m checkpoints.tiny_models.figures                   # everything that is not measured yet
+    python -m checkpoints.tiny_models.figures --only damage     # one piece, or all whose names begin with it
 
-Reads   checkpoints/tiny/, and what `make_tiny.py` left in `work`; trains the ablations there where they are missing
-Writes  results/tiny/: figures.md (the table), figures.json (the same, with what made each piece), sheets/ (pictures to
-        look at), samples/, pairs/, restored/ (pictures that several figures share)
+Reads   checkpoints/tiny/, and what make_tiny left in `work`; trains the ablations there where they are missing
+Writes  results/tiny/: figures.md (the table), figures.json (its rows, with what each piece depends on), sheets/ (images
+        to look at), samples/, pairs/, restored/ (images that several figures share)
 
-Every piece is kept with the settings and the weights that made it, so that a stopped run goes on where it was, and a
-model that is trained anew is measured anew. What cannot be measured stands in the table with the way to it.
+Every piece is kept with the settings and the weights that it was measured with. So a stopped run resumes, and a model
+that was trained again is measured again. A figure that cannot be measured stays in the table, with the way to get it.
 """
 
 import json
@@ -21,46 +21,48 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from figures_bases import BASES, measure_prompts, measure_samples, measure_vae
-from figures_bench import Bench, drawing_digest
-from figures_restorer import measure_facial_loss, measure_restorer
-from figures_scorer import measure_damage, measure_pairs, measure_ranking, measure_sharpness
-from figures_table import Missing, machine, markdown, not_measured
-from figures_tuning import measure_ablation, measure_tuning
-
+from checkpoints.tiny_models.bench import Bench, drawing_digest
+from checkpoints.tiny_models.figures_bases import BASES, measure_prompts, measure_samples, measure_vae
+from checkpoints.tiny_models.figures_restorer import measure_facial_loss, measure_restorer
+from checkpoints.tiny_models.figures_scorer import measure_damage, measure_pairs, measure_ranking, measure_sharpness
+from checkpoints.tiny_models.figures_tuning import measure_ablation, measure_tuning
+from checkpoints.tiny_models.readme import machine
+from checkpoints.tiny_models.table import make_row, markdown
 from faceprior.config import run_stage
 from faceprior.images import atomic_write
+from faceprior.metrics import MetricUnavailable
 from faceprior.models import quiet_libraries
+from faceprior.tables import Estimate
 
 TABLE, RESULTS = "figures.md", "figures.json"
 
 
 @dataclass
 class Config:
-    work: str = "data/tiny"  # the folder that make_tiny.py works in
-    models: str = ""  # the folder of the shipped models; empty: checkpoints/tiny
-    output: str = "results/tiny"  # folder for the table and the pictures
+    work: str = "data/tiny"  # folder that make_tiny works in
+    models: str = ""  # folder of the shipped models; empty: checkpoints/tiny
+    output: str = "results/tiny"  # folder for the table and the images
     only: str = "all"  # piece to measure, or the beginning of the names of several
-    num_portraits: int = 200  # drawn test portraits: reconstructions, proportions, [1, 3000]
-    num_samples: int = 192  # samples of every base and tuned model, [1, 3000]
-    sample_steps: int = 50  # of DDPM, the bases' own sampler, [1, 1000]
-    guidance_scale: float = 2.5  # classifier-free guidance; 7.5, as of full-size models, is too much here, [1, 30]
-    pair_portraits: int = 56  # portraits for unseen pairs, the last bin of Table 8, [0, 3000]
-    pair_scenes: int = 60  # scenes for the other three bins, [0, 2000]
-    pair_steps: int = 50  # of the inpainting, of which the last int(noise factor x steps) are run, [17, 1000]
-    num_damaged: int = 48  # faces that are spoiled in twelve ways, [1, 3000]
-    num_faces: int = 96  # faces that are degraded and restored, [1, 2000]
-    restore_steps: int = 0  # of the restorer's sampling; 0: its own, [0, 1000]
-    train_ablations: bool = True  # train what the tuned model and the restorer are compared with
-    untrained: bool = False  # measure untrained models, too: to try the measuring out
-    mixed_precision: Literal["no", "bf16"] = "bf16"  # of the U-Nets; the VAE and all judges run in float32
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # measure again what is measured
+    num_portraits: int = 200  # number of drawn test portraits: reconstructions, proportions, [1, 3000]
+    num_samples: int = 192  # number of samples of every base and tuned model, [1, 3000]
+    sample_steps: int = 50  # sampling steps of DDPM, the bases' own sampler, [1, 1000]
+    guidance_scale: float = 2.5  # classifier-free guidance scale; 7.5, as for large models, is too much here, [1, 30]
+    pair_portraits: int = 56  # number of portraits for unseen pairs, the last bin of Table 8, [0, 3000]
+    pair_scenes: int = 60  # number of scenes for the other three bins, [0, 2000]
+    pair_steps: int = 50  # inpainting steps, of which the last int(strength x steps) are run, [17, 1000]
+    num_damaged: int = 48  # number of faces that are spoiled in twelve ways, [1, 3000]
+    num_faces: int = 96  # number of faces that are degraded and restored, [1, 2000]
+    restore_steps: int = 0  # sampling steps of the restorer; 0: its own number, [0, 1000]
+    train_ablations: bool = True  # train the models that the tuned one and the restorer are compared with
+    untrained: bool = False  # measure untrained models too, to try the measuring out
+    mixed_precision: Literal["no", "bf16"] = "bf16"  # precision of the U-Nets; the VAE and all judges run in float32
+    device: str = "auto"  # device: auto, cpu, cuda or cuda:N
+    overwrite: bool = False  # measure everything again
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the table: its heading, the function that gives its rows, and what its numbers depend on."""
+    """A part of the table: its heading, the function that returns its rows, and what its numbers depend on."""
 
     title: str
     measure: Callable[[Bench], list[dict]]
@@ -87,7 +89,7 @@ def make_pieces() -> dict[str, Piece]:
         **pieces,
         "pairs": Piece("Scorer on unseen pairs", measure_pairs, PAIRING, ("sd15", "scorer")),
         "damage": Piece("Scorer against strength of damage", measure_damage, ("num_damaged",), ("scorer",)),
-        "sharpness": Piece("Scorer is no sharpness meter", measure_sharpness, PAIRING, ("sd15", "scorer")),
+        "sharpness": Piece("Scorer does not only measure sharpness", measure_sharpness, PAIRING, ("sd15", "scorer")),
         "ranking": Piece("Samples in the scorer's order", measure_ranking, SAMPLING, ("sd15", "scorer", "features")),
         "tuning": Piece("Guidance tuning", measure_tuning, JUDGING, ("sd15", "scorer", "guided")),
         "ablations_all": Piece(
@@ -115,10 +117,14 @@ def make_pieces() -> dict[str, Piece]:
 def main(config: Config) -> None:
     quiet_libraries()
     logging.getLogger("faceprior").setLevel(logging.WARNING)
+
+    # ---- the pieces to measure
     bench, pieces = Bench(config), make_pieces()
     chosen = [name for name in pieces if config.only in ("all", name) or name.startswith(f"{config.only}_")]
     if not chosen:
         raise ValueError(f"`only` has to be all or one of {', '.join(pieces)} but is {config.only!r}")
+
+    # ---- measure what is not measured yet, and write the table after every piece
     groups = read_groups(bench.output / RESULTS)
     for name in chosen:
         piece = pieces[name]
@@ -126,6 +132,8 @@ def main(config: Config) -> None:
             print(f"{name} ...", flush=True)
             groups[name] = measure(bench, piece)
             write(config, {name: groups[name] for name in pieces if name in groups})
+
+    # ---- the table, also when nothing was left to measure
     write(config, {name: groups[name] for name in pieces if name in groups})
     print((bench.output / TABLE).read_text())
 
@@ -138,7 +146,7 @@ def key_of(bench: Bench, piece: Piece) -> dict[str, Any]:
 
 
 def is_measured(group: dict[str, Any] | None, key: dict[str, Any]) -> bool:
-    """Tell whether a piece stands there whole, with that key."""
+    """Tell whether a piece was measured completely, with that key."""
     return group is not None and group["key"] == key and all(row["value"] is not None for row in group["cells"])
 
 
@@ -146,10 +154,10 @@ def measure(bench: Bench, piece: Piece) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         cells = piece.measure(bench)
-    except Missing as missing:
-        cells = [not_measured({"figure": piece.title}, str(missing))]
+    except MetricUnavailable as error:
+        cells = [make_row(piece.title, Estimate(reason=str(error)))]
     seconds = time.perf_counter() - start
-    # after the measuring, which may have trained a model
+    # the key comes last: measuring may have trained a model
     return {"title": piece.title, "key": key_of(bench, piece), "cells": cells, "seconds": round(seconds, 1)}
 
 
@@ -158,18 +166,18 @@ def read_groups(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def write(config: Config, groups: dict[str, dict[str, Any]]) -> None:
-    """Write the table and the rows behind it, each whole or not at all."""
+    """Write the table and its rows, each file completely or not at all."""
     output = Path(config.output)
     command = command_of(config)
     with atomic_write(output / RESULTS, "w") as file:
         json.dump({"command": command, "machine": machine(), "groups": groups}, file, indent=1)
     with atomic_write(output / TABLE, "w") as file:
-        file.write(markdown(groups, command))
+        file.write(markdown(groups, command, machine()))
 
 
 def command_of(config: Config) -> str:
-    """Return the command that measures the same."""
-    words = ["python checkpoints/figures.py"]
+    """Return the command that measures the same figures."""
+    words = ["python -m checkpoints.tiny_models.figures"]
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in ("only", "overwrite") and (value != field.default or field.name == "work"):

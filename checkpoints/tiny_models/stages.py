@@ -1,15 +1,14 @@
-"""The steps of the tiny models' training that the stages do, called as a user would, and what they made in float16."""
+"""The steps that the stages do, run as a user would run them, and their models written in float16."""
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from tiny_data import Drawings, tidy_configs
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.data import Drawings, tidy_configs, write_info
 from faceprior import tiny
 from faceprior.align import align_face
 from faceprior.images import save_image
@@ -17,14 +16,15 @@ from faceprior.procedural import TRAIN_SEEDS, draw_portrait, draw_scenes, save_c
 from faceprior.restorer import AuthFaceRestorer
 from faceprior.scorer import FaceScorer
 
-ROOT = Path(__file__).resolve().parent.parent
-REWARD_FIRST = 1000  # the first drawing behind the reward model's pairs: stage 1 draws others
-FACE_SEEDS = TRAIN_SEEDS + 1000  # of the faces that the restorer is trained on: stage 3 draws others
-REWARD_SCENES = TRAIN_SEEDS + 9000  # and the first scene's seed
+ROOT = Path(__file__).resolve().parents[2]
+# Stages 1 and 3 draw other seeds: the reward model and the restorer know other people.
+REWARD_FIRST = 1000  # number of the first drawing for the reward model's pairs
+REWARD_SCENES = TRAIN_SEEDS + 9000  # seed of the first scene for them
+FACE_SEEDS = TRAIN_SEEDS + 1000  # seed of the first face for the restorer
 
 
 def run(stage: str, output: Path, **options) -> None:
-    """Run a stage of the checkout; it goes on where it was, and returns at once when it is complete."""
+    """Run a stage of the checkout, which resumes, or returns at once when it is complete."""
     options = {"output": output, **options}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     subprocess.run([sys.executable, str(ROOT / "stages" / f"{stage}.py"), *arguments], check=True)
@@ -35,9 +35,9 @@ def precision(config) -> dict[str, str]:
 
 
 def make_reward_pairs(config, work: Path) -> None:
-    """Stage 1 on other drawings than the later pairs': the reward model, too, has seen what generators do to faces.
+    """Stage 1 on drawings that the later pairs do not use: ImageReward, too, was trained on generated images.
 
-    In fewer sampling steps than the pairs of the method: there are many, and none of them is measured.
+    With fewer sampling steps than the pairs of the method: there are many, and none of them is measured.
     """
     drawn, drawings = work / "reward_drawn", Drawings(work, "train")
     portraits = [i for i, record in enumerate(drawings.records) if record["kind"] == "portrait" and i >= REWARD_FIRST]
@@ -57,7 +57,7 @@ def make_pairs(config, work: Path) -> None:
 
 
 def train_scorer(config, work: Path) -> None:
-    """Stage 2: from the reward model, 70% of it frozen."""
+    """Stage 2: the scorer from the reward model, 70% of whose layers are frozen."""
     options = {"pairs": work / "pairs", "steps": config.scorer_steps, "learning_rate": 5e-4}
     run("02_train_scorer", work / "scorer", **options, **precision(config))
     scorer = FaceScorer.from_pretrained(work / "scorer").to(torch.float16)
@@ -72,7 +72,7 @@ def tune(config, work: Path) -> None:
 
 
 def train_prior(config, work: Path) -> None:
-    """Stages 3 and 5: portraits, and the SDXL type model tuned on them."""
+    """Stages 3 and 5: portraits, and the SDXL type base tuned on them."""
     run("03_curate_portraits", work / "portraits", num_drawn=config.num_portraits)
     options = {"portraits": work / "portraits", "steps": config.prior_steps, "batch_size": 16, "learning_rate": 2e-4}
     options |= {"schedule": "cosine"}
@@ -80,7 +80,7 @@ def train_prior(config, work: Path) -> None:
 
 
 def draw_faces(config, work: Path) -> None:
-    """FFHQ's part: clean faces, aligned by their true landmarks."""
+    """Draw clean faces, aligned by their true landmarks, in place of FFHQ."""
     for seed in tqdm(range(FACE_SEEDS, FACE_SEEDS + config.num_faces), desc="drawing", unit="face"):
         path = work / "faces" / f"{seed:05d}.png"
         if not path.is_file():
@@ -89,29 +89,34 @@ def draw_faces(config, work: Path) -> None:
 
 
 def train_restorer(config, work: Path) -> None:
-    """Stage 6: the prior's ControlNet learns to follow the degraded face, then with the time-aware facial loss.
+    """Stage 6: the ControlNet learns to follow the degraded face, first without, then with the time-aware facial loss.
 
-    The facial loss begins late, since it has to see eyes and mouths: its three kinds (Table 2) share the first run.
+    The facial loss starts late, when eyes and mouths can be seen; so the three kinds of it (AuthFace, Table 2) share
+    the first run.
     """
     options = {"images": work / "faces", "prior": work / "prior", "batch_size": 8, "schedule": "cosine"}
     options |= {"warmup_steps": 50, "save_every": 100, **precision(config)}
     start = tiny.tiny_folder() / "restorer" if config.go_on else ""
+
+    # ---- without the facial loss
     first = {"init": start, "facial_loss": "none", "steps": config.control_steps, "learning_rate": 1e-3}
     run("06_train_restorer", work / "control", **options, **first)
+
+    # ---- with it
     last = {"init": work / "control", "steps": config.restorer_steps, "learning_rate": 3e-4}
     run("06_train_restorer", work / "restorer", **options, **last)
+
     restorer = AuthFaceRestorer.from_pretrained(work / "restorer", torch.float16)
     restorer.pipeline.to(dtype=torch.float16)
     ship(work / "restorer", restorer.save_pretrained, config.control_steps + config.restorer_steps)
 
 
 def ship(source: Path, save, steps: int) -> None:
-    """Write what a run trained to checkpoints/tiny with its `tiny.json`, once in the life of its work folder."""
+    """Write what a run trained to checkpoints/tiny with its `tiny.json`, once for each work folder."""
     folder, mark = tiny.tiny_folder() / source.name, source / "shipped"
     if not mark.exists():
         shutil.rmtree(folder, ignore_errors=True)
         save(folder)
         tidy_configs(folder)
-        info = {"kind": source.name, "seed": 0, "trained": True, "steps": steps}
-        (folder / tiny.INFO_FILE).write_text(json.dumps(info))
+        write_info(folder, steps)
         mark.touch()

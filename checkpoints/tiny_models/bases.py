@@ -1,7 +1,9 @@
-"""The tiny base models, honest ones: trained on portraits and scenes, so that small faces come out worse than large."""
+"""The tiny base models: a Stable Diffusion 1.5 type and an SDXL type pipeline, trained on drawn portraits and scenes.
+
+As with the published bases, their small faces come out worse than their large ones: nothing is spoiled on purpose.
+"""
 
 import inspect
-import json
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -10,18 +12,20 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_data import Drawings, save_arrays, tidy_configs
-from tiny_vae import pixel_batches
+from diffusers.training_utils import EMAModel, compute_snr
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs, write_info
+from checkpoints.tiny_models.vae import pixel_batches
 from faceprior import tiny
 from faceprior.diffusion import added_conditions, encode_prompts, noise_like
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps
 
 BATCH = 32
-SNR_GAMMA = 5.0  # Min-SNR weighting of the loss (arXiv 2303.09556)
+SNR_GAMMA = 5.0  # gamma of Min-SNR (arXiv 2303.09556)
+EMPTY_PROMPTS = 0.1  # fraction of the prompts that are dropped, for classifier-free guidance
 
 
 class Latents(Dataset):
@@ -48,8 +52,8 @@ def encode_drawings(vae: AutoencoderKL, drawings: Drawings) -> dict[str, np.ndar
     """Return the posteriors' means and deviations, (2 N, 4, R / 4, R / 4) float16: as drawn, then mirrored."""
     encoded = {name: ([], []) for name in ("mean", "std")}
     for pixels in tqdm(pixel_batches(drawings, len(drawings)), desc="encoding", total=-(-len(drawings) // 32)):
-        for side, picture in enumerate((pixels, pixels.flip(-1))):
-            posterior = vae.encode(picture.to(vae.device)).latent_dist
+        for side, image in enumerate((pixels, pixels.flip(-1))):
+            posterior = vae.encode(image.to(vae.device)).latent_dist  # of (B, 4, R / 4, R / 4)
             for name, halves in encoded.items():
                 halves[side].append(getattr(posterior, name).half().cpu().numpy())
     return {name: np.concatenate(halves[0] + halves[1]) for name, halves in encoded.items()}
@@ -61,12 +65,12 @@ def swap_sides(caption: str) -> str:
 
 
 def thin_out(caption: str, rng: np.random.Generator) -> str:
-    """Keep every tag in half of the cases, else the first and a random share of the others: people write few words."""
+    """Keep all tags in half of the cases, else the first one and a random fraction of the others, as people do."""
     first, *tags = caption.split(", ")
     if rng.random() < 0.5:
         return caption
-    share = rng.random()
-    return ", ".join([first, *(tag for tag in tags if rng.random() < share)])
+    fraction = rng.random()
+    return ", ".join([first, *(tag for tag in tags if rng.random() < fraction)])
 
 
 def shorten(sample: dict, rng: np.random.Generator) -> dict:
@@ -74,9 +78,9 @@ def shorten(sample: dict, rng: np.random.Generator) -> dict:
 
 
 def train_sd15(config, work: Path) -> None:
-    """Train the Stable Diffusion 1.5 type U-Net and its text encoder together; a shipped U-Net goes on alone.
+    """Train the Stable Diffusion 1.5 type U-Net and its text encoder together; with `go_on` the shipped U-Net alone.
 
-    The other base shares the text encoder, which therefore stays as it is once both are there.
+    The SDXL type base shares the text encoder, which therefore stays as it is once both bases exist.
     """
     if (work / "sd15" / "done.json").is_file():
         return
@@ -91,7 +95,7 @@ def train_sd15(config, work: Path) -> None:
 
 
 def train_sdxl(config, work: Path) -> None:
-    """Train the SDXL type pipeline from the other one's U-Net, and share its first text encoder."""
+    """Train the SDXL type pipeline from the U-Net of the other base, whose text encoder it shares as its first one."""
     if not (work / "sdxl" / "done.json").is_file():
         pipeline = tiny.tiny_sdxl()
         start = DiffusionPipeline.from_pretrained(tiny.tiny_folder() / "sd15")
@@ -103,7 +107,10 @@ def train_sdxl(config, work: Path) -> None:
 
 @torch.no_grad()
 def warm_start(unet: torch.nn.Module, start: torch.nn.Module) -> None:
-    """Copy what both U-Nets have: 1x1 convolutions to linear layers, keys and values to the first text's columns."""
+    """Copy the weights that both U-Nets have.
+
+    1x1 convolutions become linear layers; keys and values fill the first text encoder's columns, the others are 0.
+    """
     given = start.state_dict()
     for name, parameter in unet.named_parameters():
         if name not in given:
@@ -127,8 +134,9 @@ def train_base(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Train parts of a pipeline to predict noise, keep a moving average of them, and write them to checkpoints/tiny."""
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    """Train parts of a pipeline to predict noise, and write their moving average to checkpoints/tiny."""
+    # ---- what is trained, and what is not
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -136,9 +144,13 @@ def train_base(
     pipeline.unet.set_attn_processor(AttnProcessor())  # at these sizes a third faster on a CPU than torch's fused one
     accelerator = make_accelerator(config.device, config.mixed_precision)
     optimizer = make_optimizer(networks.parameters(), "adamw", learning_rate, 1e-2)
-    latents_of, pipeline = Latents(work, pipeline.vae), pipeline.to(accelerator.device)
+    dataset, pipeline = Latents(work, pipeline.vae), pipeline.to(accelerator.device)
     networks, optimizer = accelerator.prepare(networks, optimizer)
+
+    # ---- the moving average, which the checkpoints keep as a network, under the names of its parameters
     average = deepcopy(networks)
+    ema = EMAModel(average.parameters(), decay=config.ema_decay)
+    ema.shadow_params = list(average.parameters())
     run = TrainingRun(
         work / name,
         steps,
@@ -149,49 +161,54 @@ def train_base(
         warmup_steps=100,
         schedule="cosine",
     )
-    for batch in run.batches(latents_of, batch_size=BATCH, seed=0, augment=shorten):
+    ema.optimization_step = run.step  # the weight of a new step depends on it
+
+    for batch in run.batches(dataset, batch_size=BATCH, seed=0, augment=shorten):
+        # ---- latents from the posterior, their noise and timesteps
         generators = run.generators(batch)
-        latents = batch["mean"] + batch["std"] * noise_like(batch["mean"], generators)
+        latents = batch["mean"] + batch["std"] * noise_like(batch["mean"], generators)  # (B, 4, R / 4, R / 4)
         noise = noise_like(latents, generators)
-        timesteps = sample_timesteps(generators, 0, scheduler.config.num_train_timesteps, latents.device)
-        prompts = drop_prompts(batch["caption"], 0.1, generators)
+        timesteps = sample_timesteps(generators, 0, noise_scheduler.config.num_train_timesteps, latents.device)
+        noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+
+        # ---- the predicted noise; some prompts are empty
+        prompts = drop_prompts(batch["caption"], EMPTY_PROMPTS, generators)
         with accelerator.autocast():
-            embeddings = inspect.unwrap(encode_prompts)(pipeline, prompts)  # with gradients
+            # unwrapped from its no_grad: the text encoder is trained too
+            embeddings = inspect.unwrap(encode_prompts)(pipeline, prompts)
+            conditions = added_conditions(embeddings, config.resolution, config.resolution)
             model_pred = networks["unet"](
-                scheduler.add_noise(latents, noise, timesteps),
-                timesteps,
-                embeddings.prompt_embeds,
-                added_cond_kwargs=added_conditions(embeddings, config.resolution, config.resolution),
+                noisy_latents, timesteps, embeddings.prompt_embeds, added_cond_kwargs=conditions
             ).sample
-        errors = (model_pred.float() - noise).square().mean(dim=(1, 2, 3))
-        loss = (min_snr_weights(scheduler, timesteps) * errors).mean()
+
+        # ---- the loss of DDPM (arXiv 2006.11239, Eq. 14) with the weights of Min-SNR
+        errors = (model_pred.float() - noise).square().mean(dim=(1, 2, 3))  # (B,)
+        loss = (min_snr_weights(noise_scheduler, timesteps) * errors).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(networks.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        update_average(average, networks, min(config.ema_decay, (run.step + 1) / (run.step + 10)))
+        ema.step(networks.parameters())
         run.log(loss=loss, mse=errors.mean())
+
+    # ---- the average is what ships
     for part_name, part in trained.items():
         part.load_state_dict(average[part_name].state_dict())
     save_pipeline(pipeline, tiny.tiny_folder() / name, run.steps)
     run.finish()
 
 
-def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
-    """min(SNR, gamma) / SNR: details that any network denoises well weigh less (Min-SNR, for noise prediction)."""
-    signal = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = signal / (1 - signal)
+def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """Return min(SNR, gamma) / SNR, (B,): Min-SNR for noise prediction (arXiv 2303.09556).
+
+    Low noise levels, which any network denoises well, weigh less.
+    """
+    snr = compute_snr(noise_scheduler, timesteps)
     return snr.clamp(max=SNR_GAMMA) / snr
-
-
-@torch.no_grad()
-def update_average(average: torch.nn.Module, networks: torch.nn.Module, decay: float) -> None:
-    for kept, new in zip(average.parameters(), networks.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path, steps: int) -> None:
     """Write the trained pipeline in float16 with its `tiny.json`."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     tidy_configs(folder)
-    (folder / tiny.INFO_FILE).write_text(json.dumps({"kind": folder.name, "seed": 0, "trained": True, "steps": steps}))
+    write_info(folder, steps)

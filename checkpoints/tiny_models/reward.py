@@ -1,10 +1,10 @@
-"""The tiny reward model's pretraining, ImageReward's part: drawn faces against spoiled and inpainted twins of them.
+"""The pretraining of the tiny reward model, which takes ImageReward's place: drawn faces against spoiled copies.
 
-Both sides have gone through the same autoencoder or neither has, and both get the same mild blur, resampling, JPEG,
-flip and light, so that neither sharpness nor the autoencoder's traces tell them apart. None of this is in the paper.
+Both sides of a pair went through the same autoencoder or neither did, and both get the same mild blur, resampling,
+JPEG, flip and light, so that neither sharpness nor traces of the autoencoder tell them apart. None of this is in the
+paper.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from tiny_damage import DAMAGES, LEVELS, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
-from tiny_data import Drawings, save_arrays, tidy_configs
-from tiny_vae import pixel_batches
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.damage import DAMAGES, LEVELS, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
+from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs, write_info
+from checkpoints.tiny_models.vae import pixel_batches
 from faceprior import tiny
 from faceprior.detect import face_square
 from faceprior.images import as_array, cv2, load_image, to_pil
@@ -26,18 +26,18 @@ from faceprior.pairs import read_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
-INPAINTED = 0.6  # share of the samples that are pairs of stage 1
-DRAWN = 3000  # drawings of the split that are used, at most
+INPAINTED = 0.6  # fraction of the samples that are pairs of stage 1
+DRAWN = 3000  # most drawings of a split that are used
 SEEN = {**{name: damage for name, damage in DAMAGES.items() if name not in UNSEEN}, **TRAINING_ONLY}
 STRUCTURAL = tuple(name for name in SEEN if name not in PHOTOMETRIC)
-HARD = ("warp", "eye_shift", "nose_shift", "stretch", "shear")  # features that have moved: drawn three times as often
+HARD = ("warp", "eye_shift", "nose_shift", "stretch", "shear")  # moved features: chosen three times as often
 CHOSEN = (*PHOTOMETRIC, *STRUCTURAL, *HARD, *HARD)
 
 
 class DrawnFaces(Dataset):
-    """Drawn portraits: {"images": [as drawn, as the autoencoder gives it back], "landmarks", "box", "pair"}.
+    """Drawn portraits: {"images": [as drawn, as the autoencoder reconstructs it], "landmarks", "box", "pair"}.
 
-    pair: reads good, bad and box of a pair of stage 1, of other portraits; None without `pairs`.
+    "pair" is a function that reads good, bad and box of a pair of stage 1 (of other portraits), None without `pairs`.
     """
 
     def __init__(self, work: Path, split: str, vae: AutoencoderKL, pairs: Path | None = None):
@@ -72,7 +72,7 @@ class DrawnFaces(Dataset):
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, drawings: Drawings) -> np.ndarray:
-    """Return the first drawings as the autoencoder gives them back, (N, R, R, 3) uint8."""
+    """Return the first drawings as the autoencoder reconstructs them, (N, R, R, 3) uint8."""
     images, count = [], min(DRAWN, len(drawings))
     for pixels in tqdm(pixel_batches(drawings, count), desc="round trip", total=-(-count // 32)):
         decoded = vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample
@@ -80,8 +80,8 @@ def round_trip(vae: AutoencoderKL, drawings: Drawings) -> np.ndarray:
     return np.stack(images)
 
 
-class SpoiledTwin:
-    """Turns a drawn face into `good` and `bad`, (3, 224, 224) each, CLIP-normalised."""
+class SpoiledPair:
+    """Makes a pair of a drawn face: `good` and `bad`, (3, 224, 224) each, normalised by CLIP's mean and deviation."""
 
     def __init__(self, scorer: FaceScorer):
         self.preprocess = scorer.preprocess
@@ -98,26 +98,26 @@ class SpoiledTwin:
 
 
 def spoil(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return a face and a worse one: two doses of one damage, or a light veil against broken features."""
+    """Return a face and a worse one: one damage in two strengths, or a light photometric against a structural one."""
     seed = int(rng.integers(2**31))
 
-    def dose(picture: np.ndarray, name: str, strength: float) -> np.ndarray:
+    def damaged(image: np.ndarray, name: str, strength: float) -> np.ndarray:
         if strength == 0:
-            return picture
-        return SEEN[name](picture, landmarks, strength, np.random.default_rng(seed))
+            return image
+        return SEEN[name](image, landmarks, strength, np.random.default_rng(seed))
 
     if rng.random() < 0.6:
         name = str(rng.choice(CHOSEN))
         weak, strong = sorted(rng.choice((0.0, *LEVELS), 2, replace=False))
         weak = weak if rng.random() < 0.5 else 0.0
-        return dose(image, name, weak), dose(image, name, strong)
+        return damaged(image, name, weak), damaged(image, name, strong)
     name, strength = str(rng.choice(CHOSEN[len(PHOTOMETRIC) :])), rng.uniform(0.4, 1.0)
-    veiled = dose(image, str(rng.choice(PHOTOMETRIC)), rng.uniform(0.05, 0.25))
-    return veiled, dose(veiled if rng.random() < 0.4 else image, name, strength)
+    veiled = damaged(image, str(rng.choice(PHOTOMETRIC)), rng.uniform(0.05, 0.25))
+    return veiled, damaged(veiled if rng.random() < 0.4 else image, name, strength)
 
 
 def alike(sides: tuple[np.ndarray, ...], rng: np.random.Generator) -> list[np.ndarray]:
-    """Give all sides the same mild blur, resampling, JPEG, light and flip."""
+    """Apply the same mild blur, resampling, JPEG, light and flip to all sides."""
     width = sides[0].shape[1]
     sigma, size = rng.uniform(0, 1.1) * (rng.random() < 0.4) * width / 128, round(width * rng.uniform(0.5, 1))
     quality, gain = int(rng.integers(40, 96)), rng.uniform(0.8, 1.2)
@@ -139,7 +139,7 @@ def alike(sides: tuple[np.ndarray, ...], rng: np.random.Generator) -> list[np.nd
 
 
 def jitter(box: list[float], side: int, rng: np.random.Generator) -> list[float]:
-    """Move each edge by up to a tenth of the box in a square picture, since detectors do not agree on them."""
+    """Move each edge by up to a tenth of the box in a square image, since detectors do not agree on them."""
     width, height = box[2] - box[0], box[3] - box[1]
     moved = np.array(box) + rng.uniform(-0.1, 0.1, 4) * (width, height, width, height)
     return moved.clip(0, side).tolist()
@@ -150,6 +150,8 @@ def train_reward(config, work: Path) -> None:
     output = work / "reward"
     if (output / "done.json").is_file():
         return
+
+    # ---- data, model and run
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
     folder = tiny.tiny_folder() / "reward"
     scorer = FaceScorer.from_pretrained(folder, dtype=torch.float32) if config.go_on else tiny.tiny_scorer()
@@ -168,30 +170,33 @@ def train_reward(config, work: Path) -> None:
         warmup_steps=100,
         schedule="cosine",
     )
-    twin = SpoiledTwin(scorer)
-    for batch in run.batches(training, batch_size=16, seed=0, augment=twin):
+    make_pair = SpoiledPair(scorer)
+
+    for batch in run.batches(training, batch_size=16, seed=0, augment=make_pair):
+        # ---- the ranking loss (Face Score, Eq. 5), with a pull towards small margins around zero
         with accelerator.autocast():
-            good, bad = model(torch.cat([batch["good"], batch["bad"]])).float().chunk(2)
-        loss = pairwise_ranking_loss(good, bad) + 1e-3 * (good**2 + bad**2).mean()  # small margins, around zero
+            good, bad = model(torch.cat([batch["good"], batch["bad"]])).float().chunk(2)  # (B,) each
+        loss = pairwise_ranking_loss(good, bad) + 1e-3 * (good**2 + bad**2).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(scorer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         run.log(loss=loss, accuracy=(good > bad).float().mean(), margin=(good - bad).mean())
-    accuracy = measure_order(scorer.eval(), held_out, twin)
+
+    # ---- accuracy on held-out faces, then the weights in float16
+    accuracy = measure_order(scorer.eval(), held_out, make_pair)
     scorer.to(torch.float16).save_pretrained(folder)
     tidy_configs(folder)
-    info = {"kind": "reward", "seed": 0, "trained": True, "steps": run.steps}
-    (folder / tiny.INFO_FILE).write_text(json.dumps(info))
+    write_info(folder, run.steps)
     run.finish(validation_accuracy=accuracy)
 
 
 @torch.no_grad()
-def measure_order(scorer: FaceScorer, faces: DrawnFaces, twin: SpoiledTwin) -> float:
-    """Return the share of the held-out faces that score above their twins."""
-    right = []
+def measure_order(scorer: FaceScorer, faces: DrawnFaces, make_pair: SpoiledPair) -> float:
+    """Return the fraction of the held-out faces that score above their spoiled copies."""
+    correct = []
     for index in range(len(faces)):
-        pair = twin(faces[index], np.random.default_rng([1, index]))
+        pair = make_pair(faces[index], np.random.default_rng([1, index]))
         good, bad = scorer(torch.stack([pair["good"], pair["bad"]]).to(scorer.device))
-        right.append(bool(good > bad))
-    return float(np.mean(right))
+        correct.append(bool(good > bad))
+    return float(np.mean(correct))

@@ -1,4 +1,7 @@
-"""checkpoints/tiny/README.md: what was trained, from which seeds, for how long, and how far it came."""
+"""checkpoints/tiny/README.md: what was trained, from which seeds, for how long, and with which result.
+
+Everything below the line KEEP is written by people and stays as it is: the figures and what they say.
+"""
 
 import json
 import os
@@ -15,35 +18,38 @@ from faceprior.training import METRICS_FILE
 DURATIONS, RECORD = "durations.jsonl", "runs.json"
 PARTS = {
     "sd15": "Stable Diffusion 1.5 type pipeline: tokenizer, text encoder, VAE, U-Net",
-    "sdxl": "SDXL type pipeline, begun from the other U-Net; its VAE and first text encoder are the same",
-    "reward": "BLIP reward model, pretrained on drawn faces and spoiled twins: ImageReward's part",
-    "scorer": "the same after stage 2 on inpainted pairs: Face Score's part",
+    "sdxl": "SDXL type pipeline, trained from the U-Net of `sd15/`; it shares the VAE and the text encoder of `sd15/`",
+    "reward": "BLIP reward model, pretrained on drawn faces and spoiled copies, in place of ImageReward",
+    "scorer": "the same after stage 2 on inpainted pairs, in place of Face Score",
     "restorer": "portrait prior of stage 5 and ControlNet of stage 6",
-    "features": "vision transformer that tells tags and landmarks: DINO's, Inception's and LPIPS's part",
+    "features": "vision transformer that predicts tags and landmarks, in place of DINO, Inception and LPIPS",
 }
 HEADER = """# The tiny models
 
-Small models of the real diffusers and transformers classes, trained from nothing by `make tiny` on portraits and
-scenes that the project draws. They know drawn people only: they show the methods at work where there is neither GPU
-nor hub, and are no substitute for the published models. `make figures` measures them.
+Small models of the real diffusers and transformers classes, trained from scratch by `make tiny` on portraits and scenes
+that the project draws. They know drawn people only: they show the methods at work where there is neither a GPU nor a
+hub, and are no substitute for the published models. `make figures` measures them.
 """
 FOOTER = """
-Losses are means over the last 50 steps; hours are by the clock, some beside other work. A run that stands more than
-once went on from the weights that the one before had shipped; `make tiny` trains it at once, in as many steps as they
-have together. The second run of `vae` trained the decoder alone: the latents, and all that was trained on them, stayed.
-`sd15_fine` went on by the plain loss, which brought little and is not done any more. The last run of `sdxl` began anew,
-from the last `sd15`; pairs that `reward` has seen come from an earlier `sd15` and `vae`.
+Losses are means over the last 50 steps; hours are by the clock, some beside other work. A run with several rows was
+continued from the weights that the row before had shipped; `make tiny` trains it in one run, with as many steps as the
+rows have together. The second run of `vae` trained the decoder only: the latents, and all models trained on them, did
+not change. `sd15_fine` was continued with the plain loss, which brought little and is no longer done. The last run of
+`sdxl` started over from the last `sd15`; the pairs that `reward` was trained on come from an earlier `sd15` and `vae`.
 
-- Data: {data}, from the training seeds in `faceprior/procedural.py`; every run has the seed 0
+- Data: {data}, from the training seeds in `faceprior/procedural/`; every run has the seed 0
 - Machine: {machines}
-- Licence: Apache-2.0, as the code. The pictures are drawn by it: no photograph of anyone was used
-"""
+- Licence: Apache-2.0, as the code. The images are drawn by it: no photograph of anyone was used
+
+{keep}"""
+KEEP = "<!-- make_tiny.py writes what is above this line, and keeps what is below it -->"
 RUNS = ("vae", "features", "sd15", "sdxl", "reward", "scorer", "guided", "prior", "control", "restorer")
 COLUMNS = ("run", "steps", "loss", "hours", "result")
 
 
 def note_duration(work: Path, step: str, seconds: float) -> None:
-    if seconds > 1:  # not a step that was complete
+    """Append the seconds that a step took to the work folder's record."""
+    if seconds > 1:  # else the step was complete already
         append_row(work / DURATIONS, {"step": step, "seconds": round(seconds, 1), "machine": machine()})
 
 
@@ -61,14 +67,18 @@ def machine() -> str:
 def write_readme(config, work: Path) -> None:
     """Write the record of the training beside the weights: runs.json, which other work folders add to, and README.md.
 
-    A run that goes on from shipped weights of an earlier one keeps that one's row, and has its own below it.
+    A run that started from the shipped weights of an earlier one has its row below that one's. What the README has
+    below KEEP stays.
     """
+    # ---- the record of all runs
     record = tiny.tiny_folder() / RECORD
     runs = json.loads(record.read_text()) if record.is_file() else []
     for row in finished_runs(work):
         if row not in runs:
             runs.append(row)
     record.write_text(json.dumps(runs, indent=1) + "\n")
+
+    # ---- the page
     data = f"{config.num_drawn} drawings of {config.resolution} pixels, every fifth a scene"
     lines = [HEADER, "| folder | what it is | MB |", "|---|---|---|"]
     for kind, what in PARTS.items():
@@ -77,8 +87,12 @@ def write_readme(config, work: Path) -> None:
     lines += ["", "| run | steps | loss at the end | hours | result |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(str(row[key]) for key in COLUMNS)} |" for row in runs]
     machines = "; ".join(sorted({row["machine"] for row in runs}))
-    lines.append(FOOTER.format(data=data, machines=machines))
-    (tiny.tiny_folder() / "README.md").write_text("\n".join(lines))
+    lines.append(FOOTER.format(data=data, machines=machines, keep=KEEP))
+
+    # ---- with the part that people write
+    page = tiny.tiny_folder() / "README.md"
+    kept = page.read_text().partition(KEEP)[2] if page.is_file() else ""
+    page.write_text("\n".join(lines) + (kept or "\n"))
 
 
 def finished_runs(work: Path) -> list[dict]:
@@ -105,7 +119,7 @@ def finished_runs(work: Path) -> list[dict]:
 
 
 def read_summary(folder: Path) -> str:
-    """Return what a run says of itself in done.json, but its steps, as short text."""
+    """Return the summary of a run from done.json, without its steps, as short text."""
     values = json.loads((folder / "done.json").read_text())
     shown = {k: v for k, v in values.items() if isinstance(v, int | float | str) and k != "steps"}
     return ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in shown.items())
