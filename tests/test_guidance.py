@@ -291,7 +291,9 @@ def test_timesteps_come_from_the_first_share_of_the_schedule(bases, t_end, low, 
 def test_dropped_prompts(bases, batch, prompt_drop, kept):
     tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), prompt_drop=prompt_drop)
     seen = []
-    hook = tuner.unet.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    hook = tuner.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
     tuner.loss(batch, generator())
     hook.remove()
     prompts = batch["prompt"] if kept else ["", ""]
