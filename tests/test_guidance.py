@@ -435,8 +435,8 @@ def test_fit_goes_on_where_it_stopped(bases, tmp_path):
     assert [json.loads(line)["step"] for line in logs[0].splitlines()] == [1, 2, 3, 4]
 
 
-def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path):
-    """One step on a drawn pair at the base's own 128 pixels; then the LoRA stands in its file."""
+def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path, caplog):
+    """One step on a drawn pair at the base's own 128 pixels, without the pair whose file is empty; a LoRA is saved."""
     drawing = draw_portrait(1, 64)
     pair = FacePair(
         id="a", photograph="a.png", good="good.png", bad="bad.png", mask="mask.png", box=list(drawing.box),
@@ -446,7 +446,9 @@ def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path):
     good = Image.fromarray(drawing.image)
     for name, image in (("good", good), ("bad", good.rotate(180)), ("mask", box_mask((64, 64), drawing.box))):
         save_image(image, tmp_path / f"{name}.png")
-    (tmp_path / "manifest.jsonl").write_text(json.dumps(pair.to_row()) + "\n")
+    (tmp_path / "empty.png").touch()
+    rows = [pair.to_row(), {**pair.to_row(), "id": "b", "bad": "empty.png"}]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tuner = GuidanceTuner.from_pretrained(str(tiny_models / "sd15"), train="lora", rank=2)
     assert tuner.resolution == 128
     sizes = []
@@ -454,6 +456,7 @@ def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path):
     tuner.fit(tmp_path, steps=1, batch_size=1, device="cpu").save_pretrained(tmp_path / "tuned")
     hook.remove()
     assert set(sizes) == {(1, 4, 32, 32)}
+    assert [record.getMessage().startswith("b is skipped: ") for record in caplog.records] == [True]
     weights = load_file(tmp_path / "tuned/pytorch_lora_weights.safetensors")
     assert all(key.startswith("unet.") and ".attn1." in key for key in weights)
     assert any(weights[key].abs().max() > 0 for key in weights if "lora_B" in key or "lora.up" in key)
