@@ -125,6 +125,8 @@ def main(config: Config) -> None:
 
                 # Line 5: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e
                 noisy_good, noisy_bad = add_noise(good, noise, timesteps), add_noise(bad, noise, timesteps)
+
+                # The prompt p, dropped for a fraction of the samples (section 6.1)
                 prompts = tuner.encode_prompts(batch["prompt"], size, generators)
 
                 # Line 6, Eq. 6 right: the target is the good side's x_0 as the ORIGINAL model predicts it

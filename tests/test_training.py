@@ -1,4 +1,4 @@
-"""Training runs: the order of the data, random numbers, optimizers, and going on after whatever stopped a run."""
+"""Training runs: the order of the data, random numbers, optimizers, and resuming after any stop."""
 
 import hashlib
 import json
@@ -513,7 +513,7 @@ def test_killed_between_the_two_renames(tmp_path):
 
 
 def test_killed_while_the_checkpoint_is_written(tmp_path):
-    """Half of a new one beside the old one is passed over; so is what is left of a deleted one."""
+    """Half of a new one beside the old one is ignored; so is what is left of a deleted one."""
     _, weights = train(tmp_path / "whole")
     cut = tmp_path / "cut"
     train_until(cut, 3)
