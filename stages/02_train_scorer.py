@@ -83,9 +83,9 @@ def main(config: Config) -> None:
             return
         init, vae = tiny.resolve(config.init, "reward"), load_vae(config.vae)
 
-    # ---- The scorer: 70% of its layers keep their weights (section 4.4), Face Score applies no mean and deviation
+    # ---- The scorer, of which the first 70% of the layers keep their weights (section 4.4)
     scorer = FaceScorer.from_pretrained(init)
-    scorer.register_to_config(reward_mean=0.0, reward_std=1.0)
+    scorer.register_to_config(reward_mean=0.0, reward_std=1.0)  # ImageReward's, which Face Score does not apply
     scorer.freeze(config.frozen)
     if config.gradient_checkpointing:
         scorer.enable_gradient_checkpointing()
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
     else:
         measure_kept(config, run, held_out)
 
-    # ---- Training
+    # ---- Training with the ranking loss
     for batch in run.batches(FaceCrops(training), config.batch_size, config.seed, prepare, config.num_workers):
         model.train()
         with accelerator.accumulate(model), seeded(config.seed, int(batch["position"][0]), "dropout"):
