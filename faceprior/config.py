@@ -37,7 +37,7 @@ CONFIG_FILE = "config.yaml"
 UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
 DONE_FILE = "done.json"
 # Where and how fast a run goes, not what comes out: these may differ when a run is continued.
-RUN_KEYS = frozenset({"overwrite", "device", "num_workers"})
+RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker"})
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
 
@@ -278,7 +278,9 @@ def _saved_settings(saved: Path, section: str) -> dict[str, Any]:
 
 
 def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
-    keys = [k for k in sorted(stored.keys() | now.keys()) if k not in RUN_KEYS and stored.get(k) != now.get(k)]
+    removed = {key for key in stored.keys() - now.keys() if stored[key] == ""}  # an option that is gone and was empty
+    keys = sorted((stored.keys() | now.keys()) - RUN_KEYS - removed)
+    keys = [key for key in keys if stored.get(key) != now.get(key)]
     if keys:
         changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now.get(key))} now)" for key in keys)
         raise FileExistsError(

@@ -2,19 +2,20 @@
 
     w(t) * sum over regions of [ lambda_d softplus(-D_r(ROI_r z0_hat)) + lambda_s style ]
 
-z0_hat is what the model's output says the clean latents are; D_r are discriminators on cut-out latents, one for eyes
-and one for the mouth; style is the distance of their features' Gram matrices to those of the clean latents. From the
-paper are w(t), the regions, that separate discriminators are trained, and that it follows GFP-GAN (arXiv 2101.04061).
-The rest is reconstructed from GFP-GAN, as the text at hand breaks off there: the discriminators' architecture, the Gram
-matrices, both lambdas, the boxes, the optimizer. That the discriminators see no t, and that w(t) does not weight their
-own loss, is our reading too.
+z0_hat are the clean latents that the model's output predicts; D_r are discriminators of cropped latents, one for the
+eyes and one for the mouth; style is the distance of their features' Gram matrices from those of the clean latents. From
+the paper are w(t), the regions, that separate discriminators are trained, and that it follows GFP-GAN (arXiv
+2101.04061). The rest is reconstructed from GFP-GAN, as the text at hand breaks off there: the discriminators'
+architecture, the Gram matrices, both lambdas, the boxes, the optimizer. That the discriminators see no t, and that w(t)
+does not weight their own loss, is our reading, too.
+
+The regions and the discriminators are here, the formulas in `faceprior.losses`, their sum in stage 6.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,14 +31,14 @@ from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.losses import discriminator_loss, generator_loss, style_distance
 
 LANDMARKS_FILE = "landmarks.jsonl"
-EYE_BOX, MOUTH_BOX = 80 / 512, 120 / 512  # sides of the boxes over the picture's width
-EYE_CELLS, MOUTH_CELLS = 10, 15  # sides of the cut-out latents: the boxes' sides at 512 pixels and 8 pixels a cell
+EYE_BOX, MOUTH_BOX = 80 / 512, 120 / 512  # sides of the boxes over the image's width
+EYE_CELLS, MOUTH_CELLS = 10, 15  # sides of the cropped latents: the boxes' sides at 512 pixels and 8 pixels a cell
 
 
 class EqualizedConv2d(nn.Module):
     """A convolution with "same" padding whose normal weights are scaled at run time (StyleGAN's equalized rate).
 
-    GFP-GAN's learning rate of 2e-3 is meant for it. downsample: blurred by [1, 3, 3, 1] and taken at a stride of 2.
+    GFP-GAN's learning rate of 2e-3 is meant for it. downsample: blurs by [1, 3, 3, 1] and takes a stride of 2.
     """
 
     def __init__(self, in_channels: int, out_channels: int, downsample: bool = False):
@@ -81,7 +82,7 @@ class LatentDiscriminator(nn.Module):
 
 
 class FacialDiscriminators(nn.Module):
-    """One discriminator for both eyes and one for the mouth: cut-out latents by region -> features and logits."""
+    """One discriminator for both eyes and one for the mouth: cropped latents by region -> features and logits."""
 
     def __init__(self, in_channels: int = 4):
         super().__init__()
@@ -92,11 +93,11 @@ class FacialDiscriminators(nn.Module):
 
 
 def crop_regions(latents: Tensor, landmarks: Tensor, resolution: int) -> dict[str, Tensor]:
-    """Cut eyes and mouth out of latents by ROI align -> eyes (2B, C, 10, 10), mouth (B, C, 15, 15), float32.
+    """Crop eyes and mouth from latents by ROI align -> eyes (2B, C, 10, 10), mouth (B, C, 15, 15), float32.
 
     latents: (B, C, h, w); landmarks: (B, 5, 2) in pixels (integers are pixel centres) of the resolution x resolution
-    picture, in the order of `faceprior.detect.LANDMARK_NAMES`. The left eyes of all samples come first. What of a box
-    lies outside of the picture is 0.
+    image, in the order of `faceprior.detect.LANDMARK_NAMES`. The left eyes of all samples come first. The part of a box
+    that is outside of the image is 0.
     """
     eyes = landmarks[:, :2].transpose(0, 1).flatten(0, 1)
     mouth = landmarks[:, 3:].mean(dim=1)
@@ -107,49 +108,28 @@ def crop_regions(latents: Tensor, landmarks: Tensor, resolution: int) -> dict[st
 
 
 def _crop(latents: Tensor, centres: Tensor, side: float, cells: int, resolution: int) -> Tensor:
-    """Cut a square of `side` widths around each of centres (k B, 2) -> (k B, C, cells, cells)."""
+    """Crop a square of `side` image widths around each of centres (k B, 2) -> (k B, C, cells, cells)."""
     samples = torch.arange(len(latents), device=latents.device).repeat(len(centres) // len(latents))
     edges = centres.to(latents.device, torch.float32) + 0.5  # boxes name the edges of pixels
     half = side * resolution / 2
-    boxes = torch.cat([samples[:, None].float(), edges - half, edges + half], dim=1)
+    boxes = torch.cat([samples[:, None].float(), edges - half, edges + half], dim=1)  # (k B, 5): sample, xyxy
     scale = latents.shape[-1] / resolution
     return roi_align(latents.float(), boxes, cells, spatial_scale=scale, aligned=True)
 
 
-@dataclass(frozen=True)
-class FacialTerms:
-    """The parts of the restorer's side for a batch, (B,) each; 0 where no landmarks are known.
-
-    adversarial and style are summed over left eye, right eye and mouth, before weights and lambdas; loss is what is
-    added to a sample's noise loss.
-    """
-
-    adversarial: Tensor
-    style: Tensor
-    loss: Tensor
-
-    def means(self) -> dict[str, Tensor]:
-        """Return the batch's means by their names in `metrics.jsonl`: facial is what is added to the noise loss."""
-        return {"facial": self.loss.mean(), "adversarial": self.adversarial.mean(), "style": self.style.mean()}
-
-
 class FacialFeatureLoss:
-    """The loss for the restorer, and the training of the discriminators that stand against it.
+    """The parts of the loss for the restorer, and the training of the discriminators, its opponents.
 
-        terms = facial(prediction, latents, landmarks, timesteps)
-        accelerator.backward(noise + terms.loss.mean())
+        adversarial, style = facial(prediction, latents, landmarks)
+        accelerator.backward(noise + facial_loss(weights[timesteps], adversarial, style))
         ...
         facial.train_discriminators(prediction, latents, landmarks)
 
     prediction: z0_hat, (B, C, h, w), and latents: z_0, the clean ones; landmarks: (B, 5, 2) in pixels, NaN for a face
-    where none were found, which costs nothing and teaches nothing; timesteps: (B,) int64. The discriminators run in
-    float32 whatever the accelerator's mixed precision is, so their own loss needs no scaling.
+    where none were found, which adds 0 to every loss. The discriminators run in float32 whatever the accelerator's
+    mixed precision is, so their own loss needs no scaling.
 
-    discriminators: on the accelerator's device, the same in every process, not prepared by it; weights: (T,) by
-    timestep, of `faceprior.losses.step_weights`.
-    lambda_d, lambda_s: GFP-GAN's, since the paper's are not published; with them the tiny ControlNet's noise loss
-    rose, so stage 6 takes less where no preset says otherwise, and least of the adversarial part: it brought restored
-    eyes and mouths no nearer to the clean ones, the style part did.
+    discriminators: on the accelerator's device, the same in every process, not prepared by it.
     """
 
     def __init__(
@@ -157,17 +137,16 @@ class FacialFeatureLoss:
         discriminators: FacialDiscriminators,
         accelerator: Accelerator,
         resolution: int,
-        weights: Tensor,
-        lambda_d: float = 1.0,
-        lambda_s: float = 200.0,
         learning_rate: float = 2e-3,
     ):
         self.discriminators, self.accelerator, self.resolution = discriminators, accelerator, resolution
-        self.weights, self.lambda_d, self.lambda_s = weights.to(accelerator.device), lambda_d, lambda_s
         self.optimizer = torch.optim.Adam(discriminators.parameters(), learning_rate, betas=(0.9, 0.99))
 
-    def __call__(self, prediction: Tensor, latents: Tensor, landmarks: Tensor, timesteps: Tensor) -> FacialTerms:
-        """Return the restorer's side; its gradient reaches `prediction` alone, not the discriminators' parameters."""
+    def __call__(self, prediction: Tensor, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the adversarial and the style part, (B,) each, summed over left eye, right eye and mouth.
+
+        Gradients reach `prediction` only, not the discriminators' parameters.
+        """
         frozen = {name: parameter.detach() for name, parameter in self.discriminators.named_parameters()}
         with self._float32():
             crops, found = self._crops(prediction, landmarks)
@@ -176,13 +155,12 @@ class FacialFeatureLoss:
                 real = self.discriminators(self._crops(latents, landmarks)[0])
             adversarial = found * self._per_sample(generator_loss(logits) for _, logits in fake.values())
             style = found * self._per_sample(style_distance(fake[name][0], real[name][0]) for name in fake)
-            loss = self.weights[timesteps] * (self.lambda_d * adversarial + self.lambda_s * style)
-        return FacialTerms(adversarial, style, loss)
+        return adversarial, style
 
     def train_discriminators(self, prediction: Tensor, latents: Tensor, landmarks: Tensor) -> Tensor:
-        """Backpropagate one micro-batch, step with the last one of a step, and return the loss (B,), detached.
+        """Backpropagate one micro-batch, step after the last one of a step, and return the loss (B,), detached.
 
-        Clean latents are real, predicted ones are fake. Nothing reaches the restorer.
+        Clean latents are real, predicted ones are fake. No gradient reaches the restorer.
         """
         with self._float32():
             (fake, found), (real, _) = (self._crops(z.detach(), landmarks) for z in (prediction, latents))
@@ -198,7 +176,7 @@ class FacialFeatureLoss:
         return loss.detach()
 
     def _crops(self, latents: Tensor, landmarks: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the cut-out regions, and (B,) 1 or 0: whether the landmarks were found (else any box stands in)."""
+        """Return the cropped regions, and (B,) 1 or 0: whether landmarks were found (boxes in the middle if not)."""
         found = landmarks.isfinite().all(dim=2).all(dim=1)
         middle = torch.full_like(landmarks, self.resolution / 2)
         crops = crop_regions(latents, torch.where(found[:, None, None], landmarks, middle), self.resolution)
@@ -222,11 +200,11 @@ def find_landmarks(
     accelerator: Accelerator,
     find: Callable[[Image.Image], Tensor | None],
 ) -> Tensor:
-    """Find every picture's landmarks once -> (N, 5, 2) float32 in pixels at `resolution`, NaN where there are none.
+    """Find every image's landmarks once -> (N, 5, 2) float32 in pixels at `resolution`, NaN where there are none.
 
-    find: from a picture to (5, 2) landmarks in its own pixels, or None. Each picture is a row of `landmarks.jsonl` in
-    `output` as soon as it is done, so that an interrupted search goes on. Several processes share the pictures; each
-    has a file of its own until the end.
+    find: from an image to (5, 2) landmarks in its own pixels, or None. Each image is a row of `landmarks.jsonl` in
+    `output` as soon as it is done, so that an interrupted search resumes. Several processes share the images; each
+    writes its own file until the end.
     """
     output, rank = Path(output), accelerator.process_index
     root = common_folder(list(paths))
@@ -234,6 +212,7 @@ def find_landmarks(
     if accelerator.is_main_process:
         _gather(output, names)
     accelerator.wait_for_everyone()
+
     done = {row["image"] for row in resume_rows(output / LANDMARKS_FILE)}
     todo = [(name, path) for name, path in zip(names, paths, strict=True) if name not in done][
         rank :: accelerator.num_processes
@@ -245,12 +224,13 @@ def find_landmarks(
     if accelerator.is_main_process:
         _gather(output, names)
     accelerator.wait_for_everyone()
+
     found = {row["image"]: row["landmarks"] for row in resume_rows(output / LANDMARKS_FILE)}
     return torch.tensor([found[name] or [[math.nan] * 2] * 5 for name in names])
 
 
 def without_landmarks(paths: Sequence[Path], landmarks: Tensor) -> list[str]:
-    """Return the names of the pictures for which `find_landmarks` found none."""
+    """Return the names of the images in which `find_landmarks` found none."""
     missing = landmarks.isnan().flatten(1).any(dim=1).tolist()
     return [path.name for path, is_missing in zip(paths, missing, strict=True) if is_missing]
 
@@ -260,7 +240,7 @@ def _part(rank: int) -> str:
 
 
 def _gather(output: Path, names: list[str]) -> None:
-    """Bring the rows of all processes into one file, in the order of the pictures."""
+    """Merge the rows of all processes into one file, in the order of the images."""
     parts = sorted(output.glob(_part("*")))
     rows = {row["image"]: row for path in (output / LANDMARKS_FILE, *parts) for row in resume_rows(path)}
     rewrite_rows(output / LANDMARKS_FILE, [rows[name] for name in names if name in rows])
@@ -269,7 +249,7 @@ def _gather(output: Path, names: list[str]) -> None:
 
 
 def _scaled(image: Image.Image, find: Callable, resolution: int) -> list[list[float]] | None:
-    """Return the landmarks in pixels of the picture at resolution x resolution; integers are pixel centres."""
+    """Return the landmarks in pixels of the image at resolution x resolution; integers are pixel centres."""
     landmarks = find(image)
     if landmarks is None:
         return None

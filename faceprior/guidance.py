@@ -1,4 +1,4 @@
-"""`GuidanceTuner`: teach a Stable Diffusion checkpoint to draw better faces from (good, bad) pairs (Face Score, 5).
+"""`GuidanceTuner`: teach a Stable Diffusion checkpoint to generate better faces from (good, bad) pairs (Face Score, 5).
 
 tuner = GuidanceTuner.from_pretrained("my_model.safetensors", train="lora")
 tuner.fit("data/pairs", steps=500)
@@ -23,7 +23,6 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from faceprior.diffusion import (
-    PromptEmbeddings,
     added_conditions,
     decode_latents,
     downsample_mask,
@@ -37,7 +36,7 @@ from faceprior.diffusion import (
 )
 from faceprior.features import FeatureNetwork
 from faceprior.losses import guidance_loss, noise_loss
-from faceprior.pairs import PairDataset, read_pairs
+from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
 
 logger = logging.getLogger(__name__)
@@ -51,15 +50,18 @@ class GuidanceTuner:
 
     pipeline: a Stable Diffusion or SDXL pipeline; train: the U-Net's `self_attention` layers (the paper's choice), a
     `lora` on the same layers, or the `full` U-Net (the paper's ablation); rank, alpha: of the LoRA (alpha: rank by
-    default); t_end: timesteps are drawn from the first share t_end of the schedule, (0, 1], the paper's is 0.5;
-    prompt_drop: share of the samples whose prompt is dropped, [0, 1], the paper's is 0.2; distance: between the masked
-    predictions, l2 by default; seed: of the LoRA's first weights.
+    default); t_end: timesteps are drawn from the first fraction t_end of the schedule, (0, 1], the paper's is 0.5;
+    prompt_drop: fraction of the samples whose prompt is dropped, [0, 1], the paper's is 0.2; distance: between the
+    masked predictions, l2 by default; seed: of the LoRA's first weights.
 
-    The original model, which gives the targets, is the same network with its LoRA off, or with its original weights in
-    the trained places: of a second U-Net only the trained part stands in memory, and nothing with a LoRA.
+    The original model, which predicts the targets, is the same network with its LoRA off, or with its original weights
+    in place of the trained ones. So a second U-Net takes the memory of the trained part only, and none with a LoRA.
 
     The trained weights are float32. With a base in half precision every call of the U-Net, also by the pipeline, runs
     under autocast and returns float32.
+
+    `loss` is Algorithm 1 on the parts `encode`, `sample_timesteps`, `encode_prompts`, `original_unet` and `predict_x0`;
+    stage 4 calls the same parts in its loop. Another objective is a method like it, such as `denoising_loss`.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class GuidanceTuner:
 
     @property
     def resolution(self) -> int:
-        """The base's native picture size in pixels."""
+        """The base's native image size in pixels."""
         return self.unet.config.sample_size * self._pipeline.vae_scale_factor
 
     def to(self, device: torch.device | str) -> GuidanceTuner:
@@ -116,6 +118,51 @@ class GuidanceTuner:
         """Return the float32 parameters that are trained; every other weight keeps the dtype it was loaded in."""
         return [parameter for _, parameter in self._trained()]
 
+    # ---- parts of Algorithm 1
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Return the scaled latents z_0 = E(x): (B, 3, H, W) in [-1, 1] -> (B, C, h, w), the posterior's mean."""
+        return encode_latents(self._pipeline.vae, pixel_values)
+
+    def sample_timesteps(self, generators: list[torch.Generator], t_end: float = 1.0) -> Tensor:
+        """Draw one timestep per generator from the first fraction t_end of the schedule -> (B,) int64.
+
+        Algorithm 1 draws from [0, 0.5 T), section 5 writes [1, 0.5 T]: the same for steps that are counted from 0.
+        """
+        last = max(1, int(t_end * self.noise_scheduler.config.num_train_timesteps))
+        return sample_timesteps(generators, 0, last, self.unet.device)
+
+    def encode_prompts(
+        self, prompts: list[str], size: tuple[int, int], generators: list[torch.Generator]
+    ) -> dict[str, Any]:
+        """Return the U-Net's arguments for B prompts, of which the fraction `prompt_drop` is replaced by the empty one.
+
+        size: (H, W) of the training images in pixels, which an SDXL base is conditioned on.
+        """
+        embeddings = encode_prompts(self._pipeline, drop_prompts(prompts, self.prompt_drop, generators))
+        conditions = added_conditions(embeddings, *size)
+        return {"encoder_hidden_states": embeddings.prompt_embeds, "added_cond_kwargs": conditions}
+
+    def predict_x0(self, unet: Callable, noisy_latents: Tensor, timesteps: Tensor, prompts: dict[str, Any]) -> Tensor:
+        """Predict x_0 from x_t by one pass of `unet` (Face Score, Eqs. 4 and 6) -> (B, C, h, w), float32.
+
+        prompts: what `encode_prompts` returned.
+        """
+        model_pred = unet(noisy_latents, timesteps, **prompts).sample
+        return pred_original_sample(self.noise_scheduler, model_pred, timesteps, noisy_latents)
+
+    @contextmanager
+    def original_unet(self) -> Iterator[Callable]:
+        """Give the U-Net with the original weights, to call without gradients."""
+        if self.train == "lora":
+            with self._adapters_off():
+                yield self.unet
+        else:
+            yield lambda *a, **k: torch.func.functional_call(self.unet, self._original, a, k)
+
+    # ---- objectives
+
     def loss(
         self,
         batch: dict[str, Any],
@@ -126,24 +173,18 @@ class GuidanceTuner:
 
         batch: good, bad (B, 3, H, W) in [-1, 1]; mask (B, 1, H, W) in {0, 1}; prompt, B texts. generator: draws
         timesteps, noise and dropped prompts; a list has one per sample. unet: the prepared network (DDP), by default
-        the tuner's own. Good and bad share the timestep and the noise; Algorithm 1 draws from [0, 0.5 T), section 5
-        writes [1, 0.5 T], which is the same for steps that are counted from 0.
+        the tuner's own.
         """
-        device, size = self.unet.device, batch["good"].shape[-2:]
         generators = _one_per_sample(generator, len(batch["good"]))
-        with torch.no_grad():
-            latents = encode_latents(self._pipeline.vae, torch.cat([batch["good"], batch["bad"]]))
-        steps = self.noise_scheduler.config.num_train_timesteps
-        timesteps = sample_timesteps(generators, 0, max(1, int(self.t_end * steps)), device)
-        noise = noise_like(latents[: len(timesteps)], generators)
-        noisy_good, noisy_bad = self.noise_scheduler.add_noise(
-            latents, noise.repeat(2, 1, 1, 1), timesteps.repeat(2)
-        ).chunk(2)
-        embeddings = encode_prompts(self._pipeline, drop_prompts(batch["prompt"], self.prompt_drop, generators))
-        with torch.no_grad(), self._original_model() as original:
-            target = self._denoise(original, noisy_good, timesteps, embeddings, size)
-        prediction = self._denoise(unet or self.unet, noisy_bad, timesteps, embeddings, size)
-        mask = downsample_mask(batch["mask"].to(device), tuple(latents.shape[-2:]))
+        good, bad = self.encode(torch.cat([batch["good"], batch["bad"]])).chunk(2)
+        timesteps = self.sample_timesteps(generators, self.t_end)
+        noise = noise_like(good, generators)  # shared by both sides, as the timesteps are
+        noisy_good, noisy_bad = (self.noise_scheduler.add_noise(z, noise, timesteps) for z in (good, bad))
+        prompts = self.encode_prompts(batch["prompt"], batch["good"].shape[-2:], generators)
+        with torch.no_grad(), self.original_unet() as original:
+            target = self.predict_x0(original, noisy_good, timesteps, prompts)
+        prediction = self.predict_x0(unet or self.unet, noisy_bad, timesteps, prompts)
+        mask = downsample_mask(batch["mask"].to(good.device), good.shape[-2:])
         return guidance_loss(target, prediction, mask, self.distance)
 
     def denoising_loss(
@@ -152,20 +193,20 @@ class GuidanceTuner:
         generator: torch.Generator | list[torch.Generator] | None = None,
         unet: nn.Module | None = None,
     ) -> Tensor:
-        """Return the usual noise prediction loss on the good pictures, whole and at all timesteps; as `loss`.
+        """Return the usual noise prediction loss on the good images, whole and at all timesteps; arguments as `loss`.
 
         Plain fine-tuning, a baseline to compare the guidance loss with; not in the paper.
         """
-        device, size = self.unet.device, batch["good"].shape[-2:]
         generators = _one_per_sample(generator, len(batch["good"]))
-        with torch.no_grad():
-            latents = encode_latents(self._pipeline.vae, batch["good"])
-        timesteps = sample_timesteps(generators, 0, self.noise_scheduler.config.num_train_timesteps, device)
+        latents = self.encode(batch["good"])
+        timesteps = self.sample_timesteps(generators)
         noise = noise_like(latents, generators)
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        embeddings = encode_prompts(self._pipeline, drop_prompts(batch["prompt"], self.prompt_drop, generators))
-        model_pred = self._predict(unet or self.unet, noisy_latents, timesteps, embeddings, size)
+        prompts = self.encode_prompts(batch["prompt"], batch["good"].shape[-2:], generators)
+        model_pred = (unet or self.unet)(noisy_latents, timesteps, **prompts).sample
         return noise_loss(model_pred, training_target(self.noise_scheduler, latents, noise, timesteps))
+
+    # ---- training, sampling and files
 
     def fit(
         self,
@@ -180,15 +221,16 @@ class GuidanceTuner:
         seed: int = 0,
         output: str | Path | None = None,
     ) -> GuidanceTuner:
-        """Train on `pairs`: a folder that stage 01 made, or a dataset with the samples that `loss` takes.
+        """Train on `pairs`: a folder that stage 1 made, several separated by commas, or a dataset.
 
-        Stops and goes on like stage 04 when `output` names a folder for its log and checkpoints.
+        A dataset has the samples that `loss` takes in batches. With `output`, a folder for the log and checkpoints, the
+        training stops and resumes like stage 4.
         """
         if isinstance(pairs, str | Path):
-            usable, problems = read_pairs(pairs)
+            usable, problems = gather_pairs(pairs)
             for place, reason in problems:
-                logger.warning("%s is left out: %s", place, reason)
-            pairs = PairDataset(pairs, usable, self.resolution)
+                logger.warning("%s is skipped: %s", place, reason)
+            pairs = PairDataset("", usable, self.resolution)
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
         accelerator = make_accelerator(device, mixed_precision, accumulation)
@@ -214,7 +256,7 @@ class GuidanceTuner:
 
     @contextmanager
     def untuned(self) -> Iterator[DiffusionPipeline]:
-        """Give the pipeline with the original weights, to sample the picture before."""
+        """Give the pipeline with the original weights, to sample images as before the tuning."""
         if self.train == "lora":
             with self._adapters_off():
                 yield self.pipeline()
@@ -235,7 +277,7 @@ class GuidanceTuner:
         self._pipeline.save_lora_weights(
             save_directory=folder,
             unet_lora_layers=layers,
-            # without it a LoRA whose alpha differs from its rank loads at the wrong strength
+            # without its metadata a LoRA whose alpha differs from its rank loads at the wrong strength
             unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
         )
 
@@ -254,17 +296,9 @@ class GuidanceTuner:
         cast_training_params(self.unet, torch.float32)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        # By name, not by requires_grad: peft turns the flag off while an adapter is disabled.
+        # by name, not by requires_grad: peft turns the flag off while an adapter is disabled
         part = {"self_attention": ".attn1.", "lora": "lora_", "full": ""}[self.train]
         return [(name, parameter) for name, parameter in self.unet.named_parameters() if part in name]
-
-    @contextmanager
-    def _original_model(self) -> Iterator[Callable]:
-        if self.train == "lora":
-            with self._adapters_off():
-                yield self.unet
-        else:
-            yield lambda *a, **k: torch.func.functional_call(self.unet, self._original, a, k)
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
@@ -273,18 +307,6 @@ class GuidanceTuner:
             yield
         finally:
             self.unet.enable_adapters()
-
-    def _denoise(
-        self, unet: Callable, noisy: Tensor, timesteps: Tensor, embeddings: PromptEmbeddings, size: torch.Size
-    ) -> Tensor:
-        model_pred = self._predict(unet, noisy, timesteps, embeddings, size)
-        return pred_original_sample(self.noise_scheduler, model_pred, timesteps, noisy)
-
-    def _predict(
-        self, unet: Callable, noisy: Tensor, timesteps: Tensor, embeddings: PromptEmbeddings, size: torch.Size
-    ) -> Tensor:
-        conditions = added_conditions(embeddings, *size)
-        return unet(noisy, timesteps, embeddings.prompt_embeds, added_cond_kwargs=conditions).sample
 
     @torch.no_grad()
     def _copy(self, tensors: dict[str, Tensor]) -> None:
@@ -295,9 +317,9 @@ class GuidanceTuner:
 def dino_distance(vae: AutoencoderKL, network: FeatureNetwork) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the second distance of Face Score's Eq. 7, between a vision transformer's features of the decoded faces.
 
-    The distance takes masked latents (B, C, h, w), decodes both with the frozen `vae` and gives 1 - cos of the
+    The distance takes masked latents (B, C, h, w), decodes both with the frozen `vae` and returns 1 - cos of the
     network's [CLS] features, averaged over the batch; gradients reach the second of them. The paper names DINO but
-    neither the model nor the features: [CLS] is what DINO is trained by, and its cosine how DINO features are compared.
+    neither the model nor the features: DINO is trained on [CLS], and its features are compared by their cosine.
     """
     network.requires_grad_(False).eval()
 

@@ -1,4 +1,9 @@
-"""Every formula that is trained on. Losses are computed in float32 whatever the network ran in."""
+"""Every formula that is trained on, in float32 whatever dtype the network ran in.
+
+Face Score (arXiv 2406.17100): `pairwise_ranking_loss` (Eq. 5, stage 2), `guidance_loss` (Eq. 7, stage 4).
+AuthFace (arXiv 2410.09864): `noise_loss` (Eq. 1, stages 5 and 6), and the facial feature loss of stage 6, whose text at
+hand breaks off before Eqs. 2 to 5: `time_weight` is Eq. 3, the others follow GFP-GAN (arXiv 2101.04061).
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +27,7 @@ def guidance_loss(
     mask: Tensor,
     distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
 ) -> Tensor:
-    """d(m o z_good, m o z_bad): how far a bad face's denoised latents are from the good one's (Face Score, Eq. 7).
+    """d(m o z_good, m o z_bad): distance of a bad face's denoised latents from the good one's (Face Score, Eq. 7).
 
     target: (B, C, H, W), x0 of the good image as the original model predicts it, no gradient; prediction: the same
     shape, x0 of the bad image as the trained model predicts it; mask: (B, 1, H, W) in [0, 1], the face on the latent
@@ -33,7 +38,7 @@ def guidance_loss(
 
 
 def noise_loss(model_pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error between predicted and true noise (AuthFace, Eq. 1; DDPM, Eq. 14).
+    """||e - e_theta||^2, mean squared error of the predicted noise (AuthFace, Eq. 1; DDPM, Eq. 14).
 
     model_pred, target: (B, C, H, W). With a v-prediction model the target is the velocity.
     """
@@ -41,7 +46,7 @@ def noise_loss(model_pred: Tensor, target: Tensor) -> Tensor:
 
 
 def normalized_time(timesteps: Tensor, num_train_timesteps: int) -> Tensor:
-    """Put discrete timesteps 0..T-1 at the middle of their step in (0, 1), 0 = clean.
+    """Map discrete timesteps 0..T-1 to the middle of their step in (0, 1), 0 = clean.
 
     The paper writes t in (0, 1) and does not say how the steps map to it; the middle keeps logit(t) finite.
     """
@@ -49,11 +54,11 @@ def normalized_time(timesteps: Tensor, num_train_timesteps: int) -> Tensor:
 
 
 def time_weight(t: Tensor, m: float = -0.5, s: float = 1.0) -> Tensor:
-    """Weight of the facial feature loss over time: a normal density of logit(t) (AuthFace, section 3.2).
+    """Weight of the facial feature loss over time: a normal density of logit(t) (AuthFace, Eq. 3).
 
     w(t) = exp(-(logit(t) - m)^2 / (2 s^2)) / (s sqrt(2 pi)); t: any shape, in (0, 1), 0 = clean. The peak is at
-    t = sigmoid(m), 0.378 for the paper's m = -0.5 (it states 0.37); the density of a logit-normal variable, which has a
-    further factor 1 / (t (1 - t)), would peak at 0.28 and is not what the paper describes.
+    t = sigmoid(m), 0.378 for the paper's m = -0.5 (it states 0.37); the density of a logit-normal variable, which has
+    another factor 1 / (t (1 - t)), would peak at 0.28 and is not what the paper describes.
     """
     logit = torch.log(t / (1 - t))
     return torch.exp(-((logit - m) ** 2) / (2 * s**2)) / (s * math.sqrt(2 * math.pi))
@@ -62,15 +67,15 @@ def time_weight(t: Tensor, m: float = -0.5, s: float = 1.0) -> Tensor:
 def step_weights(num_train_timesteps: int, m: float = -0.5, s: float = 1.0, constant: bool = False) -> Tensor:
     """Return `time_weight` of every discrete timestep, (T,); constant: their mean at each of them.
 
-    The paper's ablation (Table 2, "Const.") does not say which constant; with the mean both weigh alike over a training
-    that draws its timesteps evenly, so that they differ in time only.
+    The paper's ablation (Table 2, "Const.") does not say which constant. The mean gives the loss the same weight over a
+    training that draws its timesteps evenly, so that the two differ in time only.
     """
     weights = time_weight(normalized_time(torch.arange(num_train_timesteps), num_train_timesteps), m, s)
     return weights.mean().expand(num_train_timesteps) if constant else weights
 
 
 def gram_matrix(features: Tensor) -> Tensor:
-    """F F^T / (C H W): (B, C, H, W) -> (B, C, C), which channels respond together, wherever (Gatys et al., 2016)."""
+    """F F^T / (C H W): (B, C, H, W) -> (B, C, C), correlations of the channels over all places (Gatys et al., 2016)."""
     flat = features.float().flatten(2)
     return flat @ flat.transpose(1, 2) / flat[0].numel()
 
@@ -80,8 +85,8 @@ def style_distance(
 ) -> Tensor:
     """Mean absolute difference of the Gram matrices, weighted over the levels -> (B,) (GFP-GAN).
 
-    features, target_features: one (B, C, H, W) per level, from fine to coarse; the targets get no gradient. The
-    weights of the levels are those of GFP-GAN's code.
+    features, target_features: one (B, C, H, W) per level, from fine to coarse; the targets get no gradient;
+    level_weights: those of GFP-GAN's code.
     """
     levels = zip(features, target_features, level_weights, strict=True)
     return sum(w * (gram_matrix(a) - gram_matrix(b.detach())).abs().mean(dim=(1, 2)) for a, b, w in levels)
@@ -95,3 +100,16 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Binary cross-entropy of real as 1 and fake as 0, summed over both: (B, ...) each -> (B,)."""
     return generator_loss(real_logits) + generator_loss(-fake_logits)
+
+
+def facial_loss(
+    weight: Tensor, adversarial: Tensor, style: Tensor, lambda_d: float = 1.0, lambda_s: float = 200.0
+) -> Tensor:
+    """w(t) (lambda_d adversarial + lambda_s style), averaged over the batch (AuthFace, Eqs. 2 to 5, reconstructed).
+
+    weight: (B,), w(t) of every sample's timestep; adversarial, style: (B,), summed over left eye, right eye and mouth;
+    lambda_d, lambda_s: GFP-GAN's by default, as AuthFace's are not published. With these the noise loss of the tiny
+    ControlNet rose, so stage 6's defaults are smaller, lambda_d most: the adversarial part brought restored eyes and
+    mouths no closer to the clean ones, the style part did.
+    """
+    return (weight * (lambda_d * adversarial + lambda_s * style)).mean()

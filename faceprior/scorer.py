@@ -228,11 +228,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
         return model.to(dtype or torch_dtype or torch.float32)
 
     def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        vision_prefix: Tensor | None = None,
+        self, pixel_values: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Rewards, with gradients to the pixels.
 
@@ -240,17 +236,11 @@ class FaceScorer(ModelMixin, ConfigMixin):
             pixel_values: (B, 3, image_size, image_size), normalised by CLIP's mean and std; see `preprocess`.
             input_ids: (L,), (1, L) or (B, L) int64; the default prompt if None.
             attention_mask: as `input_ids`, 1 for a token and 0 for padding; needed if there is padding.
-            vision_prefix: in place of `pixel_values`, what `encode_prefix` made of them.
 
         Returns:
             (B,) in float32 at least.
         """
-        if (pixel_values is None) == (vision_prefix is None):
-            raise ValueError("give either `pixel_values` or `vision_prefix`")
-        if vision_prefix is not None:
-            image_features = self._encode_from(self.frozen_vision_parts, vision_prefix.to(self.dtype))
-        else:
-            image_features = self.encode_image(pixel_values)
+        image_features = self.encode_image(pixel_values)  # (B, 1 + patches, vision_hidden_size)
         batch = len(image_features)
         if input_ids is None:
             input_ids = torch.tensor(self.config.prompt_token_ids, device=image_features.device)
@@ -265,41 +255,28 @@ class FaceScorer(ModelMixin, ConfigMixin):
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """The vision tower: (B, 3, S, S) -> (B, 1 + patches, vision_hidden_size), normalised.
 
-        Leading parts whose parameters are all frozen run without gradients, unless the pixels need them.
+        Leading parts whose parameters are all frozen run without gradients, unless the pixels need them. The text
+        tower's frozen layers cannot: they see the image through cross attention, so the trained vision layers get
+        their gradients through them.
         """
         self._check_pixel_values(pixel_values)
-        if pixel_values.requires_grad:
-            return self._encode_from(0, pixel_values)
-        return self._encode_from(self.frozen_vision_parts, self.encode_prefix(pixel_values))
-
-    @torch.no_grad()
-    def encode_prefix(self, pixel_values: Tensor) -> Tensor:
-        """The leading parts of the vision tower that have nothing to train, without gradients.
-
-        (B, 3, S, S) -> (B, 1 + patches, vision_hidden_size), which training can keep for a crop that it sees again
-        unchanged; the pixels themselves if nothing is frozen. There is no such thing for the text tower: its frozen
-        layers, too, look at the image through cross attention, so what they give changes with every step of the
-        trained vision layers, and these get their gradient through them.
-        """
-        self._check_pixel_values(pixel_values)
+        frozen = 0 if pixel_values.requires_grad else self.frozen_vision_parts
         hidden_states = pixel_values
-        for part in self.vision_parts[: self.frozen_vision_parts]:
-            hidden_states = part(hidden_states)
-        return hidden_states
-
-    def _encode_from(self, first: int, hidden_states: Tensor) -> Tensor:
-        for part in self.vision_parts[first:]:
+        with torch.no_grad():
+            for part in self.vision_parts[:frozen]:
+                hidden_states = part(hidden_states)
+        for part in self.vision_parts[frozen:]:
             hidden_states = part(hidden_states)
         return self.vision_model.post_layernorm(hidden_states)
 
     @property
     def vision_parts(self) -> list[nn.Module]:
-        """The vision tower in its order: embeddings, layer 0, layer 1..."""
+        """The vision tower in its order: embeddings, layer 0, layer 1, ..."""
         return [self.vision_model.embeddings, *self.vision_model.encoder.layers]
 
     @property
     def frozen_vision_parts(self) -> int:
-        """How many leading parts of the vision tower have nothing to train."""
+        """Number of leading parts of the vision tower that have nothing to train."""
         trained = [any(p.requires_grad for p in part.parameters()) for part in self.vision_parts]
         return trained.index(True) if True in trained else len(trained)
 
@@ -309,7 +286,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
         Of each tower's n layers the first int(n * fraction) are frozen, with the embeddings if fraction > 0;
         the ViT's last normalisation and the head are always trained. At full size and 0.7 these are 16 of the
         24 vision layers and 8 of the 12 text layers. The official code freezes the same and, since its loop
-        stops after the first match in the next layer, two single tensors more: `blocks.16.norm1.weight` and
+        stops after the first match in the next layer, two more tensors: `blocks.16.norm1.weight` and
         `layer.8.attention.self.query.weight`.
 
         Args:
@@ -333,7 +310,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint
     ) -> None:
-        """Of the vision tower only: the library's BLIP text model does not support it."""
+        """Set it for the vision tower only: the library's BLIP text model does not support it."""
         for layer in self.vision_model.encoder.layers:
             layer.gradient_checkpointing = enable
             layer._gradient_checkpointing_func = gradient_checkpointing_func

@@ -1,6 +1,6 @@
 """What every training stage needs around its loop: device, data order, optimizer, log, checkpoints, a graceful stop.
 
-The loop itself stands in the stage:
+The loop itself is in the stage:
 
     run = TrainingRun(output, steps, accelerator, modules={"unet": unet}, optimizers={"unet": optimizer})
     for batch in run.batches(dataset, batch_size=4):
@@ -36,6 +36,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,31 +49,48 @@ from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.models import resolve_device
 
 logger = logging.getLogger(__name__)
-
-
 METRICS_FILE = "metrics.jsonl"
-
-
 RESUME_FOLDER = "resume"
+TRACKER_PROJECT = "faceprior"
 
 
-def make_accelerator(device: str = "auto", mixed_precision: str = "no", accumulation: int = 1) -> Accelerator:
+# ---------------------------------------------------------------------------------------------------------- accelerator
+
+
+def make_accelerator(
+    device: str = "auto",
+    mixed_precision: str = "no",
+    accumulation: int = 1,
+    tracker: str | GeneralTracker = "none",
+    output: str | Path | None = None,
+) -> Accelerator:
     """Return accelerate's Accelerator for one device, or for the processes that `accelerate launch` started.
 
-    mixed_precision: `no`, `fp16` or `bf16`, the dtype of the forward pass; accumulation: micro-batches in a step.
-    Raises ValueError for a device that is not there, and for fp16 on a CPU.
+    mixed_precision: `no`, `fp16` or `bf16`, the dtype of the forward pass; accumulation: micro-batches in a step;
+    tracker: `none`, `tensorboard`, `wandb`, or a tracker object of accelerate's; a `TrainingRun` logs every row of its
+    `metrics.jsonl` to it, too; output: the run's folder, for the tracker's files.
+    Raises ValueError for a device that does not exist and for fp16 on a CPU, ImportError without the tracker's package.
     """
+    if isinstance(tracker, str) and tracker not in ("none", *get_available_trackers()):
+        raise ImportError(f"`tracker` is {tracker}, which is not installed: `pip install {tracker}`")
     kind = resolve_device(device)
     if kind.type == "cpu" and mixed_precision == "fp16":
         raise ValueError("`mixed_precision` is fp16, which a CPU cannot train in: use bf16 or no")
     if kind.type == "cuda" and kind.index is not None:
         torch.cuda.set_device(kind)
     if not torch.distributed.is_initialized():
-        # It keeps one state per process and would refuse other settings for the second run in a notebook.
+        # accelerate keeps one state per process and would refuse other settings for the second run in a notebook
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
-        cpu=kind.type == "cpu", mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation
+        cpu=kind.type == "cpu",
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=accumulation,
+        log_with=None if tracker == "none" else tracker,
+        project_config=ProjectConfiguration(logging_dir=None if output is None else str(Path(output, "tensorboard"))),
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ optimizer
 
 
 def make_optimizer(
@@ -94,9 +113,9 @@ def make_optimizer(
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int = 0, schedule: str = "constant") -> float:
-    """Return the share of the learning rate at `step` (0-based): linear warm-up, then `constant` or `cosine` to 0.
+    """Return the factor of the learning rate at `step` (0-based): linear warm-up, then `constant` or `cosine` to 0.
 
-    The warm-up's shares are 1/(w+1), 2/(w+1), ..., w/(w+1); the cosine would reach 0 at the step after the last one.
+    The warm-up's factors are 1/(w+1), 2/(w+1), ..., w/(w+1); the cosine would reach 0 at the step after the last one.
     """
     if schedule not in ("constant", "cosine"):
         raise ValueError(f"`schedule` has to be constant or cosine but is {schedule!r}")
@@ -107,15 +126,18 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int = 0, schedule:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
+# ----------------------------------------------------------------------------------------------------------- randomness
+
+
 def stable_seed(*parts: int | str) -> int:
-    """Mix numbers and names to a 63-bit seed, the same on every machine and in every process."""
+    """Hash numbers and names to a 63-bit seed, the same on every machine and in every process."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Seed torch's global generators from `parts` for a while, and put them back: for dropout and initial weights."""
+    """Seed torch's global generators from `parts`, and restore them at the end: for dropout and initial weights."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(stable_seed(*parts))
@@ -139,10 +161,13 @@ def drop_prompts(prompts: list[str], probability: float, generators: list[torch.
     return ["" if u < probability else prompt for prompt, u in zip(prompts, drawn, strict=True)]
 
 
-class SampleStream(Dataset):
-    """An endless shuffled walk through `dataset`: position p -> the sample, with `position` added.
+# ---------------------------------------------------------------------------------------------------- stream of samples
 
-    Every epoch is a permutation of the dataset drawn from (seed, epoch), so that the order can be entered anywhere.
+
+class SampleStream(Dataset):
+    """An endless shuffled stream of `dataset`: position p -> the sample, with `position` added.
+
+    Every epoch is a permutation of the dataset drawn from (seed, epoch), so that a run can resume at any position.
     `augment(sample, rng)` may change a sample; its numpy generator depends on (seed, position) only.
     """
 
@@ -169,35 +194,44 @@ class SampleStream(Dataset):
         return {**sample, "position": position}
 
 
-class GracefulStop:
-    """Turns the first SIGTERM or Ctrl-C into a request, granted between two steps; a second one stops at once."""
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack tensors, turn positions into a tensor, and keep everything else as a list."""
+    batch: dict[str, Any] = {}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        if isinstance(values[0], Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = torch.tensor(values) if key == "position" else values
+    return batch
 
-    def __init__(self):
-        self.signal: int | None = None
 
-    def __enter__(self) -> GracefulStop:
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            # what the caller ignores (Ctrl-C under nohup, in a background job) stays ignored
-            heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) != signal.SIG_IGN]
-            self._old = {s: signal.signal(s, self._request) for s in heard}
-        return self
+def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch to `device` (except positions, which only seed generators)."""
+    return {k: v.to(device) if isinstance(v, Tensor) and k != "position" else v for k, v in batch.items()}
 
-    def _request(self, number, frame):
-        self.signal = number
-        signal.signal(number, self._old[number])
 
-    def __exit__(self, *exc):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+def _positions(start: int, steps: int, per_step: int, batch_size: int, accelerator: Accelerator) -> list[range]:
+    """Return the stream positions of every micro-batch of this process, from optimizer step `start` to `steps`.
+
+    One step takes the next per_step * num_processes positions of the stream, whatever the number of processes: two
+    processes with batch 2 see what one sees with batch 4.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    micro = per_step // batch_size
+    starts = [(number * world + rank) * batch_size for number in range(start * micro, steps * micro)]
+    return [range(first, first + batch_size) for first in starts]
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
 
 
 class TrainingRun:
-    """The steps of one training run, with its bar, its log and its checkpoints.
+    """The steps of one training run, with its progress bar, its log and its checkpoints.
 
     output: folder for `metrics.jsonl` and `resume/` (None: nothing is written); modules: the networks whose trainable
-    parameters are kept; optimizers: theirs, by the same or other names; save_every: steps between checkpoints.
-    Attributes: `step`, the optimizer steps done; `state`, JSON values of the caller's that are kept in the checkpoint.
+    parameters are saved; optimizers: theirs, by the same or other names; save_every: steps between checkpoints.
+    Attributes: `step`, the optimizer steps done; `state`, JSON values of the caller, saved with the checkpoint.
     """
 
     def __init__(
@@ -221,11 +255,14 @@ class TrainingRun:
         self._logged = defaultdict(list)
         if self.output is not None:
             self._resume()
+            # a no-op without a tracker; wandb's files, too, go to the output folder
+            options = {"wandb": {"dir": str(self.output), "name": self.output.name}}
+            accelerator.init_trackers(TRACKER_PROJECT, init_kwargs=options)
 
     def batches(
         self, dataset, batch_size: int, seed: int = 0, augment: Callable | None = None, num_workers: int = 0
     ) -> Iterator[dict]:
-        """Yield micro-batches from where the run stands to its end; `accumulation` of them make a step.
+        """Yield micro-batches from the present step to the last one; `accumulation` of them make a step.
 
         `batch_size` counts the samples of one micro-batch on one process.
         """
@@ -257,11 +294,11 @@ class TrainingRun:
         return self.accelerator.sync_gradients and (done % steps == 0 or done == self.steps)
 
     def generators(self, batch: dict) -> list[torch.Generator]:
-        """Return the generators of a batch's samples: for noise, timesteps and whatever else is drawn."""
+        """Return one generator per sample of the batch, for its noise, timestep and all else that is drawn."""
         return sample_generators(self.seed, batch["position"])
 
     def log(self, **values: float | Tensor) -> None:
-        """Add numbers to the row of the present step; several micro-batches and processes are averaged."""
+        """Add numbers to the row of the present step; they are averaged over its micro-batches and processes."""
         for name, value in values.items():
             self._logged[name].append(
                 value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
@@ -274,10 +311,53 @@ class TrainingRun:
         finish(self.output, steps=self.steps, **summary)
         shutil.rmtree(self.output / RESUME_FOLDER, ignore_errors=True)
 
-    def save(self) -> None:
-        """Write the checkpoint beside the old one, which makes room when the new one is whole and on the disk.
+    def _set_learning_rates(self) -> None:
+        factor = learning_rate_factor(self.step, self.steps, self.warmup_steps, self.schedule)
+        for name, optimizer in self.optimizers.items():
+            for group, rate in zip(optimizer.param_groups, self._base_rates[name], strict=True):
+                group["lr"] = rate * factor
 
-        At any moment `resume/` is whole, or it is missing and `resume.old/` is.
+    def _finish_step(self, bar: tqdm, stop: GracefulStop) -> None:
+        self.step += 1
+        self._write_row(bar)
+        bar.update()
+        stopping = self._any_process(stop.signal is not None)
+        if stopping or self.step % self.save_every == 0 or self.step == self.steps:
+            self.save()
+        if stopping and self.step < self.steps:
+            where = f"stopped after step {self.step}"
+            if self.accelerator.is_main_process:
+                bar.write(f"{where}; the same command resumes" if self.output else where)
+            if stop.signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+
+    def _write_row(self, bar: tqdm) -> None:
+        row: dict[str, Any] = {"step": self.step}
+        for name, values in self._logged.items():
+            mean = torch.stack([v.to(self.accelerator.device) for v in values]).mean()
+            row[name] = float(self.accelerator.reduce(mean, "mean"))
+        self._logged.clear()
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise ValueError(f"`{name}` became {value} at step {self.step}: lower the learning rate or use bf16")
+        first = next(iter(self.optimizers.values()))
+        row["learning_rate"] = first.param_groups[0]["lr"]
+        bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "learning_rate")})
+        if self.output is not None and self.accelerator.is_main_process:
+            append_row(self.output / METRICS_FILE, row)
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=self.step)
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
+        return bool(total > 0)
+
+    def save(self) -> None:
+        """Write the checkpoint beside the old one, which is deleted once the new one is complete and on the disk.
+
+        At any moment `resume/` is complete, or it is missing and `resume.old/` is.
         """
         if self.output is None:
             return
@@ -325,7 +405,7 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         if folder.exists():
             self._read_checkpoint(folder)
-            logger.info("continuing %s at step %d", self.output, self.step)
+            logger.info("resuming %s at step %d", self.output, self.step)
         if self.accelerator.is_main_process:
             rows = [row for row in resume_rows(self.output / METRICS_FILE) if row["step"] <= self.step]
             rewrite_rows(self.output / METRICS_FILE, rows)
@@ -347,7 +427,7 @@ class TrainingRun:
         if differing:
             raise ValueError(
                 f"the checkpoint {folder} was made by another model: {len(differing)} parameters differ in name or "
-                f"shape, as {', '.join(differing[:5])}. Give that model, or another `output`"
+                f"shape, such as {', '.join(differing[:5])}. Give that model, or another `output`"
             )
         with torch.no_grad():
             for key, parameter in trainable.items():
@@ -358,55 +438,39 @@ class TrainingRun:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.state = state["step"], state["state"]
 
-    def _set_learning_rates(self) -> None:
-        factor = learning_rate_factor(self.step, self.steps, self.warmup_steps, self.schedule)
-        for name, optimizer in self.optimizers.items():
-            for group, rate in zip(optimizer.param_groups, self._base_rates[name], strict=True):
-                group["lr"] = rate * factor
 
-    def _finish_step(self, bar: tqdm, stop: GracefulStop) -> None:
-        self.step += 1
-        self._write_row(bar)
-        bar.update()
-        stopping = self._any_process(stop.signal is not None)
-        if stopping or self.step % self.save_every == 0 or self.step == self.steps:
-            self.save()
-        if stopping and self.step < self.steps:
-            where = f"stopped after step {self.step}"
-            if self.accelerator.is_main_process:
-                bar.write(f"{where}; the same command continues" if self.output else where)
-            if stop.signal == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+class GracefulStop:
+    """Turns the first SIGTERM or Ctrl-C into a request to stop after the step; a second one stops at once."""
 
-    def _write_row(self, bar: tqdm) -> None:
-        row: dict[str, Any] = {"step": self.step}
-        for name, values in self._logged.items():
-            mean = torch.stack([v.to(self.accelerator.device) for v in values]).mean()
-            row[name] = float(self.accelerator.reduce(mean, "mean"))
-        self._logged.clear()
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise ValueError(f"`{name}` became {value} at step {self.step}: lower the learning rate or use bf16")
-        first = next(iter(self.optimizers.values()))
-        row["learning_rate"] = first.param_groups[0]["lr"]
-        bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "learning_rate")})
-        if self.output is not None and self.accelerator.is_main_process:
-            append_row(self.output / METRICS_FILE, row)
+    def __init__(self):
+        self.signal: int | None = None
 
-    def _any_process(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
-        return bool(total > 0)
+    def __enter__(self) -> GracefulStop:
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            # signals that the caller ignores (Ctrl-C under nohup, in a background job) stay ignored
+            heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) != signal.SIG_IGN]
+            self._old = {s: signal.signal(s, self._request) for s in heard}
+        return self
+
+    def _request(self, number, frame):
+        self.signal = number
+        signal.signal(number, self._old[number])
+
+    def __exit__(self, *exc):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
 
 def finish(output: str | Path, **summary) -> None:
-    """Write `done.json`, by which the next call of the same command sees that nothing is left to do."""
+    """Write `done.json`, which tells the next call of the same command that the stage is complete."""
     path = Path(output) / DONE_FILE
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(summary, indent=1))
     temporary.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoint
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -430,7 +494,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Load what `flatten_optimizer` gave; learning rates and other settings stay the optimizer's own."""
+    """Load what `flatten_optimizer` returned; the optimizer keeps its own learning rate and other settings."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **values}.items():
         index, *folders, name = key.split("/")
@@ -439,35 +503,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             place = place.setdefault(folder, {})
         place[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors, make positions a tensor, and keep everything else as a list."""
-    batch: dict[str, Any] = {}
-    for key in samples[0]:
-        values = [sample[key] for sample in samples]
-        if isinstance(values[0], Tensor):
-            batch[key] = torch.stack(values)
-        else:
-            batch[key] = torch.tensor(values) if key == "position" else values
-    return batch
-
-
-def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Put the tensors of a batch on `device` (positions stay, they only seed generators)."""
-    return {k: v.to(device) if isinstance(v, Tensor) and k != "position" else v for k, v in batch.items()}
-
-
-def _positions(start: int, steps: int, per_step: int, batch_size: int, accelerator: Accelerator) -> list[range]:
-    """Return the stream positions of every micro-batch of this process, from optimizer step `start` to `steps`.
-
-    One step takes the next per_step * num_processes positions of the stream, whatever the number of processes: two
-    processes with batch 2 see what one sees with batch 4.
-    """
-    world, rank = accelerator.num_processes, accelerator.process_index
-    micro = per_step // batch_size
-    batches = []
-    for number in range(start * micro, steps * micro):
-        first = (number * world + rank) * batch_size
-        batches.append(range(first, first + batch_size))
-    return batches

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from faceprior import tiny
 from faceprior.config import is_complete, open_output, print_problems, run_stage
-from faceprior.diffusion import sample_images
+from faceprior.diffusion import downsample_mask, noise_like, sample_images
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
 from faceprior.jsonl import rewrite_rows
+from faceprior.losses import guidance_loss
 from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
@@ -34,39 +37,44 @@ class Config:
     base: str = "tiny"  # model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
     output: str = "checkpoints/guided"  # folder for the tuned model
-    train: Literal["self_attention", "lora", "full"] = "self_attention"  # what is trained; the paper: self_attention
-    rank: int = 16  # of the LoRA, [1, 1024]
-    alpha: int = 16  # of the LoRA: its weight is alpha / rank, [1, 4096]
-    objective: Literal["guidance", "denoising"] = "guidance"  # denoising: plain fine-tuning on good, a baseline
-    t_end: float = 0.5  # guidance: timesteps are drawn from the first share of the schedule, (0, 1]
-    distance: Literal["l2", "dino"] = "l2"  # guidance: of masked latents, or of features of what they decode to (Eq. 7)
-    feature_network: str = "tiny"  # distance dino: folder or hub id of a ViT such as facebook/dino-vits8, or tiny
-    prompt_drop: float = 0.2  # share of the samples whose prompt is dropped, [0, 1]
-    resolution: int = 128  # pixels, side of the training pictures, [64, 2048]
+    train: Literal["self_attention", "lora", "full"] = "self_attention"  # trained weights; the paper: self_attention
+    rank: int = 16  # rank of the LoRA, [1, 1024]
+    alpha: int = 16  # alpha of the LoRA, whose weight is alpha / rank, [1, 4096]
+    objective: Literal["guidance", "denoising"] = "guidance"  # loss; denoising: plain fine-tuning on good, a baseline
+    t_end: float = 0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]
+    distance: Literal["l2", "dino"] = "l2"  # distance of guidance: of masked latents, or of decoded features (Eq. 7)
+    feature_network: str = "tiny"  # network of the dino distance: folder or hub id (facebook/dino-vits8), or tiny
+    prompt_drop: float = 0.2  # fraction of the samples whose prompt is dropped, [0, 1]
+    resolution: int = 128  # side of the training images in pixels, [64, 2048]
     steps: int = 60  # optimizer steps, [1, inf)
     batch_size: int = 4  # pairs in a micro-batch on one process, [1, 1024]
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
-    learning_rate: float = 1e-4  # of AdamW at its peak, (0, 1)
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate
+    learning_rate: float = 1e-4  # learning rate of AdamW at its peak, (0, 1)
+    schedule: Literal["constant", "cosine"] = "constant"  # schedule of the learning rate
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8-bit: a quarter of its memory
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm, (0, inf)
-    gradient_checkpointing: bool = False  # less memory, a third more time
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer; 8-bit: a quarter of its memory
+    max_grad_norm: float = 1.0  # norm to which gradients are clipped, (0, inf)
+    gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
     save_every: int = 20  # steps between two checkpoints, [1, inf)
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # tracker that gets the log beside metrics.jsonl
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
-    num_samples: int = 4  # pictures drawn before and after, [0, 64]
-    sample_steps: int = 25  # sampling steps of those pictures, [1, 1000]
-    guidance_scale: float = 2.5  # classifier-free guidance of those pictures, [1, 30]
-    num_workers: int = 0  # processes that load pictures, [0, 64]
-    seed: int = 0  # of the data order, timesteps and noise, [0, inf)
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # start anew in an output folder that holds a run
+    num_samples: int = 4  # images generated before and after, [0, 64]
+    sample_steps: int = 25  # sampling steps of those images, [1, 1000]
+    guidance_scale: float = 2.5  # classifier-free guidance scale of those images, [1, 30]
+    num_workers: int = 0  # processes that load images, [0, 64]
+    seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
+    device: str = "auto"  # device: auto, cpu, cuda or cuda:N
+    overwrite: bool = False  # start over in an output folder that holds a run
 
 
 def main(config: Config) -> None:
     quiet_libraries()
+
+    # ---- Input and output
     pairs, problems = gather_pairs(config.pairs)
-    accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
+    accelerator = make_accelerator(
+        config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
+    )
     with accelerator.main_process_first():
         output = open_output(config) if accelerator.is_main_process else Path(config.output)
         if is_complete(output):
@@ -74,6 +82,7 @@ def main(config: Config) -> None:
             return
         base = tiny.resolve(config.base, "sd15")
 
+    # ---- The base, and which of its weights are trained
     tuner = GuidanceTuner.from_pretrained(
         base,
         weight_dtype(config.mixed_precision),
@@ -88,17 +97,50 @@ def main(config: Config) -> None:
         tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network))
     if config.gradient_checkpointing:
         tuner.unet.enable_gradient_checkpointing()
+
+    # ---- Optimizer, and the run with its checkpoints
     trained = tuner.trainable_parameters()
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
     unet, optimizer = accelerator.prepare(tuner.unet, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
     dataset = PairDataset("", pairs, config.resolution)
-    loss_of = tuner.loss if config.objective == "guidance" else tuner.denoising_loss
+    size = (config.resolution, config.resolution)
+    add_noise = tuner.noise_scheduler.add_noise
+
+    # ---- Training: Algorithm 1 of the paper, or in its place another objective of the tuner's
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
         unet.train()
+        generators = run.generators(batch)
         with accelerator.accumulate(unet):
-            loss = loss_of(batch, run.generators(batch), unet)
+            if config.objective == "denoising":
+                loss = tuner.denoising_loss(batch, generators, unet)
+            else:
+                # Line 1: z_g and z_b, the latents of both sides
+                good, bad = tuner.encode(torch.cat([batch["good"], batch["bad"]])).chunk(2)  # (B, 4, h, w) each
+
+                # Line 4: t ~ U[1, T_end], where details appear and not the layout; ONE noise for both sides
+                timesteps = tuner.sample_timesteps(generators, config.t_end)  # (B,)
+                noise = noise_like(good, generators)  # (B, 4, h, w)
+
+                # Line 5: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e
+                noisy_good, noisy_bad = add_noise(good, noise, timesteps), add_noise(bad, noise, timesteps)
+
+                # The prompt p, dropped for a fraction of the samples (section 6.1)
+                prompts = tuner.encode_prompts(batch["prompt"], size, generators)
+
+                # Line 6, Eq. 6 right: the target is the good side's x_0 as the ORIGINAL model predicts it
+                with torch.no_grad(), tuner.original_unet() as original:
+                    target = tuner.predict_x0(original, noisy_good, timesteps, prompts)  # (B, 4, h, w)
+
+                # Line 7, Eq. 6 left: the bad side's x_0 as the trained model predicts it, with gradients
+                prediction = tuner.predict_x0(unet, noisy_bad, timesteps, prompts)  # (B, 4, h, w)
+
+                # Line 8, Eq. 7: L_guidance = d(m o z_g, m o z_b), on the face only
+                mask = downsample_mask(batch["mask"], good.shape[-2:])  # (B, 1, h, w)
+                loss = guidance_loss(target, prediction, mask, tuner.distance)
+
+            # Line 9
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)
@@ -106,6 +148,7 @@ def main(config: Config) -> None:
             optimizer.zero_grad()
         run.log(loss=loss)
 
+    # ---- The tuned model, samples before and after, and the summary
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         tuner.save_pretrained(output)
@@ -119,12 +162,12 @@ def main(config: Config) -> None:
 
 
 def load_features(name: str) -> FeatureNetwork:
-    """Load the network of the dino distance; `tiny` is never built untrained: its features would mean nothing."""
+    """Load the network of the dino distance; `tiny` is never built untrained, as its features would mean nothing."""
     return FeatureNetwork.from_pretrained(tiny.tiny_folder() / "features" if name == tiny.NAME else name)
 
 
 def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:
-    """Draw the first prompts at the same seeds with the original and with the tuned weights."""
+    """Generate images of the first prompts, at the same seeds with the original and with the tuned weights."""
     chosen = list(dict.fromkeys(prompts))[: config.num_samples]
     if not chosen:
         return

@@ -45,34 +45,39 @@ class Config:
     base: str = "tiny"  # SDXL type model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
     output: str = "checkpoints/prior"  # folder for the prior
-    train: Literal["full", "lora"] = "full"  # the whole U-Net (the paper), or a LoRA on its attention, fused at the end
-    rank: int = 64  # of the LoRA, [1, 1024]
-    resolution: int = 128  # pixels, one fixed size without multi-aspect buckets, [64, 2048]
-    prompt_drop: float = 0.1  # share of the samples whose caption is dropped, [0, 1]
+    train: Literal["full", "lora"] = "full"  # trained weights: the U-Net (the paper), or a LoRA on its attention, fused
+    rank: int = 64  # rank of the LoRA, [1, 1024]
+    resolution: int = 128  # side of the training images in pixels, without multi-aspect buckets, [64, 2048]
+    prompt_drop: float = 0.1  # fraction of the samples whose caption is dropped, [0, 1]
     steps: int = 40  # optimizer steps, [1, inf)
     batch_size: int = 4  # portraits in a micro-batch on one process, [1, 1024]
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
-    learning_rate: float = 1e-4  # of AdamW at its peak, (0, 1)
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate
+    learning_rate: float = 1e-4  # learning rate of AdamW at its peak, (0, 1)
+    schedule: Literal["constant", "cosine"] = "constant"  # schedule of the learning rate
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8-bit: a quarter of its memory
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm, (0, inf)
-    gradient_checkpointing: bool = False  # less memory, a third more time
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer; 8-bit: a quarter of its memory
+    max_grad_norm: float = 1.0  # norm to which gradients are clipped, (0, inf)
+    gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
     save_every: int = 20  # steps between two checkpoints, [1, inf)
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # tracker that gets the log beside metrics.jsonl
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
-    num_samples: int = 4  # pictures drawn before and after, [0, 64]
-    sample_steps: int = 25  # sampling steps of those pictures, [1, 1000]
-    guidance_scale: float = 2.5  # classifier-free guidance of those pictures, [1, 30]
-    num_workers: int = 0  # processes that load pictures, [0, 64]
-    seed: int = 0  # of the data order, timesteps and noise, [0, inf)
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # start anew in an output folder that holds a run
+    num_samples: int = 4  # images generated before and after, [0, 64]
+    sample_steps: int = 25  # sampling steps of those images, [1, 1000]
+    guidance_scale: float = 2.5  # classifier-free guidance scale of those images, [1, 30]
+    num_workers: int = 0  # processes that load images, [0, 64]
+    seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
+    device: str = "auto"  # device: auto, cpu, cuda or cuda:N
+    overwrite: bool = False  # start over in an output folder that holds a run
 
 
 def main(config: Config) -> None:
     quiet_libraries()
+
+    # ---- Input and output
     portraits, problems = read_portraits(config.portraits)
-    accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
+    accelerator = make_accelerator(
+        config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
+    )
     with accelerator.main_process_first():
         output = open_output(config) if accelerator.is_main_process else Path(config.output)
         if is_complete(output):
@@ -80,30 +85,42 @@ def main(config: Config) -> None:
             return
         base = tiny.resolve(config.base, "sdxl")
 
+    # ---- The base, its samples before the tuning, and which of its weights are trained
     pipeline = load_pipeline(base, weight_dtype(config.mixed_precision), config.vae).to(accelerator.device)
     prompts = sorted({portrait.caption for portrait in portraits})[: config.num_samples]
     draw_samples(config, output, pipeline, prompts, "before", accelerator.is_main_process)
     trained = select_trained(config, pipeline)
+
+    # ---- Optimizer, and the run with its checkpoints
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
     unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)
     noise_scheduler = make_noise_scheduler(pipeline)
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
     dataset = PortraitDataset(config.portraits, portraits, config.resolution)
+
+    # ---- Training with SDXL's own objective, at one resolution (section 3.1)
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
         unet.train()
         generators = run.generators(batch)
         with accelerator.accumulate(unet), accelerator.autocast():
+            # z_0 and the caption, which is dropped at times, for classifier-free guidance
             with torch.no_grad():
-                latents = encode_latents(pipeline.vae, batch["pixel_values"], generators)
+                latents = encode_latents(pipeline.vae, batch["pixel_values"], generators)  # (B, 4, h, w)
                 captions = drop_prompts(batch["caption"], config.prompt_drop, generators)
-                embeddings = encode_prompts(pipeline, captions)
-            noise = noise_like(latents, generators)
-            timesteps = sample_timesteps(generators, 0, noise_scheduler.config.num_train_timesteps, latents.device)
-            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+                embeddings = encode_prompts(pipeline, captions)  # (B, L, D), pooled (B, P)
             conditions = added_conditions(embeddings, config.resolution, config.resolution)
+
+            # z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e, at any timestep
+            noise = noise_like(latents, generators)  # (B, 4, h, w)
+            timesteps = sample_timesteps(generators, 0, num_train_timesteps, latents.device)  # (B,)
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+
+            # Eq. 1 without the control condition c: L_noise = ||e - e_theta(z_t, t, caption)||^2
             model_pred = unet(noisy_latents, timesteps, embeddings.prompt_embeds, added_cond_kwargs=conditions).sample
             loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
+
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)
@@ -111,6 +128,7 @@ def main(config: Config) -> None:
             optimizer.zero_grad()
         run.log(loss=loss)
 
+    # ---- The prior (a LoRA is fused), samples after the tuning, and the summary
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         pipeline.unet.eval()
@@ -131,7 +149,7 @@ def main(config: Config) -> None:
 
 
 def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn.Parameter]:
-    """Freeze everything but the U-Net, or but a LoRA on its attention; what is trained is kept in float32."""
+    """Freeze everything but the U-Net, or but a LoRA on its attention; return the trained weights, in float32."""
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
@@ -153,7 +171,7 @@ def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn
 def draw_samples(
     config: Config, output: Path, pipeline: DiffusionPipeline, prompts: list[str], side: str, main_process: bool = True
 ) -> None:
-    """Draw one picture per prompt, the seed being the prompt's place in the list; those already drawn stay."""
+    """Generate one image per prompt, with its index in the list as the seed; files that exist are kept."""
     for seed, prompt in enumerate(prompts):
         path = output / sample_file(seed, side)
         if main_process and not path.is_file():

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import ControlNetModel, DiffusionPipeline
 from PIL import Image
 from torch.utils.data import Dataset
@@ -40,7 +41,7 @@ from faceprior.diffusion import (
 from faceprior.facial import FacialDiscriminators, FacialFeatureLoss, find_landmarks, without_landmarks
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image, to_pixel_values
 from faceprior.jsonl import rewrite_rows
-from faceprior.losses import noise_loss, step_weights
+from faceprior.losses import facial_loss, noise_loss, step_weights
 from faceprior.models import load_part, looks_like_path, quiet_libraries, weight_dtype
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, sample_timesteps, seeded
@@ -54,36 +55,39 @@ class Config:
     prior: str = "checkpoints/prior"  # portrait prior of stage 5: diffusers folder, .safetensors file or hub id
     init: str = "tiny"  # restorer whose ControlNet is trained on: folder, hub id, or tiny; empty: the prior's encoder
     output: str = "checkpoints/restorer"  # folder for the restorer
-    resolution: int = 128  # pixels, side of the training pictures, [64, 2048]
+    resolution: int = 128  # side of the training images in pixels, [64, 2048]
     degradation: Literal["authface", "gfpgan", "diffbir", "codeformer"] = "authface"  # ranges of blur, noise, JPEG ...
-    scale_degradation: bool = True  # shrink blur and downsampling with the resolution; they are meant for 512 pixels
+    scale_degradation: bool = True  # blur and downsampling scaled with the resolution, as they are meant for 512 pixels
     facial_loss: Literal["time_aware", "constant", "none"] = "time_aware"  # weight of the facial feature loss over time
-    time_m: float = -0.5  # w(t) peaks at t = sigmoid(m), t from 0 (clean) to 1, (-inf, inf)
+    time_m: float = -0.5  # peak of w(t), at t = sigmoid(m), t from 0 (clean) to 1, (-inf, inf)
     time_s: float = 1.0  # width of w(t) on the logit of t, (0, inf)
     lambda_d: float = 0.01  # weight of the adversarial part (GFP-GAN: 1; the paper does not say), [0, inf)
     lambda_s: float = 100.0  # weight of the style part (GFP-GAN: 200; the paper does not say), [0, inf)
-    discriminator_learning_rate: float = 2e-3  # of the discriminators' Adam, (0, 1)
-    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # finds eyes and mouth once; auto never downloads
+    discriminator_learning_rate: float = 2e-3  # learning rate of the discriminators' Adam, (0, 1)
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # detector of eyes and mouth; auto never downloads
     steps: int = 40  # optimizer steps, [1, inf)
     batch_size: int = 4  # faces in a micro-batch on one process, [1, 1024]
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
-    learning_rate: float = 1e-4  # of AdamW at its peak, (0, 1)
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rates
+    learning_rate: float = 1e-4  # learning rate of AdamW at its peak, (0, 1)
+    schedule: Literal["constant", "cosine"] = "constant"  # schedule of both learning rates
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8-bit: a quarter of its memory
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm, (0, inf)
-    gradient_checkpointing: bool = False  # less memory, a third more time
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer; 8-bit: a quarter of its memory
+    max_grad_norm: float = 1.0  # norm to which gradients are clipped, (0, inf)
+    gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
     save_every: int = 20  # steps between two checkpoints, [1, inf)
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # tracker that gets the log beside metrics.jsonl
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
-    official_prompts: bool = False  # sample with the official prompts; false: with the empty one, as in training
+    official_prompts: bool = False  # official prompts for sampling; false: the empty one, as in training
     num_samples: int = 4  # faces restored at the end, [0, 64]
     sample_steps: int = 50  # sampling steps, saved as the restorer's default, [1, 1000]
-    guidance_scale: float = 1.0  # classifier-free guidance, saved as the restorer's default, [1, 30]
-    start: Literal["noise", "degraded"] = "degraded"  # where sampling starts, saved likewise; the official code: noise
-    num_workers: int = 0  # processes that load and degrade pictures, [0, 64]
-    seed: int = 0  # of the data order, degradations, timesteps and noise, [0, inf)
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # start anew in an output folder that holds a run
+    guidance_scale: float = 1.0  # classifier-free guidance scale, saved as the restorer's default, [1, 30]
+    start: Literal["noise", "degraded"] = (
+        "degraded"  # start of sampling, saved as the default; the official code: noise
+    )
+    num_workers: int = 0  # processes that load and degrade images, [0, 64]
+    seed: int = 0  # seed of the data order, degradations, timesteps and noise, [0, inf)
+    device: str = "auto"  # device: auto, cpu, cuda or cuda:N
+    overwrite: bool = False  # start over in an output folder that holds a run
 
 
 class CleanFaces(Dataset):
@@ -115,84 +119,107 @@ class DegradedPair:
 
 def main(config: Config) -> None:
     quiet_libraries()
+
+    # ---- Input and output
     paths, problems = readable_images(config)
     if looks_like_path(config.prior) and not Path(config.prior).exists():
         raise FileNotFoundError(f"no prior in {config.prior}: `python stages/05_prior_tune.py` makes one")
-    accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
+    accelerator = make_accelerator(
+        config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
+    )
     with accelerator.main_process_first():
         output = open_output(config) if accelerator.is_main_process else Path(config.output)
         if is_complete(output):
             print(f"{output} is complete")
             return
 
+    # ---- Clean faces, with the places of eyes and mouth, and their degradation
     landmarks = None
     if config.facial_loss != "none":
         find = partial(largest_face, detector=config.detector)
-        landmarks = find_landmarks(paths, output, config.resolution, accelerator, find)
+        landmarks = find_landmarks(paths, output, config.resolution, accelerator, find)  # (N, 5, 2)
+    faces, augment = CleanFaces(paths, config.resolution, landmarks), DegradedPair(degradation(config))
+
+    # ---- The frozen prior with the null prompt, and the ControlNet, which is trained
     dtype = weight_dtype(config.mixed_precision)
     prior = load_pipeline(config.prior, dtype).to(accelerator.device)
     controlnet = make_controlnet(config, prior).to(accelerator.device)
+    noise_scheduler = make_noise_scheduler(prior)
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    null_prompt = encode_prompts(prior, [""] * config.batch_size)
+    prompt = {
+        "encoder_hidden_states": null_prompt.prompt_embeds,
+        "added_cond_kwargs": added_conditions(null_prompt, config.resolution, config.resolution),
+    }
+
+    # ---- Optimizers, and the run with its checkpoints
     optimizer = make_optimizer(controlnet.parameters(), config.optimizer, config.learning_rate)
     model, optimizer = accelerator.prepare(controlnet, optimizer)
-    noise_scheduler = make_noise_scheduler(prior)
-    null_prompt = encode_prompts(prior, [""] * config.batch_size)
-    conditions = added_conditions(null_prompt, config.resolution, config.resolution)
-    facial = make_facial_loss(config, prior, noise_scheduler, accelerator)
     modules, optimizers = {"controlnet": model}, {"controlnet": optimizer}
+    facial = make_facial(config, prior, accelerator)
     if facial:
         modules["discriminators"], optimizers["discriminators"] = facial.discriminators, facial.optimizer
+    is_constant = config.facial_loss == "constant"
+    weights = step_weights(num_train_timesteps, config.time_m, config.time_s, is_constant).to(accelerator.device)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, modules, optimizers, *schedule)
-    faces, augment = CleanFaces(paths, config.resolution, landmarks), DegradedPair(degradation(config))
+
+    # ---- Training (section 3.2)
     for batch in run.batches(faces, config.batch_size, config.seed, augment, config.num_workers):
         generators = run.generators(batch)
         with accelerator.accumulate(model), accelerator.autocast():
-            latents = encode_latents(prior.vae, batch["pixel_values"], generators)
-            noise = noise_like(latents, generators)
-            timesteps = sample_timesteps(generators, 0, noise_scheduler.config.num_train_timesteps, latents.device)
+            # z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e, at any timestep
+            latents = encode_latents(prior.vae, batch["pixel_values"], generators)  # (B, 4, h, w)
+            noise = noise_like(latents, generators)  # (B, 4, h, w)
+            timesteps = sample_timesteps(generators, 0, num_train_timesteps, latents.device)  # (B,)
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(dtype)
-            down, mid = model(
-                noisy_latents,
-                timesteps,
-                encoder_hidden_states=null_prompt.prompt_embeds,
-                controlnet_cond=batch["controlnet_cond"],
-                added_cond_kwargs=conditions,
-                return_dict=False,
-            )
+
+            # e_theta(z_t, t, [""], c): the ControlNet sees the degraded face c, the frozen U-Net its residuals
+            condition = batch["controlnet_cond"]  # (B, 3, H, W)
+            down, mid = model(noisy_latents, timesteps, controlnet_cond=condition, return_dict=False, **prompt)
             model_pred = prior.unet(
                 noisy_latents,
                 timesteps,
-                encoder_hidden_states=null_prompt.prompt_embeds,
-                added_cond_kwargs=conditions,
                 down_block_additional_residuals=[residual.to(dtype) for residual in down],
                 mid_block_additional_residual=mid.to(dtype),
-            ).sample
+                **prompt,
+            ).sample  # (B, 4, h, w)
+
+            # Eq. 1: L_noise = ||e - e_theta(z_t, t, [""], c)||^2
             loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
             parts = {}
+
+            # Eqs. 2 to 5, reconstructed; w(t) is Eq. 3. z0_hat is what the model's output says of z_0:
+            # L_facial = w(t) sum over eyes and mouth of [lambda_d softplus(-D(z0_hat)) + lambda_s style(z0_hat, z_0)]
             if facial:
-                prediction = pred_original_sample(noise_scheduler, model_pred, timesteps, noisy_latents)
-                terms = facial(prediction, latents, batch["landmarks"], timesteps)
-                parts = {"noise": loss, **terms.means()}
-                loss = loss + parts["facial"]
+                prediction = pred_original_sample(noise_scheduler, model_pred, timesteps, noisy_latents)  # (B, 4, h, w)
+                adversarial, style = facial(prediction, latents, batch["landmarks"])  # (B,) each
+                added = facial_loss(weights[timesteps], adversarial, style, config.lambda_d, config.lambda_s)
+                parts = {"noise": loss, "facial": added, "adversarial": adversarial.mean(), "style": style.mean()}
+                loss = loss + added
+
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(controlnet.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+
+            # The discriminators, on the same latents: cross-entropy of z_0 as real and z0_hat as fake
             if facial:
                 parts["discriminator"] = facial.train_discriminators(prediction, latents, batch["landmarks"]).mean()
         run.log(loss=loss, **parts)
 
+    # ---- The restorer, restored samples, and the summary
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         controlnet = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
         restorer = AuthFaceRestorer.from_prior(prior, controlnet, settings(config))
         restorer.save_pretrained(output)
         tiny.copy_info(config.prior, output)
-        controlnet.to(dtype)  # kept in float32 on the disk, sampled as the prior is
+        controlnet.to(dtype)  # saved in float32, sampled in the prior's dtype
         restore_samples(config, output, restorer, faces)
         run.finish(trained_parameters=sum(p.numel() for p in controlnet.parameters()), faces=len(faces))
-        print_problems(problems, "picture")
+        print_problems(problems, "image")
         if facial and (missing := without_landmarks(paths, landmarks)):
             print(f"trained with the noise loss only, no face found in {len(missing)}: {', '.join(missing)}")
         print(f"{output}: trained for {config.steps} steps; samples in {output / 'samples'}")
@@ -200,7 +227,7 @@ def main(config: Config) -> None:
 
 
 def readable_images(config: Config) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Return the pictures that can be read, and the others with their reasons."""
+    """Return the images that can be read, and (path, reason) of the others."""
     if not Path(config.images).exists():
         raise FileNotFoundError(f"no faces in {config.images}: `python stages/03_curate_portraits.py` makes them")
     paths, problems = [], []
@@ -211,22 +238,23 @@ def readable_images(config: Config) -> tuple[list[Path], list[tuple[str, str]]]:
         except ImageError as error:
             problems.append((str(path), str(error)))
     if not paths:
-        raise ValueError(f"no picture in {config.images} can be read; the first: {problems[0][1]}")
+        raise ValueError(f"no image in {config.images} can be read; the first: {problems[0][1]}")
     return paths, problems
 
 
 def make_controlnet(config: Config, prior: DiffusionPipeline) -> ControlNetModel:
-    """Return the ControlNet to train, float32, and freeze everything of the prior."""
+    """Return the ControlNet to train, in float32, and freeze the whole prior."""
     for part in prior.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    if config.init:  # not in the paper, which begins with the prior's encoder
+    if config.init:  # not in the paper, which starts from the prior's encoder
         controlnet = load_part(
             ControlNetModel, tiny.resolve(config.init, "restorer"), "ControlNet", subfolder="controlnet"
         )
         if list(controlnet.config.block_out_channels) != list(prior.unet.config.block_out_channels):
             raise ValueError(f"the ControlNet of {config.init} does not fit the prior {config.prior}: give `--init ''`")
-    else:  # the condition is brought to the latents' size by one stride of 2 less than it has widths
+    else:
+        # the condition is brought to the latents' size by strides of 2, one less than there are widths
         widths = (16, 32, 96, 256) if prior.vae_scale_factor == 8 else (16, 32, 64)
         with seeded(config.seed, "controlnet"):
             controlnet = ControlNetModel.from_unet(prior.unet, conditioning_embedding_out_channels=widths).float()
@@ -236,25 +264,23 @@ def make_controlnet(config: Config, prior: DiffusionPipeline) -> ControlNetModel
     return controlnet.requires_grad_(True).train()
 
 
-def make_facial_loss(config: Config, prior, noise_scheduler, accelerator) -> FacialFeatureLoss | None:
+def make_facial(config: Config, prior: DiffusionPipeline, accelerator: Accelerator) -> FacialFeatureLoss | None:
+    """Return the discriminators of eyes and mouth with their part of the loss, or None without it."""
     if config.facial_loss == "none":
         return None
     with seeded(config.seed, "discriminators"):
         discriminators = FacialDiscriminators(prior.vae.config.latent_channels).to(accelerator.device)
-    timesteps, is_constant = noise_scheduler.config.num_train_timesteps, config.facial_loss == "constant"
-    weights = step_weights(timesteps, config.time_m, config.time_s, is_constant)
-    lambdas = (config.lambda_d, config.lambda_s)
-    rate = config.discriminator_learning_rate
-    return FacialFeatureLoss(discriminators, accelerator, config.resolution, weights, *lambdas, rate)
+    return FacialFeatureLoss(discriminators, accelerator, config.resolution, config.discriminator_learning_rate)
 
 
 def largest_face(image: Image.Image, detector: str) -> np.ndarray | None:
-    """Return the landmarks (5, 2) of the largest face; an aligned face fills a good part of its picture."""
+    """Return the landmarks (5, 2) of the largest face; an aligned face fills a large part of its image."""
     faces = detect_faces(image, detector, min_confidence=0.5, min_face_size=min(image.size) / 4)
     return next((face.landmarks for face in faces if face.landmarks is not None), None)
 
 
 def degradation(config: Config) -> DegradationConfig:
+    """Return the ranges of blur, downsampling, noise and JPEG."""
     ranges = PRESETS[config.degradation]
     return scaled(ranges, config.resolution) if config.scale_degradation else ranges
 

@@ -18,18 +18,17 @@ from faceprior.facial import (
     find_landmarks,
     without_landmarks,
 )
-from faceprior.losses import generator_loss, style_distance
+from faceprior.losses import facial_loss, generator_loss, style_distance
 from faceprior.training import make_accelerator, seeded
 
 # x, y in pixels of a 512 x 512 face, on whole or half cells of 8 pixels from its edge
 LANDMARKS = torch.tensor([[183.5, 239.5], [327.5, 247.5], [255.5, 300.0], [199.5, 379.5], [303.5, 387.5]])
 
 
-def make_facial(weights=None, accumulation=1, seed=0, **options) -> FacialFeatureLoss:
+def make_facial(accumulation=1, seed=0, **options) -> FacialFeatureLoss:
     with seeded(seed):
         discriminators = FacialDiscriminators(4)
-    weights = torch.ones(1000) if weights is None else weights
-    return FacialFeatureLoss(discriminators, make_accelerator("cpu", "no", accumulation), 512, weights, **options)
+    return FacialFeatureLoss(discriminators, make_accelerator("cpu", "no", accumulation), 512, **options)
 
 
 def random_latents(batch: int, seed: int) -> torch.Tensor:
@@ -55,9 +54,9 @@ def test_boxes_on_whole_cells_are_slices_of_the_latents():
 
 
 @pytest.mark.parametrize(("resolution", "cells"), [(128, 32), (128, 16), (512, 64), (1024, 128)])
-def test_boxes_scale_with_picture_and_latents(resolution, cells):
-    """On latents that hold their own place in the picture, a crop's mean is its landmark and its span the box."""
-    place = (torch.arange(cells) + 0.5) * resolution / cells  # from the picture's edge, pixels
+def test_boxes_scale_with_image_and_latents(resolution, cells):
+    """On latents that hold their own place in the image, a crop's mean is its landmark and its span the box."""
+    place = (torch.arange(cells) + 0.5) * resolution / cells  # from the image's edge, pixels
     latents = torch.stack([place.expand(cells, cells), place[:, None].expand(cells, cells)])[None]
     landmarks = (LANDMARKS + 0.5) * resolution / 512 - 0.5
     crops = crop_regions(latents, landmarks[None], resolution)
@@ -82,12 +81,10 @@ def test_discriminator_has_two_levels_and_can_be_saved():
 
 
 def test_parts_by_hand():
-    """Both eyes go through the one discriminator of eyes; three regions are summed, w(t) multiplies each sample."""
-    weights = torch.linspace(0, 1, 1000)
-    facial = make_facial(weights, lambda_d=2.0, lambda_s=30.0)
+    """Both eyes go through the one discriminator of eyes; three regions are summed."""
+    facial = make_facial()
     prediction, latents, landmarks = random_latents(2, 1), random_latents(2, 2), LANDMARKS.expand(2, 5, 2)
-    timesteps = torch.tensor([100, 700])
-    terms = facial(prediction, latents, landmarks, timesteps)
+    parts = facial(prediction, latents, landmarks)
     for i in range(2):
         fake = crop_regions(prediction[i : i + 1], landmarks[:1], 512)
         real = crop_regions(latents[i : i + 1], landmarks[:1], 512)
@@ -97,10 +94,8 @@ def test_parts_by_hand():
             features, logits = discriminator(fake[name][k : k + 1])
             adversarial += generator_loss(logits).item()
             style += style_distance(features, discriminator(real[name][k : k + 1])[0]).item()
-        assert terms.adversarial[i].item() == pytest.approx(adversarial, rel=1e-5)
-        assert terms.style[i].item() == pytest.approx(style, rel=1e-5)
-        expected = weights[timesteps[i]].item() * (2 * adversarial + 30 * style)
-        assert terms.loss[i].item() == pytest.approx(expected, rel=1e-5)
+        assert parts[0][i].item() == pytest.approx(adversarial, rel=1e-5)
+        assert parts[1][i].item() == pytest.approx(style, rel=1e-5)
 
 
 def test_gradient_reaches_the_prediction_in_the_boxes_only():
@@ -112,7 +107,7 @@ def test_gradient_reaches_the_prediction_in_the_boxes_only():
     model_pred = (noise + 0.3 * random_latents(2, 3)).requires_grad_()
     prediction = pred_original_sample(scheduler, model_pred, timesteps, noisy_latents)
     prediction.retain_grad()
-    facial(prediction, latents, LANDMARKS.expand(2, 5, 2), timesteps).loss.sum().backward()
+    sum(facial(prediction, latents, LANDMARKS.expand(2, 5, 2))).sum().backward()
     assert latents.grad is None
     assert all(parameter.grad is None for parameter in facial.discriminators.parameters())
     alpha = scheduler.alphas_cumprod[timesteps].view(2, 1, 1, 1)
@@ -129,25 +124,23 @@ def test_gradient_reaches_the_prediction_in_the_boxes_only():
 
 
 def test_no_weight_no_gradient():
-    """Where w(t) is 0 nothing is passed on; elsewhere something is."""
-    weights = torch.ones(1000)
-    weights[500:] = 0
+    """Where w(t) is 0 no gradient reaches the prediction; elsewhere one does."""
     prediction = random_latents(2, 1).requires_grad_()
-    terms = make_facial(weights)(prediction, random_latents(2, 2), LANDMARKS.expand(2, 5, 2), torch.tensor([499, 500]))
-    terms.loss.sum().backward()
+    adversarial, style = make_facial()(prediction, random_latents(2, 2), LANDMARKS.expand(2, 5, 2))
+    facial_loss(torch.tensor([1.0, 0.0]), adversarial, style).backward()
     assert prediction.grad[0].abs().sum() > 0 and prediction.grad[1].abs().sum() == 0
-    assert terms.adversarial[1] > 0 and terms.loss[1] == 0
+    assert adversarial[1] > 0
 
 
 def test_a_face_without_landmarks_costs_nothing_and_teaches_nothing():
-    landmarks = torch.stack([LANDMARKS, torch.full((5, 2), math.nan)])
-    latents, timesteps = random_latents(2, 2), torch.tensor([300, 300])
+    landmarks, latents = torch.stack([LANDMARKS, torch.full((5, 2), math.nan)]), random_latents(2, 2)
     prediction = random_latents(2, 1).requires_grad_()
-    terms = make_facial()(prediction, latents, landmarks, timesteps)
-    terms.loss.sum().backward()
-    alone = make_facial()(prediction[:1], latents[:1], landmarks[:1], timesteps[:1])
-    torch.testing.assert_close(terms.loss[0], alone.loss[0])
-    assert terms.loss[1] == terms.adversarial[1] == terms.style[1] == 0
+    parts = make_facial()(prediction, latents, landmarks)
+    sum(parts).sum().backward()
+    alone = make_facial()(prediction[:1], latents[:1], landmarks[:1])
+    for part, other in zip(parts, alone, strict=True):
+        torch.testing.assert_close(part[0], other[0])
+        assert part[1] == 0
     assert prediction.grad[1].abs().sum() == 0 and prediction.grad.isfinite().all()
 
     facial, before = make_facial(), make_facial()
@@ -194,17 +187,17 @@ def test_micro_batches_make_one_step():
 
 
 def test_loss_is_float32_under_autocast():
-    facial, landmarks, timesteps = make_facial(), LANDMARKS.expand(2, 5, 2), torch.tensor([10, 500])
+    facial, landmarks, weight = make_facial(), LANDMARKS.expand(2, 5, 2), torch.tensor([0.5, 1.0])
     prediction, latents = random_latents(2, 1), random_latents(2, 2)
-    expected = facial(prediction, latents, landmarks, timesteps).loss
+    expected = facial_loss(weight, *facial(prediction, latents, landmarks))
     with torch.autocast("cpu", torch.bfloat16):
-        terms = facial(prediction, latents, landmarks, timesteps)
-    assert terms.loss.dtype == torch.float32
-    assert torch.equal(terms.loss, expected)
+        loss = facial_loss(weight, *facial(prediction, latents, landmarks))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
 
 
 class Finder:
-    """Finds landmarks at fixed places, none in grey pictures, and breaks down at a given call."""
+    """Finds landmarks at fixed places, none in grey images, and breaks down at a given call."""
 
     def __init__(self, break_at=None):
         self.calls, self.break_at = 0, break_at

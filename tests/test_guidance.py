@@ -77,7 +77,7 @@ def draw(pipeline, prompt="a man", size=64):
     return np.asarray(pipeline(prompt, output_type="np", **options).images)
 
 
-def same_picture(one, other):
+def same_image(one, other):
     """To the rounding of sums, which the place of loaded weights in memory decides; pixels lie in [0, 1]."""
     return np.abs(one - other).max() < 1e-4
 
@@ -140,7 +140,7 @@ def test_the_loss_by_hand(bases, batch, kind, train):
 
 @pytest.mark.parametrize("kind", ["sd15", "v_prediction"])
 def test_the_denoising_loss_by_hand(bases, batch, kind):
-    """Mean squared error of the noise, or velocity, on the good pictures, whole and at all 1000 timesteps.
+    """Mean squared error of the noise, or velocity, on the good images, whole and at all 1000 timesteps.
 
     The velocity is sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) latents; the second timestep lies in the upper half,
     where the guidance loss never goes.
@@ -185,7 +185,7 @@ def test_equal_sides_and_untouched_weights_give_no_loss(bases, batch, train):
 
 @pytest.fixture(scope="module")
 def features():
-    """An untrained feature network of 64 px pictures."""
+    """An untrained feature network of 64 px images."""
     with seeded(0):
         return FeatureNetwork.from_tags({"sex": ("woman", "man")}, 64, 16, hidden_size=16, layers=1, heads=2)
 
@@ -275,7 +275,7 @@ def test_what_is_trained_stays_so_after_the_original_was_used(bases, batch, trai
 
 
 @pytest.mark.parametrize(("t_end", "low", "high"), [(0.02, 0, 20), (0.5, 400, 500), (1.0, 900, 1000), (1e-6, 0, 1)])
-def test_timesteps_come_from_the_first_share_of_the_schedule(bases, t_end, low, high):
+def test_timesteps_come_from_the_first_fraction_of_the_schedule(bases, t_end, low, high):
     """Of 64 draws from [0, 1000 t_end) the largest is in the last tenth but for 0.9^64 = .1% of the seeds."""
     tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), t_end=t_end)
     drawn = []
@@ -291,7 +291,9 @@ def test_timesteps_come_from_the_first_share_of_the_schedule(bases, t_end, low, 
 def test_dropped_prompts(bases, batch, prompt_drop, kept):
     tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), prompt_drop=prompt_drop)
     seen = []
-    hook = tuner.unet.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    hook = tuner.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
     tuner.loss(batch, generator())
     hook.remove()
     prompts = batch["prompt"] if kept else ["", ""]
@@ -324,11 +326,11 @@ def test_a_base_of_another_kind(bases):
         GuidanceTuner(DDPMPipeline(unet, DDPMScheduler()))
 
 
-# ------------------------------------------------------------------------------------ pictures and files
+# ------------------------------------------------------------------------------------ images and files
 
 
 @pytest.mark.parametrize("train", TRAIN)
-def test_untuned_gives_the_bases_picture_and_puts_the_weights_back(bases, train):
+def test_untuned_gives_the_bases_image_and_puts_the_weights_back(bases, train):
     tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), train)
     perturb(tuner)
     base, tuned = draw(bases["sd15"]), draw(tuner.pipeline())
@@ -342,7 +344,7 @@ def test_untuned_gives_the_bases_picture_and_puts_the_weights_back(bases, train)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 10)])
-def test_a_lora_draws_the_tuned_picture_in_stock_diffusers(tiny_models, tmp_path, rank, alpha):
+def test_a_lora_draws_the_tuned_image_in_stock_diffusers(tiny_models, tmp_path, rank, alpha):
     """alpha / rank = 2.5 has to survive the file: without its metadata the LoRA would load at weight 1."""
     base = str(tiny_models / "sd15")
     tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=rank, alpha=alpha)
@@ -352,11 +354,11 @@ def test_a_lora_draws_the_tuned_picture_in_stock_diffusers(tiny_models, tmp_path
     stock = StableDiffusionPipeline.from_pretrained(base)
     assert np.abs(draw(stock) - tuned).max() > 0.01
     stock.load_lora_weights(tmp_path)
-    assert same_picture(draw(stock), tuned)
-    assert same_picture(draw(load_tuned(tmp_path, base)), tuned)
+    assert same_image(draw(stock), tuned)
+    assert same_image(draw(load_tuned(tmp_path, base)), tuned)
     stock.unload_lora_weights()
     with tuner.untuned() as original:
-        assert same_picture(draw(stock), draw(original))
+        assert same_image(draw(stock), draw(original))
 
 
 def test_a_lora_of_sdxl(tiny_models, tmp_path):
@@ -364,7 +366,7 @@ def test_a_lora_of_sdxl(tiny_models, tmp_path):
     tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=2)
     perturb(tuner)
     tuner.save_pretrained(tmp_path)
-    assert same_picture(draw(load_tuned(tmp_path, base)), draw(tuner.pipeline()))
+    assert same_image(draw(load_tuned(tmp_path, base)), draw(tuner.pipeline()))
 
 
 def test_the_first_weights_of_a_lora_come_from_its_seed(bases):
@@ -380,8 +382,8 @@ def test_a_tuned_pipeline_loads_with_stock_diffusers(bases, tmp_path, train):
     perturb(tuner)
     tuner.save_pretrained(tmp_path)
     tuned = draw(tuner.pipeline())
-    assert same_picture(draw(DiffusionPipeline.from_pretrained(tmp_path)), tuned)
-    assert same_picture(draw(load_tuned(tmp_path, "not/looked/at")), tuned)
+    assert same_image(draw(DiffusionPipeline.from_pretrained(tmp_path)), tuned)
+    assert same_image(draw(load_tuned(tmp_path, "not/looked/at")), tuned)
 
 
 def test_load_tuned_without_a_model(tmp_path):
@@ -402,7 +404,7 @@ def mean_loss(tuner, dataset):
 
 @pytest.mark.parametrize(("train", "rate"), [("self_attention", 5e-3), ("lora", 1e-2), ("full", 1e-4)])
 def test_fit_lowers_the_loss(bases, train, rate):
-    """Grey pictures with brighter twins, at timesteps and noise that training did not draw.
+    """Grey images with brighter bad sides, at timesteps and noise that training did not draw.
 
     The factor brings the latents of the untrained VAE, which differ little, to a spread of about one.
     """
@@ -418,7 +420,7 @@ def test_fit_lowers_the_loss(bases, train, rate):
     assert mean_loss(tuner, dataset) < 0.95 * before
 
 
-def test_fit_goes_on_where_it_stopped(bases, tmp_path):
+def test_fit_resumes(bases, tmp_path):
     """Two and then two steps more, by a new tuner, end at the weights of four steps, to the last bit."""
     tuners, options = [], {"learning_rate": 1e-3, "device": "cpu", "seed": 3, "accumulation": 2}
     for name, counts in (("whole", [4]), ("parts", [2, 4])):
@@ -433,8 +435,8 @@ def test_fit_goes_on_where_it_stopped(bases, tmp_path):
     assert [json.loads(line)["step"] for line in logs[0].splitlines()] == [1, 2, 3, 4]
 
 
-def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path):
-    """One step on a drawn pair at the base's own 128 pixels; then the LoRA stands in its file."""
+def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path, caplog):
+    """One step on a drawn pair at the base's own 128 pixels, without the pair whose file is empty; a LoRA is saved."""
     drawing = draw_portrait(1, 64)
     pair = FacePair(
         id="a", photograph="a.png", good="good.png", bad="bad.png", mask="mask.png", box=list(drawing.box),
@@ -444,7 +446,9 @@ def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path):
     good = Image.fromarray(drawing.image)
     for name, image in (("good", good), ("bad", good.rotate(180)), ("mask", box_mask((64, 64), drawing.box))):
         save_image(image, tmp_path / f"{name}.png")
-    (tmp_path / "manifest.jsonl").write_text(json.dumps(pair.to_row()) + "\n")
+    (tmp_path / "empty.png").touch()
+    rows = [pair.to_row(), {**pair.to_row(), "id": "b", "bad": "empty.png"}]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tuner = GuidanceTuner.from_pretrained(str(tiny_models / "sd15"), train="lora", rank=2)
     assert tuner.resolution == 128
     sizes = []
@@ -452,6 +456,7 @@ def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path):
     tuner.fit(tmp_path, steps=1, batch_size=1, device="cpu").save_pretrained(tmp_path / "tuned")
     hook.remove()
     assert set(sizes) == {(1, 4, 32, 32)}
+    assert [record.getMessage().startswith("b is skipped: ") for record in caplog.records] == [True]
     weights = load_file(tmp_path / "tuned/pytorch_lora_weights.safetensors")
     assert all(key.startswith("unet.") and ".attn1." in key for key in weights)
     assert any(weights[key].abs().max() > 0 for key in weights if "lora_B" in key or "lora.up" in key)
@@ -464,7 +469,7 @@ def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path):
     ("kind", "train"), [("sd15", "self_attention"), ("sd15", "lora"), ("sd15", "full"), ("sdxl", "lora")]
 )
 def test_a_base_in_bfloat16(tiny_models, batch, kind, train):
-    """Trained weights are float32, the others stay; the loss is near that in float32, and pictures are drawn."""
+    """Trained weights are float32, the others stay; the loss is near that in float32, and images are drawn."""
     base = str(tiny_models / kind)
     tuner = GuidanceTuner.from_pretrained(base, torch.bfloat16, train=train)
     trained = {id(p) for p in tuner.trainable_parameters()}
@@ -476,11 +481,11 @@ def test_a_base_in_bfloat16(tiny_models, batch, kind, train):
     assert loss.item() == pytest.approx(expected.item(), rel=0.05)
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in tuner.trainable_parameters() if p.grad is not None)
-    base_picture = draw(tuner.pipeline())
+    base_image = draw(tuner.pipeline())
     perturb(tuner)
-    assert np.abs(draw(tuner.pipeline()) - base_picture).max() > 0.01
+    assert np.abs(draw(tuner.pipeline()) - base_image).max() > 0.01
     with tuner.untuned() as original:
-        assert (draw(original) == base_picture).all()
+        assert (draw(original) == base_image).all()
 
 
 def test_equal_sides_give_no_loss_in_bfloat16(tiny_models, batch):

@@ -7,6 +7,7 @@ import torch
 
 from faceprior.losses import (
     discriminator_loss,
+    facial_loss,
     generator_loss,
     gram_matrix,
     guidance_loss,
@@ -157,3 +158,9 @@ def test_losses_of_the_two_sides_by_hand():
     assert generator_loss(fake).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
     expected = math.log(4 / 3) + (math.log(2) + math.log(4)) / 2
     assert discriminator_loss(real, fake).item() == pytest.approx(expected)
+
+
+def test_facial_loss_by_hand():
+    """0.5 (2 * 3 + 10 * 0.1) = 3.5 and 0.25 (2 * 1 + 10 * 0.2) = 1; their mean."""
+    weight, adversarial, style = torch.tensor([0.5, 0.25]), torch.tensor([3.0, 1.0]), torch.tensor([0.1, 0.2])
+    torch.testing.assert_close(facial_loss(weight, adversarial, style, 2.0, 10.0), torch.tensor(2.25))

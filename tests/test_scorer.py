@@ -226,27 +226,24 @@ def test_pixels_get_their_gradient_through_frozen_layers(pixel_values):
     torch.testing.assert_close(gradient, expected)
 
 
-def test_rewards_and_gradients_from_a_kept_prefix(pixel_values):
-    """Equal to those from the pixels; the prefix itself has no graph. With nothing frozen it is the pixels."""
-    scorer = make_scorer()
-    torch.testing.assert_close(scorer.encode_prefix(pixel_values), pixel_values)
-    for fraction, parts in ((0.4, 2), (0.7, 3), (1.0, 4)):
-        scorer.freeze(fraction)
-        assert scorer.frozen_vision_parts == parts
-        prefix, gradients = scorer.encode_prefix(pixel_values), []
-        assert prefix.shape == (3, 1 + 16, 128) and not prefix.requires_grad
-        for inputs in ({"pixel_values": pixel_values}, {"vision_prefix": prefix}):
-            rewards = scorer(**inputs)
-            trained = [p for p in scorer.parameters() if p.requires_grad]
-            gradients.append([rewards, *torch.autograd.grad(rewards.sum(), trained)])
-        torch.testing.assert_close(*gradients)
-    for inputs in ({}, {"pixel_values": pixel_values, "vision_prefix": prefix}):
-        with pytest.raises(ValueError, match="either `pixel_values` or `vision_prefix`"):
-            scorer(**inputs)
+@pytest.mark.parametrize(("fraction", "parts"), [(0, 0), (0.4, 2), (0.7, 3), (1.0, 4)])
+def test_frozen_leading_parts_run_without_gradients(pixel_values, fraction, parts):
+    """Rewards and gradients equal those with a graph through every part, which pixels with gradients ask for."""
+    scorer, seen, results = make_scorer(), [], []
+    scorer.freeze(fraction)
+    assert scorer.frozen_vision_parts == parts
+    for part in scorer.vision_parts:
+        part.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    for pixels in (pixel_values, pixel_values.clone().requires_grad_()):
+        rewards = scorer(pixels)
+        trained = [p for p in scorer.parameters() if p.requires_grad]
+        results.append([rewards, *torch.autograd.grad(rewards.sum(), trained)])
+    torch.testing.assert_close(*results)
+    assert seen == [False] * parts + [True] * (4 - parts) + [True] * 4
 
 
 def test_frozen_text_layers_depend_on_the_trained_vision_layers(pixel_values):
-    """Why they cannot be kept: their output changes when the last vision layer, which is trained, changes."""
+    """Why they need gradients: their output changes when the last vision layer, which is trained, changes."""
     scorer, seen = make_scorer(), []
     scorer.freeze(0.7)
     layer = scorer.text_model.encoder.layer[1]

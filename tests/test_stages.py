@@ -474,36 +474,28 @@ def test_the_report_and_the_reference_are_those_of_the_kept_weights(chain):
     assert max(row["bad"] for row in scores) == reference.bad[100]
 
 
-@pytest.mark.parametrize("where", ["memory", "kept"])
-def test_kept_vision_layers_change_nothing_but_the_time(workplace, tiny_models, where, monkeypatch):
-    """The same log and weights to rounding; in a folder a second run finds them and encodes no crop again."""
-    from faceprior.scorer import FaceScorer
-
-    values = settings(tiny_models)[SCORER] | {"augment": False, "vae": ""}
-    run(SCORER, **values, output="plain")
-    run(SCORER, **values, output="cached", cache_prefix=where)
-    for name in ("metrics.jsonl", "scores.jsonl"):
-        for one, two in zip(rows(Path("plain") / name), rows(Path("cached") / name), strict=True):
-            assert one.pop("id", "") == two.pop("id", "")
-            assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
-    if where == "kept":
-        monkeypatch.setattr(FaceScorer, "encode_prefix", lambda *_: pytest.fail("a crop was encoded again"))
-        monkeypatch.setattr(load_stage(SCORER), "write_report", lambda *_: {"accuracy_by_area": [], "shortcuts": [],
-            "calibration": {"expected_error": 0.0}})  # fmt: skip
-        run(SCORER, **values, output="again", cache_prefix=where)
-        assert rows(Path("again/metrics.jsonl")) == rows(Path("cached/metrics.jsonl"))
-
-
-def test_what_cannot_be_kept_is_refused(workplace, tiny_models):
-    for options, rule in (
-        ({"augment": True}, "add `--no-augment`"),
-        ({"augment": False, "frozen": 0.0}, "`frozen` is 0"),
-    ):
-        with pytest.raises(ValueError, match=rf"`cache_prefix` keeps.*{rule}"):
-            run(SCORER, **{**settings(tiny_models)[SCORER], **options}, cache_prefix="memory", output="refused")
+def test_a_missing_vae_is_an_error_before_the_training(workplace, tiny_models):
     with pytest.raises(FileNotFoundError, match="no VAE at"):
         run(SCORER, **{**settings(tiny_models)[SCORER], "vae": "./nowhere"}, output="refused")
     assert not Path("refused/metrics.jsonl").exists()
+
+
+def test_a_scorer_of_a_version_with_cache_prefix_resumes(workplace, tiny_models):
+    """A saved setting that the stage no longer has is ignored when it was empty, its default; otherwise it is named."""
+    saved, values = Path("old/config.yaml"), settings(tiny_models)[SCORER] | {"output": "old", "steps": 2, "vae": ""}
+    stage = load_stage(SCORER)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stage.main(stage.Config(**values))
+    settings_then = yaml.safe_load(saved.read_text())
+    for former in ("memory", ""):
+        settings_then[SCORER]["cache_prefix"] = former
+        saved.write_text(yaml.safe_dump(settings_then))
+        if former:
+            with pytest.raises(FileExistsError, match=r"cache_prefix \(memory there, None now\)"):
+                run(SCORER, **values)
+    run(SCORER, **values)
+    assert Path("old/done.json").is_file()
 
 
 def test_spoilt_portraits_are_rejected_with_a_reason(chain):

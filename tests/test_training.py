@@ -1,4 +1,4 @@
-"""Training runs: the order of the data, random numbers, optimizers, and going on after whatever stopped a run."""
+"""Training runs: the order of the data, random numbers, optimizers, and resuming after any stop."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from torch.utils.data import Dataset
 
 from faceprior import training
@@ -67,12 +68,13 @@ def train(
     width=1,
     rate=0.05,
     break_at=None,
+    tracker="none",
 ):
     """Train a small network on Points with all that a stage uses; return (run, network).
 
     stop_at: the step that is broken off; break_at: the step whose loss is not finite.
     """
-    accelerator = make_accelerator("cpu", "no", accumulation)
+    accelerator = make_accelerator("cpu", "no", accumulation, tracker, output)
     with seeded(0):
         network = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Dropout(0.1), torch.nn.Linear(5, width))
         network[0].bias.requires_grad_(False)
@@ -98,6 +100,7 @@ def train(
         run.log(loss=loss, noise=noise.mean())
         if run.every(3):
             run.state["seen"] = [*run.state["seen"], run.step]
+    accelerator.end_training()
     return run, network
 
 
@@ -441,6 +444,53 @@ def test_finish_replaces_what_a_kill_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
 
 
+# trackers
+
+
+class Lines(GeneralTracker):
+    """A tracker of accelerate's that keeps what is logged to it."""
+
+    name, requires_logging_directory = "lines", False
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.finished = [], False
+
+    @property
+    def tracker(self):
+        return self.rows
+
+    def log(self, values, step=None, **kwargs):
+        self.rows.append({"step": step, **values})
+
+    def finish(self):
+        self.finished = True
+
+
+def test_a_tracker_gets_the_rows_of_the_log(tmp_path):
+    """At their steps, also when the run is resumed: step 3 is done, and logged, again."""
+    first, second = Lines(), Lines()
+    train_until(tmp_path, 3, tracker=first)
+    train(tmp_path, tracker=second)
+    lines = [json.loads(line) for line in metrics(tmp_path).splitlines()]
+    assert first.rows == lines[:3] and second.rows == lines[2:]
+    assert second.finished
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, tracker):
+    if tracker in get_available_trackers():
+        pytest.skip(f"{tracker} is installed")
+    with pytest.raises(ImportError, match=f"`tracker` is {tracker}, which is not installed: `pip install {tracker}`"):
+        make_accelerator("cpu", tracker=tracker, output=tmp_path)
+
+
+def test_tensorboard_files_are_in_the_output_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    train(tmp_path, tracker="tensorboard")
+    assert any((tmp_path / "tensorboard").rglob("events.out.tfevents*"))
+
+
 # checkpoints
 
 
@@ -463,7 +513,7 @@ def test_killed_between_the_two_renames(tmp_path):
 
 
 def test_killed_while_the_checkpoint_is_written(tmp_path):
-    """Half of a new one beside the old one is passed over; so is what is left of a deleted one."""
+    """Half of a new one beside the old one is ignored; so is what is left of a deleted one."""
     _, weights = train(tmp_path / "whole")
     cut = tmp_path / "cut"
     train_until(cut, 3)
@@ -578,7 +628,7 @@ def test_sigterm_keeps_the_last_step_and_the_same_command_finishes(tmp_path):
     _, weights = train(tmp_path / "whole", save_every=100)
     stopped = run_killed(tmp_path, signal.SIGTERM, workers=2)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-    assert "stopped after step 4; the same command continues" in stopped.stdout
+    assert "stopped after step 4; the same command resumes" in stopped.stdout
     assert json.loads((tmp_path / "run/resume/state.json").read_text())["step"] == 4
     _, others = train(tmp_path / "run", save_every=100)
     assert same_weights(weights, others) and metrics(tmp_path / "whole") == metrics(tmp_path / "run")
