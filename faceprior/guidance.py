@@ -37,7 +37,7 @@ from faceprior.diffusion import (
 )
 from faceprior.features import FeatureNetwork
 from faceprior.losses import guidance_loss, noise_loss
-from faceprior.pairs import PairDataset, read_pairs
+from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
 
 logger = logging.getLogger(__name__)
@@ -185,10 +185,10 @@ class GuidanceTuner:
         Stops and goes on like stage 04 when `output` names a folder for its log and checkpoints.
         """
         if isinstance(pairs, str | Path):
-            usable, problems = read_pairs(pairs)
+            usable, problems = gather_pairs(pairs)
             for place, reason in problems:
                 logger.warning("%s is left out: %s", place, reason)
-            pairs = PairDataset(pairs, usable, self.resolution)
+            pairs = PairDataset(usable, self.resolution)
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
         accelerator = make_accelerator(device, mixed_precision, accumulation)

@@ -93,7 +93,7 @@ def main(config: Config) -> None:
     unet, optimizer = accelerator.prepare(tuner.unet, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
-    dataset = PairDataset("", pairs, config.resolution)
+    dataset = PairDataset(pairs, config.resolution)
     loss_of = tuner.loss if config.objective == "guidance" else tuner.denoising_loss
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
         unet.train()

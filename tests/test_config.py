@@ -52,7 +52,7 @@ class Config:
     seed: int = 0  # [0, inf)
     num_workers: int = 0  # processes, [0, 64]
     device: str = "auto"  # where
-    overwrite: bool = False  # start anew
+    overwrite: bool = False  # start over
 
 
 def main(config):
@@ -241,7 +241,7 @@ def test_unknown_key_in_a_preset(stage, preset, capsys):
 
 
 def test_unknown_section_in_a_preset(stage, preset, capsys):
-    """A misspelt section would else be passed over, and the run would silently take the defaults."""
+    """A misspelt section would else be skipped, and the run would silently take the defaults."""
     line = refusal(stage, capsys, "--config", preset("00_exampel: {steps: 3}"))
     assert "unknown section `00_exampel` in" in line and "did you mean `00_example`?" in line
 
@@ -271,6 +271,59 @@ def test_missing_preset_names_what_is_there(stage, preset, capsys, tmp_path):
     preset("00_example:")
     line = refusal(stage, capsys, "--config", str(tmp_path / "prezet.yaml"))
     assert "no preset" in line and f"{tmp_path} has preset.yaml" in line
+
+
+# former names of settings
+
+
+@pytest.fixture
+def renamed(stage, monkeypatch):
+    """The stage's Config, whose `rate` and `fast` had other names before."""
+    monkeypatch.setattr(stage.Config, "RENAMED", {"speed": "rate", "quick": "fast"}, raising=False)
+    return stage.Config
+
+
+def test_former_names_on_the_command_line(renamed):
+    assert parse_config(renamed, ["--speed", "0.5", "--quick"]) == renamed(rate=0.5, fast=True)
+
+
+def test_former_names_in_a_preset(renamed, preset):
+    """The command line goes before the preset, whichever name either of them uses."""
+    path = preset("00_example: {speed: 0.5, quick: true}")
+    assert parse_config(renamed, ["--config", path]) == renamed(rate=0.5, fast=True)
+    assert parse_config(renamed, ["--config", path, "--rate", "0.25", "--no-quick"]) == renamed(rate=0.25)
+    assert parse_config(renamed, ["--config", preset("00_example: {rate: 0.5}"), "--speed=0.25"]).rate == 0.25
+    assert make_config(renamed, {"speed": "0.5"}) == renamed(rate=0.5)
+
+
+def test_former_names_are_checked_as_the_current_ones(stage, renamed, capsys):
+    assert refusal(stage, capsys, "--speed", "2").endswith("`rate` has to be in (0, 1] but is 2.0")
+
+
+def test_a_setting_under_both_of_its_names_is_an_error(stage, renamed, preset, capsys):
+    message = "`speed` is the former name of `rate`, and both are given: give `rate` only"
+    assert refusal(stage, capsys, "--speed", "0.5", "--rate", "0.5").endswith(message)
+    path = preset("00_example: {speed: 0.5, rate: 0.5}")
+    assert refusal(stage, capsys, "--config", path).endswith(message)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_config(renamed, {"speed": 0.5, "rate": 0.5})
+
+
+def test_former_names_are_not_shown_in_the_help(stage, renamed, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(renamed, ["--help"])
+    assert "--speed" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_saved_under_former_names_resumes_and_is_saved_under_the_current_ones(config, renamed):
+    saved = open_output(config) / "config.yaml"
+    saved.write_text(saved.read_text().replace("rate:", "speed:").replace("fast:", "quick:"))
+    with pytest.raises(FileExistsError, match=r"rate \(0.001 there, 0.5 now\)"):
+        open_output(dataclasses.replace(config, rate=0.5))
+    assert "speed:" in saved.read_text()
+    open_output(config)
+    assert "rate: 0.001" in saved.read_text() and "fast: false" in saved.read_text()
+    assert "speed" not in saved.read_text() and "quick" not in saved.read_text()
 
 
 # help
@@ -440,7 +493,7 @@ def test_interrupt_ends_with_its_exit_code(stage, capsys):
     with pytest.raises(SystemExit) as ended:
         run_stage(stage.main, stage.Config, ["--seed", "1"])
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "00_example.py: interrupted; the same command continues\n"
+    assert capsys.readouterr().err == "00_example.py: interrupted; the same command resumes\n"
 
 
 def test_as_a_script_from_its_own_folder(stage, tmp_path):
@@ -494,5 +547,16 @@ def test_every_section_of_a_preset_parses(path):
         assert stage_name(config_class) == name
         config = parse_config(config_class, ["--config", str(path)])
         assert config == make_config(config_class, sections[name])
-        if path.stem == "tiny":  # it spells the defaults out
-            assert config == config_class()
+
+
+def test_stage_1_reads_the_former_names_of_its_strengths():
+    config_class = load_stage("01_make_pairs").Config
+    config = parse_config(config_class, ["--noise_factors", "0.1", "0.2", "0.3", "0.4", "--crop_noise_factors", "0.5"])
+    assert config.strengths == (0.1, 0.2, 0.3, 0.4) and config.crop_strengths == (0.5,)
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_former_names_of_a_stage_lead_to_its_fields(name):
+    config_class = load_stage(name).Config
+    fields, renamed = field_help(config_class).keys(), getattr(config_class, "RENAMED", {})
+    assert not renamed.keys() & fields and set(renamed.values()) <= fields

@@ -1,4 +1,4 @@
-"""Pairs: the noise factor, the inpainted bad twin, the manifest, the dataset."""
+"""Pairs: the strength, the inpainted bad face, the manifest, the dataset."""
 
 import json
 import math
@@ -23,12 +23,12 @@ from faceprior.inpaint import (
     change_outside,
     cut_out,
     masked_difference,
-    noise_factor,
     plan_face,
     prepare_photograph,
     put_back,
+    strength_of,
 )
-from faceprior.pairs import FacePair, PairDataset, gather_pairs, read_pairs
+from faceprior.pairs import FacePair, PairDataset, gather_pairs
 from faceprior.procedural import draw_portrait
 from faceprior.training import seeded
 
@@ -52,19 +52,19 @@ def faces():
     return [(Image.fromarray(d.image), box_mask((64, 64), d.box)) for d in drawings]
 
 
-# ------------------------------------------------------------------------------------------- noise factor
+# ------------------------------------------------------------------------------------------- strength
 
 
 @pytest.mark.parametrize(
-    ("ratio", "factor"),
+    ("ratio", "strength"),
     [
         (1e-9, 0.06), (0.005, 0.06), (math.nextafter(0.005, 1), 0.1), (0.01, 0.1), (math.nextafter(0.01, 1), 0.2),
         (0.1, 0.2), (math.nextafter(0.1, 1), 0.4), (1.0, 0.4),
     ],
 )  # fmt: skip
-def test_noise_factors_of_table_8(ratio, factor):
+def test_strengths_of_table_8(ratio, strength):
     """(0, 0.5%] .06, (0.5%, 1%] .1, (1%, 10%] .2, (10%, 100%] .4: a limit belongs to the lower bin."""
-    assert noise_factor(ratio) == factor
+    assert strength_of(ratio) == strength
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, math.nan])
@@ -184,7 +184,7 @@ def found_row(size, *boxes) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("box", "crop_factors", "crop", "view_size", "strength"),
+    ("box", "crop_strengths", "crop", "view_size", "strength"),
     [
         ((50, 50, 90, 90), None, None, (512, 256), 0.2),  # 1600 / 131072 = 1.2%
         ((50, 50, 90, 90), (0.3, 0.4, 0.5, 0.6), (6, 6, 134, 134), (128, 128), 0.5),
@@ -192,14 +192,14 @@ def found_row(size, *boxes) -> dict:
         ((0, 0, 256, 256), (0.3, 0.4, 0.5, 0.6), (0, 0, 256, 256), (128, 128), 0.6),  # half of it
     ],
 )
-def test_the_plan_of_a_face(box, crop_factors, crop, view_size, strength):
-    plan = plan_face(found_row((512, 256), (0, 0, 9, 9), box), 1, 5, 128, crop_factors=crop_factors)
+def test_the_plan_of_a_face(box, crop_strengths, crop, view_size, strength):
+    plan = plan_face(found_row((512, 256), (0, 0, 9, 9), box), 1, 5, 128, crop_strengths=crop_strengths)
     assert (plan.crop, plan.view_size, plan.strength) == (crop, view_size, strength)
     assert plan.id.startswith("a_b_") and plan.id.endswith("_1") and (plan.seed, plan.prompt) == (5, "a man")
 
 
 def test_a_face_that_fills_its_picture_needs_no_crop():
-    plan = plan_face(found_row((128, 128), (20, 20, 100, 100)), 0, 0, 128, crop_factors=(0.1,) * 4)
+    plan = plan_face(found_row((128, 128), (20, 20, 100, 100)), 0, 0, 128, crop_strengths=(0.1,) * 4)
     assert plan.crop is None and plan.view_size == (128, 128) and plan.strength == 0.4
 
 
@@ -210,15 +210,15 @@ def test_faces_of_one_photograph_are_pairs_of_their_own(pipelines, tmp_path):
     save_image(picture, tmp_path / "good/b.png")
     boxes = [drawing.box + np.array([64, 0, 64, 0]) * number for number, drawing in enumerate(drawings)]
     row = found_row(picture.size, *boxes)
-    plans = [plan_face(row, index, index, 64, crop_factors=(0.3,) * 4) for index in (0, 1)]
+    plans = [plan_face(row, index, index, 64, crop_strengths=(0.3,) * 4) for index in (0, 1)]
     assert all(plan.crop for plan in plans)
     batch = PairBatch.load(tmp_path, 64, plans).inpaint(FaceInpainter(pipelines["sd15"], steps=10), round_trip=True)
-    for number, (plan, photograph, good, bad, mask) in enumerate(batch.pairs()):
-        assert plan is plans[number] and np.array_equal(photograph, picture)
-        assert np.array_equal(mask, box_mask(picture.size, boxes[number]))
-        for side in (good, bad):
-            assert change_outside(picture, side, mask) == 0 and masked_difference(picture, side, mask) > 0
-        assert not np.array_equal(good, bad)
+    for number, pair in enumerate(batch.candidates()):
+        assert pair.plan is plans[number] and np.array_equal(pair.photograph, picture)
+        assert np.array_equal(pair.mask, box_mask(picture.size, boxes[number]))
+        for side in (pair.good, pair.bad):
+            assert change_outside(picture, side, pair.mask) == 0 and masked_difference(picture, side, pair.mask) > 0
+        assert not np.array_equal(pair.good, pair.bad)
 
 
 def test_without_a_round_trip_the_good_side_of_a_shrunk_crop_is_the_photograph_s(pipelines, tmp_path):
@@ -226,11 +226,11 @@ def test_without_a_round_trip_the_good_side_of_a_shrunk_crop_is_the_photograph_s
     drawing = draw_portrait(1, 256)
     picture = Image.fromarray(drawing.image)
     save_image(picture, tmp_path / "good/b.png")
-    plan = plan_face(found_row(picture.size, drawing.box), 0, 0, 64, crop_factors=(0.3,) * 4)
+    plan = plan_face(found_row(picture.size, drawing.box), 0, 0, 64, crop_strengths=(0.3,) * 4)
     batch = PairBatch.load(tmp_path, 64, [plan]).inpaint(FaceInpainter(pipelines["sd15"], steps=10), round_trip=False)
-    ((_, _, good, bad, _),) = batch.pairs()
+    (pair,) = batch.candidates()
     assert plan.crop and plan.crop[2] - plan.crop[0] > 64
-    assert np.array_equal(good, picture) and not np.array_equal(bad, picture)
+    assert np.array_equal(pair.good, picture) and not np.array_equal(pair.bad, picture)
 
 
 # ----------------------------------------------------------------------------------------- inpainting
@@ -441,6 +441,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def in_folder(folder, **changes) -> FacePair:
+    """The pair as it is read: its files are in the folder."""
+    files = {side: str(folder / ROW[side]) for side in ("good", "bad", "mask")}
+    return FacePair(id="a_0", **{**ROW, **files, **changes})
+
+
 def write_manifest(folder, *rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
@@ -448,23 +454,23 @@ def write_manifest(folder, *rows):
 
 def test_a_missing_manifest_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no pairs in .*`python stages/01_make_pairs.py` makes them"):
-        read_pairs(tmp_path)
+        gather_pairs(tmp_path)
 
 
 def test_a_row_makes_the_round_trip(folder):
     pair = FacePair(id="a_0", **ROW)
     write_manifest(folder, pair.to_row(), {**pair.to_row(), "id": "a_1", "landmarks": None, "extra": 1})
-    pairs, problems = read_pairs(folder)
-    assert pairs[0] == pair and pairs[1].landmarks is None and not problems
+    pairs, problems = gather_pairs(folder)
+    assert pairs[0] == in_folder(folder) and pairs[1].landmarks is None and not problems
 
 
 def test_rows_before_the_round_trip_have_none(folder):
     write_manifest(folder, {key: value for key, value in {"id": "a", **ROW}.items() if key != "round_trip"})
-    assert read_pairs(folder)[0][0].round_trip is False and read_pairs(folder)[0][0].lost is False
+    assert gather_pairs(folder)[0][0].round_trip is False and gather_pairs(folder)[0][0].lost is False
 
 
 def test_pairs_of_several_folders(folder, tmp_path_factory, monkeypatch):
-    """Named with a comma between; the samples of both are found, and what is wrong in either is told."""
+    """Separated by commas or in a list; the samples of both are found, and the problems of both are returned."""
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     shutil.copytree(folder, "more")
     write_manifest(folder, {"id": "a", **ROW})
@@ -472,9 +478,10 @@ def test_pairs_of_several_folders(folder, tmp_path_factory, monkeypatch):
     pairs, problems = gather_pairs(f"{folder}, more")
     assert [pair.id for pair in pairs] == ["a", "b"] and pairs[1].bad == "more/bad/a.png"
     assert [place for place, _ in problems] == ["more/manifest.jsonl:2"]
-    first, second = PairDataset("", pairs, 32)
+    first, second = PairDataset(pairs, 32)
     assert torch.equal(first["bad"], second["bad"])
-    assert gather_pairs("more")[0] == pairs[1:]
+    assert gather_pairs([folder, "more"]) == (pairs, problems)
+    assert gather_pairs("more")[0] == gather_pairs(Path("more"))[0] == pairs[1:]
     with pytest.raises(FileNotFoundError, match="no pairs in missing"):
         gather_pairs(f"{folder},missing")
 
@@ -502,7 +509,7 @@ def test_a_bad_row_is_named_and_the_rest_is_read(folder, name):
     changes, reason = BAD_ROWS[name]
     row = {"id": name, **ROW, **changes}
     write_manifest(folder, row, {"id": "whole", **ROW}, json.dumps({"id": "torn", **ROW})[:70], "[1, 2]")
-    pairs, problems = read_pairs(folder)
+    pairs, problems = gather_pairs(folder)
     assert [pair.id for pair in pairs] == ["whole"]
     assert len(problems) == 3
     ((place, why),) = [problem for problem in problems if problem[0].endswith(f": {name}")]
@@ -513,7 +520,7 @@ def test_a_bad_row_is_named_and_the_rest_is_read(folder, name):
 def test_a_row_without_a_key_and_one_with_nan(folder):
     rows = [{k: v for k, v in {"id": "a", **ROW}.items() if k != "prompt"}, {"id": "b", **ROW, "difference": math.nan}]
     write_manifest(folder, *rows, {"id": "whole", **ROW})
-    pairs, problems = read_pairs(folder)
+    pairs, problems = gather_pairs(folder)
     assert [pair.id for pair in pairs] == ["whole"]
     assert len(problems) == 2 and "the row has no `prompt`" in {why for _, why in problems}
 
@@ -521,10 +528,10 @@ def test_a_row_without_a_key_and_one_with_nan(folder):
 def test_no_usable_pair_is_an_error_with_the_first_reason(folder):
     write_manifest(folder, {"id": "a", **ROW, "good": "good/b.png"})
     with pytest.raises(ValueError, match="no usable pair; the first problem: .*good/b.png is missing"):
-        read_pairs(folder)
+        gather_pairs(folder)
     write_manifest(folder)
     with pytest.raises(ValueError, match="no usable pair"):
-        read_pairs(folder)
+        gather_pairs(folder)
 
 
 def test_a_sample(folder):
@@ -532,7 +539,7 @@ def test_a_sample(folder):
 
     Halved to 32 x 32, the mask x 30..50, y 20..44 lies at x (30 - 8) / 2 = 11 .. 21, y 10..22.
     """
-    dataset = PairDataset(folder, [FacePair(id="a_0", **ROW | {"box": [30.0, 10.5, 50.0, 53.5]})], resolution=32)
+    dataset = PairDataset([in_folder(folder, box=[30.0, 10.5, 50.0, 53.5])], resolution=32)
     assert len(dataset) == 1
     sample = dataset[0]
     expected = torch.zeros(1, 32, 32)
@@ -551,7 +558,7 @@ def test_a_sample(folder):
 
 def test_a_small_face_keeps_its_scale(folder):
     """The face is 24 high, so 36 pixels are enough, of which a resolution of 40 makes x 20..60, y 12..52."""
-    sample = PairDataset(folder, [FacePair(id="a_0", **ROW)], resolution=40)[0]
+    sample = PairDataset([in_folder(folder)], resolution=40)[0]
     for side in ("good", "bad"):
         pixels = to_pixel_values(Image.open(folder / side / "a.png").crop((20, 12, 60, 52)))[0]
         assert torch.equal(sample[side], pixels)
@@ -561,8 +568,8 @@ def test_a_small_face_keeps_its_scale(folder):
 
 def test_sides_of_different_sizes_are_an_error(folder):
     save_image(np.zeros((64, 64, 3), np.uint8), folder / "bad/a.png")
-    with pytest.raises(ValueError, match=r"pair a_0 in .*\(80, 64\), \(64, 64\) and \(80, 64\)"):
-        PairDataset(folder, [FacePair(id="a_0", **ROW)], 32)[0]
+    with pytest.raises(ValueError, match=r"pair a_0: .*\(80, 64\), \(64, 64\) and \(80, 64\)"):
+        PairDataset([in_folder(folder)], 32)[0]
 
 
 @pytest.mark.parametrize(

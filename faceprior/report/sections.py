@@ -135,7 +135,7 @@ def area_bins(run: Run) -> Bins:
     """Return the bins of the face-area ratio that the pairs were made with; none if their settings do not tell."""
     config = run.read("data/pairs/config.yaml").get("01_make_pairs")
     config = config if isinstance(config, dict) else {}
-    limits, factors = config.get("area_limits"), config.get("noise_factors")
+    limits, factors = config.get("area_limits"), config.get("strengths", config.get("noise_factors"))
     if not (isinstance(limits, list) and isinstance(factors, list) and len(limits) == len(factors)):
         return []
     if not all(isinstance(value, int | float) for value in [*limits, *factors]):

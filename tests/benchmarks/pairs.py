@@ -19,7 +19,7 @@ from PIL import Image
 from faceprior import tiny
 from faceprior.detect import box_mask
 from faceprior.diffusion import load_pipeline
-from faceprior.inpaint import NOISE_FACTORS, FaceInpainter
+from faceprior.inpaint import STRENGTHS, FaceInpainter
 from faceprior.models import quiet_libraries, resolve_device
 from faceprior.procedural import draw_portrait
 from faceprior.streams import in_groups
@@ -67,7 +67,7 @@ def make_faces(count: int, resolution: int) -> list[tuple[Image.Image, Image.Ima
         (
             Image.fromarray(drawing.image),
             box_mask((resolution, resolution), drawing.box),
-            NOISE_FACTORS[seed % len(NOISE_FACTORS)],
+            STRENGTHS[seed % len(STRENGTHS)],
             "A face.",
             seed,
         )

@@ -1,15 +1,12 @@
-"""The filters: what each number means, by hand, by a property, and on pictures."""
+"""Measurements of an image: what each number means, by hand, by a property, and on drawn portraits."""
 
 import io
 import itertools
-import re
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from faceprior.detect import Face, detect_faces, finds_face, overlap
-from faceprior.filters import FILTERS, count_rounds, judge_face
 from faceprior.procedural import draw_portrait
 from faceprior.quality import NearDuplicates, perceptual_hash, sharpness
 
@@ -103,52 +100,3 @@ def test_near_duplicates_can_be_left_in():
     duplicates = NearDuplicates(max_distance=-1)
     duplicates.add("a", 7)
     assert duplicates.find(7) is None
-
-
-# ------------------------------------------------------------------------------------------------ faces
-
-
-def test_overlap_by_hand():
-    """4 x 4 and 4 x 4, shifted by (2, 1): 2 x 3 = 6 of 16 + 16 - 6."""
-    assert overlap((0, 0, 4, 4), (2, 1, 6, 5)) == pytest.approx(6 / 26)
-    assert overlap((0, 0, 4, 4), (4, 0, 8, 4)) == overlap((0, 0, 4, 4), (9, 9, 10, 10)) == 0
-    assert overlap((1, 1, 3, 3), (1, 1, 3, 3)) == 1
-    assert overlap((1, 1, 1, 1), (1, 1, 1, 1)) == 0
-
-
-def test_a_face_is_found_where_it_is(portraits):
-    picture, box = portraits[0]
-    assert finds_face(picture, box, "mtcnn", 20)
-    away = tuple(edge + 200 for edge in box)
-    assert not finds_face(picture, away, "mtcnn", 20)
-    assert not finds_face(Image.new("RGB", (256, 256), "gray"), box, "mtcnn", 20)
-    assert finds_face(picture, (0, 0, 9, 9), lambda rgb: [Face((0, 0, 10, 10), None, 0.01)], 5)  # whatever confidence
-
-
-@pytest.mark.parametrize(
-    ("limits", "name", "reason"),
-    [
-        ((20, 0.9, 0.05), None, None),
-        ((300, 0.9, 0.05), "too_small", r"face of \d+ pixels is below 300"),
-        ((20, 1.1, 0.05), "low_confidence", r"confidence \d\.\d+ is below 1.1"),
-        ((20, 0.9, 19.0), "blurry", r"sharpness \d\.\d+ is below 19.0"),
-        ((300, 1.1, 19.0), "too_small", "face of"),  # the first one counts
-    ],
-)
-def test_a_face_fails_by_the_first_rule_that_it_breaks(portraits, limits, name, reason):
-    picture = portraits[0][0]
-    (face,) = detect_faces(picture, "mtcnn")
-    row = judge_face(picture, face, *limits)
-    assert row.get("filter") == name
-    assert name is None or re.search(reason, row["reason"])
-    assert Face.from_dict(row) == face and row["sharpness"] == pytest.approx(sharpness(picture, face.box), abs=1e-4)
-
-
-def test_every_filter_is_counted_in_its_round():
-    """Of 3 pairs that were made, 2 were kept."""
-    rejected = [{"filter": name} for name in ("no_face", "no_face", "blurry", "face_lost")]
-    rounds = {row["of"]: row for row in count_rounds(rejected, photographs=9, faces=5, pairs=2)}
-    assert {of: row["in"] for of, row in rounds.items()} == {"photographs": 9, "faces": 5, "pairs": 3}
-    counts = {name: n for row in rounds.values() for name, n in row["rejected"].items()}
-    assert {name: n for name, n in counts.items() if n} == {"no_face": 2, "blurry": 1, "face_lost": 1}
-    assert list(counts) == [name for names in FILTERS.values() for name in names]
