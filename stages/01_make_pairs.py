@@ -137,12 +137,12 @@ def main(config: Config) -> None:
     # at the end asks for the next. The network runs in this thread; `in_background` runs a step in other threads, so
     # that the next photographs are read and searched, and the last pairs written, while a batch is inpainted.
     maker = PairMaker(config, output, detector, inpainter.multiple, photographs, pairs, rejected)
-    background = partial(in_background, num_workers=config.num_workers)
+    workers = config.num_workers
     judged = len(pairs) + sum(row["filter"] in FILTERS["pairs"] for row in rejected.values())
     with tqdm(total=0, initial=judged, desc="inpainting", unit="face") as bar:
         # Rounds 1 and 2: load each photograph, prepare it, detect its faces and judge them
         progress = tqdm(sources, desc="detecting", unit="photo")
-        searched = background(maker.find_faces, progress, ahead=4 * config.batch_size)
+        searched = in_background(maker.find_faces, progress, workers, ahead=4 * config.batch_size)
         kept = maker.keep_photographs(searched)
 
         # Plan: strength by face area (Table 8). A batch holds faces of one strength and size; batches are formed before
@@ -152,11 +152,11 @@ def main(config: Config) -> None:
         new = (batch for batch in batches if not all(maker.is_judged(plan) for plan in batch))
 
         # Inpaint (4.4): the bad face, and, with `round_trip`, the good one through the VAE
-        loaded = background(maker.load_batch, new, ahead=2)
+        loaded = in_background(maker.load_batch, new, workers, ahead=2)
         inpainted = (batch.inpaint(inpainter, config.round_trip) for batch in loaded)
 
         # Round 3: judge each pair and write it
-        for rows in background(maker.judge_batch, inpainted, ahead=2):
+        for rows in in_background(maker.judge_batch, inpainted, workers, ahead=2):
             for row in rows:
                 (rejected if "filter" in row else pairs).add(row)
             bar.update(len(rows))
@@ -315,9 +315,9 @@ class PairMaker:
             return rejected("indistinguishable", reason)
 
         # ---- The detector still finds the face
-        if config.drop_not_found and config.round_trip and not self.finds_face(plan, pair.good):
+        if config.drop_not_found and config.round_trip and not self.still_finds_face(plan, pair.good):
             return rejected("face_not_found", "no face found in the good image after the VAE")
-        lost = not self.finds_face(plan, pair.bad)
+        lost = not self.still_finds_face(plan, pair.bad)
         if lost and config.drop_lost:
             return rejected("face_lost", "no face found in the bad image any more")
 
@@ -337,7 +337,7 @@ class PairMaker:
             lost=lost,
         ).to_row()
 
-    def finds_face(self, plan: FacePlan, image: Image.Image) -> bool:
+    def still_finds_face(self, plan: FacePlan, image: Image.Image) -> bool:
         """Tell whether the detector finds the face where it was; only the square around it is searched."""
         x, y, *far = face_square(image.size, plan.face.box, self.config.resolution)
         box = [edge - start for edge, start in zip(plan.face.box, (x, y, x, y), strict=True)]
