@@ -46,7 +46,7 @@ class Config:
     mode: Literal["no", "fp16"] = "no"  # dtype
     warmup: int | None = None  # steps, [0, 100]; none: a tenth
     wrapped_by_a_formatter: float = (
-        0.25  # share, [0, 1)
+        0.25  # fraction, [0, 1)
     )
     fast: bool = False  # a switch
     seed: int = 0  # [0, inf)
@@ -72,7 +72,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def stage(tmp_path):
-    """The module of a stage that stands in a file of its own."""
+    """The module of a stage in a separate file."""
     folder = tmp_path / "stages"
     folder.mkdir()
     path = folder / "00_example.py"
@@ -339,7 +339,7 @@ def test_help_shows_range_and_default_of_every_key(stage, capsys):
         assert f"--{field.name}" in text
     assert "of the optimizer, (0, 1] (default: 0.001)" in text
     assert "upper ends, (0, 1] (default: 0.5 1.0)" in text
-    assert "share, [0, 1) (default: 0.25)" in text
+    assert "fraction, [0, 1) (default: 0.25)" in text
     assert "--fast, --no-fast a switch (default: False)" in text
     assert "{no,fp16} dtype (default: no)" in text
 
@@ -382,7 +382,7 @@ def test_saved_settings_are_a_preset(stage, config):
     assert parse_config(stage.Config, ["--config", str(Path(config.output) / "config.yaml")]) == changed
 
 
-def test_same_settings_continue(config):
+def test_same_settings_resume(config):
     (open_output(config) / "row").write_text("kept")
     assert (open_output(config) / "row").read_text() == "kept"
 
@@ -401,7 +401,7 @@ def test_where_and_how_fast_it_runs_may_differ(config):
     open_output(dataclasses.replace(config, device="cpu", num_workers=4))
 
 
-def test_overwrite_starts_anew(config):
+def test_overwrite_starts_over(config):
     output = open_output(config)
     (output / "done.json").write_text("{}")
     (output / "folder").mkdir()
@@ -451,7 +451,7 @@ def test_output_that_is_a_file(config):
 
 
 def test_runs_inside_of_the_folder_are_left_alone(config):
-    """As the demo's `results/demo`, which stands in the last stage's `results`."""
+    """As the demo's `results/demo`, which lies in the last stage's `results`."""
     inner = dataclasses.replace(config, output=f"{config.output}/demo/run")
     (open_output(inner) / "row").write_text("kept")
     output = open_output(config)
@@ -462,7 +462,7 @@ def test_runs_inside_of_the_folder_are_left_alone(config):
 
 
 def test_killed_while_the_settings_were_written(config):
-    """What is left is the temporary file; the same command goes on."""
+    """What is left is the temporary file; the same command resumes."""
     Path(config.output).mkdir()
     (Path(config.output) / "config.yaml.part").write_text("00_exa")
     open_output(config)

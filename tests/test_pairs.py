@@ -47,7 +47,7 @@ def pipelines():
 
 @pytest.fixture(scope="module")
 def faces():
-    """Two pictures of 64 x 64 pixels with the masks of their faces."""
+    """Two images of 64 x 64 pixels with the masks of their faces."""
     drawings = [draw_portrait(seed, 64) for seed in (1, 2)]
     return [(Image.fromarray(d.image), box_mask((64, 64), d.box)) for d in drawings]
 
@@ -79,7 +79,7 @@ def test_bins_of_ones_own():
         area_bin(0.6, (0.2, 0.5))
 
 
-# ------------------------------------------------------------------------------------- picture and mask
+# ------------------------------------------------------------------------------------- image and mask
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_the_plan_of_a_face(box, crop_strengths, crop, view_size, strength):
     assert plan.id.startswith("a_b_") and plan.id.endswith("_1") and (plan.seed, plan.prompt) == (5, "a man")
 
 
-def test_a_face_that_fills_its_picture_needs_no_crop():
+def test_a_face_that_fills_its_image_needs_no_crop():
     plan = plan_face(found_row((128, 128), (20, 20, 100, 100)), 0, 0, 128, crop_strengths=(0.1,) * 4)
     assert plan.crop is None and plan.view_size == (128, 128) and plan.strength == 0.4
 
@@ -206,31 +206,31 @@ def test_a_face_that_fills_its_picture_needs_no_crop():
 def test_faces_of_one_photograph_are_pairs_of_their_own(pipelines, tmp_path):
     """Each pair of the two changes its own face only; what the network saw of the other is not pasted."""
     drawings = [draw_portrait(seed, 64) for seed in (1, 2)]
-    picture = Image.fromarray(np.concatenate([drawing.image for drawing in drawings], axis=1))
-    save_image(picture, tmp_path / "good/b.png")
+    image = Image.fromarray(np.concatenate([drawing.image for drawing in drawings], axis=1))
+    save_image(image, tmp_path / "good/b.png")
     boxes = [drawing.box + np.array([64, 0, 64, 0]) * number for number, drawing in enumerate(drawings)]
-    row = found_row(picture.size, *boxes)
+    row = found_row(image.size, *boxes)
     plans = [plan_face(row, index, index, 64, crop_strengths=(0.3,) * 4) for index in (0, 1)]
     assert all(plan.crop for plan in plans)
     batch = PairBatch.load(tmp_path, 64, plans).inpaint(FaceInpainter(pipelines["sd15"], steps=10), round_trip=True)
     for number, pair in enumerate(batch.candidates()):
-        assert pair.plan is plans[number] and np.array_equal(pair.photograph, picture)
-        assert np.array_equal(pair.mask, box_mask(picture.size, boxes[number]))
+        assert pair.plan is plans[number] and np.array_equal(pair.photograph, image)
+        assert np.array_equal(pair.mask, box_mask(image.size, boxes[number]))
         for side in (pair.good, pair.bad):
-            assert change_outside(picture, side, pair.mask) == 0 and masked_difference(picture, side, pair.mask) > 0
+            assert change_outside(image, side, pair.mask) == 0 and masked_difference(image, side, pair.mask) > 0
         assert not np.array_equal(pair.good, pair.bad)
 
 
 def test_without_a_round_trip_the_good_side_of_a_shrunk_crop_is_the_photograph_s(pipelines, tmp_path):
     """The network sees the face at half its size, but what is judged is what lies on the disk."""
     drawing = draw_portrait(1, 256)
-    picture = Image.fromarray(drawing.image)
-    save_image(picture, tmp_path / "good/b.png")
-    plan = plan_face(found_row(picture.size, drawing.box), 0, 0, 64, crop_strengths=(0.3,) * 4)
+    image = Image.fromarray(drawing.image)
+    save_image(image, tmp_path / "good/b.png")
+    plan = plan_face(found_row(image.size, drawing.box), 0, 0, 64, crop_strengths=(0.3,) * 4)
     batch = PairBatch.load(tmp_path, 64, [plan]).inpaint(FaceInpainter(pipelines["sd15"], steps=10), round_trip=False)
     (pair,) = batch.candidates()
     assert plan.crop and plan.crop[2] - plan.crop[0] > 64
-    assert np.array_equal(pair.good, picture) and not np.array_equal(pair.bad, picture)
+    assert np.array_equal(pair.good, image) and not np.array_equal(pair.bad, image)
 
 
 # ----------------------------------------------------------------------------------------- inpainting
@@ -275,19 +275,19 @@ def test_only_the_mask_changes(pipelines, faces, kind):
 
 
 def decoded_values(inpainter, *arguments) -> tuple[list[Image.Image], torch.Tensor]:
-    """Return the pictures, and the values that the VAE decoded them from."""
+    """Return the images, and the values that the VAE decoded them from."""
     values = []
     hook = inpainter.pipeline.vae.decoder.register_forward_hook(lambda _, __, output: values.append(output))
-    pictures = inpainter(*arguments)
+    images = inpainter(*arguments)
     hook.remove()
-    return pictures, values[0]
+    return images, values[0]
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_face_depends_on_its_own_seed_only(pipelines, faces, kind):
     """The same face alone, among three, and among them in another order: equal to BATCH_TOLERANCE.
 
-    Its seed alone tells it from another: with one more it is another face.
+    Only its seed makes it differ from another: with the next seed it is another face.
     """
     inpainter = FaceInpainter(pipelines[kind], steps=10)
     (face, mask), (other, other_mask) = faces
@@ -296,17 +296,17 @@ def test_a_face_depends_on_its_own_seed_only(pipelines, faces, kind):
         "last": ([other, other, face], [other_mask, other_mask, mask], 0.2, ["", "a man", "a man"], [8, 7, 7]),
         "first": ([face, other, other], [mask, other_mask, other_mask], 0.2, ["a man", "a man", ""], [7, 7, 8]),
     }
-    pictures, values = {}, {}
+    images, values = {}, {}
     for name, arguments in asked.items():
         place = -1 if name == "last" else 0
         drawn, decoded = decoded_values(inpainter, *arguments)
-        pictures[name], values[name] = np.asarray(drawn[place], int), decoded[place]
+        images[name], values[name] = np.asarray(drawn[place], int), decoded[place]
     for name in ("last", "first"):
         torch.testing.assert_close(values[name], values["alone"], rtol=0, atol=BATCH_TOLERANCE)
-        assert np.abs(pictures[name] - pictures["alone"]).max() <= 1
-    assert np.array_equal(pictures["alone"], np.asarray(inpainter(*asked["alone"])[0], int))
+        assert np.abs(images[name] - images["alone"]).max() <= 1
+    assert np.array_equal(images["alone"], np.asarray(inpainter(*asked["alone"])[0], int))
     another = np.asarray(inpainter([face], [mask], 0.2, ["a man"], [8])[0], int)
-    assert np.abs(another - pictures["alone"]).max() > 1
+    assert np.abs(another - images["alone"]).max() > 1
 
 
 def test_a_round_trip_is_the_vae_inside_of_the_mask(pipelines, faces):
@@ -372,7 +372,7 @@ def test_prompts_are_encoded_once(pipelines, faces):
     assert len(counted) == 4 and inpainter._embeddings.keys() == {"a woman"}
 
 
-def test_sdxl_is_told_what_its_pipeline_tells_it(pipelines, faces):
+def test_sdxl_gets_the_conditions_of_its_pipeline(pipelines, faces):
     """The size, uncropped, and zeros instead of the empty prompt, as `force_zeros_for_empty_prompt` says."""
     pipeline = tiny.tiny_sdxl()
     pipeline.register_to_config(force_zeros_for_empty_prompt=True)  # as SDXL's own
@@ -401,7 +401,7 @@ def test_a_base_in_bfloat16_beside_a_vae_in_float32(tiny_models, faces, kind):
     assert difference.max() > 0 and difference.mean() < 3
 
 
-def test_pictures_that_do_not_fit(pipelines, faces):
+def test_images_that_do_not_fit(pipelines, faces):
     inpainter = FaceInpainter(pipelines["sd15"], steps=10)
     assert inpainter.multiple == 16  # the VAE's 4 times two halvings in the U-Net
     face, mask = faces[0]
@@ -431,7 +431,7 @@ ROW = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with the pictures of one pair, 80 x 64 pixels, and no manifest."""
+    """A folder with the images of one pair, 80 x 64 pixels, and no manifest."""
     y, x = np.mgrid[:64, :80]
     good = np.stack([x * 3, y * 3, x + y], axis=2).astype(np.uint8)
     mask = box_mask((80, 64), ROW["box"])
@@ -603,7 +603,7 @@ def test_the_square_around_a_small_face(box, resolution, expected):
 
 
 def test_a_crop_is_put_back_where_it_was():
-    """Of a view only the masked pixels come back, at their place; without a square the picture itself is the view."""
+    """Of a view only the masked pixels come back, at their place; without a square the image itself is the view."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (96, 160, 3), dtype=np.uint8)) for _ in range(2)]
     masks = [box_mask((160, 96), (100, 20, 120, 44))] * 2

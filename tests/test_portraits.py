@@ -1,4 +1,4 @@
-"""Portraits: what the quality gates measure, the tags of the light, the manifest, the dataset."""
+"""Portraits: the measured quality, the tags of the light, the manifest, the dataset."""
 
 import io
 import json
@@ -99,7 +99,7 @@ def test_blockiness_grows_as_the_quality_of_jpeg_falls(drawing):
 
 
 def spoil(image, flaw, rng):
-    """The picture with one flaw: pixels (H, W, 3) uint8."""
+    """The image with one flaw: pixels (H, W, 3) uint8."""
     if flaw == "blur":
         return cv2.GaussianBlur(image, (0, 0), 4)
     if flaw == "noise":
@@ -122,8 +122,8 @@ def spoil(image, flaw, rng):
 )  # fmt: skip
 def test_every_flaw_moves_its_number(drawing, face, flaw, number, direction):
     clean = measure_quality(Image.fromarray(drawing.image), face)
-    spoilt = spoil(drawing.image, flaw, np.random.default_rng(0))
-    measured = measure_quality(Image.fromarray(spoilt), face)
+    spoiled = spoil(drawing.image, flaw, np.random.default_rng(0))
+    measured = measure_quality(Image.fromarray(spoiled), face)
     assert direction * (measured[number] - clean[number]) > 0
     factor = measured[number] / clean[number] if clean[number] else math.inf
     assert factor > 1.3 or factor < 1 / 1.3
@@ -136,18 +136,18 @@ def test_quality_is_a_row_of_plain_numbers(drawing, face):
 
 
 def test_pepper_and_noise_are_measured_on_the_photographs_own_pixels(drawing, face):
-    """5% of black pixels on a face that is brighter than 40 grey levels: nearly that share is found, at any size."""
-    spoilt = spoil(drawing.image, "pepper", np.random.default_rng(0))
-    assert measure_quality(Image.fromarray(spoilt), face)["pepper"] == pytest.approx(0.05, abs=0.015)
+    """5% of black pixels on a face that is brighter than 40 grey levels: nearly that fraction is found, at any size."""
+    spoiled = spoil(drawing.image, "pepper", np.random.default_rng(0))
+    assert measure_quality(Image.fromarray(spoiled), face)["pepper"] == pytest.approx(0.05, abs=0.015)
 
 
 def test_blocks_are_found_whatever_the_corner_of_the_box(drawing, face):
-    """The grid of a JPEG begins at the picture's corner, not at the face's."""
-    spoilt = Image.fromarray(compressed(drawing.image, 5))
+    """The grid of a JPEG begins at the corner of the image, not at the face's."""
+    spoiled = Image.fromarray(compressed(drawing.image, 5))
     x0, y0, x1, y1 = face.box
     for shift in (0, 3, 5):
         moved = Face((x0 + shift, y0 + shift, x1, y1), face.landmarks, 1.0)
-        assert measure_quality(spoilt, moved)["blocks"] > 1.5
+        assert measure_quality(spoiled, moved)["blocks"] > 1.5
 
 
 def test_a_face_at_the_border_and_a_tiny_one(drawing, face):
@@ -157,8 +157,8 @@ def test_a_face_at_the_border_and_a_tiny_one(drawing, face):
         assert all(math.isfinite(value) for value in quality.values())
 
 
-def test_a_face_in_the_corner_is_not_measured_beyond_the_picture(face):
-    """The two blocks around a box of 8 x 8 pixels lie inside of an even picture: no dark border, no pepper, no step."""
+def test_a_face_in_the_corner_is_not_measured_beyond_the_image(face):
+    """The two blocks around a box of 8 x 8 pixels lie inside of an even image: no dark border, no pepper, no step."""
     photograph = Image.new("RGB", (256, 256), (200, 180, 170))
     quality = measure_quality(photograph, Face((248, 248, 256, 256), face.landmarks, 1.0))
     assert (quality["noise"], quality["pepper"], quality["blocks"]) == (0, 0, 1)
@@ -294,7 +294,7 @@ def test_a_sample(folder):
     assert sample["caption"] == ROW["caption"]
 
 
-def test_a_truncated_picture_is_named(folder):
+def test_a_truncated_image_is_named(folder):
     path = folder / "images/a.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match="a.png"):

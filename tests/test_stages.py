@@ -144,7 +144,7 @@ def test_without_the_round_trip_the_good_side_is_the_photograph(chain, tmp_path,
         assert bad == (chain / "data/pairs" / with_trip[pair["id"]]["bad"]).read_bytes()
 
 
-def test_batches_of_pairs_hold_fewer_large_pictures():
+def test_batches_of_pairs_hold_fewer_large_images():
     """8 faces at 128 x 128: 8 of 160 x 112 pixels, 2 of 256 x 256, 1 of 512 x 512; strengths are never mixed."""
     stage = load_stage(PAIRS)
     sizes = {"a": (160, 112), "b": (256, 256), "c": (512, 512)}
@@ -195,7 +195,7 @@ def results(folder: str) -> dict[str, str]:
 
 
 def test_pairs_from_shards_named_by_shard_and_member(tmp_path, monkeypatch, tiny_models, capsys):
-    """Captions from both kinds of sidecars; a broken picture, a broken caption, and a torn end are told and passed."""
+    """Captions from both kinds of sidecars; a broken image, a broken caption and a torn end are reported and skipped."""
     monkeypatch.chdir(tmp_path)
     portraits = draw_folder(Path("drawn"), range(3), 128)
     pictures = [path.read_bytes() for path in portraits]
@@ -271,7 +271,7 @@ def test_every_filter_counts_what_it_rejects(tmp_path, monkeypatch, tiny_models,
 
 
 def test_a_pair_that_changed_outside_of_its_mask_is_rejected(chain, tiny_models):
-    """As it would be if the bad picture were not pasted back: one grey level in one corner is enough."""
+    """As it would be if the bad face were not pasted back: one grey level in one corner is enough."""
     stage = load_stage(PAIRS)
     config, output = stage.Config(**settings(tiny_models)[PAIRS]), chain / "data/pairs"
     row = rows(output / "photographs.jsonl")[0]
@@ -325,8 +325,8 @@ def test_photographs_that_come_in_later(tmp_path, monkeypatch, tiny_models):
     assert rejected["photograph"] == "a_copy.png" and "differ from portrait_00005.png" in rejected["reason"]
 
 
-def test_a_run_among_its_photographs_goes_on_as_they_change(tmp_path, monkeypatch, tiny_models, capsys):
-    """Its own pictures are none of them; a mended file is read; a copy stays rejected when its original is gone."""
+def test_a_run_among_its_photographs_resumes_as_they_change(tmp_path, monkeypatch, tiny_models, capsys):
+    """Its own images are none of them; a fixed file is read; a copy stays rejected when its original is gone."""
     monkeypatch.chdir(tmp_path)
     first, second = draw_folder(Path("p"), [5, 6], 128)
     shutil.copy(first, "p/z_copy.png")
@@ -506,7 +506,7 @@ def test_what_cannot_be_kept_is_refused(workplace, tiny_models):
     assert not Path("refused/metrics.jsonl").exists()
 
 
-def test_spoilt_portraits_are_rejected_with_a_reason(chain):
+def test_spoiled_portraits_are_rejected_with_a_reason(chain):
     rejected = {Path(r["photograph"]).stem: r["reason"] for r in rows(chain / "data/portraits/rejected.jsonl")}
     assert "blurred" in rejected["portrait_00000_blur"]
     assert "noisy" in rejected["portrait_00004_noise"]
