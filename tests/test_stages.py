@@ -195,7 +195,7 @@ def results(folder: str) -> dict[str, str]:
 
 
 def test_pairs_from_shards_named_by_shard_and_member(tmp_path, monkeypatch, tiny_models, capsys):
-    """Captions from both kinds of sidecars; a broken image, a broken caption and a torn end are reported and skipped."""
+    """Captions from both kinds of sidecars; broken images and captions and a torn end are reported and skipped."""
     monkeypatch.chdir(tmp_path)
     portraits = draw_folder(Path("drawn"), range(3), 128)
     pictures = [path.read_bytes() for path in portraits]
