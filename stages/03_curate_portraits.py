@@ -41,17 +41,19 @@ class Config:
     output: str = "data/portraits"  # output folder for the portraits
     resolution: int = 128  # side of the aligned squares in pixels, [64, 4096]
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
-    min_confidence: float = 0.9  # least confidence of the detector, [0, 1]
-    min_face_size: int = 64  # least shorter side of the face box in pixels of the photograph, [8, inf)
-    min_side: int = 0  # least shorter side of a photograph in pixels; the paper's images exceed 8K, [0, inf)
+    min_confidence: float = 0.9  # minimum confidence of the detector, [0, 1]
+    min_face_size: int = 64  # minimum shorter side of the face box in pixels of the photograph, [8, inf)
+    min_side: int = 0  # minimum shorter side of a photograph in pixels; the paper's images exceed 8K, [0, inf)
     one_face: bool = True  # rejection of photographs with several faces; false: the largest face is taken
-    min_sharpness: float = 4.0  # least standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
-    max_noise: float = 5.0  # largest standard deviation of Gaussian noise in grey levels; above: noisy, [0, 255]
-    max_pepper: float = 0.004  # largest fraction of outlying pixels; above: pepper noise, [0, 1]
-    max_blocks: float = 1.5  # largest step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
-    min_texture: float = 1.0  # least detail of the cheeks in grey levels; below: over-smooth, [0, inf)
-    max_clipped: float = 0.35  # largest fraction of black and white pixels; above: badly exposed, [0, 1]
-    captions: Literal["both", "sidecar", "measured"] = "both"  # tags from the file beside it, measured light, or both
+    min_sharpness: float = 4.0  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
+    max_noise: float = 5.0  # maximum standard deviation of Gaussian noise in grey levels; above: noisy, [0, 255]
+    max_pepper: float = 0.004  # maximum fraction of outlying pixels; above: pepper noise, [0, 1]
+    max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
+    min_texture: float = 1.0  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
+    max_clipped: float = 0.35  # maximum fraction of black and white pixels; above: badly exposed, [0, 1]
+    captions: Literal["both", "sidecar", "measured"] = (
+        "both"  # source of the tags: file beside it, measured light, both
+    )
     review: str = ""  # text file with the ids that a person rejected, one per line
     seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
     overwrite: bool = False  # start over in an output folder that holds a run
