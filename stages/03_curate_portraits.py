@@ -51,9 +51,7 @@ class Config:
     max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
     min_texture: float = 1.0  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
     max_clipped: float = 0.35  # maximum fraction of black and white pixels; above: badly exposed, [0, 1]
-    captions: Literal["both", "sidecar", "measured"] = (
-        "both"  # source of the tags: file beside it, measured light, both
-    )
+    captions: Literal["both", "sidecar", "measured"] = "both"  # source of the tags: caption file, measured light, both
     review: str = ""  # text file with the ids that a person rejected, one per line
     seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
     overwrite: bool = False  # start over in an output folder that holds a run
