@@ -1,11 +1,13 @@
 """Settings of a stage: a flat dataclass, a YAML preset, a command line, and the copy saved beside the results.
 
 A field's trailing comment is its help text. An interval in it, such as `(0, 1]` or `[1, inf)`, is also the rule that
-the value is checked against, so the documented range and the enforced one cannot differ:
+the value is checked against, so the documented range and the enforced one cannot differ. A field that had another name
+before is still read under it, everywhere:
 
     @dataclass
     class Config:
-        learning_rate: float = 1e-5  # of AdamW, (0, inf)
+        learning_rate: float = 1e-5  # learning rate of AdamW, (0, inf)
+        RENAMED = {"rate": "learning_rate"}  # former name -> field
 
 Precedence: dataclass < YAML section < command line.
 """
@@ -36,7 +38,7 @@ T = TypeVar("T")
 CONFIG_FILE = "config.yaml"
 UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
 DONE_FILE = "done.json"
-# Where and how fast a run goes, not what comes out: these may differ when a run is continued.
+# Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
 RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker"})
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
@@ -50,11 +52,11 @@ def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] 
     stage = Path(inspect.getfile(config_class))
     config = parse_config(config_class, argv)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("faceprior").setLevel(logging.INFO)  # which detector, where a run goes on
+    logging.getLogger("faceprior").setLevel(logging.INFO)  # which detector, from which step a run resumes
     try:
         main(config)
     except KeyboardInterrupt:
-        print(f"{stage.name}: interrupted; the same command continues", file=sys.stderr)
+        print(f"{stage.name}: interrupted; the same command resumes", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if not _raised_in(error, (Path(__file__).resolve().parent, stage.resolve().parent)):
@@ -63,7 +65,7 @@ def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] 
 
 
 def parse_config(config_class: type[T], argv: list[str] | None = None) -> T:
-    """Read `--config FILE` and `--key value` overrides into a `config_class`; bad input ends the program, named."""
+    """Read `--config FILE` and `--key value` overrides into a `config_class`; wrong input ends the program, named."""
     section = stage_name(config_class)
     parser = _parser(config_class, section)
     known, unknown = parser.parse_known_args(argv)
@@ -72,7 +74,7 @@ def parse_config(config_class: type[T], argv: list[str] | None = None) -> T:
         if unknown:
             raise ValueError(_unexpected(unknown[0], config_class))
         preset = load_section(known.config, section, config_class) if known.config else {}
-        return make_config(config_class, {**preset, **values})
+        return make_config(config_class, {**preset, **_current_names(config_class, values)})
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -83,6 +85,7 @@ def make_config(config_class: type[T], values: dict[str, Any]) -> T:
     Raises ValueError that names the key, the value and the rule.
     """
     hints, helps = typing.get_type_hints(config_class), field_help(config_class)
+    values = _current_names(config_class, values)
     for key in values:
         if key not in hints:
             raise ValueError(_unknown(key, f"for {stage_name(config_class)}", hints))
@@ -93,9 +96,9 @@ def make_config(config_class: type[T], values: dict[str, Any]) -> T:
 
 
 def load_section(path: str | Path, section: str, config_class: type) -> dict[str, Any]:
-    """Return the settings of `section` in a preset, which has to have it (empty: the defaults).
+    """Return the settings of `section` in a preset, which must have it (empty: the defaults).
 
-    The names of all its sections are checked against the stages, the keys against those of `config_class`.
+    The names of all its sections are checked against the stages, the keys against the fields of `config_class`.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,7 +116,7 @@ def load_section(path: str | Path, section: str, config_class: type) -> dict[str
             raise ValueError(_unknown(name, f"in {path}", stages, "section"))
     if section not in preset:
         raise ValueError(f"{path} has no section {section} but {', '.join(preset)}: add it, or leave out `--config`")
-    values = preset[section] or {}
+    values = _current_names(config_class, preset[section] or {})
     hints = typing.get_type_hints(config_class)
     for key in values:
         if key not in hints:
@@ -122,7 +125,7 @@ def load_section(path: str | Path, section: str, config_class: type) -> dict[str
 
 
 def open_output(config: Any) -> Path:
-    """Create `config.output` for this run, or continue it; the settings are saved there.
+    """Create the folder `config.output` for this run, or open it to resume; the settings are saved in it.
 
     A folder that holds the results of other settings is refused with the differing keys named, unless
     `config.overwrite` is set, which deletes what is in it. A folder with anything else in it is never touched. Folders
@@ -133,7 +136,7 @@ def open_output(config: Any) -> Path:
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"`output` has to be a folder but {output} is a file")
     if saved.is_file():
-        stored = _saved_settings(saved, section)
+        stored = _current_names(type(config), _saved_settings(saved, section))
         if config.overwrite:
             _empty(output)
         else:
@@ -197,9 +200,27 @@ def _parser(config_class: type, section: str) -> argparse.ArgumentParser:
             options |= {"nargs": "+", "metavar": "VALUE"}
         else:
             options["metavar"] = "{" + ",".join(map(str, _choices(hint))) + "}" if _choices(hint) else "VALUE"
-        # set afterwards: given a default, BooleanOptionalAction adds its own text about it to the help
-        parser.add_argument(f"--{field.name}", **options).default = argparse.SUPPRESS
+        former = [name for name, current in _renamed(config_class).items() if current == field.name]
+        for name in (field.name, *former):
+            if name != field.name:
+                options["help"] = argparse.SUPPRESS  # still read, no longer shown
+            # set afterwards: given a default, BooleanOptionalAction adds its own text about it to the help
+            parser.add_argument(f"--{name}", **options).default = argparse.SUPPRESS
     return parser
+
+
+def _renamed(config_class: type) -> dict[str, str]:
+    """Return the former names of fields and the current ones, as the class attribute `RENAMED` declares them."""
+    return getattr(config_class, "RENAMED", {})
+
+
+def _current_names(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of one source under the current names of their fields; ValueError for both names of one field."""
+    renamed = _renamed(config_class)
+    for former, name in renamed.items():
+        if former in values and name in values:
+            raise ValueError(f"`{former}` is the former name of `{name}`, and both are given: give `{name}` only")
+    return {renamed.get(key, key): value for key, value in values.items()}
 
 
 def _choices(hint: Any) -> tuple:
@@ -267,7 +288,7 @@ def _check_range(key: str, value: Any, text: str) -> None:
 
 
 def _saved_settings(saved: Path, section: str) -> dict[str, Any]:
-    """Return the settings in `saved`, which have to be those of the stage `section`."""
+    """Return the settings in `saved`, which must be those of the stage `section`."""
     try:
         stored = yaml.safe_load(saved.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -285,7 +306,7 @@ def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, 
         changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now.get(key))} now)" for key in keys)
         raise FileExistsError(
             f"{output} holds a run with other settings: {changes}. "
-            "Give the same settings to continue it, another `output`, or `--overwrite` to start anew"
+            "Give the same settings to resume it, another `output`, or `--overwrite` to start over"
         )
 
 
@@ -339,9 +360,9 @@ def _raised_in(error: BaseException, folders: tuple[Path, ...]) -> bool:
 
 
 def print_problems(problems: list[tuple[str, str]], kind: str = "input", most: int | None = None) -> None:
-    """Print what was left out and why, at the end of a stage; `most`: of how many the reason is shown (None: all)."""
+    """Print what was skipped and why, at the end of a stage; most: how many are listed, None for all."""
     if problems:
-        print(f"{len(problems)} {kind}{'s' if len(problems) > 1 else ''} left out:")
+        print(f"{len(problems)} {kind}{'s' if len(problems) > 1 else ''} skipped:")
     for name, reason in problems[:most]:
         print(f"  {name}: {reason}".encode(errors="backslashreplace").decode())
     if len(problems[:most]) < len(problems):

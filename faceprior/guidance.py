@@ -230,7 +230,7 @@ class GuidanceTuner:
             usable, problems = gather_pairs(pairs)
             for place, reason in problems:
                 logger.warning("%s is skipped: %s", place, reason)
-            pairs = PairDataset("", usable, self.resolution)
+            pairs = PairDataset(usable, self.resolution)
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
         accelerator = make_accelerator(device, mixed_precision, accumulation)

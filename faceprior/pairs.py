@@ -1,15 +1,14 @@
-"""(good, bad) face pairs: the bad twin by inpainting, the manifest, and the dataset (Face Score, 4.4 and 8.4).
+"""(good, bad) face pairs: the row of a pair, the manifests that stage 1 writes, and the datasets (Face Score, 4.4).
 
-A natural photograph is the good side. Its faces are masked and re-inpainted by an off-the-shelf diffusion model, each
-with a noise factor that depends on the face's share of the picture, and pasted back, so that every pixel outside of the
-mask stays the photograph's own.
+The good side is a photograph, the bad side the same photograph with one face inpainted (`faceprior.inpaint`), so that
+every pixel outside of the mask is the photograph's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,19 @@ from faceprior.detect import Face, area_bin, crop_bounds, face_square
 from faceprior.images import as_array, load_image, to_pixel_values, verify_image
 from faceprior.jsonl import read_manifest, require_keys, resolve_file
 
+SIDES = ("good", "bad", "mask")
+
 
 @dataclass(frozen=True)
 class FacePair:
     """One row of the manifest.
 
-    photograph: the source's name; good, bad, mask: paths relative to the manifest's folder; box: xyxy, and landmarks:
-    (5, 2) in picture sides or None, in pixels of `good`; confidence: the detector's; area_ratio: face box / picture;
-    strength: the noise factor; prompt, seed, base: of the inpainting, base being the model; difference: mean absolute
-    change inside of the mask, 0-255; round_trip: whether the good face went through the VAE, too; crop: the square
-    (xyxy) in which a small face was worked on, None for the whole picture; lost: whether the detector finds no face
-    in `bad` any more.
+    photograph: the source's name; good, bad, mask: paths, in the manifest relative to its folder; box: xyxy, and
+    landmarks: (5, 2) or None, in pixels of `good`, left and right as seen in the image; confidence: the detector's;
+    area_ratio: face box / image; strength, prompt, seed, base: of the inpainting, base being the model; difference:
+    mean absolute change inside of the mask, 0-255; round_trip: whether the good face went through the VAE, too; crop:
+    the square (xyxy) in which a small face was inpainted, None for the whole image; lost: whether the detector finds no
+    face in `bad` any more.
     """
 
     id: str
@@ -57,6 +58,38 @@ class FacePair:
         return asdict(self)
 
 
+# ---- Reading
+
+
+def gather_pairs(
+    folders: str | Path | Sequence[str | Path],
+) -> tuple[list[FacePair], list[tuple[str, str]]]:
+    """Read the pairs of one or several folders that stage 1 made -> (usable pairs, problems as (place, reason)).
+
+    folders: one path, several in a text, separated by commas, or a list of paths. The pairs' own paths then begin with
+    the folder's. A pair is usable if its row is whole and its files are whole images that hold its box; every other one
+    is skipped and becomes a problem.
+
+    Raises FileNotFoundError for a folder without a manifest, ValueError for one without a usable row.
+    """
+    if isinstance(folders, str):
+        folders = [name.strip() for name in folders.split(",")]
+    elif isinstance(folders, Path):
+        folders = [folders]
+
+    # ---- The rows of every manifest
+    pairs, problems = [], []
+    for folder in folders:
+        found, wrong = read_manifest(folder, _pair_from_row, "pair", "01_make_pairs")
+        pairs, problems = pairs + found, problems + wrong
+
+    # ---- The files that they name
+    with ThreadPoolExecutor() as pool:
+        reasons = list(pool.map(_file_problem, pairs))
+    problems += [(pair.id, reason) for pair, reason in zip(pairs, reasons, strict=True) if reason]
+    return [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason], problems
+
+
 _ROW_TYPES = {
     "id": str, "photograph": str, "good": str, "bad": str, "mask": str, "box": list, "confidence": (int, float),
     "area_ratio": (int, float), "strength": (int, float), "prompt": str, "seed": int, "base": str,
@@ -64,88 +97,53 @@ _ROW_TYPES = {
 }  # fmt: skip
 
 
-def read_pairs(folder: str | Path) -> tuple[list[FacePair], list[tuple[str, str]]]:
-    """Read the pairs of a folder that stage 01 made -> (pairs, problems as (place, reason)).
-
-    A torn row, a row without a key, a missing file or a path out of the folder is a problem, and its pair is left out.
-    Raises FileNotFoundError without a manifest, ValueError when no usable pair is left.
-    """
-    return read_manifest(folder, _pair_from_row, "pair", "01_make_pairs")
-
-
-def gather_pairs(folders: str) -> tuple[list[FacePair], list[tuple[str, str]]]:
-    """Read the pairs of one or several folders, separated by commas -> (usable ones, problems as (id, reason)).
-
-    Their paths then begin with the folder's. A pair is usable if its files are whole pictures that hold its box.
-    """
-    pairs, problems = [], []
-    for folder in (name.strip() for name in folders.split(",")):
-        found, wrong = read_pairs(folder)
-        for pair in found:
-            files = {key: str(Path(folder) / getattr(pair, key)) for key in ("good", "bad", "mask")}
-            pairs.append(replace(pair, **files))
-        problems += wrong
-    with ThreadPoolExecutor() as pool:
-        reasons = list(pool.map(_what_is_wrong, pairs))
-    judged = list(zip(pairs, reasons, strict=True))
-    problems += [(pair.id, reason) for pair, reason in judged if reason]
-    return [pair for pair, reason in judged if not reason], problems
-
-
-def _what_is_wrong(pair: FacePair) -> str | None:
-    try:
-        for path in (pair.good, pair.bad, pair.mask):
-            crop_bounds(pair.box, *verify_image(path))
-    except (ValueError, OSError) as error:
-        return str(error)
-
-
 def _pair_from_row(folder: Path, row: dict[str, Any]) -> FacePair:
     row = {"landmarks": None, "round_trip": False, "crop": None, "lost": False, **row}
     require_keys(row, _ROW_TYPES)
-    for key in ("good", "bad", "mask"):
-        resolve_file(folder, row[key])
+    files = {side: str(resolve_file(folder, row[side])) for side in SIDES}
     if any(isinstance(edge, str) for edge in row["box"]):
         raise ValueError(f"`box` has to be four numbers but is {row['box']}")
     Face(row["box"], row["landmarks"], row["confidence"])  # checks all three
     area_bin(row["area_ratio"])  # checks it
-    return FacePair(**{key: row[key] for key in FacePair.__dataclass_fields__})
+    return FacePair(**{key: row[key] for key in FacePair.__dataclass_fields__} | files)
 
 
-def count_bins(pairs: list[dict[str, Any]], limits: Sequence[float], factors: Sequence[float]) -> list[dict[str, Any]]:
-    """Return a row for each bin of the face's area: its upper limit, noise factor, pairs, and their mean difference."""
-    rows = []
-    for number, (limit, factor) in enumerate(zip(limits, factors, strict=True)):
-        changes = [pair["difference"] for pair in pairs if area_bin(pair["area_ratio"], limits) == number]
-        mean = sum(changes) / max(len(changes), 1)
-        rows.append({"up_to": limit, "noise_factor": factor, "pairs": len(changes), "difference": mean})
-    return rows
+def _file_problem(pair: FacePair) -> str | None:
+    try:
+        for side in SIDES:
+            crop_bounds(pair.box, *verify_image(getattr(pair, side)))
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+# ---- Datasets
 
 
 class PairDataset(Dataset):
-    """Pairs as tensors of one size.
+    """Pairs of `gather_pairs` as tensors of one size.
 
     Each sample: good, bad (3, R, R) float32 in [-1, 1]; mask (1, R, R) in {0, 1}; prompt. It shows the square around
     the face that `face_square` gives, resized to `resolution` R.
     """
 
-    def __init__(self, folder: str | Path, pairs: list[FacePair], resolution: int):
-        self.folder, self.pairs, self.resolution = Path(folder), pairs, resolution
+    def __init__(self, pairs: list[FacePair], resolution: int):
+        self.pairs, self.resolution = pairs, resolution
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
-        good, bad, mask = (load_image(self.folder / name) for name in (pair.good, pair.bad, pair.mask))
+        good, bad, mask = (load_image(getattr(pair, side)) for side in SIDES)
         if not good.size == bad.size == mask.size:
             raise ValueError(
-                f"pair {pair.id} in {self.folder}: good, bad and mask have to be of one size but are "
+                f"pair {pair.id}: {pair.good}, {pair.bad} and {pair.mask} must be of one size but are "
                 f"{good.size}, {bad.size} and {mask.size}"
             )
+
         square, size = face_square(good.size, pair.box, self.resolution), (self.resolution, self.resolution)
         good, bad = (image.crop(square).resize(size, Image.LANCZOS) for image in (good, bad))
-        inside = np.asarray(mask.convert("L").crop(square).resize(size, Image.NEAREST)) > 0
+        inside = np.asarray(mask.crop(square).convert("L").resize(size, Image.NEAREST)) > 0  # (R, R)
         return {
             "good": to_pixel_values(good)[0],
             "bad": to_pixel_values(bad)[0],
@@ -154,11 +152,11 @@ class PairDataset(Dataset):
         }
 
 
-Change = Callable[[Image.Image, FacePair], Image.Image]  # a side's whole picture -> the changed one
+Change = Callable[[Image.Image, FacePair], Image.Image]  # a side's whole image -> the changed one
 
 
 class FaceCrops(Dataset):
-    """The face crops of pairs in their own pixels: good and bad, each (H, W, 3) uint8, cut out of a changed picture."""
+    """The face crops of pairs in their own pixels: good and bad, each (H, W, 3) uint8, cut out of a changed image."""
 
     def __init__(self, pairs: list[FacePair], change_good: Change | None = None, change_bad: Change | None = None):
         self.pairs, self.changes = pairs, {"good": change_good, "bad": change_bad}
@@ -175,7 +173,7 @@ class FaceCrops(Dataset):
         return crops
 
     def name(self, index: int) -> str:
-        """Tell both crops from all others: their files as they are now, and the box."""
+        """Return a name that tells both crops from all others: their files as they are now, and the box."""
         pair = self.pairs[index]
         files = [(Path(path).resolve(), Path(path).stat()) for path in (pair.good, pair.bad)]
         return f"{[(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in files]} {pair.box}"

@@ -1,7 +1,8 @@
 """Portraits for the prior: quality gates, photographic tags, the manifest and the dataset (AuthFace, section 3.1).
 
-The paper filters by face size and by an image quality assessment that rejects pepper noise, over-smooth skin, JPEG
-blocks and blur. Here each of these is one measured number with one limit, so that a rejection has a stated reason.
+The paper drops images without a face or with a small one, and looks, by an image quality assessment and by eye, for
+pepper noise and over-smooth skin; JPEG blocks, blur and noise are what it finds wrong with other datasets. Here each of
+these is one measured number with one limit, so that a rejection has a stated reason.
 """
 
 from __future__ import annotations
@@ -20,10 +21,76 @@ from faceprior.images import as_array, cv2, to_pixel_values
 from faceprior.jsonl import read_manifest, require_keys, resolve_file
 from faceprior.quality import blockiness, noise_level
 
-ANALYSIS_SIZE = 256  # pixels; sharpness, texture and light are measured on aligned crops of this side
+ANALYSIS_SIZE = 256  # side in pixels of the aligned crops on which sharpness, texture and light are measured
+
+# ---- Gates
+
+CHEEKS = np.s_[128:180, 64:192]  # rows and columns of a crop of ANALYSIS_SIZE
 
 
-CHEEKS = np.s_[128:180, 64:192]  # rows and columns of such a crop
+def measure_quality(photograph: Image.Image, face: Face) -> dict[str, float]:
+    """Measure the quality of a face that has landmarks.
+
+    On the photograph's own pixels in the face box: noise, Immerkaer's estimate of the standard deviation of Gaussian
+    noise, grey levels; pepper, the fraction of pixels that differ from the median of their 3 x 3 neighbourhood by more
+    than 40 grey levels; blocks, the mean step across the borders of 8 x 8 blocks over the mean step elsewhere, 1
+    without JPEG. On a crop that is aligned at 256 pixels: sharpness, the standard deviation of the Laplacian, grey
+    levels; texture, the median detail (below 2 pixels) of the cheeks, grey levels, small on over-smooth skin; clipped,
+    the fraction of black or white pixels.
+    """
+    own = _gray(photograph.crop(_block_box(face, photograph.size)))
+    gray = _gray(align_face(photograph, face.landmarks, ANALYSIS_SIZE).crop)
+    detail = np.abs(gray - cv2.GaussianBlur(gray, (0, 0), 2.0))
+    values = {
+        "noise": noise_level(own),
+        "pepper": (np.abs(own - cv2.medianBlur(own, 3)) > 40).mean(),
+        "blocks": blockiness(own),
+        "sharpness": cv2.Laplacian(gray, cv2.CV_32F).std(),
+        "texture": np.median(detail[CHEEKS]),  # the mean would be that of nose, glasses and beard
+        "clipped": ((gray < 3) | (gray > 252)).mean(),
+    }
+    return {name: round(float(value), 4) for name, value in values.items()}
+
+
+def _block_box(face: Face, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the face box inside of the image, from the grid of 8 x 8 blocks on and at least two blocks wide."""
+    low = [max(min(int(edge), side - 16), 0) // 8 * 8 for edge, side in zip(face.box[:2], size, strict=True)]
+    high = [max(int(edge), start + 16) for edge, start in zip(face.box[2:], low, strict=True)]
+    return *low, *(min(edge, side) for edge, side in zip(high, size, strict=True))
+
+
+def _gray(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L"), np.float32)
+
+
+# ---- Tags
+
+
+def photographic_tags(crop: Image.Image) -> list[str]:
+    """Describe the light of an aligned crop by measuring it: hardness, side, colour temperature, key.
+
+    The paper has a vision-language model write such tags (photography-guided annotation); these need no model.
+    """
+    rgb = as_array(crop.resize((ANALYSIS_SIZE, ANALYSIS_SIZE), Image.LANCZOS)).astype(np.float32)  # (256, 256, 3)
+    face = rgb[80:200, 56:200]  # (120, 144, 3)
+
+    # hardness and side: brightness of the left half against the right one
+    gray = face @ np.float32([0.299, 0.587, 0.114])
+    left, right = gray[:, :72].mean(), gray[:, 72:].mean()
+    balance = (left - right) / (left + right + 1e-6)
+    side = "front light" if abs(balance) < 0.06 else f"light from the {'left' if balance > 0 else 'right'}"
+    tags = ["hard light" if abs(balance) > 0.2 else "soft light", side]
+
+    # colour temperature: red over blue
+    warmth = (face[..., 0].mean() + 1) / (face[..., 2].mean() + 1)
+    tags.append("warm light" if warmth > 1.6 else "cool light" if warmth < 1.15 else "neutral light")
+
+    # key: brightness of the whole crop
+    brightness = rgb.mean()
+    return tags + (["dark tones"] if brightness < 70 else ["light tones"] if brightness > 180 else [])
+
+
+# ---- Manifest and dataset
 
 
 @dataclass(frozen=True)
@@ -53,10 +120,10 @@ _ROW_TYPES = {
 
 
 def read_portraits(folder: str | Path) -> tuple[list[Portrait], list[tuple[str, str]]]:
-    """Read the portraits of a folder that stage 03 made -> (portraits, problems as (place, reason)).
+    """Read the portraits of a folder that stage 3 made -> (portraits, problems as (place, reason)).
 
-    A torn row, a row without a key, a missing file or a path out of the folder is a problem; its portrait is left out.
-    Raises FileNotFoundError without a manifest, ValueError when no usable portrait is left.
+    A portrait with a torn row, a row without a key, a missing file or a path out of the folder is skipped and becomes a
+    problem. Raises FileNotFoundError without a manifest, ValueError when no usable portrait is left.
     """
     return read_manifest(folder, _portrait_from_row, "portrait", "03_curate_portraits")
 
@@ -80,56 +147,3 @@ class PortraitDataset(Dataset):
         portrait = self.portraits[index]
         pixel_values = to_pixel_values(self.folder / portrait.image, self.resolution)[0]
         return {"pixel_values": pixel_values, "caption": portrait.caption}
-
-
-def measure_quality(photograph: Image.Image, face: Face) -> dict[str, float]:
-    """Measure the quality of a face that has landmarks.
-
-    On the photograph's own pixels in the face box: noise, Immerkaer's estimate of the standard deviation of Gaussian
-    noise, grey levels; pepper, the share of pixels that differ from the median of their 3 x 3 neighbourhood by more
-    than 40 grey levels; blocks, the mean step across the borders of 8 x 8 blocks over the mean step elsewhere, 1
-    without JPEG. On a crop that is aligned at 256 pixels: sharpness, the standard deviation of the Laplacian, grey
-    levels; texture, the median detail (below 2 pixels) of the cheeks, grey levels, small on over-smooth skin; clipped,
-    the share of black or white pixels.
-    """
-    own = _gray(photograph.crop(_block_box(face, photograph.size)))
-    gray = _gray(align_face(photograph, face.landmarks, ANALYSIS_SIZE).crop)
-    detail = np.abs(gray - cv2.GaussianBlur(gray, (0, 0), 2.0))
-    values = {
-        "noise": noise_level(own),
-        "pepper": (np.abs(own - cv2.medianBlur(own, 3)) > 40).mean(),
-        "blocks": blockiness(own),
-        "sharpness": cv2.Laplacian(gray, cv2.CV_32F).std(),
-        "texture": np.median(detail[CHEEKS]),  # the mean would be that of nose, glasses and beard
-        "clipped": ((gray < 3) | (gray > 252)).mean(),
-    }
-    return {name: round(float(value), 4) for name, value in values.items()}
-
-
-def _block_box(face: Face, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the face box, begun on the grid of 8 x 8 blocks and at least two blocks wide, inside of the picture."""
-    low = [max(min(int(edge), side - 16), 0) // 8 * 8 for edge, side in zip(face.box[:2], size, strict=True)]
-    high = [max(int(edge), start + 16) for edge, start in zip(face.box[2:], low, strict=True)]
-    return *low, *(min(edge, side) for edge, side in zip(high, size, strict=True))
-
-
-def photographic_tags(crop: Image.Image) -> list[str]:
-    """Describe the light of an aligned crop by measuring it: side, hardness, colour temperature, key.
-
-    The paper has a vision-language model write such tags; these are the ones that need no model.
-    """
-    rgb = as_array(crop.resize((ANALYSIS_SIZE, ANALYSIS_SIZE), Image.LANCZOS)).astype(np.float32)
-    face = rgb[80:200, 56:200]
-    gray = face @ np.float32([0.299, 0.587, 0.114])
-    left, right = gray[:, :72].mean(), gray[:, 72:].mean()
-    balance = (left - right) / (left + right + 1e-6)
-    side = "front light" if abs(balance) < 0.06 else f"light from the {'left' if balance > 0 else 'right'}"
-    warmth = (face[..., 0].mean() + 1) / (face[..., 2].mean() + 1)
-    tags = ["hard light" if abs(balance) > 0.2 else "soft light", side]
-    tags.append("warm light" if warmth > 1.6 else "cool light" if warmth < 1.15 else "neutral light")
-    brightness = rgb.mean()
-    return tags + (["dark tones"] if brightness < 70 else ["light tones"] if brightness > 180 else [])
-
-
-def _gray(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("L"), np.float32)

@@ -1,17 +1,17 @@
 """
 Stage 1: make (good, bad) face pairs by inpainting (Face Score, arXiv 2406.17100, sections 4.4 and 8.4).
 
-    python stages/01_make_pairs.py                                     # offline: drawn pictures, the tiny model
+    python stages/01_make_pairs.py                                     # offline: drawn photographs, the tiny model
     python stages/01_make_pairs.py --images photos/ --config stages/presets/sd15.yaml
 
 Reads   photographs of people: a folder, a glob, a file, a .txt list of paths, or WebDataset shards (`{000..009}.tar`)
-Writes  data/pairs/: good/ bad/ mask/ as PNG, manifest.jsonl (one pair a row), photographs.jsonl (what was found in
+Writes  data/pairs/: good/ bad/ mask/ as PNG, manifest.jsonl (one pair per row), photographs.jsonl (what was found in
         each photograph), rejected.jsonl (what failed a filter: its name and the reason), report.json (the counts)
 """
 
 import json
-from collections import ChainMap
-from collections.abc import Container, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,23 @@ from typing import Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
-from faceprior import filters, tiny
+from faceprior import tiny
 from faceprior.config import DONE_FILE, is_complete, open_output, print_problems, run_stage
-from faceprior.detect import AREA_LIMITS, Detector, detect_faces, face_square, finds_face, resolve_detector
+from faceprior.detect import (
+    AREA_LIMITS,
+    Detector,
+    Face,
+    area_bin,
+    detect_faces,
+    face_square,
+    finds_face,
+    resolve_detector,
+)
 from faceprior.diffusion import load_pipeline
 from faceprior.images import atomic_write, save_image
 from faceprior.inpaint import (
-    NOISE_FACTORS,
+    STRENGTHS,
+    Candidate,
     FaceInpainter,
     FacePlan,
     PairBatch,
@@ -35,103 +45,128 @@ from faceprior.inpaint import (
     plan_face,
     prepare_photograph,
 )
-from faceprior.jsonl import MANIFEST, KeyedRows, resume_rows, rewrite_rows, sort_rows
-from faceprior.models import quiet_libraries, resolve_device, weight_dtype
-from faceprior.pairs import FacePair, count_bins
-from faceprior.photos import Photograph, find_photographs, safe_name
+from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
+from faceprior.models import DEFAULT_PROMPT, quiet_libraries, resolve_device, weight_dtype
+from faceprior.pairs import SIDES, FacePair
+from faceprior.photos import Photograph, find_photographs, pair_id, safe_name
 from faceprior.procedural import draw_folder, draw_scenes
-from faceprior.quality import perceptual_hash
+from faceprior.quality import NearDuplicates, perceptual_hash, sharpness
 from faceprior.streams import in_background, in_groups
 from faceprior.training import METRICS_FILE, finish, stable_seed
 
 PHOTOGRAPHS, REJECTED, REPORT = "photographs.jsonl", "rejected.jsonl", "report.json"
+# The "multiple rounds of data filtering" (8.4), in the order in which they run. The paper names small, blurry and
+# invalid faces and gives no numbers; here every filter has a name, a measured number and a limit in the settings.
+FILTERS = {
+    "photographs": ("unreadable", "small_photograph", "no_face", "near_duplicate"),
+    "faces": ("too_small", "low_confidence", "blurry"),
+    "pairs": ("changed_outside", "indistinguishable", "face_not_found", "face_lost"),
+}
 
 
 @dataclass
 class Config:
-    images: str = ""  # folder, glob, file, .txt list or .tar shards of photographs; empty: the project draws some
-    num_drawn: int = 48  # portraits to draw when no photographs are given, [1, inf)
-    num_scenes: int = 8  # and scenes with smaller faces, drawn at `max_resolution`, [0, inf)
-    base: str = "tiny"  # model that inpaints: diffusers folder, .safetensors file, hub id, or tiny
-    vae: str = ""  # folder or hub id of a VAE in place of the base's own
-    output: str = "data/pairs"  # folder for the pairs
-    resolution: int = 128  # pixels; smaller pictures are enlarged to about resolution x resolution, [64, 2048]
-    max_resolution: int = 512  # pixels; larger ones are shrunk to about that; 0: to `resolution`, [0, 2048]
+    images: str = ""  # folder, glob, file, .txt list or .tar shards of photographs; empty: the stage draws some
+    num_drawn: int = 48  # number of portraits to draw when no photographs are given, [1, inf)
+    num_scenes: int = 8  # number of scenes with smaller faces to draw beside them, at `max_resolution`, [0, inf)
+    base: str = "tiny"  # base model that inpaints: diffusers folder, .safetensors file, hub id, or tiny
+    vae: str = ""  # folder or hub id of a VAE to use in place of the base's own
+    output: str = "data/pairs"  # output folder for the pairs
+    resolution: int = 128  # side in pixels; smaller images are enlarged to about resolution x resolution, [64, 2048]
+    max_resolution: int = 512  # side in pixels; larger images are shrunk to about that; 0: `resolution`, [0, 2048]
     prompt: str = ""  # prompt of the inpainting; empty: the caption beside the photograph, else "A face."
-    steps: int = 50  # sampling steps, of which the last int(noise factor x steps) are run, [1, 1000]
-    guidance_scale: float = 2.5  # classifier-free guidance, [1, 30]
+    steps: int = 50  # sampling steps, of which the last int(strength x steps) are run, [1, 1000]
+    guidance_scale: float = 2.5  # scale of the classifier-free guidance, 1: off, [1, 30]
     area_limits: tuple[float, ...] = AREA_LIMITS  # upper face-area ratio of each bin (Table 8), (0, 1]
-    noise_factors: tuple[float, ...] = NOISE_FACTORS  # noise factor of each bin (Table 8), (0, 1]
-    padded_crop: bool = True  # faces that do not fill the picture are worked on in a crop at `resolution`; paper: no
-    crop_noise_factors: tuple[float, ...] = (0.2, 0.2, 0.3, 0.4)  # noise factor of each bin in such a crop, (0, 1]
-    round_trip: bool = True  # the good face goes through the VAE, too, so that its traces are on both sides; paper: no
+    strengths: tuple[float, ...] = STRENGTHS  # strength of the inpainting for each bin (Table 8), (0, 1]
+    padded_crop: bool = True  # inpainting in a crop at `resolution` where the face does not fill the image; paper: no
+    crop_strengths: tuple[float, ...] = (0.2, 0.2, 0.3, 0.4)  # strength for each bin in such a crop, (0, 1]
+    round_trip: bool = True  # VAE round trip of the good face, so that both sides have its traces; paper: no
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
-    min_side: int = 64  # filter small_photograph: pixels, shorter side of the photograph, [1, inf)
-    max_hash_distance: int = 4  # filter near_duplicate: bits of 64 in which such photographs differ; -1: off, [-1, 64]
-    min_face_size: int = 16  # filter too_small: pixels of the prepared picture, shorter side of the face, [8, 1024]
-    min_confidence: float = 0.9  # filter low_confidence: of the detector, [0, 1]
-    min_sharpness: float = 0.05  # filter blurry: 0.05 is a blur of 2% of the face's side, 0.1 of 1.2%; 0: off, [0, 20]
-    min_difference: float = 1.0  # filter indistinguishable: mean change of the face, 0-255; 0: off, [0, 255]
-    drop_not_found: bool = True  # filter face_not_found: drop pairs whose good face the round trip loses; else unused
-    drop_lost: bool = False  # filter face_lost: drop pairs in whose bad picture the detector finds no face any more
-    batch_size: int = 8  # faces inpainted at once, fewer of pictures larger than resolution x resolution, [1, 256]
-    num_workers: int = 2  # threads that read, detect and write while the network runs, 0: none, [0, 64]
+    min_side: int = 64  # filter small_photograph: minimum shorter side of a photograph in pixels, [1, inf)
+    max_hash_distance: int = 4  # filter near_duplicate: maximum number of different bits of 64; -1: off, [-1, 64]
+    min_face_size: int = 16  # filter too_small: minimum shorter side of a face in pixels once prepared, [8, 1024]
+    min_confidence: float = 0.9  # filter low_confidence: minimum confidence of the detector, [0, 1]
+    min_sharpness: float = 0.05  # filter blurry: minimum; 0.05: blur of 2% of the face, 0.1: of 1.2%; 0: off, [0, 20]
+    min_difference: float = 1.0  # filter indistinguishable: minimum mean change of a face, 0-255; 0: off, [0, 255]
+    drop_not_found: bool = True  # filter face_not_found: rejection of pairs whose good face the round trip loses
+    drop_lost: bool = False  # filter face_lost: rejection of pairs in whose bad image no face is found any more
+    batch_size: int = 8  # faces inpainted at once, fewer of images larger than resolution x resolution, [1, 256]
+    num_workers: int = 2  # threads that read, detect and write while the network runs; 0: none, [0, 64]
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the networks
-    seed: int = 0  # every face's own seed is derived from it and from the photograph's name, [0, inf)
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # start anew in an output folder that holds a run
+    seed: int = 0  # seed from which, with the photograph's name, the seed of each face is derived, [0, inf)
+    device: str = "auto"  # device of the networks: auto, cpu, cuda or cuda:N
+    overwrite: bool = False  # start over in an output folder that holds a run
+
+    RENAMED = {"noise_factors": "strengths", "crop_noise_factors": "crop_strengths"}
 
 
 def main(config: Config) -> None:
     check_settings(config)
     quiet_libraries()
     device = resolve_device(config.device)
-    made = [Path(config.output) / side for side in ("good", "bad", "mask")]  # also where it lies among the photographs
+
+    # ---- Find the photographs; the output folder may lie among them
+    made = [Path(config.output) / side for side in SIDES]
     sources, problems = find_photographs(config.images, made) if config.images else (None, [])
+
+    # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
-    photographs, rejected = KeyedRows(output / PHOTOGRAPHS, "photograph"), KeyedRows(output / REJECTED)
-    filters.forget_mended(sources or [], photographs, rejected)
+    photographs = KeyedRows(output / PHOTOGRAPHS, "photograph")
+    pairs, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
+    forget_fixed(sources or [], photographs, rejected)
     if is_complete(output) and (sources is None or all(source.name in photographs for source in sources)):
-        print(f"{output} is complete: {len(resume_rows(output / MANIFEST))} pairs")
+        print(f"{output} is complete: {len(pairs)} pairs")
         return
-    (output / DONE_FILE).unlink(missing_ok=True)  # photographs came in: not complete before they are done, too
+    (output / DONE_FILE).unlink(missing_ok=True)  # photographs were added: not complete until they are done, too
+    for place, reason in problems:
+        rejected.add(rejection(place, place, "unreadable", reason))
     if sources is None:
         sources = draw_sources(config, output / "drawn")
 
+    # ---- Load the base, and check before the work that it can do what the settings ask for
     pipeline = load_pipeline(tiny.resolve(config.base, "sd15"), weight_dtype(config.mixed_precision), config.vae)
     inpainter = FaceInpainter(pipeline.to(device), config.steps, config.guidance_scale)
     if config.padded_crop:
         inpainter.check_side(config.resolution)
-    for factor in (*config.noise_factors, *(config.crop_noise_factors if config.padded_crop else ())):
-        inpainter.check_strength(factor)
-    detector = resolve_detector(config.detector)  # loaded here, not in several threads at once
+    for strength in (*config.strengths, *(config.crop_strengths if config.padded_crop else ())):
+        inpainter.check_strength(strength)
+    detector = resolve_detector(config.detector)  # loaded here, not by several threads at once
 
-    pairs = KeyedRows(output / MANIFEST)
-    known = ChainMap(pairs, rejected)
-    for place, reason in problems:
-        rejected.add(filters.rejection(place, place, "unreadable", reason))
-    # From here on nothing is computed until the last loop asks for it. The network runs in this thread, and what
-    # stands in `in_background` in others: while a batch is inpainted, the next is read and the last one written.
-    judged = len(pairs) + sum(row["filter"] in filters.FILTERS["pairs"] for row in rejected.values())
+    # ---- From photographs to pairs. Every line takes its items one by one from the line before, and only when the loop
+    # at the end asks for the next. The network runs in this thread; `in_background` runs a step in other threads, so
+    # that the next photographs are read and searched, and the last pairs written, while a batch is inpainted.
+    maker = PairMaker(config, output, detector, inpainter.multiple, photographs, pairs, rejected)
+    workers = config.num_workers
+    judged = len(pairs) + sum(row["filter"] in FILTERS["pairs"] for row in rejected.values())
     with tqdm(total=0, initial=judged, desc="inpainting", unit="face") as bar:
-        background = partial(in_background, num_workers=config.num_workers)
-        find = partial(find_faces, config, output, photographs, detector, inpainter.multiple)
-        found = background(find, tqdm(sources, desc="detecting", unit="photo"), ahead=4 * config.batch_size)
-        kept = filters.keep_photographs(found, photographs, pairs, rejected, config.max_hash_distance)
-        plans = plan_faces(config, kept, bar)
-        batches = in_groups(plans, lambda plan: (plan.strength, plan.view_size), partial(batch_size, config))
-        left = (batch for batch in batches if any(plan.id not in known for plan in batch))
-        loaded = background(partial(PairBatch.load, output, config.resolution), left, ahead=2)
-        drawn = (batch.inpaint(inpainter, config.round_trip) for batch in loaded)
-        for rows in background(partial(write_batch, config, output, known, detector), drawn, ahead=2):
+        # Rounds 1 and 2: load each photograph, prepare it, detect its faces and judge them
+        progress = tqdm(sources, desc="detecting", unit="photo")
+        searched = in_background(maker.find_faces, progress, workers, ahead=4 * config.batch_size)
+        kept = maker.keep_photographs(searched)
+
+        # Plan: strength by face area (Table 8). A batch holds faces of one strength and size; batches are formed before
+        # those of an earlier run are skipped, because sums, and so pixels, are rounded differently in another batch.
+        plans = maker.plan_faces(kept, bar)
+        batches = in_groups(plans, lambda plan: (plan.strength, plan.view_size), maker.batch_size)
+        new = (batch for batch in batches if not all(maker.is_judged(plan) for plan in batch))
+
+        # Inpaint (4.4): the bad face, and, with `round_trip`, the good one through the VAE
+        loaded = in_background(maker.load_batch, new, workers, ahead=2)
+        inpainted = (batch.inpaint(inpainter, config.round_trip) for batch in loaded)
+
+        # Round 3: judge each pair and write it
+        for rows in in_background(maker.judge_batch, inpainted, workers, ahead=2):
             for row in rows:
                 (rejected if "filter" in row else pairs).add(row)
             bar.update(len(rows))
+
+    # ---- Sort the rows, so that interrupted and whole runs leave the same files, and count
     summarize(config, output, len(sources))
 
 
 def check_settings(config: Config) -> None:
-    for name in ("noise_factors", "crop_noise_factors"):
+    for name in ("strengths", "crop_strengths"):
         if len(getattr(config, name)) != len(config.area_limits):
             raise ValueError(f"`{name}` needs one value for each of the {len(config.area_limits)} `area_limits`")
     if list(config.area_limits) != sorted(set(config.area_limits)) or config.area_limits[-1] != 1:
@@ -151,126 +186,229 @@ def draw_sources(config: Config, folder: Path) -> list[Photograph]:
     return find_photographs(str(folder))[0]
 
 
-def find_faces(
-    config: Config, output: Path, known: KeyedRows, detector: Detector, multiple: int, source: Photograph
-) -> dict:
-    """Return a photograph's row: its faces, each with the filter that it fails, if any; the good side is saved."""
-    if source.name in known:
-        return known[source.name]
-    row = {"photograph": source.name, "faces": []}
-    try:
-        photograph, caption = source.load(), source.caption()
-    except (ValueError, FileNotFoundError, PermissionError) as error:  # but a full disk ends the stage
-        return row | {"filter": "unreadable", "reason": str(error)}
-    width, height = photograph.size
-    if min(width, height) < config.min_side:
-        return row | {"filter": "small_photograph", "reason": f"{width} x {height} pixels: below {config.min_side}"}
-    good = prepare_photograph(photograph, config.resolution, multiple, config.max_resolution)
-    faces = detect_faces(good, detector, 0, config.min_face_size / 2)  # smaller ones are found, to be counted
-    if not faces:
-        return row | {"filter": "no_face", "reason": "no face found"}
-    file = f"good/{safe_name(source.name)}.png"
-    limits = (config.min_face_size, config.min_confidence, config.min_sharpness)
-    row["faces"] = [filters.judge_face(good, face, *limits) for face in faces]
-    if any("filter" not in face for face in row["faces"]):
-        save_image(good, output / file)
-    prompt = config.prompt or caption or "A face."
-    return row | {
-        "good": file,
-        "prompt": prompt,
-        "size": good.size,
-        "hash": f"{perceptual_hash(photograph):016x}",
-    }
+def forget_fixed(sources: list[Photograph], photographs: KeyedRows, rejected: KeyedRows) -> None:
+    """Remove the rows of files that were unreadable and have been fixed since, so that they are read again."""
+    unreadable = (source for source in sources if photographs.get(source.name, {}).get("filter") == "unreadable")
+    fixed = [source.name for source in unreadable if source.is_readable()]
+    photographs.remove(fixed)
+    rejected.remove(fixed)
 
 
-def plan_faces(config: Config, photographs: Iterable[dict], bar: tqdm) -> Iterator[FacePlan]:
-    crop_factors = config.crop_noise_factors if config.padded_crop else None
-    for row in photographs:
-        for index in (i for i, face in enumerate(row["faces"]) if "filter" not in face):
-            seed = stable_seed(config.seed, row["photograph"], index)
-            bar.total += 1
-            yield plan_face(row, index, seed, config.resolution, config.area_limits, config.noise_factors, crop_factors)
+@dataclass
+class PairMaker:
+    """The steps from a photograph to its pairs, and what they share.
+
+    `find_faces`, `load_batch` and `judge_batch` run in several threads and write images only; rows are written in the
+    main thread. multiple: of the sides of an image, in pixels, that the inpainter needs.
+    """
+
+    config: Config
+    output: Path
+    detector: Detector
+    multiple: int
+    photographs: KeyedRows
+    pairs: KeyedRows
+    rejected: KeyedRows
+
+    def find_faces(self, source: Photograph) -> dict:
+        """Return the row of a photograph: its faces, or the filter that it fails; the prepared image is saved."""
+        if source.name in self.photographs:  # of an earlier run
+            return self.photographs[source.name]
+        config, row = self.config, {"photograph": source.name, "faces": []}
+
+        # ---- Load
+        try:
+            photograph, caption = source.load(), source.caption()
+        except (ValueError, FileNotFoundError, PermissionError) as error:  # other OSErrors, as a full disk, end the run
+            return row | {"filter": "unreadable", "reason": str(error)}
+        width, height = photograph.size
+        if min(width, height) < config.min_side:
+            return row | {"filter": "small_photograph", "reason": f"{width} x {height} pixels: below {config.min_side}"}
+
+        # ---- Prepare and detect; faces below the limits are looked for, too, so that they are counted
+        good = prepare_photograph(photograph, config.resolution, self.multiple, config.max_resolution)
+        faces = detect_faces(good, self.detector, min_confidence=0, min_face_size=config.min_face_size / 2)
+        if not faces:
+            return row | {"filter": "no_face", "reason": "no face found"}
+
+        # ---- Judge the faces; the file comes before the row that names it
+        file = f"good/{safe_name(source.name)}.png"
+        row["faces"] = [judge_face(config, good, face) for face in faces]
+        if any("filter" not in face for face in row["faces"]):
+            save_image(good, self.output / file)
+        return row | {
+            "good": file,
+            "prompt": config.prompt or caption or DEFAULT_PROMPT,
+            "size": good.size,
+            "hash": f"{perceptual_hash(photograph):016x}",
+        }
+
+    def keep_photographs(self, found: Iterable[dict]) -> Iterator[dict]:
+        """Write down what `find_faces` found; yield the photographs with a fit face that are no near-duplicates."""
+        # photographs of earlier pairs stay, even if a copy with an earlier name has been added since
+        duplicates = NearDuplicates(self.config.max_hash_distance)
+        used = {pair["photograph"] for pair in self.pairs.values()}
+        for name in sorted(used):
+            duplicates.add(name, int(self.photographs[name]["hash"], 16))
+
+        for row in found:
+            self.photographs.add(row)
+            name, faces = row["photograph"], row["faces"]
+            if "filter" in row:
+                self.rejected.add(rejection(name, name, row["filter"], row["reason"]))
+            has_fit_face = any("filter" not in face for face in faces)
+
+            # near-duplicates, before their faces are counted
+            if has_fit_face and name not in used:
+                if near := duplicates.find(int(row["hash"], 16)):
+                    (self.output / row["good"]).unlink(missing_ok=True)  # before the row: it says that this is done
+                    reason = f"{near[1]} of 64 bits differ from {near[0]}"
+                    self.rejected.add(rejection(name, name, "near_duplicate", reason))
+                if name in self.rejected:  # in an earlier run, too, even if the original is gone
+                    continue
+
+            for index, face in enumerate(faces):
+                if "filter" in face:
+                    self.rejected.add(rejection(pair_id(name, index), name, face["filter"], face["reason"]))
+            if has_fit_face:
+                duplicates.add(name, int(row["hash"], 16))
+                yield row
+
+    def plan_faces(self, photographs: Iterable[dict], bar: tqdm) -> Iterator[FacePlan]:
+        """Yield the plans of all fit faces, and count them in the bar's total."""
+        config = self.config
+        strengths = (config.strengths, config.crop_strengths if config.padded_crop else None)
+        for row in photographs:
+            for index, face in enumerate(row["faces"]):
+                if "filter" not in face:
+                    bar.total += 1
+                    seed = stable_seed(config.seed, row["photograph"], index)
+                    yield plan_face(row, index, seed, config.resolution, config.area_limits, *strengths)
+
+    def batch_size(self, group: tuple[float, tuple[int, int]]) -> int:
+        """Return how many faces of a group (strength, size) are inpainted at once: about equally many pixels."""
+        width, height = group[1]
+        return max(1, self.config.batch_size // max(1, round(width * height / self.config.resolution**2)))
+
+    def is_judged(self, plan: FacePlan) -> bool:
+        return plan.id in self.pairs or plan.id in self.rejected
+
+    def load_batch(self, plans: list[FacePlan]) -> PairBatch:
+        # read from the disk once more: rare groups wait long for their batch, and memory would fill with photographs
+        return PairBatch.load(self.output, self.config.resolution, plans)
+
+    def judge_batch(self, batch: PairBatch) -> list[dict]:
+        return [self.judge_pair(pair) for pair in batch.candidates() if not self.is_judged(pair.plan)]
+
+    def judge_pair(self, pair: Candidate) -> dict:
+        """Return the row of a valid pair, after its files are written, or the row of its rejection."""
+        config, plan = self.config, pair.plan
+        rejected = partial(rejection, plan.id, plan.photograph)
+
+        # ---- Outside of the mask every pixel is the photograph's, inside of it the sides differ visibly
+        outside = max(change_outside(pair.photograph, side, pair.mask) for side in (pair.good, pair.bad))
+        if outside > 0:
+            return rejected("changed_outside", f"changed by {outside} of 255 outside of its mask")
+        difference = masked_difference(pair.good, pair.bad, pair.mask)
+        if difference < config.min_difference:
+            reason = f"hard to tell apart: mean change {difference:.2f} is below {config.min_difference}"
+            return rejected("indistinguishable", reason)
+
+        # ---- The detector still finds the face
+        if config.drop_not_found and config.round_trip and not self.still_finds_face(plan, pair.good):
+            return rejected("face_not_found", "no face found in the good image after the VAE")
+        lost = not self.still_finds_face(plan, pair.bad)
+        if lost and config.drop_lost:
+            return rejected("face_lost", "no face found in the bad image any more")
+
+        # ---- Write the files; without a round trip the prepared photograph is the good side
+        images = {"bad": pair.bad, "mask": pair.mask} | ({"good": pair.good} if config.round_trip else {})
+        files = {side: f"{side}/{plan.id}.png" for side in images}
+        for side, image in images.items():
+            save_image(image, self.output / files[side])
+        shared = ("id", "photograph", "area_ratio", "strength", "prompt", "seed", "crop")
+        return FacePair(
+            **{key: getattr(plan, key) for key in shared},
+            **{"good": plan.good, **files},
+            **plan.face.to_dict(),
+            base=config.base,
+            difference=difference,
+            round_trip=config.round_trip,
+            lost=lost,
+        ).to_row()
+
+    def still_finds_face(self, plan: FacePlan, image: Image.Image) -> bool:
+        """Tell whether the detector finds the face where it was; only the square around it is searched."""
+        x, y, *far = face_square(image.size, plan.face.box, self.config.resolution)
+        box = [edge - start for edge, start in zip(plan.face.box, (x, y, x, y), strict=True)]
+        return finds_face(image.crop((x, y, *far)), box, self.detector, self.config.min_face_size / 2)
 
 
-def batch_size(config: Config, group: tuple[float, tuple[int, int]]) -> int:
-    """Return how many faces of a group (strength, size) are inpainted at once."""
-    width, height = group[1]
-    return max(1, config.batch_size // max(1, round(width * height / config.resolution**2)))
+def judge_face(config: Config, image: Image.Image, face: Face) -> dict:
+    """Return a face's row: `Face.to_dict`, its sharpness, and the first filter that it fails, with the reason."""
+    row = face.to_dict() | {"sharpness": round(sharpness(image, face.box), 4)}
+    size = min(face.width, face.height)
+    if size < config.min_face_size:
+        return row | {"filter": "too_small", "reason": f"face of {size:.0f} pixels is below {config.min_face_size}"}
+    if face.confidence < config.min_confidence:
+        reason = f"confidence {face.confidence:.3f} is below {config.min_confidence}"
+        return row | {"filter": "low_confidence", "reason": reason}
+    if row["sharpness"] < config.min_sharpness:
+        return row | {"filter": "blurry", "reason": f"sharpness {row['sharpness']} is below {config.min_sharpness}"}
+    return row
 
 
-def write_batch(
-    config: Config, output: Path, known: Container[str], detector: Detector, batch: PairBatch
-) -> list[dict]:
-    return [judge_pair(config, output, detector, *pair) for pair in batch.pairs() if pair[0].id not in known]
-
-
-def judge_pair(
-    config: Config,
-    output: Path,
-    detector: Detector,
-    plan: FacePlan,
-    photograph: Image.Image,
-    good: Image.Image,
-    bad: Image.Image,
-    mask: Image.Image,
-) -> dict:
-    """Write the files of a pair and return its manifest row; one that fails a filter gets the row of a rejection."""
-    rejected = partial(filters.rejection, plan.id, plan.photograph)
-    outside = max(change_outside(photograph, side, mask) for side in (good, bad))
-    if outside > 0:
-        return rejected("changed_outside", f"changed by {outside} of 255 outside of its mask")
-    difference = masked_difference(good, bad, mask)
-    if difference < config.min_difference:
-        reason = f"hard to tell apart: mean change {difference:.2f} is below {config.min_difference}"
-        return rejected("indistinguishable", reason)
-    if config.drop_not_found and config.round_trip and not sees_face(config, detector, plan, good):
-        return rejected("face_not_found", "the face is not found again in the good picture, behind the VAE")
-    lost = not sees_face(config, detector, plan, bad)
-    if lost and config.drop_lost:
-        return rejected("face_lost", "no face is found in the bad picture any more")
-    images = {"bad": bad, "mask": mask} | ({"good": good} if config.round_trip else {})
-    files = {side: f"{side}/{plan.id}.png" for side in images}
-    for side, image in images.items():
-        save_image(image, output / files[side])
-    pair = FacePair(
-        **{key: getattr(plan, key) for key in ("id", "photograph", "area_ratio", "strength", "prompt", "seed", "crop")},
-        **{"good": plan.good, **files},
-        **plan.face.to_dict(),
-        base=config.base,
-        difference=difference,
-        round_trip=config.round_trip,
-        lost=lost,
-    )
-    return pair.to_row()
-
-
-def sees_face(config: Config, detector: Detector, plan: FacePlan, picture: Image.Image) -> bool:
-    """Look for the face where it was, in the square around it."""
-    x, y, *far = face_square(picture.size, plan.face.box, config.resolution)
-    box = [edge - start for edge, start in zip(plan.face.box, (x, y, x, y), strict=True)]
-    return finds_face(picture.crop((x, y, *far)), box, detector, config.min_face_size / 2)
+def rejection(identity: str, photograph: str, name: str, reason: str) -> dict[str, str]:
+    """Return a row of `rejected.jsonl`; identity: of the photograph or the pair; name: of the filter."""
+    return {"id": identity, "photograph": photograph, "filter": name, "reason": reason}
 
 
 def summarize(config: Config, output: Path, num_photographs: int) -> None:
-    """Sort the rows, so that interrupted and whole runs leave the same files; count, by filter and by bin."""
+    """Sort the rows; write and print what each filter rejected and how many pairs each bin of Table 8 has."""
     found, pairs = sort_rows(output / PHOTOGRAPHS, "photograph"), sort_rows(output / MANIFEST)
     rejected = sort_rows(output / REJECTED)
-    bins = count_bins(pairs, config.area_limits, config.noise_factors)
-    rewrite_rows(output / METRICS_FILE, [{"step": number, **row} for number, row in enumerate(bins, 1)])
-    twins = {row["id"] for row in rejected if row["filter"] == "near_duplicate"}
-    faces = sum(len(row["faces"]) for row in found if row["photograph"] not in twins)
-    rounds = filters.count_rounds(rejected, num_photographs, faces, len(pairs))
+
+    # ---- Count
+    bins = count_bins(config, pairs)
+    copies = {row["id"] for row in rejected if row["filter"] == "near_duplicate"}
+    faces = sum(len(row["faces"]) for row in found if row["photograph"] not in copies)
+    rounds = count_rounds(rejected, num_photographs, faces, len(pairs))
     lost = sum(pair["lost"] for pair in pairs)
+
+    # ---- Write
+    rewrite_rows(output / METRICS_FILE, [{"step": number, **row} for number, row in enumerate(bins, 1)])
     with atomic_write(output / REPORT, "w") as file:
         json.dump({"rounds": rounds, "pairs": len(pairs), "pairs_with_lost_face": lost, "bins": bins}, file, indent=1)
     finish(output, pairs=len(pairs), rejected=len(rejected), photographs=num_photographs)
-    order = [name for names in filters.FILTERS.values() for name in names]
+
+    # ---- Print
+    order = [name for names in FILTERS.values() for name in names]
     rejected.sort(key=lambda row: order.index(row["filter"]))
     print_problems([(row["id"], row["reason"]) for row in rejected], most=20)
     for row in rounds:
         print(f"{row['in']} {row['of']}, rejected: " + ", ".join(f"{n} {name}" for name, n in row["rejected"].items()))
-    shares = ", ".join(f"{row['pairs']} up to {row['up_to']:.1%} of the area" for row in bins)
-    print(f"{len(pairs)} pairs in {output}: {shares}")
+    sizes = ", ".join(f"{row['pairs']} up to {row['up_to']:.1%} of the area" for row in bins)
+    print(f"{len(pairs)} pairs in {output}: {sizes}")
+
+
+def count_rounds(rejected: list[dict], photographs: int, faces: int, pairs: int) -> list[dict]:
+    """Return for each round how many came in and how many each filter rejected.
+
+    rejected: rows with the key `filter`; photographs, faces: how many there were; pairs: how many were kept.
+    """
+    counts = Counter(row["filter"] for row in rejected)
+    came = {"photographs": photographs, "faces": faces, "pairs": pairs + sum(counts[name] for name in FILTERS["pairs"])}
+    return [{"of": of, "in": came[of], "rejected": {n: counts[n] for n in names}} for of, names in FILTERS.items()]
+
+
+def count_bins(config: Config, pairs: list[dict]) -> list[dict]:
+    """Return for each bin of Table 8 its upper limit and strength, the number of pairs and their mean difference."""
+    rows = []
+    for number, (limit, strength) in enumerate(zip(config.area_limits, config.strengths, strict=True)):
+        changes = [pair["difference"] for pair in pairs if area_bin(pair["area_ratio"], config.area_limits) == number]
+        mean = sum(changes) / max(len(changes), 1)
+        rows.append({"up_to": limit, "noise_factor": strength, "pairs": len(changes), "difference": mean})
+    return rows
 
 
 if __name__ == "__main__":

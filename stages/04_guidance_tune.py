@@ -104,7 +104,7 @@ def main(config: Config) -> None:
     unet, optimizer = accelerator.prepare(tuner.unet, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
-    dataset = PairDataset("", pairs, config.resolution)
+    dataset = PairDataset(pairs, config.resolution)
     size = (config.resolution, config.resolution)
     add_noise = tuner.noise_scheduler.add_noise
 

@@ -46,13 +46,13 @@ class Config:
     mode: Literal["no", "fp16"] = "no"  # dtype
     warmup: int | None = None  # steps, [0, 100]; none: a tenth
     wrapped_by_a_formatter: float = (
-        0.25  # share, [0, 1)
+        0.25  # fraction, [0, 1)
     )
     fast: bool = False  # a switch
     seed: int = 0  # [0, inf)
     num_workers: int = 0  # processes, [0, 64]
     device: str = "auto"  # where
-    overwrite: bool = False  # start anew
+    overwrite: bool = False  # start over
 
 
 def main(config):
@@ -72,7 +72,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def stage(tmp_path):
-    """The module of a stage that stands in a file of its own."""
+    """The module of a stage in a separate file."""
     folder = tmp_path / "stages"
     folder.mkdir()
     path = folder / "00_example.py"
@@ -241,7 +241,7 @@ def test_unknown_key_in_a_preset(stage, preset, capsys):
 
 
 def test_unknown_section_in_a_preset(stage, preset, capsys):
-    """A misspelt section would else be passed over, and the run would silently take the defaults."""
+    """A misspelt section would else be skipped, and the run would silently take the defaults."""
     line = refusal(stage, capsys, "--config", preset("00_exampel: {steps: 3}"))
     assert "unknown section `00_exampel` in" in line and "did you mean `00_example`?" in line
 
@@ -273,6 +273,59 @@ def test_missing_preset_names_what_is_there(stage, preset, capsys, tmp_path):
     assert "no preset" in line and f"{tmp_path} has preset.yaml" in line
 
 
+# former names of settings
+
+
+@pytest.fixture
+def renamed(stage, monkeypatch):
+    """The stage's Config, whose `rate` and `fast` had other names before."""
+    monkeypatch.setattr(stage.Config, "RENAMED", {"speed": "rate", "quick": "fast"}, raising=False)
+    return stage.Config
+
+
+def test_former_names_on_the_command_line(renamed):
+    assert parse_config(renamed, ["--speed", "0.5", "--quick"]) == renamed(rate=0.5, fast=True)
+
+
+def test_former_names_in_a_preset(renamed, preset):
+    """The command line goes before the preset, whichever name either of them uses."""
+    path = preset("00_example: {speed: 0.5, quick: true}")
+    assert parse_config(renamed, ["--config", path]) == renamed(rate=0.5, fast=True)
+    assert parse_config(renamed, ["--config", path, "--rate", "0.25", "--no-quick"]) == renamed(rate=0.25)
+    assert parse_config(renamed, ["--config", preset("00_example: {rate: 0.5}"), "--speed=0.25"]).rate == 0.25
+    assert make_config(renamed, {"speed": "0.5"}) == renamed(rate=0.5)
+
+
+def test_former_names_are_checked_as_the_current_ones(stage, renamed, capsys):
+    assert refusal(stage, capsys, "--speed", "2").endswith("`rate` has to be in (0, 1] but is 2.0")
+
+
+def test_a_setting_under_both_of_its_names_is_an_error(stage, renamed, preset, capsys):
+    message = "`speed` is the former name of `rate`, and both are given: give `rate` only"
+    assert refusal(stage, capsys, "--speed", "0.5", "--rate", "0.5").endswith(message)
+    path = preset("00_example: {speed: 0.5, rate: 0.5}")
+    assert refusal(stage, capsys, "--config", path).endswith(message)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_config(renamed, {"speed": 0.5, "rate": 0.5})
+
+
+def test_former_names_are_not_shown_in_the_help(stage, renamed, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(renamed, ["--help"])
+    assert "--speed" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_saved_under_former_names_resumes_and_is_saved_under_the_current_ones(config, renamed):
+    saved = open_output(config) / "config.yaml"
+    saved.write_text(saved.read_text().replace("rate:", "speed:").replace("fast:", "quick:"))
+    with pytest.raises(FileExistsError, match=r"rate \(0.001 there, 0.5 now\)"):
+        open_output(dataclasses.replace(config, rate=0.5))
+    assert "speed:" in saved.read_text()
+    open_output(config)
+    assert "rate: 0.001" in saved.read_text() and "fast: false" in saved.read_text()
+    assert "speed" not in saved.read_text() and "quick" not in saved.read_text()
+
+
 # help
 
 
@@ -286,7 +339,7 @@ def test_help_shows_range_and_default_of_every_key(stage, capsys):
         assert f"--{field.name}" in text
     assert "of the optimizer, (0, 1] (default: 0.001)" in text
     assert "upper ends, (0, 1] (default: 0.5 1.0)" in text
-    assert "share, [0, 1) (default: 0.25)" in text
+    assert "fraction, [0, 1) (default: 0.25)" in text
     assert "--fast, --no-fast a switch (default: False)" in text
     assert "{no,fp16} dtype (default: no)" in text
 
@@ -329,7 +382,7 @@ def test_saved_settings_are_a_preset(stage, config):
     assert parse_config(stage.Config, ["--config", str(Path(config.output) / "config.yaml")]) == changed
 
 
-def test_same_settings_continue(config):
+def test_same_settings_resume(config):
     (open_output(config) / "row").write_text("kept")
     assert (open_output(config) / "row").read_text() == "kept"
 
@@ -348,7 +401,7 @@ def test_where_and_how_fast_it_runs_may_differ(config):
     open_output(dataclasses.replace(config, device="cpu", num_workers=4))
 
 
-def test_overwrite_starts_anew(config):
+def test_overwrite_starts_over(config):
     output = open_output(config)
     (output / "done.json").write_text("{}")
     (output / "folder").mkdir()
@@ -398,7 +451,7 @@ def test_output_that_is_a_file(config):
 
 
 def test_runs_inside_of_the_folder_are_left_alone(config):
-    """As the demo's `results/demo`, which stands in the last stage's `results`."""
+    """As the demo's `results/demo`, which lies in the last stage's `results`."""
     inner = dataclasses.replace(config, output=f"{config.output}/demo/run")
     (open_output(inner) / "row").write_text("kept")
     output = open_output(config)
@@ -409,7 +462,7 @@ def test_runs_inside_of_the_folder_are_left_alone(config):
 
 
 def test_killed_while_the_settings_were_written(config):
-    """What is left is the temporary file; the same command goes on."""
+    """What is left is the temporary file; the same command resumes."""
     Path(config.output).mkdir()
     (Path(config.output) / "config.yaml.part").write_text("00_exa")
     open_output(config)
@@ -440,7 +493,7 @@ def test_interrupt_ends_with_its_exit_code(stage, capsys):
     with pytest.raises(SystemExit) as ended:
         run_stage(stage.main, stage.Config, ["--seed", "1"])
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "00_example.py: interrupted; the same command continues\n"
+    assert capsys.readouterr().err == "00_example.py: interrupted; the same command resumes\n"
 
 
 def test_as_a_script_from_its_own_folder(stage, tmp_path):
@@ -494,5 +547,16 @@ def test_every_section_of_a_preset_parses(path):
         assert stage_name(config_class) == name
         config = parse_config(config_class, ["--config", str(path)])
         assert config == make_config(config_class, sections[name])
-        if path.stem == "tiny":  # it spells the defaults out
-            assert config == config_class()
+
+
+def test_stage_1_reads_the_former_names_of_its_strengths():
+    config_class = load_stage("01_make_pairs").Config
+    config = parse_config(config_class, ["--noise_factors", "0.1", "0.2", "0.3", "0.4", "--crop_noise_factors", "0.5"])
+    assert config.strengths == (0.1, 0.2, 0.3, 0.4) and config.crop_strengths == (0.5,)
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_former_names_of_a_stage_lead_to_its_fields(name):
+    config_class = load_stage(name).Config
+    fields, renamed = field_help(config_class).keys(), getattr(config_class, "RENAMED", {})
+    assert not renamed.keys() & fields and set(renamed.values()) <= fields

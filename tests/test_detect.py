@@ -13,9 +13,12 @@ from faceprior.detect import (
     MTCNNDetector,
     _face_from_retinaface,
     detect_faces,
+    finds_face,
+    overlap,
     resolve_detector,
     retinaface_weights_path,
 )
+from faceprior.procedural import draw_portrait
 
 # read off the photograph by eye: pupils, tip of the nose, corners of the mouth, by the picture's sides
 ASTRONAUT_LANDMARKS = np.array([[204, 101], [247, 103.5], [223, 127.5], [203, 139.5], [244.5, 141.5]])
@@ -284,3 +287,24 @@ def test_missing_packages_are_named(fresh_detectors, monkeypatch):
         resolve_detector("auto")
     with pytest.raises(ImportError, match="pip install retina-face"):
         resolve_detector("retinaface")
+
+
+# --- the same face ---
+
+
+def test_overlap_by_hand():
+    """4 x 4 and 4 x 4, shifted by (2, 1): 2 x 3 = 6 of 16 + 16 - 6."""
+    assert overlap((0, 0, 4, 4), (2, 1, 6, 5)) == pytest.approx(6 / 26)
+    assert overlap((0, 0, 4, 4), (4, 0, 8, 4)) == overlap((0, 0, 4, 4), (9, 9, 10, 10)) == 0
+    assert overlap((1, 1, 3, 3), (1, 1, 3, 3)) == 1
+    assert overlap((1, 1, 1, 1), (1, 1, 1, 1)) == 0
+
+
+def test_a_face_is_found_where_it_is():
+    drawing = draw_portrait(0, 256)
+    picture, box = Image.fromarray(drawing.image), drawing.box
+    assert finds_face(picture, box, "mtcnn", 20)
+    away = tuple(edge + 200 for edge in box)
+    assert not finds_face(picture, away, "mtcnn", 20)
+    assert not finds_face(Image.new("RGB", (256, 256), "gray"), box, "mtcnn", 20)
+    assert finds_face(picture, (0, 0, 9, 9), lambda rgb: [Face((0, 0, 10, 10), None, 0.01)], 5)  # whatever confidence

@@ -301,14 +301,14 @@ def test_problems_are_printed(capsys):
     print_problems([("a.png", "truncated")])
     print_problems([("a.png", "truncated"), ("\udce9.png", "no face")], "picture")
     assert capsys.readouterr().out == (
-        "1 input left out:\n  a.png: truncated\n2 pictures left out:\n  a.png: truncated\n  \\udce9.png: no face\n"
+        "1 input skipped:\n  a.png: truncated\n2 pictures skipped:\n  a.png: truncated\n  \\udce9.png: no face\n"
     )
 
 
 def test_of_many_problems_some_are_printed(capsys):
     problems = [(f"{number}.png", "truncated") for number in range(5)]
     print_problems(problems, most=2)
-    assert capsys.readouterr().out == "5 inputs left out:\n  0.png: truncated\n  1.png: truncated\n  and 3 more\n"
+    assert capsys.readouterr().out == "5 inputs skipped:\n  0.png: truncated\n  1.png: truncated\n  and 3 more\n"
     print_problems(problems, most=5)
     assert "more" not in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Pairs: the noise factor, the inpainted bad twin, the manifest, the dataset."""
+"""Pairs: the strength, the inpainted bad face, the manifest, the dataset."""
 
 import json
 import math
@@ -23,12 +23,12 @@ from faceprior.inpaint import (
     change_outside,
     cut_out,
     masked_difference,
-    noise_factor,
     plan_face,
     prepare_photograph,
     put_back,
+    strength_of,
 )
-from faceprior.pairs import FacePair, PairDataset, gather_pairs, read_pairs
+from faceprior.pairs import FacePair, PairDataset, gather_pairs
 from faceprior.procedural import draw_portrait
 from faceprior.training import seeded
 
@@ -47,24 +47,24 @@ def pipelines():
 
 @pytest.fixture(scope="module")
 def faces():
-    """Two pictures of 64 x 64 pixels with the masks of their faces."""
+    """Two images of 64 x 64 pixels with the masks of their faces."""
     drawings = [draw_portrait(seed, 64) for seed in (1, 2)]
     return [(Image.fromarray(d.image), box_mask((64, 64), d.box)) for d in drawings]
 
 
-# ------------------------------------------------------------------------------------------- noise factor
+# ------------------------------------------------------------------------------------------- strength
 
 
 @pytest.mark.parametrize(
-    ("ratio", "factor"),
+    ("ratio", "strength"),
     [
         (1e-9, 0.06), (0.005, 0.06), (math.nextafter(0.005, 1), 0.1), (0.01, 0.1), (math.nextafter(0.01, 1), 0.2),
         (0.1, 0.2), (math.nextafter(0.1, 1), 0.4), (1.0, 0.4),
     ],
 )  # fmt: skip
-def test_noise_factors_of_table_8(ratio, factor):
+def test_strengths_of_table_8(ratio, strength):
     """(0, 0.5%] .06, (0.5%, 1%] .1, (1%, 10%] .2, (10%, 100%] .4: a limit belongs to the lower bin."""
-    assert noise_factor(ratio) == factor
+    assert strength_of(ratio) == strength
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, math.nan])
@@ -79,7 +79,7 @@ def test_bins_of_ones_own():
         area_bin(0.6, (0.2, 0.5))
 
 
-# ------------------------------------------------------------------------------------- picture and mask
+# ------------------------------------------------------------------------------------- image and mask
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def found_row(size, *boxes) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("box", "crop_factors", "crop", "view_size", "strength"),
+    ("box", "crop_strengths", "crop", "view_size", "strength"),
     [
         ((50, 50, 90, 90), None, None, (512, 256), 0.2),  # 1600 / 131072 = 1.2%
         ((50, 50, 90, 90), (0.3, 0.4, 0.5, 0.6), (6, 6, 134, 134), (128, 128), 0.5),
@@ -192,45 +192,45 @@ def found_row(size, *boxes) -> dict:
         ((0, 0, 256, 256), (0.3, 0.4, 0.5, 0.6), (0, 0, 256, 256), (128, 128), 0.6),  # half of it
     ],
 )
-def test_the_plan_of_a_face(box, crop_factors, crop, view_size, strength):
-    plan = plan_face(found_row((512, 256), (0, 0, 9, 9), box), 1, 5, 128, crop_factors=crop_factors)
+def test_the_plan_of_a_face(box, crop_strengths, crop, view_size, strength):
+    plan = plan_face(found_row((512, 256), (0, 0, 9, 9), box), 1, 5, 128, crop_strengths=crop_strengths)
     assert (plan.crop, plan.view_size, plan.strength) == (crop, view_size, strength)
     assert plan.id.startswith("a_b_") and plan.id.endswith("_1") and (plan.seed, plan.prompt) == (5, "a man")
 
 
-def test_a_face_that_fills_its_picture_needs_no_crop():
-    plan = plan_face(found_row((128, 128), (20, 20, 100, 100)), 0, 0, 128, crop_factors=(0.1,) * 4)
+def test_a_face_that_fills_its_image_needs_no_crop():
+    plan = plan_face(found_row((128, 128), (20, 20, 100, 100)), 0, 0, 128, crop_strengths=(0.1,) * 4)
     assert plan.crop is None and plan.view_size == (128, 128) and plan.strength == 0.4
 
 
 def test_faces_of_one_photograph_are_pairs_of_their_own(pipelines, tmp_path):
     """Each pair of the two changes its own face only; what the network saw of the other is not pasted."""
     drawings = [draw_portrait(seed, 64) for seed in (1, 2)]
-    picture = Image.fromarray(np.concatenate([drawing.image for drawing in drawings], axis=1))
-    save_image(picture, tmp_path / "good/b.png")
+    image = Image.fromarray(np.concatenate([drawing.image for drawing in drawings], axis=1))
+    save_image(image, tmp_path / "good/b.png")
     boxes = [drawing.box + np.array([64, 0, 64, 0]) * number for number, drawing in enumerate(drawings)]
-    row = found_row(picture.size, *boxes)
-    plans = [plan_face(row, index, index, 64, crop_factors=(0.3,) * 4) for index in (0, 1)]
+    row = found_row(image.size, *boxes)
+    plans = [plan_face(row, index, index, 64, crop_strengths=(0.3,) * 4) for index in (0, 1)]
     assert all(plan.crop for plan in plans)
     batch = PairBatch.load(tmp_path, 64, plans).inpaint(FaceInpainter(pipelines["sd15"], steps=10), round_trip=True)
-    for number, (plan, photograph, good, bad, mask) in enumerate(batch.pairs()):
-        assert plan is plans[number] and np.array_equal(photograph, picture)
-        assert np.array_equal(mask, box_mask(picture.size, boxes[number]))
-        for side in (good, bad):
-            assert change_outside(picture, side, mask) == 0 and masked_difference(picture, side, mask) > 0
-        assert not np.array_equal(good, bad)
+    for number, pair in enumerate(batch.candidates()):
+        assert pair.plan is plans[number] and np.array_equal(pair.photograph, image)
+        assert np.array_equal(pair.mask, box_mask(image.size, boxes[number]))
+        for side in (pair.good, pair.bad):
+            assert change_outside(image, side, pair.mask) == 0 and masked_difference(image, side, pair.mask) > 0
+        assert not np.array_equal(pair.good, pair.bad)
 
 
 def test_without_a_round_trip_the_good_side_of_a_shrunk_crop_is_the_photograph_s(pipelines, tmp_path):
     """The network sees the face at half its size, but what is judged is what lies on the disk."""
     drawing = draw_portrait(1, 256)
-    picture = Image.fromarray(drawing.image)
-    save_image(picture, tmp_path / "good/b.png")
-    plan = plan_face(found_row(picture.size, drawing.box), 0, 0, 64, crop_factors=(0.3,) * 4)
+    image = Image.fromarray(drawing.image)
+    save_image(image, tmp_path / "good/b.png")
+    plan = plan_face(found_row(image.size, drawing.box), 0, 0, 64, crop_strengths=(0.3,) * 4)
     batch = PairBatch.load(tmp_path, 64, [plan]).inpaint(FaceInpainter(pipelines["sd15"], steps=10), round_trip=False)
-    ((_, _, good, bad, _),) = batch.pairs()
+    (pair,) = batch.candidates()
     assert plan.crop and plan.crop[2] - plan.crop[0] > 64
-    assert np.array_equal(good, picture) and not np.array_equal(bad, picture)
+    assert np.array_equal(pair.good, image) and not np.array_equal(pair.bad, image)
 
 
 # ----------------------------------------------------------------------------------------- inpainting
@@ -275,19 +275,19 @@ def test_only_the_mask_changes(pipelines, faces, kind):
 
 
 def decoded_values(inpainter, *arguments) -> tuple[list[Image.Image], torch.Tensor]:
-    """Return the pictures, and the values that the VAE decoded them from."""
+    """Return the images, and the values that the VAE decoded them from."""
     values = []
     hook = inpainter.pipeline.vae.decoder.register_forward_hook(lambda _, __, output: values.append(output))
-    pictures = inpainter(*arguments)
+    images = inpainter(*arguments)
     hook.remove()
-    return pictures, values[0]
+    return images, values[0]
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_face_depends_on_its_own_seed_only(pipelines, faces, kind):
     """The same face alone, among three, and among them in another order: equal to BATCH_TOLERANCE.
 
-    Its seed alone tells it from another: with one more it is another face.
+    Only its seed makes it differ from another: with the next seed it is another face.
     """
     inpainter = FaceInpainter(pipelines[kind], steps=10)
     (face, mask), (other, other_mask) = faces
@@ -296,17 +296,17 @@ def test_a_face_depends_on_its_own_seed_only(pipelines, faces, kind):
         "last": ([other, other, face], [other_mask, other_mask, mask], 0.2, ["", "a man", "a man"], [8, 7, 7]),
         "first": ([face, other, other], [mask, other_mask, other_mask], 0.2, ["a man", "a man", ""], [7, 7, 8]),
     }
-    pictures, values = {}, {}
+    images, values = {}, {}
     for name, arguments in asked.items():
         place = -1 if name == "last" else 0
         drawn, decoded = decoded_values(inpainter, *arguments)
-        pictures[name], values[name] = np.asarray(drawn[place], int), decoded[place]
+        images[name], values[name] = np.asarray(drawn[place], int), decoded[place]
     for name in ("last", "first"):
         torch.testing.assert_close(values[name], values["alone"], rtol=0, atol=BATCH_TOLERANCE)
-        assert np.abs(pictures[name] - pictures["alone"]).max() <= 1
-    assert np.array_equal(pictures["alone"], np.asarray(inpainter(*asked["alone"])[0], int))
+        assert np.abs(images[name] - images["alone"]).max() <= 1
+    assert np.array_equal(images["alone"], np.asarray(inpainter(*asked["alone"])[0], int))
     another = np.asarray(inpainter([face], [mask], 0.2, ["a man"], [8])[0], int)
-    assert np.abs(another - pictures["alone"]).max() > 1
+    assert np.abs(another - images["alone"]).max() > 1
 
 
 def test_a_round_trip_is_the_vae_inside_of_the_mask(pipelines, faces):
@@ -372,7 +372,7 @@ def test_prompts_are_encoded_once(pipelines, faces):
     assert len(counted) == 4 and inpainter._embeddings.keys() == {"a woman"}
 
 
-def test_sdxl_is_told_what_its_pipeline_tells_it(pipelines, faces):
+def test_sdxl_gets_the_conditions_of_its_pipeline(pipelines, faces):
     """The size, uncropped, and zeros instead of the empty prompt, as `force_zeros_for_empty_prompt` says."""
     pipeline = tiny.tiny_sdxl()
     pipeline.register_to_config(force_zeros_for_empty_prompt=True)  # as SDXL's own
@@ -401,7 +401,7 @@ def test_a_base_in_bfloat16_beside_a_vae_in_float32(tiny_models, faces, kind):
     assert difference.max() > 0 and difference.mean() < 3
 
 
-def test_pictures_that_do_not_fit(pipelines, faces):
+def test_images_that_do_not_fit(pipelines, faces):
     inpainter = FaceInpainter(pipelines["sd15"], steps=10)
     assert inpainter.multiple == 16  # the VAE's 4 times two halvings in the U-Net
     face, mask = faces[0]
@@ -431,7 +431,7 @@ ROW = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with the pictures of one pair, 80 x 64 pixels, and no manifest."""
+    """A folder with the images of one pair, 80 x 64 pixels, and no manifest."""
     y, x = np.mgrid[:64, :80]
     good = np.stack([x * 3, y * 3, x + y], axis=2).astype(np.uint8)
     mask = box_mask((80, 64), ROW["box"])
@@ -441,6 +441,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def in_folder(folder, **changes) -> FacePair:
+    """The pair as it is read: its files are in the folder."""
+    files = {side: str(folder / ROW[side]) for side in ("good", "bad", "mask")}
+    return FacePair(id="a_0", **{**ROW, **files, **changes})
+
+
 def write_manifest(folder, *rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
@@ -448,23 +454,23 @@ def write_manifest(folder, *rows):
 
 def test_a_missing_manifest_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no pairs in .*`python stages/01_make_pairs.py` makes them"):
-        read_pairs(tmp_path)
+        gather_pairs(tmp_path)
 
 
 def test_a_row_makes_the_round_trip(folder):
     pair = FacePair(id="a_0", **ROW)
     write_manifest(folder, pair.to_row(), {**pair.to_row(), "id": "a_1", "landmarks": None, "extra": 1})
-    pairs, problems = read_pairs(folder)
-    assert pairs[0] == pair and pairs[1].landmarks is None and not problems
+    pairs, problems = gather_pairs(folder)
+    assert pairs[0] == in_folder(folder) and pairs[1].landmarks is None and not problems
 
 
 def test_rows_before_the_round_trip_have_none(folder):
     write_manifest(folder, {key: value for key, value in {"id": "a", **ROW}.items() if key != "round_trip"})
-    assert read_pairs(folder)[0][0].round_trip is False and read_pairs(folder)[0][0].lost is False
+    assert gather_pairs(folder)[0][0].round_trip is False and gather_pairs(folder)[0][0].lost is False
 
 
 def test_pairs_of_several_folders(folder, tmp_path_factory, monkeypatch):
-    """Named with a comma between; the samples of both are found, and what is wrong in either is told."""
+    """Separated by commas or in a list; the samples of both are found, and the problems of both are returned."""
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     shutil.copytree(folder, "more")
     write_manifest(folder, {"id": "a", **ROW})
@@ -472,9 +478,10 @@ def test_pairs_of_several_folders(folder, tmp_path_factory, monkeypatch):
     pairs, problems = gather_pairs(f"{folder}, more")
     assert [pair.id for pair in pairs] == ["a", "b"] and pairs[1].bad == "more/bad/a.png"
     assert [place for place, _ in problems] == ["more/manifest.jsonl:2"]
-    first, second = PairDataset("", pairs, 32)
+    first, second = PairDataset(pairs, 32)
     assert torch.equal(first["bad"], second["bad"])
-    assert gather_pairs("more")[0] == pairs[1:]
+    assert gather_pairs([folder, "more"]) == (pairs, problems)
+    assert gather_pairs("more")[0] == gather_pairs(Path("more"))[0] == pairs[1:]
     with pytest.raises(FileNotFoundError, match="no pairs in missing"):
         gather_pairs(f"{folder},missing")
 
@@ -502,7 +509,7 @@ def test_a_bad_row_is_named_and_the_rest_is_read(folder, name):
     changes, reason = BAD_ROWS[name]
     row = {"id": name, **ROW, **changes}
     write_manifest(folder, row, {"id": "whole", **ROW}, json.dumps({"id": "torn", **ROW})[:70], "[1, 2]")
-    pairs, problems = read_pairs(folder)
+    pairs, problems = gather_pairs(folder)
     assert [pair.id for pair in pairs] == ["whole"]
     assert len(problems) == 3
     ((place, why),) = [problem for problem in problems if problem[0].endswith(f": {name}")]
@@ -513,7 +520,7 @@ def test_a_bad_row_is_named_and_the_rest_is_read(folder, name):
 def test_a_row_without_a_key_and_one_with_nan(folder):
     rows = [{k: v for k, v in {"id": "a", **ROW}.items() if k != "prompt"}, {"id": "b", **ROW, "difference": math.nan}]
     write_manifest(folder, *rows, {"id": "whole", **ROW})
-    pairs, problems = read_pairs(folder)
+    pairs, problems = gather_pairs(folder)
     assert [pair.id for pair in pairs] == ["whole"]
     assert len(problems) == 2 and "the row has no `prompt`" in {why for _, why in problems}
 
@@ -521,10 +528,10 @@ def test_a_row_without_a_key_and_one_with_nan(folder):
 def test_no_usable_pair_is_an_error_with_the_first_reason(folder):
     write_manifest(folder, {"id": "a", **ROW, "good": "good/b.png"})
     with pytest.raises(ValueError, match="no usable pair; the first problem: .*good/b.png is missing"):
-        read_pairs(folder)
+        gather_pairs(folder)
     write_manifest(folder)
     with pytest.raises(ValueError, match="no usable pair"):
-        read_pairs(folder)
+        gather_pairs(folder)
 
 
 def test_a_sample(folder):
@@ -532,7 +539,7 @@ def test_a_sample(folder):
 
     Halved to 32 x 32, the mask x 30..50, y 20..44 lies at x (30 - 8) / 2 = 11 .. 21, y 10..22.
     """
-    dataset = PairDataset(folder, [FacePair(id="a_0", **ROW | {"box": [30.0, 10.5, 50.0, 53.5]})], resolution=32)
+    dataset = PairDataset([in_folder(folder, box=[30.0, 10.5, 50.0, 53.5])], resolution=32)
     assert len(dataset) == 1
     sample = dataset[0]
     expected = torch.zeros(1, 32, 32)
@@ -551,7 +558,7 @@ def test_a_sample(folder):
 
 def test_a_small_face_keeps_its_scale(folder):
     """The face is 24 high, so 36 pixels are enough, of which a resolution of 40 makes x 20..60, y 12..52."""
-    sample = PairDataset(folder, [FacePair(id="a_0", **ROW)], resolution=40)[0]
+    sample = PairDataset([in_folder(folder)], resolution=40)[0]
     for side in ("good", "bad"):
         pixels = to_pixel_values(Image.open(folder / side / "a.png").crop((20, 12, 60, 52)))[0]
         assert torch.equal(sample[side], pixels)
@@ -561,8 +568,8 @@ def test_a_small_face_keeps_its_scale(folder):
 
 def test_sides_of_different_sizes_are_an_error(folder):
     save_image(np.zeros((64, 64, 3), np.uint8), folder / "bad/a.png")
-    with pytest.raises(ValueError, match=r"pair a_0 in .*\(80, 64\), \(64, 64\) and \(80, 64\)"):
-        PairDataset(folder, [FacePair(id="a_0", **ROW)], 32)[0]
+    with pytest.raises(ValueError, match=r"pair a_0: .*\(80, 64\), \(64, 64\) and \(80, 64\)"):
+        PairDataset([in_folder(folder)], 32)[0]
 
 
 @pytest.mark.parametrize(
@@ -596,7 +603,7 @@ def test_the_square_around_a_small_face(box, resolution, expected):
 
 
 def test_a_crop_is_put_back_where_it_was():
-    """Of a view only the masked pixels come back, at their place; without a square the picture itself is the view."""
+    """Of a view only the masked pixels come back, at their place; without a square the image itself is the view."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (96, 160, 3), dtype=np.uint8)) for _ in range(2)]
     masks = [box_mask((160, 96), (100, 20, 120, 44))] * 2

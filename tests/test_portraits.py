@@ -1,4 +1,4 @@
-"""Portraits: what the quality gates measure, the tags of the light, the manifest, the dataset."""
+"""Portraits: the measured quality, the tags of the light, the manifest, the dataset."""
 
 import io
 import json
@@ -14,7 +14,6 @@ from faceprior.detect import Face
 from faceprior.images import save_image
 from faceprior.portraits import Portrait, PortraitDataset, measure_quality, photographic_tags, read_portraits
 from faceprior.procedural import draw_portrait
-from faceprior.quality import blockiness, noise_level
 
 
 @pytest.fixture(scope="module")
@@ -33,73 +32,11 @@ def compressed(image, quality):
     return np.asarray(Image.open(file))
 
 
-# ------------------------------------------------------------------------------------------- the measures
-
-Y, X = np.mgrid[:200, :240].astype(np.float32)
-SMOOTH = {
-    "flat": np.full_like(X, 128),
-    "linear": 40 + 0.5 * X + 0.3 * Y,
-    "quadratic": 30 + 0.002 * X**2 + 0.001 * Y**2,
-    "shade": 128 + 90 * np.sin(X / 40) * np.cos(Y / 50),
-}
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("sigma", [1.5, 5, 20])
-def test_noise_level_recovers_sigma(name, sigma):
-    """With 47000 pixels the estimate itself varies by about 1%."""
-    noise = np.random.default_rng(0).normal(0, sigma, X.shape)
-    assert noise_level((SMOOTH[name] + noise).astype(np.float32)) == pytest.approx(sigma, rel=0.1)
-
-
-def test_noise_level_is_blind_to_smooth_structure():
-    """Second differences along both axes of a + bx + cy + dx^2 + ey^2 are 0."""
-    for name in ("flat", "linear", "quadratic"):
-        assert noise_level(SMOOTH[name]) < 0.01
-
-
-def test_noise_level_by_hand():
-    """A pixel that is h higher answers with h x (1 2 1, 2 4 2, 1 2 1) around it: 16 h over (12 - 2) x (9 - 2) pixels.
-
-    Immerkaer: sigma = sqrt(pi / 2) / 6 x mean = sqrt(pi / 2) / 6 x 16 h / 70.
-    """
-    gray = np.zeros((9, 12), np.float32)
-    gray[4, 5] = 30
-    assert noise_level(gray) == pytest.approx(math.sqrt(math.pi / 2) / 6 * 16 * 30 / 70, rel=1e-5)
-
-
-def test_blockiness_by_hand():
-    """Blocks that differ by 4 grey levels from their right neighbours, and by none from those below.
-
-    Along x the steps are 4 at the borders and 0 elsewhere: (4 + .001) / (0 + .001) = 4001; along y .001 / .001 = 1.
-    """
-    gray = np.repeat(np.arange(4, dtype=np.float32) * 4, 8)[None].repeat(32, axis=0)
-    assert blockiness(gray) == pytest.approx((4001 + 1) / 2, rel=1e-3)
-
-
-@pytest.mark.parametrize("shape", [(256, 256), (250, 131), (16, 16)])
-def test_blockiness_of_noise_is_about_one(shape):
-    gray = np.random.default_rng(0).normal(128, 20, shape).astype(np.float32)
-    assert blockiness(gray) == pytest.approx(1, abs=0.3 if min(shape) == 16 else 0.1)
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (5, 7), (1, 1)])
-def test_blockiness_without_a_block_border(shape):
-    assert blockiness(np.zeros(shape, np.float32)) == 1
-
-
-def test_blockiness_grows_as_the_quality_of_jpeg_falls(drawing):
-    values = [
-        blockiness(cv2.cvtColor(compressed(drawing.image, q), cv2.COLOR_RGB2GRAY).astype(float)) for q in (95, 30, 5)
-    ]
-    assert values == sorted(values) and values[-1] > 1.5
-
-
 # --------------------------------------------------------------------------------------- a face's quality
 
 
 def spoil(image, flaw, rng):
-    """The picture with one flaw: pixels (H, W, 3) uint8."""
+    """The image with one flaw: pixels (H, W, 3) uint8."""
     if flaw == "blur":
         return cv2.GaussianBlur(image, (0, 0), 4)
     if flaw == "noise":
@@ -122,8 +59,8 @@ def spoil(image, flaw, rng):
 )  # fmt: skip
 def test_every_flaw_moves_its_number(drawing, face, flaw, number, direction):
     clean = measure_quality(Image.fromarray(drawing.image), face)
-    spoilt = spoil(drawing.image, flaw, np.random.default_rng(0))
-    measured = measure_quality(Image.fromarray(spoilt), face)
+    spoiled = spoil(drawing.image, flaw, np.random.default_rng(0))
+    measured = measure_quality(Image.fromarray(spoiled), face)
     assert direction * (measured[number] - clean[number]) > 0
     factor = measured[number] / clean[number] if clean[number] else math.inf
     assert factor > 1.3 or factor < 1 / 1.3
@@ -136,18 +73,18 @@ def test_quality_is_a_row_of_plain_numbers(drawing, face):
 
 
 def test_pepper_and_noise_are_measured_on_the_photographs_own_pixels(drawing, face):
-    """5% of black pixels on a face that is brighter than 40 grey levels: nearly that share is found, at any size."""
-    spoilt = spoil(drawing.image, "pepper", np.random.default_rng(0))
-    assert measure_quality(Image.fromarray(spoilt), face)["pepper"] == pytest.approx(0.05, abs=0.015)
+    """5% of black pixels on a face that is brighter than 40 grey levels: nearly that fraction is found, at any size."""
+    spoiled = spoil(drawing.image, "pepper", np.random.default_rng(0))
+    assert measure_quality(Image.fromarray(spoiled), face)["pepper"] == pytest.approx(0.05, abs=0.015)
 
 
 def test_blocks_are_found_whatever_the_corner_of_the_box(drawing, face):
-    """The grid of a JPEG begins at the picture's corner, not at the face's."""
-    spoilt = Image.fromarray(compressed(drawing.image, 5))
+    """The grid of a JPEG begins at the corner of the image, not at the face's."""
+    spoiled = Image.fromarray(compressed(drawing.image, 5))
     x0, y0, x1, y1 = face.box
     for shift in (0, 3, 5):
         moved = Face((x0 + shift, y0 + shift, x1, y1), face.landmarks, 1.0)
-        assert measure_quality(spoilt, moved)["blocks"] > 1.5
+        assert measure_quality(spoiled, moved)["blocks"] > 1.5
 
 
 def test_a_face_at_the_border_and_a_tiny_one(drawing, face):
@@ -157,8 +94,8 @@ def test_a_face_at_the_border_and_a_tiny_one(drawing, face):
         assert all(math.isfinite(value) for value in quality.values())
 
 
-def test_a_face_in_the_corner_is_not_measured_beyond_the_picture(face):
-    """The two blocks around a box of 8 x 8 pixels lie inside of an even picture: no dark border, no pepper, no step."""
+def test_a_face_in_the_corner_is_not_measured_beyond_the_image(face):
+    """The two blocks around a box of 8 x 8 pixels lie inside of an even image: no dark border, no pepper, no step."""
     photograph = Image.new("RGB", (256, 256), (200, 180, 170))
     quality = measure_quality(photograph, Face((248, 248, 256, 256), face.landmarks, 1.0))
     assert (quality["noise"], quality["pepper"], quality["blocks"]) == (0, 0, 1)
@@ -294,7 +231,7 @@ def test_a_sample(folder):
     assert sample["caption"] == ROW["caption"]
 
 
-def test_a_truncated_picture_is_named(folder):
+def test_a_truncated_image_is_named(folder):
     path = folder / "images/a.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match="a.png"):

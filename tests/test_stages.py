@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 from faceprior import tiny
 from faceprior.config import parse_config
 from faceprior.detect import area_bin, box_mask
-from faceprior.inpaint import noise_factor
+from faceprior.inpaint import Candidate, strength_of
 from faceprior.jsonl import read_rows
-from faceprior.pairs import FacePair, read_pairs
+from faceprior.pairs import FacePair, gather_pairs
 from faceprior.procedural import draw_folder, draw_portrait
 
 NAMES = sorted(path.stem for path in STAGES.glob("0*.py"))
@@ -121,12 +121,12 @@ def test_pairs_keep_the_photograph_outside_of_the_mask(chain):
         assert (photograph[mask == 0] == good[mask == 0]).all()
         assert (photograph[mask == 0] == bad[mask == 0]).all()
         assert (good[mask > 0] != bad[mask > 0]).any()
-        if pair["photograph"].startswith("scene"):  # a small face: in a crop around it, with the crop's noise factors
+        if pair["photograph"].startswith("scene"):  # a small face: in a crop around it, with the crop's strengths
             (x0, y0, x1, y1), box = pair["crop"], pair["box"]
             assert (x1 - x0, y1 - y0) == (128, 128) and x0 <= box[0] < box[2] <= x1 and y0 <= box[1] < box[3] <= y1
             assert pair["strength"] == (0.2, 0.2, 0.3, 0.4)[area_bin(pair["area_ratio"])]
         else:
-            assert pair["crop"] is None and pair["strength"] == noise_factor(pair["area_ratio"])
+            assert pair["crop"] is None and pair["strength"] == strength_of(pair["area_ratio"])
         assert pair["round_trip"] and (good[mask > 0] != photograph[mask > 0]).any()
     assert {pair["strength"] for pair in pairs} >= {0.2, 0.4}
 
@@ -144,7 +144,7 @@ def test_without_the_round_trip_the_good_side_is_the_photograph(chain, tmp_path,
         assert bad == (chain / "data/pairs" / with_trip[pair["id"]]["bad"]).read_bytes()
 
 
-def test_batches_of_pairs_hold_fewer_large_pictures():
+def test_batches_of_pairs_hold_fewer_large_images():
     """8 faces at 128 x 128: 8 of 160 x 112 pixels, 2 of 256 x 256, 1 of 512 x 512; strengths are never mixed."""
     stage = load_stage(PAIRS)
     sizes = {"a": (160, 112), "b": (256, 256), "c": (512, 512)}
@@ -159,11 +159,10 @@ def test_batches_of_pairs_hold_fewer_large_pictures():
     ]  # fmt: skip
 
     def batches(config):
+        maker = stage.PairMaker(config, Path("out"), None, 16, {}, {}, {})
         with tqdm(total=0, disable=True) as bar:
-            plans = stage.plan_faces(config, photographs, bar)
-            yield from stage.in_groups(
-                plans, lambda plan: (plan.strength, plan.view_size), lambda group: stage.batch_size(config, group)
-            )
+            plans = maker.plan_faces(photographs, bar)
+            yield from stage.in_groups(plans, lambda plan: (plan.strength, plan.view_size), maker.batch_size)
 
     whole = list(batches(stage.Config(padded_crop=False)))
     assert all(len({(plan.strength, plan.view_size) for plan in batch}) == 1 for batch in whole)
@@ -175,20 +174,20 @@ def test_batches_of_pairs_hold_fewer_large_pictures():
 
 
 @pytest.mark.parametrize("preset", sorted((STAGES / "presets").glob("*.yaml")), ids=lambda path: path.stem)
-def test_presets_take_50_steps_and_the_noise_factors_of_the_paper(preset):
+def test_presets_take_50_steps_and_the_strengths_of_the_paper(preset):
     """3, 5, 10 and 20 of them; a preset without the section takes another's pairs."""
     stage = load_stage(PAIRS)
     if PAIRS not in yaml.safe_load(preset.read_text()):
         return
     config = parse_config(stage.Config, ["--config", str(preset)])
-    assert [int(factor * config.steps) for factor in config.noise_factors] == [3, 5, 10, 20]
+    assert [int(strength * config.steps) for strength in config.strengths] == [3, 5, 10, 20]
     assert config.min_sharpness > 0 and config.max_hash_distance >= 0
 
 
 def few_steps(tiny_models) -> dict:
     """Return settings with which a face is inpainted in one step."""
     values = {"base": str(tiny_models / "sd15"), "steps": 5, "batch_size": 2, "drop_not_found": False}
-    return values | {"noise_factors": (0.2,) * 4, "crop_noise_factors": (0.2,) * 4}
+    return values | {"strengths": (0.2,) * 4, "crop_strengths": (0.2,) * 4}
 
 
 def results(folder: str) -> dict[str, str]:
@@ -196,7 +195,7 @@ def results(folder: str) -> dict[str, str]:
 
 
 def test_pairs_from_shards_named_by_shard_and_member(tmp_path, monkeypatch, tiny_models, capsys):
-    """Captions from both kinds of sidecars; a broken picture, a broken caption, and a torn end are told and passed."""
+    """Captions from both kinds of sidecars; broken images and captions and a torn end are reported and skipped."""
     monkeypatch.chdir(tmp_path)
     portraits = draw_folder(Path("drawn"), range(3), 128)
     pictures = [path.read_bytes() for path in portraits]
@@ -226,7 +225,7 @@ def test_pairs_from_shards_named_by_shard_and_member(tmp_path, monkeypatch, tiny
     printed = capsys.readouterr().out
     for name, row in rejected.items():
         assert f"  {name}: {row['reason']}" in printed
-    assert read_pairs("out")[1] == []
+    assert gather_pairs("out")[1] == []
 
 
 def test_every_filter_counts_what_it_rejects(tmp_path, monkeypatch, tiny_models, capsys):
@@ -272,7 +271,7 @@ def test_every_filter_counts_what_it_rejects(tmp_path, monkeypatch, tiny_models,
 
 
 def test_a_pair_that_changed_outside_of_its_mask_is_rejected(chain, tiny_models):
-    """As it would be if the bad picture were not pasted back: one grey level in one corner is enough."""
+    """As it would be if the bad face were not pasted back: one grey level in one corner is enough."""
     stage = load_stage(PAIRS)
     config, output = stage.Config(**settings(tiny_models)[PAIRS]), chain / "data/pairs"
     row = rows(output / "photographs.jsonl")[0]
@@ -281,7 +280,8 @@ def test_a_pair_that_changed_outside_of_its_mask_is_rejected(chain, tiny_models)
     mask = box_mask(good.size, plan.face.box)
     bad = Image.composite(ImageOps.invert(good), good, mask)
     bad.putpixel((0, 0), tuple(value + 1 for value in good.getpixel((0, 0))))
-    verdict = stage.judge_pair(config, output, None, plan, good, good, bad, mask)
+    maker = stage.PairMaker(config, output, None, 16, {}, {}, {})
+    verdict = maker.judge_pair(Candidate(plan, good, good, bad, mask))
     assert verdict["filter"] == "changed_outside" and "changed by 1 of 255" in verdict["reason"]
     assert verdict["id"] == plan.id and verdict["photograph"] == row["photograph"]
 
@@ -325,8 +325,8 @@ def test_photographs_that_come_in_later(tmp_path, monkeypatch, tiny_models):
     assert rejected["photograph"] == "a_copy.png" and "differ from portrait_00005.png" in rejected["reason"]
 
 
-def test_a_run_among_its_photographs_goes_on_as_they_change(tmp_path, monkeypatch, tiny_models, capsys):
-    """Its own pictures are none of them; a mended file is read; a copy stays rejected when its original is gone."""
+def test_a_run_among_its_photographs_resumes_as_they_change(tmp_path, monkeypatch, tiny_models, capsys):
+    """Its own images are none of them; a fixed file is read; a copy stays rejected when its original is gone."""
     monkeypatch.chdir(tmp_path)
     first, second = draw_folder(Path("p"), [5, 6], 128)
     shutil.copy(first, "p/z_copy.png")
@@ -498,7 +498,7 @@ def test_a_scorer_of_a_version_with_cache_prefix_resumes(workplace, tiny_models)
     assert Path("old/done.json").is_file()
 
 
-def test_spoilt_portraits_are_rejected_with_a_reason(chain):
+def test_spoiled_portraits_are_rejected_with_a_reason(chain):
     rejected = {Path(r["photograph"]).stem: r["reason"] for r in rows(chain / "data/portraits/rejected.jsonl")}
     assert "blurred" in rejected["portrait_00000_blur"]
     assert "noisy" in rejected["portrait_00004_noise"]
@@ -684,7 +684,7 @@ def test_pairs_whose_files_are_spoilt_are_reported_and_left_out(workplace, name,
     manifest.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     run(name, **{**settings(tiny_models)[name], "output": "out"})
     printed = capsys.readouterr().out
-    assert "3 pairs left out" in printed and torn.name in printed and f"{empty.name} is empty" in printed
+    assert "3 pairs skipped" in printed and torn.name in printed and f"{empty.name} is empty" in printed
 
 
 def test_a_scorer_that_was_killed_while_it_kept_its_best(chain, tmp_path, tiny_models):
@@ -730,7 +730,7 @@ def test_torn_and_escaping_rows_are_left_out(workplace, tiny_models, capsys):
     manifest.write_text("\n".join([lines[0][:40], json.dumps(escaping), json.dumps(missing), *lines[3:]]))
     run(GUIDANCE, **{**settings(tiny_models)[GUIDANCE], "output": "out"})
     printed = capsys.readouterr().out
-    assert "3 pairs left out" in printed
+    assert "3 pairs skipped" in printed
     for reason in ("manifest.jsonl:1: torn", "leads out of", "not_there.png is missing"):
         assert reason in printed
 

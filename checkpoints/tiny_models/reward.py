@@ -22,7 +22,7 @@ from faceprior import tiny
 from faceprior.detect import face_square
 from faceprior.images import as_array, cv2, load_image, to_pil
 from faceprior.losses import pairwise_ranking_loss
-from faceprior.pairs import read_pairs
+from faceprior.pairs import gather_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
@@ -41,7 +41,7 @@ class DrawnFaces(Dataset):
     """
 
     def __init__(self, work: Path, split: str, vae: AutoencoderKL, pairs: Path | None = None):
-        self.folder, self.pairs = pairs, read_pairs(pairs)[0] if pairs else []
+        self.pairs = gather_pairs(pairs)[0] if pairs else []
         drawings = Drawings(work, split)
         path = work / f"round_trip_{split}.npz"
         if not path.is_file():
@@ -64,7 +64,7 @@ class DrawnFaces(Dataset):
 
     def _pair(self, index: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
         pair = self.pairs[index % len(self.pairs)]
-        good, bad = (load_image(self.folder / name) for name in (pair.good, pair.bad))
+        good, bad = (load_image(path) for path in (pair.good, pair.bad))
         square = face_square(good.size, pair.box, tiny.RESOLUTION)
         corner = np.array([*square[:2], *square[:2]])
         return as_array(good.crop(square)), as_array(bad.crop(square)), (pair.box - corner).tolist()

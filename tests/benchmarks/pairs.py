@@ -4,8 +4,8 @@ Faces per second: stage 1's inpainting beside the naive way, one call of diffuse
     python tests/benchmarks/pairs.py                                    # the tiny base on a CPU
     python tests/benchmarks/pairs.py --base stable-diffusion-v1-5/stable-diffusion-v1-5 --resolution 512 --dtype float16
 
-Both get the same faces, noise factors, prompts, steps and guidance, and are run in turns; the stage's way is batches of
-one noise factor with each prompt encoded once. Aims: no slower on a CPU, 3 times as fast on a GPU.
+Both get the same faces, strengths, prompts, steps and guidance, and are run in turns; the stage's way is batches of
+one strength with each prompt encoded once. Aims: no slower on a CPU, 3 times as fast on a GPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from PIL import Image
 from faceprior import tiny
 from faceprior.detect import box_mask
 from faceprior.diffusion import load_pipeline
-from faceprior.inpaint import NOISE_FACTORS, FaceInpainter
+from faceprior.inpaint import STRENGTHS, FaceInpainter
 from faceprior.models import quiet_libraries, resolve_device
 from faceprior.procedural import draw_portrait
 from faceprior.streams import in_groups
@@ -61,13 +61,13 @@ def main() -> None:
 
 
 def make_faces(count: int, resolution: int) -> list[tuple[Image.Image, Image.Image, float, str, int]]:
-    """Return (picture, mask, noise factor, prompt, seed); the factors take turns, as faces in photographs do."""
+    """Return (image, mask, strength, prompt, seed); the strengths take turns, as faces in photographs do."""
     drawings = [draw_portrait(seed, resolution) for seed in range(count)]
     return [
         (
             Image.fromarray(drawing.image),
             box_mask((resolution, resolution), drawing.box),
-            NOISE_FACTORS[seed % len(NOISE_FACTORS)],
+            STRENGTHS[seed % len(STRENGTHS)],
             "A face.",
             seed,
         )
