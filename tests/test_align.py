@@ -5,7 +5,7 @@ from PIL import Image
 
 from faceprior.align import align_face, alignment_quad, crop_mask, paste_face
 
-# by the picture's sides: left eye, right eye, nose, left and right mouth corner
+# left and right as seen in the image: left eye, right eye, nose, left and right mouth corner
 ASTRONAUT = np.array([[206, 102], [249, 105], [227, 130], [204, 142], [247, 144]], dtype=float)
 
 
@@ -158,7 +158,7 @@ def test_photographs_much_smaller_than_the_square(shape):
         (np.zeros((5, 3)), r"\(5, 2\)"),
         (face_at(50, 50) * np.nan, "finite"),
         (np.full((5, 2), 30.0), "both eyes"),
-        (face_at(50, 50)[[1, 0, 2, 4, 3]], "picture's sides"),
+        (face_at(50, 50)[[1, 0, 2, 4, 3]], "as seen in the image"),
         (face_at(5000, 50), "outside"),
         (face_at(50, -5000), "outside"),
     ],

@@ -456,7 +456,7 @@ def test_what_may_not_be_read_is_named(portraits, tmp_path, score):
     (tmp_path / "in/secret").chmod(0o700)
     assert code == 1 and [Path(row["file"]).name for row in rows_of(out)] == ["locked.png", "open.png"]
     assert "Permission denied" in rows_of(out)[0]["error"] and "1 of 2 pictures failed" in err
-    assert f"passed over: [Errno 13] Permission denied: '{tmp_path / 'in/secret'}'" in err
+    assert f"skipped: [Errno 13] Permission denied: '{tmp_path / 'in/secret'}'" in err
 
 
 def test_names_that_are_no_text(portraits, tmp_path, score):
