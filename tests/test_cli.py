@@ -96,7 +96,7 @@ def read_csv(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_score_prints_one_json_object_a_image(archive, tiny_models, capsys):
+def test_score_prints_one_json_object_an_image(archive, tiny_models, capsys):
     assert main(["score", str(archive), "--checkpoint", str(tiny_models / "scorer"), "--json"]) == 1
     out, err = capsys.readouterr()
     found = {Path(row["file"]).relative_to(archive).as_posix(): row for row in map(json.loads, out.splitlines())}
@@ -226,7 +226,7 @@ def test_csv_resumes_where_it_was_cut(portraits, tmp_path, score):
     assert rows_of(anew)[0]["faces"][0]["score"] == pytest.approx(float(rows[0]["score"]), rel=1e-4)
 
 
-def test_a_image_that_failed_or_lacks_a_row_is_tried_again(tmp_path, score):
+def test_an_image_that_failed_or_lacks_a_row_is_tried_again(tmp_path, score):
     folder, table = tmp_path / "in", tmp_path / "scores.csv"
     two = np.concatenate([draw_portrait(0, 160).image, draw_portrait(1, 160).image], axis=1)
     save_image(two, folder / "two.png")
@@ -405,7 +405,7 @@ def test_bad_files_are_named_and_the_rest_is_scored(portraits, tmp_path, score):
             (folder / name).symlink_to(data)
         else:
             (folder / name).write_bytes(made[name] if data is None else data)
-    (folder / "folder.png").mkdir()  # not a image, and nothing in it
+    (folder / "folder.png").mkdir()  # not an image, and nothing in it
     os.mkfifo(folder / "pipe.png")  # nobody writes to it: who reads it waits for ever
     Image.new("RGB", (1, 1)).save(folder / "one.png")
     Image.new("RGB", (2000, 1)).save(folder / "line.png")
@@ -558,7 +558,7 @@ def test_a_missing_drawing_is_made_from_the_file(portraits, tmp_path, score):
     assert (tmp_path / "drawn/2.png").read_bytes() == first
 
 
-def test_a_image_that_was_damaged_since_it_was_scored(portraits, tmp_path, score):
+def test_an_image_that_was_damaged_since_it_was_scored(portraits, tmp_path, score):
     """It is reported as not drawn, each time, and keeps its scores; the others are drawn."""
     folder, table = tmp_path / "in", tmp_path / "s.csv"
     shutil.copytree(portraits / "a", folder)
@@ -699,6 +699,16 @@ def test_a_folder_of_another_model_ends_with_one_line(portraits, tiny_models, ca
     assert main(["score", str(portraits), "--checkpoint", str(tiny_models / "sd15/unet")]) == 2
     out, err = capsys.readouterr()
     assert not out and "holds the configuration of UNet2DConditionModel, not of a FaceScorer" in err.splitlines()[-1]
+
+
+def test_score_loads_no_training_code(portraits, scorer):
+    code = f"import sys, faceprior.cli as cli; cli.main(['score', {str(portraits)!r}, '--checkpoint', {scorer!r}])"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    loaded = set(run.stdout.splitlines()[-1].split())
+    assert "faceprior.scorer" in loaded and "1.png" in run.stdout
+    assert not loaded & {"faceprior.training", "faceprior.restorer", "faceprior.guidance"}
 
 
 @pytest.mark.parametrize(

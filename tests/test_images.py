@@ -32,7 +32,7 @@ def checker(height=6, width=8):
 
 
 def noise_file(path, size=200):
-    """A picture that does not compress, so that half of its file is half of its pixels."""
+    """An image that does not compress, so that half of its file is half of its pixels."""
     Image.fromarray(checker(size, size)).save(path)
     return path
 
@@ -117,7 +117,7 @@ def test_every_mode_becomes_rgb(mode):
 
 
 def test_cmyk_jpeg_is_not_read_as_rgb(tmp_path):
-    """Ink: cyan alone absorbs red, so the picture is green + blue."""
+    """Ink: cyan alone absorbs red, so the image is green + blue."""
     Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.jpg", quality=100)
     red, green, blue = as_array(tmp_path / "a.jpg")[8, 8]
     assert red < 20 and green > 150 and blue > 200
@@ -162,10 +162,10 @@ def test_half_a_file_is_an_image_error(tmp_path, suffix):
 
 def test_bytes_are_read_as_the_file_is(tmp_path):
     """With its orientation; and what is wrong is told under the name that was given."""
-    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned
-    picture.save(tmp_path / "a.png", exif=exif)
+    image.save(tmp_path / "a.png", exif=exif)
     data = (tmp_path / "a.png").read_bytes()
     read = decode_image(data, "0.tar/a.png")
     assert read.size == (2, 4) and np.array_equal(read, load_image(tmp_path / "a.png"))
@@ -278,10 +278,10 @@ def test_to_pil_clamps_and_refuses_nan():
 
 
 def test_a_batch_needs_one_size():
-    pictures = [checker(6, 8), checker(8, 8)]
+    images = [checker(6, 8), checker(8, 8)]
     with pytest.raises(ValueError, match=r"pass `size`"):
-        to_pixel_values(pictures)
-    assert to_pixel_values(pictures, size=4).shape == (2, 3, 4, 4)
+        to_pixel_values(images)
+    assert to_pixel_values(images, size=4).shape == (2, 3, 4, 4)
     with pytest.raises(ValueError, match="empty"):
         to_pixel_values([])
 
@@ -469,14 +469,14 @@ def test_no_other_attribute_appears():
         images.cv3  # noqa: B018
 
 
-def test_a_picture_from_memory():
+def test_an_image_from_memory():
     buffer = io.BytesIO()
     Image.fromarray(checker()).save(buffer, "png")
     np.testing.assert_array_equal(as_array(Image.open(buffer)), checker())
 
 
 def damaged(fmt: str, seed: int, **options) -> bytes:
-    """A picture whose file has twelve bytes of noise in its first 600."""
+    """An image whose file has twelve bytes of noise in its first 600."""
     rng = np.random.default_rng(seed)
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, fmt, **options)

@@ -366,7 +366,7 @@ BAD_BOXES = [
 
 @pytest.mark.parametrize(("box", "rule"), BAD_BOXES)
 def test_bad_boxes_are_named(scorer, box, rule):
-    """In a image of 90 x 70 pixels."""
+    """In an image of 90 x 70 pixels."""
     numbers = ", ".join(str(edge) for edge in box)
     for call in (
         lambda: scorer.preprocess(make_image(), boxes=[box]),
@@ -387,7 +387,7 @@ def test_the_image_of_a_bad_box_is_named_in_a_list(scorer):
         scorer.score([make_image()], faces=[[(1, 1, math.inf, 9)]])
 
 
-def test_a_image_of_one_pixel(scorer):
+def test_an_image_of_one_pixel(scorer):
     (score,) = scorer.score(Image.new("RGB", (1, 1), "red"), faces=[(0, 0, 1, 1)])
     expected = scorer(scorer.preprocess(Image.new("RGB", (32, 32), "red")))
     assert score.score == pytest.approx(expected.item(), abs=1e-5)
@@ -445,7 +445,7 @@ def test_score_of_a_list_is_a_list_of_lists(scorer):
     assert scorer.score([], detector=find) == []
 
 
-def test_a_image_without_a_face_has_no_scores(scorer):
+def test_an_image_without_a_face_has_no_scores(scorer):
     assert scorer.score(make_image(size=(40, 40)), detector=find) == []
     assert scorer.score(make_image(), faces=[]) == []
     assert scorer.score(make_image(), detector=find, min_confidence=0.96) == []
