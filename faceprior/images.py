@@ -77,7 +77,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
 
     Returns:
         The image. Its `info` holds the ICC profile of an RGB image under "icc_profile", and no other metadata. It
-        may be `source` itself or share its pixels: copy it before you change it in place.
+        may be `source` itself: copy it before you change it in place.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -105,7 +105,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
     if not data:
         raise ImageError(f"{name} is empty (0 bytes)")
     with io.BytesIO(data) as file, _open(file, Path(name)) as image:
-        return _to_rgb(image, name, max_pixels)
+        return _to_rgb(image, name, max_pixels, decoded_here=True)
 
 
 def as_array(image: ImageSource) -> np.ndarray:
@@ -156,7 +156,7 @@ def _square(image: ImageSource, size: int) -> Image.Image:
 def _image_from_file(path: Path, max_pixels: int) -> Image.Image:
     _check_file(path)
     with path.open("rb") as file, _open(file, path) as image:
-        return _to_rgb(image, str(path), max_pixels)
+        return _to_rgb(image, str(path), max_pixels, decoded_here=True)
 
 
 def _check_file(path: Path) -> None:
@@ -189,7 +189,7 @@ def _open(file: IO[bytes], path: Path) -> Image.Image:
         raise ImageError(f"{path} cannot be read: {error}") from error
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, max_pixels: int, decoded_here: bool = False) -> Image.Image:
     _check_size(image.width, image.height, name, max_pixels)
     try:
         image.load()
@@ -203,7 +203,9 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if rgb is image:
         if type(image) is Image.Image and image.info == info:
             return image
-        rgb = image._new(image.im)  # the same pixels in a plain image: a file's class would keep its metadata
+        # A plain image, because the class of a file keeps metadata. Only pixels of a file opened here are shared: one
+        # that the caller opened may decode its next frame into them.
+        rgb = image._new(image.im) if decoded_here else image.copy()
     rgb.info = info
     return rgb
 
