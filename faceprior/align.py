@@ -155,9 +155,9 @@ def _pad(region: np.ndarray, to_region: np.ndarray, quad: np.ndarray) -> tuple[n
 def _blurred_border(
     image: np.ndarray, before: np.ndarray, after: np.ndarray, sigma: float, visible: np.ndarray
 ) -> np.ndarray:
-    """image (H, W, 3) uint8, widened by `before` and `after` (x, y) pixels with its blurred reflection, float32.
+    """Widen image (H, W, 3) uint8 by `before` and `after` (x, y) pixels with its blurred reflection -> float32.
 
-    visible: (2, 2), the (x, y) corners of the part of the result that is needed: only there the border is blurred.
+    visible: (2, 2), the (x, y) corners of the part of the result that the crop shows: the border is blurred only there.
     """
     widths = ((before[1], after[1]), (before[0], after[0]), (0, 0))
     padded = np.pad(image, widths, "reflect")
@@ -166,6 +166,7 @@ def _blurred_border(
     # 0 at the photograph's border, 1 at the outer edge
     depth = np.maximum(_depth(width, before[0], after[0]), _depth(height, before[1], after[1])[:, None])[..., None]
 
+    # only the strips beside the image, as far as they are visible: the blur is slow
     result = padded.astype(np.float32)
     (left, top), (right, bottom) = before, before + image.shape[1::-1]
     (x0, y0), (x1, y1) = np.clip(visible, 0, (width, height))
@@ -179,7 +180,6 @@ def _blurred_border(
         if rows.start < rows.stop and columns.start < columns.stop:
             blurred = _blurred(padded, rows, columns, max(sigma, 1e-3))
             result[rows, columns] = blurred + (median - blurred) * depth[rows, columns]
-    result[top:bottom, left:right] = image
     return result
 
 

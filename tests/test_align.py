@@ -3,7 +3,8 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from faceprior.align import align_face, alignment_quad, crop_mask, paste_face
+from faceprior.align import _blurred, align_face, alignment_quad, crop_mask, paste_face
+from faceprior.images import cv2
 
 # left and right as seen in the image: left eye, right eye, nose, left and right mouth corner
 ASTRONAUT = np.array([[206, 102], [249, 105], [227, 130], [204, 142], [247, 144]], dtype=float)
@@ -111,8 +112,6 @@ def test_alignment_agrees_with_a_warp_by_opencv():
 
     The two cubic kernels differ (a = -.5 in PIL, -.75 in OpenCV).
     """
-    from faceprior.images import cv2
-
     photograph = skimage.data.astronaut()
     aligned = align_face(photograph, ASTRONAUT, size=200)
     warped = cv2.warpAffine(photograph, aligned.matrix, (200, 200), flags=cv2.INTER_CUBIC)
@@ -128,6 +127,13 @@ def test_what_lies_outside_is_reflected_blurred_and_not_black():
     assert (np.asarray(grey) == 77).all()
     crop = np.asarray(align_face(skimage.data.astronaut()[80:, 200:], ASTRONAUT - (200, 80), size=128).crop)
     assert crop[:40, :40].mean() > 60
+
+
+def test_blurring_a_part_equals_blurring_the_whole():
+    image = skimage.data.astronaut()
+    whole = cv2.GaussianBlur(image.astype(np.float32), (0, 0), 5.2, borderType=cv2.BORDER_REFLECT)
+    for rows, columns in ((slice(0, 40), slice(0, 512)), (slice(100, 300), slice(450, 512))):
+        np.testing.assert_allclose(_blurred(image, rows, columns, 5.2), whole[rows, columns], atol=1e-3)
 
 
 def test_the_photographs_own_pixels_are_not_blurred():
