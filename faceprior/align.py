@@ -1,8 +1,8 @@
 """FFHQ alignment of a face to the canonical crop, and pasting the crop back.
 
-Coordinates are pixel coordinates whose integers are pixel CENTRES: the first pixel of a row covers -0.5 to
-0.5. That is how landmarks are given, and the 2x3 matrices here map such points of the photograph to such
-points of the crop: `crop_point = matrix @ (x, y, 1)`.
+Coordinates are pixel coordinates whose integers are pixel centres: the first pixel of a row covers -0.5 to 0.5.
+Landmarks are given in them, and the (2, 3) matrices map points of the photograph to points of the crop:
+`crop_point = matrix @ (x, y, 1)`. "Edge" coordinates, which PIL's transforms take, are larger by 0.5.
 """
 
 import math
@@ -16,24 +16,25 @@ from faceprior.images import ImageSource, cv2, load_image
 
 Resampling = Image.Resampling
 
-_CORNER_RADIUS = 0.35
+_CORNER_RADIUS = 0.35  # of `crop_mask`, a fraction of half its side
+_FILTER_REACH = 4  # pixels that the filters of `_sample` look at beyond a sample, and some to spare
 
 
 @dataclass(frozen=True)
 class AlignedFace:
-    """A face's `crop`, and the (2, 3) `matrix` from the photograph's pixel coordinates to the crop's."""
+    """The `crop` of a face, and the (2, 3) `matrix` from the photograph's pixel coordinates to the crop's."""
 
     crop: Image.Image
     matrix: np.ndarray
 
 
 def alignment_quad(landmarks: np.ndarray) -> np.ndarray:
-    """The square around a face that FFHQ cuts out (Karras et al. 2019, dataset script).
+    """The square around a face that FFHQ crops (Karras et al. 2019, dataset script).
 
-    landmarks: (5, 2) in the picture's sides. Returns (4, 2): the corners top left, bottom left, bottom
-    right, top right of the crop, in photograph pixels. With e the vector from eye to eye and m the one from
-    the eyes' middle to the mouth's middle, the side 2|x| of the square is 2 max(2.0 |e|, 1.8 |m|), its
-    centre the eyes' middle + 0.1 m, and its x axis points along e - rot90(m).
+    landmarks: (5, 2) in pixels, left and right as in the image. Returns (4, 2): the corners top left, bottom left,
+    bottom right, top right of the crop, in pixels of the photograph. With e the vector from eye to eye and m the one
+    from the middle of the eyes to the middle of the mouth, the side 2|x| of the square is 2 max(2.0 |e|, 1.8 |m|), its
+    centre is the middle of the eyes + 0.1 m, and its x axis points along e - rot90(m).
 
     Raises ValueError for landmarks of another shape, that are not finite, or that span no face.
     """
@@ -59,41 +60,43 @@ def _checked_landmarks(landmarks: Any) -> np.ndarray:
 
 
 def _check_spread(eye_to_eye: np.ndarray, eye_to_mouth: np.ndarray, axis: np.ndarray) -> None:
-    """The two vectors agree on the x axis and their lengths add up; swapped sides make them cancel."""
+    """In a face both vectors agree on the x axis, so their lengths add up; with swapped sides they cancel out."""
     eyes, mouth = np.hypot(*eye_to_eye), np.hypot(*eye_to_mouth)
     if eyes < 1e-3:
         raise ValueError("`landmarks` span no face: both eyes lie on one point")
     if np.hypot(*axis) < 0.4 * (eyes + mouth):
         raise ValueError(
             "`landmarks` span no face: eyes and mouth contradict each other. The order is left eye, right"
-            " eye, nose, left and right mouth corner by the picture's sides, not the person's"
+            " eye, nose, left and right mouth corner, as seen in the image, not by the person"
         )
 
 
 def align_face(image: ImageSource, landmarks: np.ndarray, size: int = 512) -> AlignedFace:
-    """Cut the square of `alignment_quad` out of a photograph and bring it to `size` x `size` pixels.
+    """Crop the square of `alignment_quad` from a photograph and resize it to `size` x `size` pixels.
 
-    landmarks: (5, 2) in the photograph's pixels, picture's sides. A larger square is first shrunk by a
-    whole factor and sampled finely, so that nothing aliases. What lies outside of the photograph is its
-    reflection, blurred as in FFHQ (sigma 0.02 of the square's side) and fading to the median colour; unlike
-    FFHQ's, the photograph's own pixels near its border are not blurred.
+    landmarks: (5, 2) in pixels of the photograph, left and right as in the image. A larger square is first shrunk by
+    a whole factor and then sampled densely, so that nothing aliases. Outside of the photograph the crop shows its
+    reflection, blurred as in FFHQ (sigma 0.02 of the square's side) and fading to the median colour; unlike in FFHQ,
+    the photograph's own pixels near its border are not blurred.
 
-    Raises ValueError for landmarks that span no face or whose square misses the photograph.
+    Raises ValueError for landmarks that span no face or whose square lies outside of the photograph.
     """
     if size < 1:
         raise ValueError(f"`size` has to be at least 1 pixel but is {size}")
-    photograph = load_image(image)
-    quad = alignment_quad(landmarks)
+    photograph, quad = load_image(image), alignment_quad(landmarks)
     matrix = _matrix_of_quad(quad, size)
+
+    # the part of the photograph around the square, so that no step works on the rest
     region, to_region = _cut(photograph, quad, size)
     region, to_region = _pad(region, to_region, quad)
-    inverse = to_region @ np.linalg.inv(_edges(matrix))  # crop edges -> region edges
+
+    inverse = to_region @ np.linalg.inv(_edges(matrix))  # edges: crop -> region
     crop = _sample(region, inverse, (size, size), Resampling.BICUBIC, Resampling.LANCZOS)
     return AlignedFace(Image.fromarray(_to_bytes(crop)), matrix)
 
 
 def _matrix_of_quad(quad: np.ndarray, size: int) -> np.ndarray:
-    """(2, 3): pixel centres of the photograph -> pixel centres of the crop."""
+    """The (2, 3) map from pixel centres of the photograph to pixel centres of the crop."""
     right, down = quad[3] - quad[0], quad[1] - quad[0]
     side = np.hypot(*right)
     rotation = np.stack([right, down]) / side * (size / side)
@@ -102,13 +105,13 @@ def _matrix_of_quad(quad: np.ndarray, size: int) -> np.ndarray:
 
 
 def _edges(matrix: np.ndarray) -> np.ndarray:
-    """A (2, 3) map of centre coordinates as a (3, 3) map of edge coordinates (pixel i covers i to i + 1)."""
+    """A (2, 3) map of centre coordinates -> the (3, 3) map of edge coordinates, where pixel i covers i to i + 1."""
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
     return half @ np.vstack([matrix, [0, 0, 1]]) @ np.linalg.inv(half)
 
 
 def _cut(photograph: Image.Image, quad: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The part of the photograph around the quad, shrunk, (H, W, 3), and the (3, 3) map of edges into it."""
+    """The part of the photograph around the quad, shrunk, (H, W, 3) uint8, and the (3, 3) map of edges into it."""
     side = np.hypot(*(quad[3] - quad[0]))
     border = max(round(side * 0.1), 3)
     corners = quad + 0.5
@@ -123,7 +126,7 @@ def _cut(photograph: Image.Image, quad: np.ndarray, size: int) -> tuple[np.ndarr
 
 
 def _block_means(image: np.ndarray, shrink: int) -> np.ndarray:
-    """(H, W, 3) uint8 shrunk by a whole factor; blocks that reach over the border repeat its pixels."""
+    """Shrink (H, W, 3) uint8 by a whole factor; blocks that extend beyond the border repeat its pixels."""
     if shrink == 1:
         return image
     height, width = -(-image.shape[0] // shrink), -(-image.shape[1] // shrink)
@@ -133,45 +136,74 @@ def _block_means(image: np.ndarray, shrink: int) -> np.ndarray:
 
 
 def _pad(region: np.ndarray, to_region: np.ndarray, quad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reflect and blur what the quad needs beyond the region; (3, 3) map of edges into the result."""
+    """Add a blurred reflection where the quad leaves the region; returns the (3, 3) map of edges into the result."""
     corners = (quad + 0.5) @ to_region[:2, :2].T + to_region[:2, 2]
     side = np.hypot(*(corners[3] - corners[0]))
-    before = np.ceil(-corners.min(0)).astype(int)
-    after = np.ceil(corners.max(0) - region.shape[1::-1]).astype(int)
+    low = np.floor(corners.min(0)).astype(int)
+    high = np.ceil(corners.max(0)).astype(int)
+    before, after = -low, high - region.shape[1::-1]
     if max(*before, *after) <= 0:
         return region, to_region
     least = max(round(0.3 * side), 3)
     before, after = np.maximum(before, least), np.maximum(after, least)
-    padded = _blurred_border(region, before, after, 0.02 * side)
+    visible = np.stack([low - _FILTER_REACH, high + _FILTER_REACH]) + before
+    padded = _blurred_border(region, before, after, 0.02 * side, visible)
     shift = np.array([[1, 0, before[0]], [0, 1, before[1]], [0, 0, 1]])
     return padded, shift @ to_region
 
 
-def _blurred_border(image: np.ndarray, before: np.ndarray, after: np.ndarray, sigma: float) -> np.ndarray:
-    """image (H, W, 3), widened by `before` and `after` (x, y) pixels with its blurred reflection, float32."""
+def _blurred_border(
+    image: np.ndarray, before: np.ndarray, after: np.ndarray, sigma: float, visible: np.ndarray
+) -> np.ndarray:
+    """Widen image (H, W, 3) uint8 by `before` and `after` (x, y) pixels with its blurred reflection -> float32.
+
+    visible: (2, 2), the (x, y) corners of the part of the result that the crop shows: the border is blurred only there.
+    """
     widths = ((before[1], after[1]), (before[0], after[0]), (0, 0))
-    padded = np.pad(image, widths, "reflect").astype(np.float32)
-    blurred = cv2.GaussianBlur(padded, (0, 0), max(sigma, 1e-3), borderType=cv2.BORDER_REFLECT)
-    median = np.median(padded, axis=(0, 1))
+    padded = np.pad(image, widths, "reflect")
+    height, width = padded.shape[:2]
+    median = np.median(padded, axis=(0, 1)).astype(np.float32)
     # 0 at the photograph's border, 1 at the outer edge
-    across = _depth(padded.shape[1], before[0], after[0])
-    depth = np.maximum(across, _depth(padded.shape[0], before[1], after[1])[:, None])
-    result = blurred + (median - blurred) * depth[..., None]
-    result[before[1] : before[1] + image.shape[0], before[0] : before[0] + image.shape[1]] = image
+    depth = np.maximum(_depth(width, before[0], after[0]), _depth(height, before[1], after[1])[:, None])[..., None]
+
+    # only the strips beside the image, as far as they are visible: the blur is slow
+    result = padded.astype(np.float32)
+    (left, top), (right, bottom) = before, before + image.shape[1::-1]
+    (x0, y0), (x1, y1) = np.clip(visible, 0, (width, height))
+    strips = (
+        (slice(y0, top), slice(x0, x1)),
+        (slice(bottom, y1), slice(x0, x1)),
+        (slice(y0, y1), slice(x0, left)),
+        (slice(y0, y1), slice(right, x1)),
+    )
+    for rows, columns in strips:
+        if rows.start < rows.stop and columns.start < columns.stop:
+            blurred = _blurred(padded, rows, columns, max(sigma, 1e-3))
+            result[rows, columns] = blurred + (median - blurred) * depth[rows, columns]
     return result
 
 
+def _blurred(image: np.ndarray, rows: slice, columns: slice, sigma: float) -> np.ndarray:
+    """A part of the Gaussian blur of an image (H, W, 3), float32, without blurring the rest."""
+    reach = math.ceil(4 * sigma) + 1  # OpenCV cuts the kernel off at 4 sigma
+    y, x = max(rows.start - reach, 0), max(columns.start - reach, 0)
+    part = image[y : rows.stop + reach, x : columns.stop + reach].astype(np.float32)
+    blurred = cv2.GaussianBlur(part, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
+    return blurred[rows.start - y : rows.stop - y, columns.start - x : columns.stop - x]
+
+
 def _depth(length: int, before: int, after: int) -> np.ndarray:
-    """(length,) float32: how deep in the padding a pixel lies, 0 (inside) to 1 (outermost)."""
+    """How deep in the padding a pixel lies, from 0 (inside) to 1 (outermost): (length,) float32."""
     position = np.arange(length, dtype=np.float32)
     return np.clip(np.maximum(1 - position / before, 1 - (length - 1 - position) / after), 0, 1)
 
 
 def _sample(image: np.ndarray, inverse: np.ndarray, size: tuple[int, int], *filters: Resampling) -> np.ndarray:
-    """(height, width, C) float32 samples of `image` (H, W, C) under `inverse`, a (3, 3) map of edges to it.
+    """Sample `image` (H, W, C) under `inverse`, the (3, 3) map of edges to it -> (height, width, C) float32.
 
-    size: (width, height). filters: two; samples with the first as densely as the pixels of `image` lie, then
-    shrinks with the second: nothing aliases. It runs in float32: PIL's warp of 8-bit pixels cuts off, not rounds.
+    size: (width, height). filters: the first samples at least as densely as the pixels of `image` lie, the second
+    shrinks the samples to `size`, so that nothing aliases. Runs in float32: on 8-bit pixels, PIL's transform truncates
+    instead of rounding.
     """
     fine = max(1, math.ceil(_scale(inverse) - 1e-6))
     dense = size[0] * fine, size[1] * fine
@@ -193,14 +225,14 @@ def _scale(matrix: np.ndarray) -> float:
 
 
 def _flat(matrix: np.ndarray) -> tuple[float, ...]:
-    """What PIL's affine transform takes; it samples at pixel centres, so edges map to edges."""
+    """The numbers for PIL's affine transform; it samples at pixel centres, so edges map to edges."""
     return tuple(matrix[:2].ravel().tolist())
 
 
 def crop_mask(size: int, feather: float = 0.08) -> np.ndarray:
-    """(size, size) float32 weight of a crop in the photograph: 1 inside, 0 on its border and rounded corners.
+    """The weight of a crop in the photograph: (size, size) float32, 1 inside, 0 on its border and rounded corners.
 
-    feather: width of the soft edge as a share of `size`, 0 to 0.5; its profile is 3 t^2 - 2 t^3.
+    feather: width of the soft edge as a fraction of `size`, in [0, 0.5]; its profile is 3 t^2 - 2 t^3.
     """
     if not 0 <= feather <= 0.5:
         raise ValueError(f"`feather` has to lie in [0, 0.5] but is {feather}")
@@ -221,38 +253,37 @@ def paste_face(
     feather: float = 0.08,
     mask: np.ndarray | Image.Image | None = None,
 ) -> Image.Image:
-    """Put an aligned crop back into its photograph.
+    """Paste an aligned crop back into its photograph.
 
-    crop: square, of the size that `matrix` (2, 3), photograph -> crop, was made for. mask: (size, size)
-    weight in [0, 1] in the crop's pixels, or a grey picture; without it `crop_mask(size, feather)`. Where
-    the weight is 0, and outside of the crop, the photograph's pixels are kept bit for bit; where the crop
-    is finer than its place it is antialiased. A crop may lie partly outside.
+    crop: square, of the size that `matrix` (2, 3), photograph -> crop, was made for. mask: (size, size) weights in
+    [0, 1] in the crop's pixels, or a grey image; without it `crop_mask(size, feather)`. Returns a new image; the
+    photograph itself is not changed. Where the weight is 0, and outside of the crop, all pixels equal the photograph's;
+    where the crop is finer than the photograph it is antialiased. A crop may lie partly outside.
 
-    An untouched crop whose square is not larger than `size` comes back with a mean absolute error below 1.5
-    of 255 where the weight is above 0 (0.8 and 1.0 measured on two photographs, squares of 172 and 349
-    pixels, `size` 512).
+    An untouched crop whose square is not larger than `size` comes back with a mean absolute error below 1.5 of 255
+    where the weight is above 0 (0.8 and 1.0 measured on two photographs, squares of 172 and 349 pixels, `size` 512).
     """
-    photograph, crop = load_image(image), load_image(crop)
+    pasted, crop = load_image(image).copy(), load_image(crop)
     size = _checked_size(crop)
     to_crop = _edges(_checked_matrix(matrix))
     weight = crop_mask(size, feather) if mask is None else _checked_mask(mask, size)
-    box = _place(to_crop, size, photograph.size)
+    box = _place(to_crop, size, pasted.size)
     if box is None:
-        return photograph
-    pixels = np.asarray(photograph.crop(box), dtype=np.float32)
+        return pasted
+    pixels = np.asarray(pasted.crop(box), dtype=np.float32)
     face, weight = _warp_back(crop, weight, to_crop, box)
     blended = np.where(weight > 0, pixels + (face - pixels) * weight, pixels)
-    photograph.paste(Image.fromarray(_to_bytes(blended)), box[:2])
-    return photograph
+    pasted.paste(Image.fromarray(_to_bytes(blended)), box[:2])
+    return pasted
 
 
 def _warp_back(
     crop: Image.Image, weight: np.ndarray, to_crop: np.ndarray, box: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The crop (h, w, 3) and its weight (h, w, 1), float32, on the photograph's pixels in `box`."""
+    """Resample the crop to (h, w, 3) and its weight to (h, w, 1), float32, on the photograph's pixels in `box`."""
     size = box[2] - box[0], box[3] - box[1]
     shift = np.array([[1, 0, box[0]], [0, 1, box[1]], [0, 0, 1]])
-    margin = 4 * max(1, math.ceil(_scale(to_crop)))  # the filters reach over the crop's border
+    margin = _FILTER_REACH * max(1, math.ceil(_scale(to_crop)))
     widened = np.pad(np.asarray(crop), ((margin, margin), (margin, margin), (0, 0)), "edge")
     into_widened = np.array([[1, 0, margin], [0, 1, margin], [0, 0, 1]]) @ to_crop @ shift
     face = _sample(widened, into_widened, size, Resampling.BICUBIC, Resampling.BOX)
@@ -261,7 +292,7 @@ def _warp_back(
 
 
 def _place(to_crop: np.ndarray, size: int, photograph: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """The whole pixels of the photograph (x0, y0, x1, y1) that the crop touches; None if there are none."""
+    """The box (x0, y0, x1, y1) of the photograph's pixels that the crop covers, also partly; None if it covers none."""
     corners = np.array([[0, 0, 1], [0, size, 1], [size, size, 1], [size, 0, 1]])
     placed = (corners @ np.linalg.inv(to_crop).T)[:, :2]
     low = np.clip(np.floor(placed.min(0)), 0, photograph).astype(int)
@@ -283,11 +314,11 @@ def _checked_matrix(matrix: Any) -> np.ndarray:
 
 
 def _checked_mask(mask: np.ndarray | Image.Image, size: int) -> np.ndarray:
-    """(size, size) float32 in [0, 1]; pictures and uint8 are taken as 0..255."""
+    """The mask as (size, size) float32 in [0, 1]; grey images and uint8 arrays range from 0 to 255."""
     values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
     values = values / np.float32(255) if values.dtype == np.uint8 else values.astype(np.float32)
     if values.shape != (size, size):
-        raise ValueError(f"`mask` has to be ({size}, {size}), as the crop, but is {values.shape}")
+        raise ValueError(f"`mask` has to be ({size}, {size}), like the crop, but is {values.shape}")
     if not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(f"`mask` has to lie in [0, 1] but goes from {values.min():g} to {values.max():g}")
     return values.astype(np.float32)

@@ -1,6 +1,6 @@
-"""Give one picture another's colours: by wavelets (StableSR) or by mean and deviation (AdaIN).
+"""Transfer the colours of one image to another: by wavelets (StableSR) or by mean and deviation (AdaIN).
 
-Tensors are (B, 3, H, W), any range, any floating dtype; sums run in float32.
+Tensors are (B, 3, H, W), any range, any floating dtype; the computation runs in float32.
 """
 
 import torch
@@ -8,11 +8,10 @@ import torch.nn.functional as F
 
 
 def wavelet_decompose(x: torch.Tensor, levels: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split x into detail and a low band, `high + low = x` (wavelet fix of StableSR, arXiv 2305.07015).
+    """Split x into a high and a low band, `high + low = x` (colour fix of StableSR, arXiv 2305.07015).
 
-    x: (B, C, H, W). The low band is x smoothed `levels` times by the kernel [1, 2, 1] / 4 along both axes,
-    dilated by 1, 2, 4, ... pixels, with the border replicated; 5 levels smooth over about 2 * (2^5 - 1) + 1
-    = 63 pixels.
+    x: (B, C, H, W). The low band is x smoothed `levels` times by the kernel [1, 2, 1] / 4 along both axes, dilated by
+    1, 2, 4, ... pixels, with the border replicated; 5 levels smooth over about 2 * (2^5 - 1) + 1 = 63 pixels.
     """
     if x.ndim != 4:
         raise ValueError(f"`x` has to be (B, C, H, W) but is {tuple(x.shape)}")
@@ -25,7 +24,7 @@ def wavelet_decompose(x: torch.Tensor, levels: int = 5) -> tuple[torch.Tensor, t
 
 
 def _smooth(x: torch.Tensor, dilation: int) -> torch.Tensor:
-    """[1, 2, 1] / 4 along height and width, taps `dilation` pixels apart, border replicated."""
+    """Smooth by [1, 2, 1] / 4 along height and width, taps `dilation` pixels apart, border replicated."""
     d = dilation
     x = F.pad(x, (d, d, d, d), mode="replicate")
     x = (x[..., : -2 * d] + 2 * x[..., d:-d] + x[..., 2 * d :]) / 4
@@ -33,7 +32,7 @@ def _smooth(x: torch.Tensor, dilation: int) -> torch.Tensor:
 
 
 def wavelet_color_fix(content: torch.Tensor, style: torch.Tensor, levels: int = 5) -> torch.Tensor:
-    """The detail of `content` on the low band of `style`; both (B, 3, H, W), result not clamped."""
+    """The high band of `content` on the low band of `style`; both (B, 3, H, W), result not clamped."""
     _check_pair(content, style)
     high, _ = wavelet_decompose(content.float(), levels)
     _, low = wavelet_decompose(style.float(), levels)
@@ -43,8 +42,8 @@ def wavelet_color_fix(content: torch.Tensor, style: torch.Tensor, levels: int = 
 def adain_color_fix(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
     """`content` with the channel means and deviations of `style` (AdaIN, arXiv 1703.06868, Eq. 8).
 
-    Both (B, 3, H, W), result not clamped. 1e-5 is added to both variances, as in the paper's code, so that
-    a constant picture takes the mean of `style`.
+    Both (B, 3, H, W), result not clamped. 1e-5 is added to both variances, as in the paper's code, so that a constant
+    image gets the mean of `style`.
     """
     _check_pair(content, style)
     mean, deviation = _statistics(content.float())

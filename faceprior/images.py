@@ -1,8 +1,7 @@
-"""Pixels in and out: any picture becomes RGB, and RGB becomes what a network takes, and back.
+"""Pixels in and out: any image becomes RGB, and RGB becomes what a network takes, and back.
 
-`load_image` is the one door for pictures: it applies the EXIF orientation, lays transparency over white,
-scales 16-bit and float pictures to 8 bit, and refuses what it cannot read with an `ImageError` that names the
-file.
+`load_image` reads every image: it applies the EXIF orientation, composites transparency over white, scales 16-bit
+and float images to 8 bits, and raises an `ImageError` that names the file for what it cannot read.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +41,7 @@ _DECODE_ERRORS = (
 
 
 class ImageError(ValueError):
-    """A picture that cannot be read or breaks a rule; the message names file, rule and way out."""
+    """An image that cannot be read or breaks a rule; the message names file, rule and way out."""
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -65,19 +64,25 @@ def _import_cv2() -> ModuleType:
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture as RGB, the way a viewer shows it.
+    """Read an image as RGB, the way a viewer shows it.
 
-    source: a path, a PIL image of any mode, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of bool,
-    uint8, uint16 or float in [0, 1]. The EXIF orientation is applied and removed; transparency lies over
-    white; 16 bits become 8 by dividing by 257; of an animated file the first frame is taken. PIL's mode "I"
-    is read as 16 bits (0..65535) and "F" as [0, 1]. Colours are not converted between profiles: the ICC
-    profile of an RGB picture stays in `info["icc_profile"]`, all other metadata is dropped.
+    Args:
+        source: a path, a PIL image of any mode, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of bool,
+            uint8, uint16 or float in [0, 1]. The EXIF orientation is applied and removed; transparency is
+            composited over white; 16 bits become 8 by dividing by 257; of an animated file the first frame is
+            taken. PIL's mode "I" is read as 16 bits (0..65535) and "F" as [0, 1]. Colours are not converted
+            between profiles.
+        max_pixels: largest width x height, checked before the pixels are decoded. Pillow's own limit, twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, applies as well.
 
-    max_pixels: largest width x height, checked before the pixels are decoded. Pillow's own ceiling, twice
-    `PIL.Image.MAX_IMAGE_PIXELS`, holds besides.
+    Returns:
+        The image. Its `info` holds the ICC profile of an RGB image under "icc_profile", and no other metadata. It
+        may be `source` itself: copy it before you change it in place.
 
-    Raises FileNotFoundError for a missing file, TypeError for another kind of source, and ImageError for a
-    picture that is unreadable, truncated, empty, too large or out of range.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        TypeError: another kind of source.
+        ImageError: the image is unreadable, truncated, empty, too large or out of range.
     """
     if isinstance(source, np.ndarray):
         return _image_from_array(source, max_pixels)
@@ -88,45 +93,45 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         return _image_from_file(Path(source), max_pixels)
     raise TypeError(
         f"an image has to be a path, a PIL image or an array but is {type(source).__name__}"
-        " (pixel values come back as pictures through `to_pil`)"
+        " (`to_pil` turns pixel values into images)"
     )
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture from the bytes of a file, such as a member of an archive, as `load_image` reads the file.
+    """Read an image from the bytes of a file, such as a member of an archive, as `load_image` reads the file.
 
-    name: what its errors call it. Raises ImageError.
+    name: its name in error messages. Raises ImageError.
     """
     if not data:
         raise ImageError(f"{name} is empty (0 bytes)")
     with io.BytesIO(data) as file, _open(file, Path(name)) as image:
-        return _to_rgb(image, name, max_pixels)
+        return _to_rgb(image, name, max_pixels, decoded_here=True)
 
 
 def as_array(image: ImageSource) -> np.ndarray:
-    """Any picture that `load_image` takes -> (H, W, 3) uint8 RGB; such an array is returned, not copied."""
+    """Any image that `load_image` takes -> (H, W, 3) uint8 RGB, for reading only: such an array is not copied."""
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         _check_size(image.shape[1], image.shape[0], "the array", MAX_PIXELS)
         return image
-    return np.array(load_image(image))
+    return np.asarray(load_image(image))
 
 
 def to_pixel_values(images: ImageSource | Sequence[ImageSource], size: int | None = None) -> "torch.Tensor":
-    """Pictures -> float32 (B, 3, H, W) in [-1, 1].
+    """Images -> float32 (B, 3, H, W) in [-1, 1].
 
-    images: one picture or a list of them, anything `load_image` takes. size: side in pixels of the square
-    they are brought to (shorter side resized with LANCZOS, centre kept); without it they need one size.
+    images: one image or a list, anything `load_image` takes. size: side in pixels of the square that they are resized
+    to (shorter side with LANCZOS, then the centre is cropped); without it all need the same size.
     """
     import torch
 
     if not isinstance(images, (list, tuple)):
         images = [images]
     if len(images) == 0:
-        raise ValueError("`images` is empty: a batch needs one picture at least")
-    arrays = [as_array(image) if size is None else np.array(_square(image, size)) for image in images]
+        raise ValueError("`images` is empty: a batch needs at least one image")
+    arrays = [as_array(image) if size is None else np.asarray(_square(image, size)) for image in images]
     shapes = sorted({array.shape[1::-1] for array in arrays})
     if len(shapes) > 1:
-        raise ValueError(f"the pictures of a batch need one size but are {shapes} (width, height): pass `size`")
+        raise ValueError(f"the images of a batch need one size but have {shapes} (width, height): pass `size`")
     batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     return (batch.float() / 127.5 - 1).contiguous()
 
@@ -151,7 +156,7 @@ def _square(image: ImageSource, size: int) -> Image.Image:
 def _image_from_file(path: Path, max_pixels: int) -> Image.Image:
     _check_file(path)
     with path.open("rb") as file, _open(file, path) as image:
-        return _to_rgb(image, str(path), max_pixels)
+        return _to_rgb(image, str(path), max_pixels, decoded_here=True)
 
 
 def _check_file(path: Path) -> None:
@@ -160,7 +165,7 @@ def _check_file(path: Path) -> None:
         raise ImageError(f"{path} is a folder, not an image: `find_images` lists the images in it")
     if not os.path.exists(path):
         if os.path.islink(path):
-            raise ImageError(f"{path} is a link that leads nowhere: there is no {os.readlink(path)}")
+            raise ImageError(f"{path} is a link that leads nowhere: {os.readlink(path)} does not exist")
         hint = " (an address on the web: download it first)" if re.match(r"https?:", str(path)) else ""
         raise FileNotFoundError(f"no image at {path}{hint}")
     if path.stat().st_size == 0:
@@ -184,16 +189,24 @@ def _open(file: IO[bytes], path: Path) -> Image.Image:
         raise ImageError(f"{path} cannot be read: {error}") from error
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, max_pixels: int, decoded_here: bool = False) -> Image.Image:
     _check_size(image.width, image.height, name, max_pixels)
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        upright = ImageOps.exif_transpose(image) if turned else image  # it would copy an upright image, too
     except _DECODE_ERRORS as error:
         raise _decode_error(name, error) from error
-    rgb = _convert(upright, name)
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
-    rgb.info = {"icc_profile": profile} if profile else {}
+    info = {"icc_profile": profile} if profile else {}
+    rgb = _convert(upright, name)
+    if rgb is image:
+        if type(image) is Image.Image and image.info == info:
+            return image
+        # A plain image, because the class of a file keeps metadata. Only pixels of a file opened here are shared: one
+        # that the caller opened may decode its next frame into them.
+        rgb = image._new(image.im) if decoded_here else image.copy()
+    rgb.info = info
     return rgb
 
 
@@ -230,7 +243,7 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
 
 
 def _convert(image: Image.Image, name: str) -> Image.Image:
-    """Any mode -> a new RGB image."""
+    """Any mode -> RGB; an RGB image is returned as it is."""
     if image.mode.startswith("I"):
         return Image.fromarray(_eight_bit(_sixteen_bit(np.asarray(image), name), name)).convert("RGB")
     if image.mode == "F":
@@ -238,7 +251,7 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
     try:
         if image.has_transparency_data:
             return _over_white(image.convert("RGBA"))
-        return image.copy() if image.mode == "RGB" else image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise ImageError(f"{name} has the mode {image.mode}, which Pillow cannot turn into RGB") from error
 
@@ -291,15 +304,15 @@ def _image_from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
 
 
 def find_images(*paths: str | Path, recursive: bool = True) -> list[Path]:
-    """The image files that `paths` name: files, folders and globs.
+    """Find the image files that `paths` name: files, folders and globs.
 
-    The arguments keep their order; what a folder or a glob holds comes in natural order ("img2" before
-    "img10"). A file is listed once, however often it is named or linked to. In folders, hidden entries and
-    files of other suffixes than IMAGE_SUFFIXES are skipped; a file named outright is taken whatever its
-    suffix. Links that lead nowhere are listed, for `load_image` to name. recursive: descend into sub-folders (links are
-    followed, loops are safe).
+    The arguments keep their order; the files of a folder or a glob come in natural order ("img2" before "img10"). A
+    file is listed once, however often it is named or linked to. In folders, hidden entries and files with other
+    suffixes than IMAGE_SUFFIXES are skipped; a file that is named itself is listed whatever its suffix. Links that lead
+    nowhere are listed, so that `load_image` names them. recursive: descend into sub-folders (links are followed, loops
+    are safe).
 
-    Raises FileNotFoundError that names what is not there, ValueError for a folder or glob without images.
+    Raises FileNotFoundError for a path that does not exist, ValueError for a folder or glob without images.
     """
     if not paths:
         raise ValueError("`find_images` needs at least one file, folder or glob")
@@ -329,7 +342,7 @@ def _images_of_glob(pattern: Path, recursive: bool) -> list[Path]:
     matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
     if not matches:
         raise FileNotFoundError(f"nothing matches {pattern}")
-    files = [match for match in matches if _is_image(match) and _is_there(match)]
+    files = [match for match in matches if _is_image(match) and _is_file_or_dead_link(match)]
     if recursive:
         files += [file for match in matches if match.is_dir() for file in _images_in(match, recursive)]
     return files
@@ -337,31 +350,33 @@ def _images_of_glob(pattern: Path, recursive: bool) -> list[Path]:
 
 def _images_in(folder: Path, recursive: bool) -> Iterator[Path]:
     seen = set()
-    for root, folders, files in os.walk(folder, onerror=_say_passed_over, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=_warn_skipped, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
-        yield from (Path(root, name) for name in files if _is_image(Path(name)) and _is_there(Path(root, name)))
+        yield from (
+            Path(root, name) for name in files if _is_image(Path(name)) and _is_file_or_dead_link(Path(root, name))
+        )
 
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def _say_passed_over(error: OSError) -> None:
-    logger.warning("passed over: %s", error)
+def _warn_skipped(error: OSError) -> None:
+    logger.warning("skipped: %s", error)
 
 
-def _is_there(path: Path) -> bool:
-    """A file, or a link that leads nowhere: whoever put it there misses that picture, and `load_image` names it."""
+def _is_file_or_dead_link(path: Path) -> bool:
+    """A link that leads nowhere is listed, too: its image is missing, and `load_image` says so."""
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def natural_key(path: str | Path) -> list[Any]:
-    """A sort key under which "img2" comes before "img10", folder by folder."""
+    """The sort key that puts "img2" before "img10", folder by folder."""
     parts = Path(path).parts
     return [[_number_or_text(piece) for piece in re.split(r"(\d+)", part)] + [(2, 0, part)] for part in parts]
 
@@ -371,7 +386,7 @@ def _number_or_text(piece: str) -> tuple[int, int, str]:
 
 
 def relative_stem(path: str | Path, *roots: str | Path) -> Path:
-    """`path` without its suffix, relative to the deepest folder of `roots` that holds it, else the bare stem.
+    """`path` without its suffix, relative to the deepest folder of `roots` that contains it, else the bare stem.
 
     For callers that mirror a folder tree: `out / relative_stem(file, "photos")` with a new suffix.
     """
@@ -387,8 +402,8 @@ def relative_stem(path: str | Path, *roots: str | Path) -> Path:
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open `path` for writing so that it appears whole or not at all.
 
-    A temporary file in the same folder (made if missing) takes the bytes and replaces `path` at the end; on
-    an error it is removed and an older `path` stays. mode: "wb", or "w" for UTF-8 text.
+    The data go to a temporary file in the same folder (created if missing), which replaces `path` at the end; on an
+    error it is removed and an older `path` stays. mode: "wb", or "w" for UTF-8 text.
     """
     if mode not in ("wb", "w"):
         raise ValueError(f'`mode` has to be "wb" or "w" but is {mode!r}')
@@ -407,7 +422,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def save_image(image: Image.Image | np.ndarray, path: str | Path) -> Path:
-    """Write a picture in the format that the suffix of `path` names, whole or not at all; returns the path.
+    """Write an image in the format that the suffix of `path` names, whole or not at all; returns the path.
 
     image: a PIL image, kept in its mode, or an array as `load_image` takes it ((H, W) uint8 stays grey). JPEG
     and WebP are written at quality 95; an ICC profile in `image.info` is written too.
@@ -433,5 +448,5 @@ def _is_grey(array: np.ndarray) -> bool:
 
 
 def common_folder(paths: list[Path]) -> Path:
-    """Return the deepest folder that holds all `paths`."""
+    """Return the deepest folder that contains all `paths`."""
     return Path(os.path.commonpath([path.parent for path in paths]))

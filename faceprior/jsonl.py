@@ -1,6 +1,6 @@
 """JSON lines on disk: the rows of a manifest, of `metrics.jsonl`, of a results table.
 
-A row is written after the files that it names, in one append, so that a killed run leaves at most one torn last line.
+A row is written after the files that it names, in one append, so a killed run leaves at most one incomplete last line.
 Paths in rows are relative to the manifest's folder and may not lead out of it.
 """
 
@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-
 MANIFEST = "manifest.jsonl"
 
 
 def append_row(path: str | Path, row: dict[str, Any]) -> None:
-    """Append one row and flush it to the disk, after cutting off a last line that a killed run did not finish.
+    """Append one row and flush it to the disk, after removing an incomplete last line of a killed run.
 
-    NaN and infinity have no JSON form and raise ValueError.
+    NaN and infinity are not valid JSON and raise ValueError.
     """
     line = _to_line(row)
     path = Path(path)
@@ -35,10 +34,10 @@ def append_row(path: str | Path, row: dict[str, Any]) -> None:
 def read_rows(path: str | Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Read a file of JSON lines into (rows, problems); a torn or foreign line is a problem (`file:line`, reason).
 
-    NaN and infinity are no JSON and make their line foreign. Blank lines are passed over.
+    A line with NaN or infinity is a problem, too. Blank lines are skipped.
     """
     rows, problems = [], []
-    # not splitlines(), which also splits at characters that a text inside of a row may have, as U+2028
+    # not splitlines(), which also splits at characters that a string in a row may contain, such as U+2028
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -57,8 +56,8 @@ def read_manifest(
 ) -> tuple[list[T], list[tuple[str, str]]]:
     """Read `folder/manifest.jsonl`, each row by `parse(folder, row)` -> (items, problems as (place, reason)).
 
-    A torn row, and one that `parse` refuses, is a problem and left out; what, stage: words for the errors.
-    Raises FileNotFoundError without a manifest, ValueError when nothing usable is left.
+    A torn row, and one for which `parse` raises an error, is a problem and skipped; what, stage: words for the
+    errors. Raises FileNotFoundError without a manifest, ValueError if no usable row is left.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -78,7 +77,7 @@ def read_manifest(
 
 
 def resume_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows that an earlier run left, after cutting off a last line that it did not finish."""
+    """Return the rows of an earlier run, after removing an incomplete last line."""
     path = Path(path)
     if not path.is_file():
         return []
@@ -86,12 +85,12 @@ def resume_rows(path: str | Path) -> list[dict[str, Any]]:
     rows, problems = read_rows(path)
     if problems:
         place, reason = problems[0]
-        raise ValueError(f"{place}: {reason}; remove the line to continue, or start anew with `--overwrite`")
+        raise ValueError(f"{place}: {reason}; remove the line to resume, or start over with `--overwrite`")
     return rows
 
 
 class KeyedRows(dict[str, dict[str, Any]]):
-    """The rows of a file by their key, those of an earlier run included; one that is there is not written again."""
+    """The rows of a file by their key, including those of an earlier run; an existing key is not written again."""
 
     def __init__(self, path: str | Path, key: str = "id"):
         super().__init__((row[key], row) for row in resume_rows(path))
@@ -103,7 +102,7 @@ class KeyedRows(dict[str, dict[str, Any]]):
             self[row[self.key]] = row
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Take rows out of the file; keys without a row are passed over."""
+        """Remove rows from the file; keys without a row are ignored."""
         if gone := self.keys() & set(keys):
             rewrite_rows(self.path, [row for key, row in self.items() if key not in gone])
             for key in gone:
@@ -125,12 +124,12 @@ def rewrite_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 def _to_line(row: dict[str, Any]) -> bytes:
     try:
         return (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # a file name that is no UTF-8, which Python holds as lone surrogates
+    except UnicodeEncodeError:  # a file name that is not UTF-8, which Python stores as lone surrogates
         return (json.dumps(row, allow_nan=False) + "\n").encode()
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cut off what stands behind the last newline."""
+    """Remove what follows the last newline."""
     if not path.is_file() or path.stat().st_size == 0:
         return
     with open(path, "r+b") as file:
@@ -141,18 +140,18 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def sort_rows(path: str | Path, key: str = "id") -> list[dict[str, Any]]:
-    """Bring a file's rows into the order of a key, so that interrupted and whole runs leave the same file."""
+    """Sort a file's rows by a key, so that interrupted and uninterrupted runs write the same file."""
     rows = sorted(resume_rows(path), key=lambda row: row[key])
     rewrite_rows(path, rows)
     return rows
 
 
 def require_keys(row: dict[str, Any], keys: dict[str, type | tuple[type, ...]]) -> None:
-    """Check that `row` has `keys`, each of its type and every number finite; ValueError names the first that is not."""
+    """Check that `row` has `keys`, each of its type and every number finite; ValueError names the first that fails."""
     for key, kind in keys.items():
         if key not in row:
             raise ValueError(f"the row has no `{key}`")
@@ -165,9 +164,9 @@ def require_keys(row: dict[str, Any], keys: dict[str, type | tuple[type, ...]]) 
 
 
 def resolve_file(folder: str | Path, relative: str) -> Path:
-    """Return the file that a row names, which has to exist below `folder`.
+    """Return the file that a row names, which must exist below `folder`.
 
-    Raises ValueError for an absolute or escaping path, FileNotFoundError for a missing file.
+    Raises ValueError for an absolute path or one that leads out of `folder`, FileNotFoundError for a missing file.
     """
     folder, path = Path(folder), Path(folder) / relative
     if Path(relative).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):

@@ -171,9 +171,3 @@ class FaceCrops(Dataset):
             image = change(image, pair) if change else image
             crops[side] = as_array(image.crop(crop_bounds(pair.box, *image.size)))
         return crops
-
-    def name(self, index: int) -> str:
-        """Return a name that tells both crops from all others: their files as they are now, and the box."""
-        pair = self.pairs[index]
-        files = [(Path(path).resolve(), Path(path).stat()) for path in (pair.good, pair.bad)]
-        return f"{[(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in files]} {pair.box}"

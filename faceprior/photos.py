@@ -1,9 +1,9 @@
 """Photographs from a folder, a glob, a list of paths, or WebDataset shards, under names that stay the same.
 
-A shard is an uncompressed .tar file in the WebDataset convention: members of one key, which is the path up to the first
-dot of the file name, belong together (`0001.jpg`, `0001.txt`). Only its index is kept; each picture is read when it is
-wanted, from any thread, so that their order is free. Python's own tarfile reads it: shards are local files here, and
-the library webdataset, made for streams, would run `pipe:` commands and read from the beginning at every resume.
+A shard is an uncompressed .tar file in the WebDataset convention: members with the same key, the path up to the
+first dot of the file name, belong together (`0001.jpg`, `0001.txt`). Only its index is kept; each image is read when it
+is needed, in any order and from any thread. Python's own tarfile reads it: shards are local files here, and the library
+webdataset, made for streams, would run `pipe:` commands and read from the beginning at every resume.
 """
 
 import glob
@@ -21,62 +21,15 @@ from PIL import Image
 
 from faceprior.images import common_folder, decode_image, find_images, load_image, natural_key
 
-
-def pair_id(photograph: str, index: int) -> str:
-    """Return the id of the pair of a photograph's face: a file name that is unique."""
-    return f"{safe_name(photograph)}_{index}"
-
-
-def safe_name(name: str) -> str:
-    """Turn a relative path into a file name without folders or suffix that is still unique.
-
-    It is of letters, digits, `-` and `_`, and short enough for file systems that allow 255 bytes.
-    """
-    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).with_suffix("").as_posix())
-    return f"{stem[-50:]}_{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
-
-
-def read_caption(image: str | Path) -> str | None:
-    """Return the caption beside a picture, in one line with single spaces; None where there is none.
-
-    It stands in `NAME.txt`, or in `NAME.json` or `NAME_qwen.json` as a text or under the key `caption`, looked for in
-    this order. ValueError for a JSON file that holds no caption.
-    """
-    image = Path(image)
-    names = (image.with_suffix(".txt"), image.with_suffix(".json"), image.with_name(f"{image.stem}_qwen.json"))
-    path = next((path for path in names if os.path.isfile(path)), None)  # False, too, for a name that is too long
-    return None if path is None else parse_caption(path.read_bytes(), str(path))
-
-
-def parse_caption(data: bytes, name: str) -> str:
-    """Return the caption in the bytes of a .txt file, or of a .json one that holds it as `read_caption` says.
-
-    name: the file's, whose suffix counts and which the errors show.
-    """
-    if not name.lower().endswith(".json"):
-        return " ".join(data.decode(errors="replace").split())
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    caption = value.get("caption") if isinstance(value, dict) else value
-    if not isinstance(caption, str):
-        raise ValueError(f"{name} has to hold a text, or an object with the key `caption`")
-    return " ".join(caption.split())
-
-
 MEMBER_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-
-
-CAPTION_SUFFIXES = ("txt", "json")  # the first one that is there counts
-
+CAPTION_SUFFIXES = ("txt", "json")  # the first one that exists counts
 
 Problems = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a shard: its name there, and where its bytes are."""
+    """A file in a shard: its name, and the offset and size of its content in bytes."""
 
     name: str
     offset: int
@@ -90,25 +43,25 @@ class Member:
 
 @dataclass(frozen=True)
 class Photograph:
-    """A picture that is not read yet.
+    """An image that is not read yet.
 
-    name: unique, and the same whatever else is beside it: the path relative to the folder that was named, or
-    `SHARD.tar/MEMBER`. path: of the picture, or of the shard that holds the members `picture` and `sidecar`.
+    name: unique, and independent of the other files: the path relative to the folder that was named, or
+    `SHARD.tar/MEMBER`. path: path of the image, or of the shard that contains the members `image` and `sidecar`.
     """
 
     name: str
     path: Path
-    picture: Member | None = None
+    image: Member | None = None
     sidecar: Member | None = None
 
     def load(self) -> Image.Image:
-        """Return the picture as `load_image` does, with the same errors."""
-        if self.picture is None:
+        """Return the image as `load_image` does, with the same errors."""
+        if self.image is None:
             return load_image(self.path)
-        return decode_image(self.picture.read(self.path), f"{self.path}/{self.picture.name}")
+        return decode_image(self.image.read(self.path), f"{self.path}/{self.image.name}")
 
     def is_readable(self) -> bool:
-        """Tell whether picture and caption can be read."""
+        """Whether image and caption can be read."""
         try:
             self.load(), self.caption()
         except (ValueError, OSError):
@@ -116,22 +69,22 @@ class Photograph:
         return True
 
     def caption(self) -> str | None:
-        """Return the caption beside it (NAME.txt, else NAME.json), None without one; ValueError for a wrong file."""
-        if self.picture is None:
+        """Return the caption beside it (NAME.txt, else NAME.json), None without one; ValueError for an invalid file."""
+        if self.image is None:
             return read_caption(self.path)
         if self.sidecar is None:
             return None
         return parse_caption(self.sidecar.read(self.path), f"{self.path}/{self.sidecar.name}")
 
 
-def find_photographs(images: str, but: Sequence[Path] = ()) -> tuple[list[Photograph], Problems]:
-    """Find the photographs that `images` names -> (photographs by name, problems as (shard's place, reason)).
+def find_photographs(images: str, exclude: Sequence[Path] = ()) -> tuple[list[Photograph], Problems]:
+    """Find the photographs that `images` names -> (photographs by name, problems as (place in a shard, reason)).
 
-    images: a folder (with its sub-folders), a glob, a picture, a .txt file with one path a line (relative ones from
-    its folder), or .tar shards; braces are expanded: `{000..009}`, `{a,b}`. Pictures are not opened yet. but: folders
-    whose pictures are passed over, such as those of the results.
+    images: a folder (with its sub-folders), a glob, an image, a .txt file with one path per line (relative to its
+    folder), or .tar shards; braces are expanded: `{000..009}`, `{a,b}`. Images are not opened yet. exclude: folders
+    whose images are skipped, such as the output folder.
 
-    Raises FileNotFoundError for what is not there, ValueError where nothing is a photograph.
+    Raises FileNotFoundError for a path that does not exist, ValueError if there is no photograph.
     """
     patterns = [images] if Path(images).expanduser().exists() else expand_braces(images)
     paths = [Path(pattern).expanduser() for pattern in patterns]
@@ -143,15 +96,15 @@ def find_photographs(images: str, but: Sequence[Path] = ()) -> tuple[list[Photog
         root = common_folder([_fixed_part(path) / "any" for path in paths])
         found = [Photograph(path.relative_to(root).as_posix(), path) for path in find_images(*paths)]
         problems = []
-    made = [folder.resolve() for folder in but]
-    kept = [item for item in found if not any(item.path.resolve().is_relative_to(folder) for folder in made)]
+    excluded = [folder.resolve() for folder in exclude]
+    kept = [item for item in found if not any(item.path.resolve().is_relative_to(folder) for folder in excluded)]
     if not kept:
-        raise ValueError(f"no photographs in {images} besides the pictures that were made from some")
+        raise ValueError(f"no photographs in {images} besides the images in {', '.join(map(str, exclude))}")
     return sorted(kept, key=lambda photograph: photograph.name), problems
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand the braces of a shell: `{000..009}` counts, with the leading zeros of its start; `{a,b}` lists."""
+    """Expand braces like a shell: `{000..009}` counts, with as many digits as its start; `{a,b}` lists."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -167,7 +120,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _fixed_part(path: Path) -> Path:
-    """Return the deepest folder that a path names without wildcards."""
+    """Return the deepest folder of a path before its wildcards."""
     if path.is_dir():
         return path
     parents = [parent for parent in path.parents if not glob.has_magic(str(parent))]
@@ -178,10 +131,13 @@ def _in_list(path: Path) -> list[Photograph]:
     lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     listed = dict.fromkeys(path.parent / line.strip() for line in lines if line.strip())
     if not listed:
-        raise ValueError(f"{path} lists no photograph: it holds one path a line")
+        raise ValueError(f"{path} lists no photograph: it has to contain one path per line")
     inside = [file.is_relative_to(path.parent) for file in listed]
     names = [(file.relative_to(path.parent) if kept else file) for file, kept in zip(listed, inside, strict=True)]
     return [Photograph(name.as_posix(), file) for name, file in zip(names, listed, strict=True)]
+
+
+# ---- shards
 
 
 def _in_shards(paths: list[Path]) -> tuple[list[Photograph], Problems]:
@@ -193,7 +149,7 @@ def _in_shards(paths: list[Path]) -> tuple[list[Photograph], Problems]:
         found, problems = found + photographs, problems + wrong
     if not found:
         reason = f"; the first problem: {': '.join(problems[0])}" if problems else ""
-        raise ValueError(f"no member of {shards[0]} ... is a .jpg, .png or .webp picture{reason}")
+        raise ValueError(f"no member of {shards[0]} ... is a .jpg, .png or .webp image{reason}")
     return found, problems
 
 
@@ -208,7 +164,7 @@ def _matching(path: Path) -> list[Path]:
 def read_shard(path: str | Path, name: str) -> tuple[list[Photograph], Problems]:
     """Index one shard that is called `name` -> (its photographs, problems as (place, reason)).
 
-    A damaged header costs the member behind it, a torn end what would have followed.
+    After a damaged header its member is missing, after a truncated end all members that would follow.
     """
     path, problems = Path(path), []
     files: dict[tuple[str, str], Member] = {}  # by key and suffix
@@ -218,27 +174,27 @@ def read_shard(path: str | Path, name: str) -> tuple[list[Photograph], Problems]
             continue
         if (key, suffix) in files:
             place = f"{name}/{member.name} at byte {member.offset}"
-            problems.append((place, "a second member of this name: the first one is taken"))
+            problems.append((place, "a second member of this name: the first one is used"))
             continue
         files[key, suffix] = member
     sidecars = {key: files[key, suffix] for suffix in CAPTION_SUFFIXES[::-1] for key, own in files if own == suffix}
-    pictures = [(key, member) for (key, suffix), member in files.items() if suffix in MEMBER_SUFFIXES]
-    return [Photograph(f"{name}/{file.name}", path, file, sidecars.get(key)) for key, file in pictures], problems
+    images = [(key, member) for (key, suffix), member in files.items() if suffix in MEMBER_SUFFIXES]
+    return [Photograph(f"{name}/{file.name}", path, file, sidecars.get(key)) for key, file in images], problems
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
-    """Split as WebDataset does: at the first dot of the file's name."""
+    """Split a name like WebDataset: at the first dot of the file name."""
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return f"{folder}/{stem}", suffix.lower()
 
 
 def _members(path: Path, name: str, problems: Problems) -> Iterator[Member]:
-    """Yield the files of a shard; what lies between them and is neither a header nor empty becomes a problem."""
-    end, size = 0, path.stat().st_size  # end: of the member before
+    """Yield the files of a shard; between them, data that is neither a header nor zeros becomes a problem."""
+    end, size = 0, path.stat().st_size  # end: of the previous member
     with open(path, "rb") as file:
         try:
-            # ignore_zeros makes it search on behind a damaged header, where it would stop silently
+            # with ignore_zeros it goes on after a damaged header, where it would stop silently
             with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
                 for info in tar:
                     if info.offset != end and _is_damaged(path, end):
@@ -250,7 +206,7 @@ def _members(path: Path, name: str, problems: Problems) -> Iterator[Member]:
                         yield Member(posixpath.normpath(info.name), info.offset_data, info.size)
         except (tarfile.TarError, ValueError, EOFError) as error:
             problems.append(
-                (f"{name} at byte {end}", f"not a whole .tar file ({error}): nothing is read from there on")
+                (f"{name} at byte {end}", f"not a complete .tar file ({error}): nothing is read from there on")
             )
             return
     if _is_damaged(path, end):
@@ -258,7 +214,56 @@ def _members(path: Path, name: str, problems: Problems) -> Iterator[Member]:
 
 
 def _is_damaged(path: Path, offset: int) -> bool:
-    """Tell whether something else than the zeros of a shard's end stands where a header should."""
+    """Whether the place of a header has other data than the zeros at the end of a shard."""
     with open(path, "rb") as file:
         file.seek(offset)
         return any(file.read(tarfile.BLOCKSIZE))
+
+
+# ---- captions
+
+
+def read_caption(image: str | Path) -> str | None:
+    """Return the caption beside an image, in one line with single spaces; None if there is none.
+
+    The first of these files counts: `NAME.txt`, `NAME.json`, `NAME_qwen.json`; a JSON file contains a string, or an
+    object with the key `caption`. ValueError for a JSON file without a caption.
+    """
+    image = Path(image)
+    names = (image.with_suffix(".txt"), image.with_suffix(".json"), image.with_name(f"{image.stem}_qwen.json"))
+    path = next((path for path in names if os.path.isfile(path)), None)  # also False for a name that is too long
+    return None if path is None else parse_caption(path.read_bytes(), str(path))
+
+
+def parse_caption(data: bytes, name: str) -> str:
+    """Return the caption in the content of a .txt or .json file; see `read_caption`.
+
+    name: the name of the file: its suffix decides how it is read, and errors show it.
+    """
+    if not name.lower().endswith(".json"):
+        return " ".join(data.decode(errors="replace").split())
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    caption = value.get("caption") if isinstance(value, dict) else value
+    if not isinstance(caption, str):
+        raise ValueError(f"{name} has to contain a string, or an object with the key `caption`")
+    return " ".join(caption.split())
+
+
+# ---- file names
+
+
+def pair_id(photograph: str, index: int) -> str:
+    """Return the id of the pair from a face of a photograph: a unique file name."""
+    return f"{safe_name(photograph)}_{index}"
+
+
+def safe_name(name: str) -> str:
+    """Turn a relative path into a unique file name without folders and suffix.
+
+    It consists of letters, digits, `-` and `_`, and is short enough for file systems that allow 255 bytes.
+    """
+    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).with_suffix("").as_posix())
+    return f"{stem[-50:]}_{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"

@@ -9,40 +9,41 @@ from PIL import Image
 
 from faceprior.images import cv2
 
-SHARPNESS_SIDE = 64  # pixels, to which larger faces are shrunk before their sharpness is measured
+SHARPNESS_SIDE = 64  # pixels; larger faces are shrunk to it before their sharpness is measured
 
 
-def sharpness(picture: Image.Image, box: Sequence[float]) -> float:
+def sharpness(image: Image.Image, box: Sequence[float]) -> float:
     """Return the variance of the Laplacian over that of the grey levels in a face's box (xyxy): 0 flat, 20 white noise.
 
-    Larger faces are first shrunk to 64 pixels, so that blur is measured relative to the face; the ratio does not depend
-    on contrast. A sharp face has 0.15 to 1; one blurred by a Gaussian of 1%, 2%, 3% of its side about 0.15, 0.045 and
+    Larger faces are first shrunk to 64 pixels, so that blur is measured relative to the face. The ratio is independent
+    of contrast. A sharp face has 0.15 to 1; one blurred by a Gaussian of 1%, 2%, 3% of its side about 0.15, 0.045 and
     0.025, drawn or photographed.
     """
     x0, y0, x1, y1 = (round(edge) for edge in box)
-    gray = np.asarray(picture.convert("L").crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))), np.float32)
+    face = image.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
+    gray = np.asarray(face.convert("L"), np.float32)
     scale = SHARPNESS_SIDE / max(gray.shape)
     if scale < 1:
         gray = cv2.resize(gray, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return float(cv2.Laplacian(gray, cv2.CV_32F).var() / max(gray.var(), 1.0))
 
 
-def perceptual_hash(picture: Image.Image) -> int:
-    """Return 64 bits that stay nearly the same under resizing and compression (pHash).
+def perceptual_hash(image: Image.Image) -> int:
+    """Return 64 bits that change little under resizing and compression (pHash).
 
-    They tell which of the 8 x 8 lowest frequencies (DCT of the picture at 32 x 32, grey) lie above their median.
+    Each tells whether one of the 8 x 8 lowest frequencies (DCT of the grey image at 32 x 32) lies above their median.
     """
-    gray = np.asarray(picture.convert("L").resize((32, 32), Image.BOX), np.float32)
+    gray = np.asarray(image.convert("L").resize((32, 32), Image.BOX), np.float32)
     frequencies = cv2.dct(gray)[:8, :8].ravel()
     bits = frequencies > np.median(frequencies[1:])  # without the mean brightness
     return int("".join("01"[int(bit)] for bit in bits), 2)
 
 
 class NearDuplicates:
-    """Photographs by their perceptual hash; two are near-duplicates when at most `max_distance` of 64 bits differ."""
+    """Photographs by their perceptual hash; two are near-duplicates if at most `max_distance` of 64 bits differ."""
 
     def __init__(self, max_distance: int):
-        self.max_distance = max_distance  # below 0: there are none
+        self.max_distance = max_distance  # below 0 there are no duplicates
         self._names: list[str] = []
         self._hashes = np.zeros(0, np.uint64)
 
@@ -58,9 +59,9 @@ class NearDuplicates:
 
 
 def noise_level(gray: np.ndarray) -> float:
-    """Estimate the standard deviation of Gaussian noise in a (H, W) float32 picture (Immerkaer, 1996).
+    """Estimate the standard deviation of Gaussian noise in a grey image (H, W) float32 (Immerkaer, 1996).
 
-    The kernel is the difference of two Laplacians: it is blind to constant, linear and quadratic structure. Finer
+    The kernel is the difference of two Laplacians: it ignores constant, linear and quadratic structure. Finer
     structure, such as hair, counts as noise.
     """
     kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)

@@ -1,13 +1,13 @@
 """
-FaceScorer: a picture -> one score per face (Face Score, arXiv 2406.17100).
+FaceScorer: an image -> one score per face (Face Score, arXiv 2406.17100).
 
-The reward of ImageReward on face crops: a BLIP image encoder (ViT-L/16), a BERT text encoder that looks at
-the image through cross attention and reads "A face.", and a linear head on its first token.
+The reward of ImageReward on face crops: a BLIP image encoder (ViT-L/16), a BERT text encoder that reads "A face." and
+sees the image through cross attention, and a linear head on its first token; see `faceprior.blip`.
 
-The scale: a score has no unit, no bounds and no zero of its own, and scores of two different checkpoints cannot be
-compared. What it means is a difference: a face that scores m more than another one is the better of the two with
-probability sigmoid(m), since that is what the ranking loss fits (Eq. 5). With the published weights plausible faces
-lie above about 4 (paper 8.5). Where the weights come with a reference set, each score has a percentile.
+The scale: a score has no unit, no bounds and no zero point, and scores of two different checkpoints cannot be
+compared. Only differences have a meaning: a face that scores m more than another one is the better of the two with
+probability sigmoid(m), because that is what the ranking loss fits (Eq. 5). With the published weights, plausible faces
+score above about 4 (paper 8.5). If the weights come with a reference set, each score has a percentile.
 """
 
 import itertools
@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,13 @@ from faceprior.images import atomic_write, load_image
 from faceprior.models import DEFAULT_PROMPT, HUB_OPTIONS
 from faceprior.streams import in_background
 
+MAX_THREADS = 8  # that read images and search them for faces
+MAX_WAITING = 4  # batches of images that may wait for a batch of faces to fill
 REFERENCE_FILE = "reference.json"  # beside a scorer's weights: how a reference set scores
-MAX_WAITING = 4  # batches of pictures that may wait for a batch of faces to fill
+QUANTILES = 101  # 0%, 1% ... 100%
+
+
+# ---- what a score is
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class FaceScore:
     """The score of one face.
 
     score: no unit, higher is better. box: (x0, y0, x1, y1) in pixels. landmarks: (5, 2) in pixels, or None.
-    confidence: the detector's, in [0, 1]; 1 for a box that the caller gave. percentile: per cent of the reference
-    set's good faces that score lower, in [0, 100]; None if the scorer has no reference, or read another prompt.
+    confidence: the detector's, in [0, 1]; 1 for a box that the caller gave. percentile: percentage of the reference
+    set's good faces that score lower, in [0, 100]; None if the scorer has no reference or the prompt is not its own.
     """
 
     score: float
@@ -77,7 +81,7 @@ class FaceScore:
     percentile: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in plain numbers and lists, for JSON."""
+        """Plain numbers and lists, ready for JSON."""
         return {
             "score": float(self.score),
             "box": [float(edge) for edge in self.box],
@@ -87,23 +91,161 @@ class FaceScore:
         }
 
 
-class FaceScorer(ModelMixin, ConfigMixin):
-    """Scores faces as people do (Face Score, paper 4.4).
+@dataclass(frozen=True)
+class ScoreReference:
+    """The scores that a scorer gives to a set of (good, bad) face pairs.
 
-    The default sizes are those of the published model (446 million parameters). `score` and `score_crops` are
-    for people; `preprocess` and `forward` give rewards with gradients to the pixels.
+    name: name of the set. n: number of its pairs. good, bad: the 0%, 1% ... 100% quantiles of the scores of the good
+    and of the bad faces, no unit.
+    """
+
+    name: str
+    n: int
+    good: tuple[float, ...]
+    bad: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not isinstance(self.n, int) or self.n < 1:
+            raise ValueError(f"a reference has a name and at least one pair, but these are {self.name!r} and {self.n}")
+        for side in ("good", "bad"):
+            quantiles = tuple(map(float, getattr(self, side)))
+            if len(quantiles) != QUANTILES or not np.isfinite(quantiles).all() or (np.diff(quantiles) < 0).any():
+                raise ValueError(f"`{side}` has to be {QUANTILES} finite numbers in rising order")
+            object.__setattr__(self, side, quantiles)
+
+    @classmethod
+    def from_scores(cls, name: str, good: Sequence[float], bad: Sequence[float]) -> "ScoreReference":
+        """The reference of a set of pairs; good, bad: one score per pair."""
+        if len(good) != len(bad) or len(good) == 0:
+            raise ValueError(f"a reference needs a score per side and pair but got {len(good)} good and {len(bad)} bad")
+        steps = np.linspace(0, 1, QUANTILES)
+        return cls(name, len(good), *(tuple(np.quantile(side, steps).tolist()) for side in (good, bad)))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ScoreReference | None":
+        """Read `folder/reference.json`; None if there is none, ValueError if it is damaged."""
+        path = Path(folder) / REFERENCE_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): copy it again, or delete it (scores then have no percentile)"
+            ) from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write `folder/reference.json`."""
+        with atomic_write(Path(folder) / REFERENCE_FILE, "w") as file:
+            json.dump(asdict(self), file)
+
+    def percentile(self, score: float) -> float:
+        """Percentage of the set's good faces that score lower, in [0, 100]; linear between two quantiles."""
+        return float(np.interp(score, self.good, np.linspace(0, 100, QUANTILES)))
+
+
+# ---- the faces of many images
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How `FaceScorer.score` finds and scores faces; see there."""
+
+    detector: str | Callable = "auto"
+    min_confidence: float = 0.9
+    min_face_size: float = 20
+    batch_size: int = 32
+    prompt: str = DEFAULT_PROMPT
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` has to be at least 1 but is {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class FoundFaces:
+    """The faces of an image and their pixels: (number of faces, 3, size, size) uint8; see `face_pixels`."""
+
+    faces: list[Face]
+    pixels: Tensor
+
+
+def iter_faces(
+    images: Iterable[Any],
+    size: int,
+    faces: Sequence[Sequence[Any]] | None = None,
+    settings: ScoreSettings | None = None,
+) -> Iterator[FoundFaces | Exception]:
+    """Find and crop the faces of each image, ahead of the caller, in threads.
+
+    There are as many threads as torch uses, at most MAX_THREADS, and each works at most two images ahead. If the
+    detector is a function of the caller's, only one thread at a time calls it.
 
     Args:
-        vision_hidden_size, vision_layers, vision_heads, vision_intermediate: the ViT.
-        image_size, patch_size: pixels; an `image_size` that is a multiple of `patch_size`.
-        text_hidden_size, text_layers, text_heads, text_intermediate: the BERT with cross attention.
-        vocab_size, max_positions: its tables.
-        text_dropout: in training only; the official ViT's stochastic depth is not ported.
-        text_layer_norm_eps: BERT's; the ViT's is 1e-6 in every BLIP.
+        images: anything that `load_image` takes.
+        size: side of the crops in pixels.
+        faces: known faces, instead of a detector: for each image its `Face`s or (x0, y0, x1, y1) boxes.
+        settings: the detector and its limits; the defaults if None.
+
+    Yields:
+        The faces of each image in the order of the images, or the exception that the image failed with.
+
+    Raises:
+        ValueError: `faces` does not have one list per image.
+    """
+    settings = settings or ScoreSettings()
+    if faces is not None and len(faces) != len(images):
+        raise ValueError(f"`faces` has to have one list per image: {len(faces)} for {len(images)} images")
+    detector = settings.detector
+    if faces is None and isinstance(detector, str):
+        detector = resolve_detector(detector)  # loaded once; a failure here is not that of an image
+    lock = nullcontext() if isinstance(detector, (str, Detector)) else threading.Lock()
+
+    def crop_faces(item: tuple[Any, Sequence[Any] | None]) -> FoundFaces | Exception:
+        try:
+            image, known = load_image(item[0]), item[1]
+            if known is None:
+                with lock:
+                    found = detect_faces(image, detector, settings.min_confidence, settings.min_face_size)
+            else:
+                found = [face if isinstance(face, Face) else Face(face, None, 1.0) for face in known]
+            return FoundFaces(found, face_pixels(image, [face.box for face in found], size))
+        except Exception as error:
+            return error
+
+    items = zip(map(_loaded, images), repeat(None) if faces is None else faces, strict=False)
+    threads = min(MAX_THREADS, torch.get_num_threads())
+    yield from in_background(crop_faces, items, threads, ahead=2 * threads + 1)
+
+
+def _loaded(image: Any) -> Any:
+    """The same image; a PIL image is decoded here, because two threads must not decode one that is listed twice."""
+    if isinstance(image, Image.Image):
+        with suppress(Exception):  # `load_image` raises it again
+            image.load()
+    return image
+
+
+# ---- the scorer
+
+
+class FaceScorer(ModelMixin, ConfigMixin):
+    """Scores faces like human raters do (Face Score, paper 4.4).
+
+    The default sizes are those of the published model (446 million parameters). `score` and `score_crops` give plain
+    numbers; `preprocess` and `forward` give rewards with gradients to the pixels.
+
+    Args:
+        vision_hidden_size, vision_layers, vision_heads, vision_intermediate: sizes of the ViT.
+        image_size, patch_size: in pixels; `image_size` is a multiple of `patch_size`.
+        text_hidden_size, text_layers, text_heads, text_intermediate: sizes of the BERT with cross attention.
+        vocab_size, max_positions: sizes of its embedding tables.
+        text_dropout: dropout of the BERT in training; the official ViT's stochastic depth is not ported.
+        text_layer_norm_eps: epsilon of the BERT's layer norms; the ViT's is 1e-6 in every BLIP.
         reward_mean, reward_std: `forward` returns (reward - mean) / std; 0 and 1 for Face Score.
         prompt, prompt_token_ids: the default prompt and its tokens, [CLS] first and [SEP] last.
 
-    `reference` (a `ScoreReference` or None) goes with the weights: whoever changes them measures it anew.
+    `reference` (a `ScoreReference` or None) belongs to the weights: measure it again after changing them.
     """
 
     _supports_gradient_checkpointing = True
@@ -172,7 +314,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write `config.json`, the weights, and `reference.json` if there is a reference; see `ModelMixin`."""
-        # first, so that `push_to_hub` finds it
+        # before the weights, so that `push_to_hub` finds it
         Path(save_directory, REFERENCE_FILE).unlink(missing_ok=True)
         if self.reference is not None:
             self.reference.save(save_directory)
@@ -189,7 +331,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
             model, info = super().from_pretrained(
                 folder,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that all of them are reported, below
+                ignore_mismatched_sizes=True,  # all of them are reported below
                 **{"use_safetensors": True, **kwargs},
             )
         except OSError as error:
@@ -222,7 +364,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
             )
         with init_empty_weights(include_buffers=False):
             model = cls(**config)
-        # compared under the names that the file has
+        # compared under the names in the file
         require_same_tensors(ours_to_official(model.state_dict()), ours_to_official(state_dict), source)
         model.load_state_dict(state_dict, strict=True, assign=True)
         return model.to(dtype or torch_dtype or torch.float32)
@@ -316,7 +458,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
             layer._gradient_checkpointing_func = gradient_checkpointing_func
 
     def _check_pixel_values(self, pixel_values: Tensor) -> None:
-        # the library's BLIP would cut the position embedding to a smaller picture and score garbage
+        # the library's BLIP would crop the position embedding for a smaller image and score garbage
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(
@@ -325,22 +467,21 @@ class FaceScorer(ModelMixin, ConfigMixin):
             )
 
     def preprocess(self, images: Any, boxes: Sequence[Sequence[float]] | None = None) -> Tensor:
-        """Crop, resize the short side to `image_size` (bicubic, antialiased), crop the centre, normalise.
+        """Crop, resize the shorter side to `image_size` (bicubic, antialiased), crop the centre, normalise.
 
-        Pictures go through PIL, which is the reference. A tensor goes the same way in torch, differentiably;
-        values outside of [-1, 1] are clamped. For 8-bit pixels it lies within 2/255 of the reference before
-        the normalisation (0.03 after it), because PIL rounds to 8 bits twice.
+        Images go through PIL, which is the reference. A tensor is processed in torch, differentiably; values outside
+        of [-1, 1] are clamped. For 8-bit pixels it lies within 2/255 of the reference before the normalisation (0.03
+        after it), because PIL rounds to 8 bits twice.
 
         Args:
-            images: a picture or a list of B (path, PIL image, array), or a tensor (B, 3, H, W) or (3, H, W)
-                in [-1, 1].
-            boxes: one (x0, y0, x1, y1) in pixels for each picture, clamped to it; the whole picture if None.
+            images: an image or a list of B (path, PIL image, array), or a tensor (B, 3, H, W) or (3, H, W) in [-1, 1].
+            boxes: one (x0, y0, x1, y1) in pixels for each image, clamped to it; the whole image if None.
 
         Returns:
-            (B, 3, image_size, image_size) float32, on the CPU for pictures, else on the tensor's device.
+            (B, 3, image_size, image_size) float32, on the CPU for images, else on the tensor's device.
 
         Raises:
-            ValueError: not as many boxes as pictures, or a box that is NaN, inverted or outside its picture.
+            ValueError: not as many boxes as images, or a box that is NaN, inverted or outside its image.
         """
         return preprocess(images, self.config.image_size, boxes)
 
@@ -354,30 +495,30 @@ class FaceScorer(ModelMixin, ConfigMixin):
         batch_size: int = 32,
         prompt: str = DEFAULT_PROMPT,
     ) -> list[FaceScore] | list[list[FaceScore]]:
-        """Find the faces of a picture and score each.
+        """Find the faces of an image and score each.
 
         Args:
-            images: a picture (path, PIL image, array), or a list of pictures.
-            faces: what was found before, instead of a detector: the picture's `Face`s or (x0, y0, x1, y1)
-                boxes; for a list of pictures one such list each.
+            images: an image (path, PIL image, array), or a list of images.
+            faces: known faces, instead of a detector: the image's `Face`s or (x0, y0, x1, y1) boxes; for a list of
+                images one such list each.
             detector, min_confidence, min_face_size: see `detect_faces`; not used with `faces`.
-            batch_size: faces per pass through the network.
+            batch_size: number of faces per forward pass.
             prompt: another prompt than the default needs a tokenizer; see `tokenize_prompt`.
 
         Returns:
-            The faces with the best first; for a list of pictures a list of such lists. A picture without a
-            face gives an empty list.
+            The faces with the best first; for a list of images a list of such lists. An image without a face gives an
+            empty list.
 
         Raises:
-            ValueError: a box that is NaN, inverted or outside of its picture.
+            ValueError: a box that is NaN, inverted or outside its image.
             ImageError, FileNotFoundError: from `load_image`.
         """
         many = isinstance(images, (list, tuple))
-        pictures, given = (images, faces) if many else ([images], None if faces is None else [faces])
+        images, faces = (images, faces) if many else ([images], None if faces is None else [faces])
         scores = []
-        each = self.score_each(pictures, given, detector, min_confidence, min_face_size, batch_size, prompt)
+        each = self.score_each(images, faces, detector, min_confidence, min_face_size, batch_size, prompt)
         for index, found in enumerate(each):
-            if isinstance(found, Exception):  # that of a box does not name its picture
+            if isinstance(found, Exception):  # that of a box does not name its image
                 raise ValueError(f"`images[{index}]`: {found}") if many and type(found) is ValueError else found
             scores.append(found)
         return scores if many else scores[0]
@@ -392,43 +533,55 @@ class FaceScorer(ModelMixin, ConfigMixin):
         batch_size: int = 32,
         prompt: str = DEFAULT_PROMPT,
     ) -> Iterator[list[FaceScore] | Exception]:
-        """`score` for any number of pictures, one bad one among them or not.
+        """`score` for any number of images, of which some may fail.
 
-        Pictures are read and searched in threads, ahead of the network, which takes the faces of several pictures
-        at once. Arguments as in `score`, but `images` is any iterable.
+        Images are read and searched in threads, ahead of the network, and a batch holds the faces of several images.
+        Arguments as in `score`, but `images` is any iterable.
 
         Yields:
-            In the order of the pictures the faces of each, best first; or the exception that it failed with.
+            For each image, in order, its faces with the best first, or the exception that it failed with.
         """
-        batch_size, input_ids = _checked(batch_size), self._prompt_ids(prompt)
-        found_ahead = iter_faces(images, self.config.image_size, faces, detector, min_confidence, min_face_size)
-        waiting, pixels, rewards = deque(), [], deque()
-        for found in found_ahead:
+        settings = ScoreSettings(detector, min_confidence, min_face_size, batch_size, prompt)
+        input_ids = self._prompt_ids(prompt)
+        waiting, pixels, rewards = deque(), [], deque()  # images in order; faces to score; scores of the first faces
+        for found in iter_faces(images, self.config.image_size, faces, settings):
             waiting.append(found)
             if not isinstance(found, Exception):
-                pixels += found[1]
+                pixels += found.pixels
             while len(pixels) >= batch_size or (pixels and len(waiting) >= MAX_WAITING * batch_size):
                 rewards += self._rewards(normalise(torch.stack(pixels[:batch_size]).to(self.device)), input_ids)
                 del pixels[:batch_size]
-            yield from _complete(waiting, rewards, partial(self.percentile, prompt=prompt))
+            yield from self._completed(waiting, rewards, prompt)
         if pixels:
             rewards += self._rewards(normalise(torch.stack(pixels).to(self.device)), input_ids)
-        yield from _complete(waiting, rewards, partial(self.percentile, prompt=prompt))
+        yield from self._completed(waiting, rewards, prompt)
+
+    def _completed(self, waiting: deque, rewards: deque, prompt: str) -> Iterator[list[FaceScore] | Exception]:
+        """Remove the first waiting images, as long as all their faces have a reward, and yield their scores."""
+        while waiting and (isinstance(waiting[0], Exception) or len(waiting[0].faces) <= len(rewards)):
+            found = waiting.popleft()
+            if not isinstance(found, Exception):
+                found = [self._face_score(face, rewards.popleft(), prompt) for face in found.faces]
+                found.sort(key=lambda score: score.score, reverse=True)
+            yield found
+
+    def _face_score(self, face: Face, reward: float, prompt: str) -> FaceScore:
+        return FaceScore(reward, face.box, face.landmarks, face.confidence, self.percentile(reward, prompt))
 
     def percentile(self, score: float, prompt: str = DEFAULT_PROMPT) -> float | None:
-        """Where a score stands among the reference set's good faces, in [0, 100]; see `FaceScore`."""
+        """The percentile of a score among the reference set's good faces, in [0, 100]; see `FaceScore`."""
         if self.reference is None or prompt != self.config.prompt:
             return None
         return self.reference.percentile(score)
 
     def score_crops(self, crops: Iterable[Any], batch_size: int = 32, prompt: str = DEFAULT_PROMPT) -> list[float]:
-        """Score pictures that are face crops already, in their order.
+        """Score images that are face crops already, in their order.
 
         crops: paths, PIL images or arrays; any iterable, read in batches.
         """
-        input_ids = self._prompt_ids(prompt)
+        settings, input_ids = ScoreSettings(batch_size=batch_size), self._prompt_ids(prompt)
         crops, rewards = iter(crops), []
-        while batch := list(itertools.islice(crops, _checked(batch_size))):
+        while batch := list(itertools.islice(crops, settings.batch_size)):
             rewards += self._rewards(self.preprocess(batch).to(self.device), input_ids)
         return rewards
 
@@ -440,7 +593,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
         return rewards
 
     def _prompt_ids(self, prompt: str) -> Tensor:
-        """(L,) tokens on the model's device; the default prompt's stand in the configuration."""
+        """The tokens (L,) of a prompt on the model's device; those of the default prompt are in the configuration."""
         default = prompt == self.config.prompt
         ids = list(self.config.prompt_token_ids) if default else tokenize_prompt(prompt)
         require_known(ids, self.config, prompt)
@@ -449,7 +602,7 @@ class FaceScorer(ModelMixin, ConfigMixin):
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode back afterwards."""
+    """Evaluation mode inside; afterwards every module is in its former mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -457,149 +610,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _checked(batch_size: int) -> int:
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
-    return batch_size
-
-
-def _complete(waiting: deque, rewards: deque, percentile: Callable) -> Iterator[list[FaceScore] | Exception]:
-    """Take the first of the waiting pictures out, as long as all their faces have a reward."""
-    while waiting:
-        if isinstance(waiting[0], Exception):
-            yield waiting.popleft()
-        elif len(waiting[0][0]) <= len(rewards):
-            yield _ranked([(face, rewards.popleft()) for face in waiting.popleft()[0]], percentile)
-        else:
-            return
-
-
-def _ranked(rewarded: list[tuple[Face, float]], percentile: Callable) -> list[FaceScore]:
-    scores = [
-        FaceScore(reward, face.box, face.landmarks, face.confidence, percentile(reward)) for face, reward in rewarded
-    ]
-    return sorted(scores, key=lambda score: score.score, reverse=True)
-
-
-MAX_THREADS = 8
-
-
-Found = tuple[list[Face], Tensor]
-
-
-def iter_faces(
-    images: Iterable[Any],
-    size: int,
-    faces: Sequence[Sequence[Any]] | None = None,
-    detector: str | Callable = "auto",
-    min_confidence: float = 0.9,
-    min_face_size: float = 20,
-) -> Iterator[Found | Exception]:
-    """The faces of each picture and their pixels, in the order of the pictures.
-
-    As many threads as torch uses, at most MAX_THREADS, work at most two pictures each ahead. A function of one's
-    own as the detector is called by one thread at a time.
-
-    Args:
-        images: what `load_image` takes.
-        size: side of the crops in pixels.
-        faces: what was found before, instead of a detector: for each picture its `Face`s or (x0, y0, x1, y1) boxes.
-        detector, min_confidence, min_face_size: see `detect_faces`.
-
-    Yields:
-        (n faces, their pixels (n, 3, size, size) uint8; see `face_pixels`), or the exception that it failed with.
-
-    Raises:
-        ValueError: not as many lists of faces as pictures.
-    """
-    if faces is not None and len(faces) != len(images):
-        raise ValueError(f"`faces` has to have one list per picture: {len(faces)} for {len(images)} pictures")
-    if faces is None and isinstance(detector, str):
-        detector = resolve_detector(detector)  # loaded once, and what is wrong with it is no picture's fault
-    lock = nullcontext() if isinstance(detector, (str, Detector)) else threading.Lock()
-
-    def find(image: Any, given: Sequence[Any] | None) -> Found | Exception:
-        try:
-            picture = load_image(image)
-            if given is None:
-                with lock:
-                    own = detect_faces(picture, detector, min_confidence, min_face_size)
-            else:
-                own = [face if isinstance(face, Face) else Face(face, None, 1.0) for face in given]
-            return own, face_pixels(picture, [face.box for face in own], size)
-        except Exception as error:
-            return error
-
-    items = zip(images, repeat(None) if faces is None else faces, strict=False)
-    threads = min(MAX_THREADS, torch.get_num_threads())
-    yield from in_background(lambda item: find(*item), map(_opened, items), threads, ahead=2 * threads + 1)
-
-
-def _opened(item: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The same, read if it is a PIL image: one that stands in the list twice must not be read by two threads."""
-    if isinstance(item[0], Image.Image):
-        with suppress(Exception):  # `load_image` says what is wrong
-            item[0].load()
-    return item
-
-
-QUANTILES = 101  # 0%, 1% ... 100%
-
-
-@dataclass(frozen=True)
-class ScoreReference:
-    """How a scorer scores a set of (good, bad) face pairs.
-
-    name: of the set. n: its pairs. good, bad: the 0%, 1% ... 100% quantiles of either side's scores, no unit.
-    """
-
-    name: str
-    n: int
-    good: tuple[float, ...]
-    bad: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not isinstance(self.n, int) or self.n < 1:
-            raise ValueError(f"a reference has a name and at least one pair, but these are {self.name!r} and {self.n}")
-        for side in ("good", "bad"):
-            object.__setattr__(self, side, _checked_quantiles(getattr(self, side), side))
-
-    @classmethod
-    def from_scores(cls, name: str, good: Sequence[float], bad: Sequence[float]) -> "ScoreReference":
-        """Measure a set of pairs: good, bad hold one score per pair."""
-        if len(good) != len(bad) or len(good) == 0:
-            raise ValueError(f"a reference needs a score per side and pair but got {len(good)} good and {len(bad)} bad")
-        steps = np.linspace(0, 1, QUANTILES)
-        return cls(name, len(good), *(tuple(np.quantile(side, steps).tolist()) for side in (good, bad)))
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "ScoreReference | None":
-        """Read `folder/reference.json`; None if there is none, ValueError if it is damaged."""
-        path = Path(folder) / REFERENCE_FILE
-        if not path.is_file():
-            return None
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}): copy it again, or delete it (scores are then without a percentile)"
-            ) from error
-
-    def save(self, folder: str | Path) -> None:
-        """Write `folder/reference.json`."""
-        with atomic_write(Path(folder) / REFERENCE_FILE, "w") as file:
-            json.dump(asdict(self), file)
-
-    def percentile(self, score: float) -> float:
-        """Per cent of the set's good faces that score lower, in [0, 100]; straight between two quantiles."""
-        return float(np.interp(score, self.good, np.linspace(0, 100, QUANTILES)))
-
-
-def _checked_quantiles(values: Sequence[float], side: str) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    rising = all(a <= b for a, b in zip(numbers, numbers[1:], strict=False))
-    if len(numbers) != QUANTILES or not all(map(math.isfinite, numbers)) or not rising:
-        raise ValueError(f"`{side}` has to be {QUANTILES} finite numbers that never fall")
-    return numbers

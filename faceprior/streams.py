@@ -1,4 +1,4 @@
-"""Streams of work: in threads beside the network, in order and with a bound on what waits, and in full batches."""
+"""Streams of work: in background threads, in order and with bounded memory; and in full batches."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -11,9 +11,10 @@ T, R, K = TypeVar("T"), TypeVar("R"), TypeVar("K", bound=Hashable)
 def in_background(function: Callable[[T], R], items: Iterable[T], num_workers: int, ahead: int) -> Iterator[R]:
     """Yield `function(item)` of every item, in the items' order, computed in `num_workers` threads.
 
-    The items are drawn in the caller's thread, at most `ahead` (2 or more: with 1 nothing would overlap) before their
-    results are taken, so an iterator that runs a network stays in one thread. num_workers: 0 calls the function there,
-    too. An exception of the function or of the items ends the iteration; work that has not begun is dropped.
+    The items are read in the caller's thread, at most `ahead` (at least 2: with 1 nothing would overlap) before their
+    results are used, so an iterator that runs a network stays in one thread. num_workers: with 0 the function is called
+    in the caller's thread, too. An exception of the function or of the items ends the iteration; work that has not
+    begun is dropped.
     """
     if num_workers == 0:
         yield from map(function, items)
@@ -32,7 +33,7 @@ def in_background(function: Callable[[T], R], items: Iterable[T], num_workers: i
 
 
 def in_groups(items: Iterable[T], key: Callable[[T], K], size: Callable[[K], int]) -> Iterator[list[T]]:
-    """Yield lists of items of one key, each as soon as it has `size(key)` of them, and the shorter rest at the end."""
+    """Yield lists of items with the same key, each when it has `size(key)` items, and the shorter rests at the end."""
     groups: dict[K, list[T]] = {}
     for item in items:
         kind = key(item)

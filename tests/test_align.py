@@ -3,9 +3,10 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from faceprior.align import align_face, alignment_quad, crop_mask, paste_face
+from faceprior.align import _blurred, align_face, alignment_quad, crop_mask, paste_face
+from faceprior.images import cv2
 
-# by the picture's sides: left eye, right eye, nose, left and right mouth corner
+# left and right as seen in the image: left eye, right eye, nose, left and right mouth corner
 ASTRONAUT = np.array([[206, 102], [249, 105], [227, 130], [204, 142], [247, 144]], dtype=float)
 
 
@@ -21,7 +22,7 @@ def transform(matrix, points):
 
 
 def gradient(width, height, dither=0.0):
-    """A picture whose red is 20 + 207 x / width and whose green is 20 + 207 y / height."""
+    """An image whose red is 20 + 207 x / width and whose green is 20 + 207 y / height."""
     y, x = np.mgrid[:height, :width]
     red, green = 20 + 207 * x / width, 20 + 207 * y / height
     values = np.stack([red, green, np.full_like(red, 90)], axis=2)
@@ -73,16 +74,16 @@ def test_the_matrix_takes_the_quad_to_the_corners_of_the_crop():
 
 def test_every_face_lands_in_the_same_place():
     """Whatever size and angle: eyes at .5 -+ 20/160 and .5 - 4/160 of the crop, minus half a pixel."""
-    picture = np.zeros((400, 400, 3), np.uint8)
+    image = np.zeros((400, 400, 3), np.uint8)
     for scale, angle in ((0.5, 0.0), (1.0, 0.7), (2.0, -2.0)):
         landmarks = face_at(200, 200, scale, angle)
-        eyes = transform(align_face(picture, landmarks, size=160).matrix, landmarks[:2])
+        eyes = transform(align_face(image, landmarks, size=160).matrix, landmarks[:2])
         np.testing.assert_allclose(eyes, [[59.5, 75.5], [99.5, 75.5]], atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [32, 50, 128, 512])
 def test_pixels_lie_where_the_matrix_says(size):
-    """On a linear picture every resampling returns the linear function at the mapped point.
+    """On a linear image every resampling returns the linear function at the mapped point.
 
     The square of side 320 is taken at sizes that shrink it first (32, 50), sample it finely (128) or enlarge it
     (512). The dither keeps roundings from adding up (whole blocks of a plain gradient round the same way), so the
@@ -111,8 +112,6 @@ def test_alignment_agrees_with_a_warp_by_opencv():
 
     The two cubic kernels differ (a = -.5 in PIL, -.75 in OpenCV).
     """
-    from faceprior.images import cv2
-
     photograph = skimage.data.astronaut()
     aligned = align_face(photograph, ASTRONAUT, size=200)
     warped = cv2.warpAffine(photograph, aligned.matrix, (200, 200), flags=cv2.INTER_CUBIC)
@@ -123,11 +122,18 @@ def test_alignment_agrees_with_a_warp_by_opencv():
 
 
 def test_what_lies_outside_is_reflected_blurred_and_not_black():
-    """Left of the photograph: a uniform picture stays uniform, a real one has no black corner."""
+    """Left of the photograph: a uniform image stays uniform, a real one has no black corner."""
     grey = align_face(np.full((200, 200, 3), 77, np.uint8), face_at(10, 100), size=64).crop
     assert (np.asarray(grey) == 77).all()
     crop = np.asarray(align_face(skimage.data.astronaut()[80:, 200:], ASTRONAUT - (200, 80), size=128).crop)
     assert crop[:40, :40].mean() > 60
+
+
+def test_blurring_a_part_equals_blurring_the_whole():
+    image = skimage.data.astronaut()
+    whole = cv2.GaussianBlur(image.astype(np.float32), (0, 0), 5.2, borderType=cv2.BORDER_REFLECT)
+    for rows, columns in ((slice(0, 40), slice(0, 512)), (slice(100, 300), slice(450, 512))):
+        np.testing.assert_allclose(_blurred(image, rows, columns, 5.2), whole[rows, columns], atol=1e-3)
 
 
 def test_the_photographs_own_pixels_are_not_blurred():
@@ -142,10 +148,10 @@ def test_the_photographs_own_pixels_are_not_blurred():
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (200, 2)])
 def test_photographs_much_smaller_than_the_square(shape):
-    picture = np.full((*shape, 3), 50, np.uint8)
-    aligned = align_face(picture, face_at(shape[1] / 2, shape[0] / 2), size=32)
+    image = np.full((*shape, 3), 50, np.uint8)
+    aligned = align_face(image, face_at(shape[1] / 2, shape[0] / 2), size=32)
     assert (np.asarray(aligned.crop) == 50).all()
-    assert paste_face(picture, aligned.crop, aligned.matrix).size == (shape[1], shape[0])
+    assert paste_face(image, aligned.crop, aligned.matrix).size == (shape[1], shape[0])
 
 
 # --- errors ---
@@ -158,7 +164,7 @@ def test_photographs_much_smaller_than_the_square(shape):
         (np.zeros((5, 3)), r"\(5, 2\)"),
         (face_at(50, 50) * np.nan, "finite"),
         (np.full((5, 2), 30.0), "both eyes"),
-        (face_at(50, 50)[[1, 0, 2, 4, 3]], "picture's sides"),
+        (face_at(50, 50)[[1, 0, 2, 4, 3]], "as seen in the image"),
         (face_at(5000, 50), "outside"),
         (face_at(50, -5000), "outside"),
     ],
@@ -169,19 +175,19 @@ def test_landmarks_that_make_no_face(landmarks, match):
 
 
 def test_paste_refuses_what_does_not_fit():
-    picture, crop, matrix = np.zeros((9, 9), np.uint8), np.zeros((4, 4), np.uint8), np.eye(2, 3)
+    image, crop, matrix = np.zeros((9, 9), np.uint8), np.zeros((4, 4), np.uint8), np.eye(2, 3)
     with pytest.raises(ValueError, match="square"):
-        paste_face(picture, crop[:3], matrix)
+        paste_face(image, crop[:3], matrix)
     for bad in (np.eye(3), np.zeros((2, 3)), np.eye(2, 3) * np.nan):
         with pytest.raises(ValueError, match="matrix"):
-            paste_face(picture, crop, bad)
+            paste_face(image, crop, bad)
     with pytest.raises(ValueError, match=r"\(4, 4\)"):
-        paste_face(picture, crop, matrix, mask=np.ones((5, 5)))
+        paste_face(image, crop, matrix, mask=np.ones((5, 5)))
     for bad in (np.full((4, 4), 1.5), np.full((4, 4), np.nan)):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
-            paste_face(picture, crop, matrix, mask=bad)
+            paste_face(image, crop, matrix, mask=bad)
     with pytest.raises(ValueError, match="feather"):
-        paste_face(picture, crop, matrix, feather=0.6)
+        paste_face(image, crop, matrix, feather=0.6)
 
 
 # --- pasting back ---
@@ -210,7 +216,7 @@ def test_pixels_outside_of_the_mask_are_the_photographs_own():
     assert (back[100:150, 210:245] == 255).all()
 
 
-def test_a_linear_picture_is_pasted_exactly():
+def test_a_linear_image_is_pasted_exactly():
     """Crop and photograph are the same linear function, so pasting changes no pixel by more than rounding."""
     photograph = gradient(300, 280)
     aligned = align_face(photograph, face_at(150, 130, angle=-0.5), size=512)

@@ -22,7 +22,9 @@ import torch
 from PIL import Image
 
 from faceprior.cli import main, make_parser
-from faceprior.cli.score_output import COLOR, PictureScores, ScoreFile
+from faceprior.cli.drawing import COLOR
+from faceprior.cli.results import ImageScores
+from faceprior.cli.score_file import ScoreFile
 from faceprior.images import save_image
 from faceprior.models import DEFAULT_PROMPT
 from faceprior.procedural import draw_portrait
@@ -48,7 +50,7 @@ def archive(tmp_path) -> Path:
     save_image(draw_portrait(4).image, tmp_path / "archive/album/one.png")
     save_image(skimage.data.coffee(), tmp_path / "archive/coffee.png")
     (tmp_path / "archive/torn.png").write_bytes((tmp_path / "archive/coffee.png").read_bytes()[:5000])
-    (tmp_path / "archive/text.jpg").write_text("no picture")
+    (tmp_path / "archive/text.jpg").write_text("no image")
     return tmp_path / "archive"
 
 
@@ -94,7 +96,7 @@ def read_csv(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_score_prints_one_json_object_a_picture(archive, tiny_models, capsys):
+def test_score_prints_one_json_object_an_image(archive, tiny_models, capsys):
     assert main(["score", str(archive), "--checkpoint", str(tiny_models / "scorer"), "--json"]) == 1
     out, err = capsys.readouterr()
     found = {Path(row["file"]).relative_to(archive).as_posix(): row for row in map(json.loads, out.splitlines())}
@@ -105,7 +107,7 @@ def test_score_prints_one_json_object_a_picture(archive, tiny_models, capsys):
     assert set(face) == {"score", "percentile", "box", "confidence"} and face["percentile"] is None
     assert 170 < face["box"][0] < face["box"][2] < 290 and face["confidence"] > 0.9
     assert np.isfinite(face["score"])
-    assert "2 of 6 pictures failed" in err and "UNTRAINED" in err
+    assert "2 of 6 images failed" in err and "UNTRAINED" in err
 
 
 def test_score_for_people(archive, score):
@@ -117,11 +119,11 @@ def test_score_for_people(archive, score):
     assert torn.split() == ["error", f"{archive}/torn.png"]
     assert astronaut.endswith(f"{archive}/astronaut.png") and len(astronaut.split()) == 8
     assert astronaut.split()[1] == "-"  # this scorer came without a reference set
-    assert f"{archive}/torn.png is truncated" in err and "1 of 3 pictures failed" in err
+    assert f"{archive}/torn.png is truncated" in err and "1 of 3 images failed" in err
 
 
 def test_the_scores_are_those_of_the_sdk_whatever_the_batch(portraits, scorer, score):
-    """Batches of 2 go across the pictures; the sums in another order differ in the last digits only."""
+    """Batches of 2 go across the images; the sums in another order differ in the last digits only."""
     found = rows_of(score(portraits, "--json", "--batch-size", 2)[1])
     model = FaceScorer.from_pretrained(scorer)
     for row in found:
@@ -149,14 +151,14 @@ def test_sort_and_min_score(portraits, score):
 def test_the_summary_of_each_folder(portraits, score):
     code, out, err = score(portraits / "a", portraits / "b", "--json")
     head, *lines = err.splitlines()[-3:]
-    assert code == 0 and head.split() == ["folder", "pictures", "no", "face", "faces", "mean", "median"]
+    assert code == 0 and head.split() == ["folder", "images", "no", "face", "faces", "mean", "median"]
     scores = [face["score"] for row in rows_of(out)[:3] for face in row["faces"]]
     middle = [f"{np.mean(scores):.4f}", f"{np.median(scores):.4f}"]
     assert lines[0].split() == [str(portraits / "a"), "3", "0.0%", "3", *middle]
     assert lines[1].split()[:4] == [str(portraits / "b"), "2", "50.0%", "1"]
 
 
-def test_csv_holds_a_row_per_face_and_per_picture_without(archive, tmp_path, score):
+def test_csv_holds_a_row_per_face_and_per_image_without(archive, tmp_path, score):
     table = tmp_path / "deep/scores.csv"
     found = {row["file"]: row for row in rows_of(score(archive, "--json", "--csv", table)[1])}
     rows = read_csv(table)
@@ -199,7 +201,7 @@ def test_percentiles_of_a_scorer_with_a_reference(portraits, tmp_path, scorer, c
     assert "reference was 'drawn (n = 2)' and is 'others (n = 1)'" in capsys.readouterr().err
 
 
-def test_csv_goes_on_where_it_was_cut(portraits, tmp_path, score):
+def test_csv_resumes_where_it_was_cut(portraits, tmp_path, score):
     """Cut anywhere behind its head, the file is whole again afterwards, and what it held is not scored again."""
     table = tmp_path / "scores.csv"
     _, whole, _ = score(portraits, "--json", "--csv", table)
@@ -219,12 +221,12 @@ def test_csv_goes_on_where_it_was_cut(portraits, tmp_path, score):
     table.write_text(table.read_text().replace(rows[0]["score"], "7.25"))
     _, again, err = score(portraits, "--json", "--csv", table)
     assert rows_of(again)[0]["faces"][0]["score"] == 7.25
-    assert "5 of 5 pictures were scored before" in err
+    assert "5 of 5 images were scored before" in err
     _, anew, _ = score(portraits, "--json", "--csv", table, "--overwrite")
     assert rows_of(anew)[0]["faces"][0]["score"] == pytest.approx(float(rows[0]["score"]), rel=1e-4)
 
 
-def test_a_picture_that_failed_or_lacks_a_row_is_tried_again(tmp_path, score):
+def test_an_image_that_failed_or_lacks_a_row_is_tried_again(tmp_path, score):
     folder, table = tmp_path / "in", tmp_path / "scores.csv"
     two = np.concatenate([draw_portrait(0, 160).image, draw_portrait(1, 160).image], axis=1)
     save_image(two, folder / "two.png")
@@ -245,12 +247,12 @@ def test_a_picture_that_failed_or_lacks_a_row_is_tried_again(tmp_path, score):
 
 def test_csv_of_other_settings_or_hands_is_refused(portraits, tmp_path, scorer, score):
     table = tmp_path / "scores.csv"
-    picture = portraits / "b/1.png"
-    assert score(picture, "--csv", table)[0] == 0
-    code, out, err = score(picture, "--csv", table, "--min-confidence", 0.8, "--min-face-size", 30)
+    image = portraits / "b/1.png"
+    assert score(image, "--csv", table)[0] == 0
+    code, out, err = score(image, "--csv", table, "--min-confidence", 0.8, "--min-face-size", 30)
     assert code == 2 and not out
     assert "min_confidence was 0.9 and is 0.8; min_face_size was 20 and is 30)" in err and "--overwrite" in err
-    _, _, err = score(picture, "--csv", table, "--dtype", "bfloat16")
+    _, _, err = score(image, "--csv", table, "--dtype", "bfloat16")
     assert "(dtype was 'float32' and is 'bfloat16')" in err
     original = table.read_text()
     for text, reason in (
@@ -259,11 +261,11 @@ def test_csv_of_other_settings_or_hands_is_refused(portraits, tmp_path, scorer, 
         (original.replace("\n", ",9\n"), "has the columns"),
     ):
         table.write_text(text)
-        code, _, err = score(picture, "--csv", table)
+        code, _, err = score(image, "--csv", table)
         assert code == 2 and reason in err and table.read_text() == text
     (tmp_path / "scores.csv.json").unlink()
-    assert "scores.csv.json, which says how it was made, is not" in score(picture, "--csv", table)[2]
-    assert score(picture, "--csv", table, "--overwrite")[0] == 0
+    assert "scores.csv.json, which holds its settings, does not" in score(image, "--csv", table)[2]
+    assert score(image, "--csv", table, "--overwrite")[0] == 0
     assert table.read_text().count("\n") == 2
 
 
@@ -284,12 +286,12 @@ def test_csv_of_another_folder_s_relative_names_is_refused(portraits, tmp_path, 
     table = tmp_path / "s.csv"
     monkeypatch.chdir(portraits / "a")
     assert score(".", "--csv", table)[0] == 0
-    assert "3 of 3 pictures were scored before" in score(".", "--csv", table)[2]
+    assert "3 of 3 images were scored before" in score(".", "--csv", table)[2]
     assert score(portraits / "a", "--csv", tmp_path / "whole.csv")[0] == 0
     monkeypatch.chdir(portraits / "b")
     code, out, err = score(".", "--csv", table)
     assert code == 2 and not out and f"(directory was '{portraits / 'a'}' and is '{portraits / 'b'}')" in err
-    assert "3 of 3 pictures were scored before" in score(portraits / "a", "--csv", tmp_path / "whole.csv")[2]
+    assert "3 of 3 images were scored before" in score(portraits / "a", "--csv", tmp_path / "whole.csv")[2]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -298,7 +300,7 @@ def test_csv_that_was_killed_while_it_was_begun(tmp_path, monkeypatch, overwrite
     for step in range(2):
         path, steps = tmp_path / f"{step}.csv", iter(range(2))
         if overwrite:
-            ScoreFile(path, {"dtype": "float32"}).append(PictureScores("1.png"))
+            ScoreFile(path, {"dtype": "float32"}).append(ImageScores("1.png"))
 
         def replace(*names, original=os.replace, steps=steps, step=step):
             if next(steps) == step:
@@ -318,15 +320,15 @@ def test_csv_that_was_saved_in_another_encoding_is_named(portraits, tmp_path, sc
     text = table.read_text(encoding="utf-8")
     table.write_text(text, encoding="latin-1")
     code, out, err = score(tmp_path / "café.png", "--csv", table)
-    assert code == 2 and not out and f"{table} is not in UTF-8" in err and "start anew with --overwrite" in err
+    assert code == 2 and not out and f"{table} is not in UTF-8" in err and "start over with --overwrite" in err
     table.write_text(text, encoding="utf-8-sig")
-    assert "1 of 1 pictures were scored before" in score(tmp_path / "café.png", "--csv", table)[2]
+    assert "1 of 1 images were scored before" in score(tmp_path / "café.png", "--csv", table)[2]
 
 
-def test_a_scored_picture_that_is_gone_keeps_its_scores(portraits, tmp_path, score, monkeypatch):
+def test_a_scored_image_that_is_gone_keeps_its_scores(portraits, tmp_path, score, monkeypatch):
     """It fails while it is not there; once it is back, what it was scored with counts again."""
-    picture, table = tmp_path / "1.png", tmp_path / "s.csv"
-    shutil.copy(portraits / "a/1.png", picture)
+    image, table = tmp_path / "1.png", tmp_path / "s.csv"
+    shutil.copy(portraits / "a/1.png", image)
     monkeypatch.chdir(tmp_path)
 
     def listed():
@@ -336,17 +338,17 @@ def test_a_scored_picture_that_is_gone_keeps_its_scores(portraits, tmp_path, sco
 
     assert listed()[0] == 0
     text = table.read_text()
-    picture.unlink()
+    image.unlink()
     for _ in range(2):
         code, _, err = listed()
         assert code == 1 and "no file or folder at 1.png" in err and table.read_text() == text
-    shutil.copy(portraits / "a/1.png", picture)
+    shutil.copy(portraits / "a/1.png", image)
     code, _, err = listed()
-    assert code == 0 and "2 of 2 pictures were scored before" in err and table.read_text() == text
+    assert code == 0 and "2 of 2 images were scored before" in err and table.read_text() == text
 
 
 def test_ctrl_c_keeps_what_is_done(portraits, tmp_path, score):
-    """The signal comes once three pictures are on record; the same command then goes on with the rest."""
+    """The signal comes once three images are on record; the same command then scores the rest."""
     table = tmp_path / "scores.csv"
     (tmp_path / "in").mkdir()
     for number in range(300):
@@ -364,16 +366,16 @@ def test_ctrl_c_keeps_what_is_done(portraits, tmp_path, score):
     watcher.join()
     done = len(rows_of(out))
     assert code == 130 and 3 <= done < 300 and 0 <= len(read_csv(table)) - done <= 1
-    assert f"{done} of 300 pictures done" in err
-    for picture in sorted((tmp_path / "in").iterdir())[20:]:
-        picture.unlink()
+    assert f"{done} of 300 images done" in err
+    for image in sorted((tmp_path / "in").iterdir())[20:]:
+        image.unlink()
     code, out, err = score(tmp_path / "in", *options)
-    assert code == 0 and len(rows_of(out)) == 20 and "pictures were scored before" in err
+    assert code == 0 and len(rows_of(out)) == 20 and "images were scored before" in err
 
 
 BAD = {
     "empty.png": (b"", "is empty"),
-    "text.jpg": (b"no picture", "not an image that Pillow can read"),
+    "text.jpg": (b"no image", "not an image that Pillow can read"),
     "bomb.png": (None, "beyond Pillow's own limit"),
     "torn.png": (None, "is truncated"),
     "torn.jpg": (None, "is truncated"),
@@ -390,7 +392,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def test_bad_files_are_named_and_the_rest_goes_on(portraits, tmp_path, score):
+def test_bad_files_are_named_and_the_rest_is_scored(portraits, tmp_path, score):
     folder = tmp_path / "in"
     (folder / "nothing").mkdir(parents=True)
     whole = (portraits / "a/1.png").read_bytes()
@@ -403,7 +405,7 @@ def test_bad_files_are_named_and_the_rest_goes_on(portraits, tmp_path, score):
             (folder / name).symlink_to(data)
         else:
             (folder / name).write_bytes(made[name] if data is None else data)
-    (folder / "folder.png").mkdir()  # not a picture, and nothing in it
+    (folder / "folder.png").mkdir()  # not an image, and nothing in it
     os.mkfifo(folder / "pipe.png")  # nobody writes to it: who reads it waits for ever
     Image.new("RGB", (1, 1)).save(folder / "one.png")
     Image.new("RGB", (2000, 1)).save(folder / "line.png")
@@ -416,24 +418,24 @@ def test_bad_files_are_named_and_the_rest_goes_on(portraits, tmp_path, score):
         assert reason in found[name]["error"] and reason in err
     assert found["one.png"]["faces"] == found["line.png"]["faces"] == []
     assert len(found["good.png"]["faces"]) == 1
-    assert "7 of 10 pictures failed" in err
+    assert "7 of 10 images failed" in err
     assert {path.name for path in (tmp_path / "drawn").glob("*.png")} == {"one.png", "line.png", "good.png"}
     code, _, err = score(folder / "nothing", folder / "bo[mb")
     assert code == 2 and "no images in" in err and "bo[mb" in err
 
 
-def test_every_kind_of_picture_gives_the_same_face(tmp_path, score):
-    picture = Image.fromarray(draw_portrait(9, 200).image)
-    picture.save(tmp_path / "plain.png")
-    picture.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
-    picture.quantize(256).save(tmp_path / "palette.gif")
-    grey = np.asarray(picture.convert("L")).astype(np.uint16)
+def test_every_kind_of_image_gives_the_same_face(tmp_path, score):
+    image = Image.fromarray(draw_portrait(9, 200).image)
+    image.save(tmp_path / "plain.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    image.quantize(256).save(tmp_path / "palette.gif")
+    grey = np.asarray(image.convert("L")).astype(np.uint16)
     Image.fromarray(grey * 257).save(tmp_path / "sixteen.png")
     turned = Image.Exif()
     turned[0x0112] = 6  # shown turned by a quarter clockwise
-    picture.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=turned, quality=95)
+    image.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=turned, quality=95)
     for mode in ("RGBA", "P", "L", "LA"):
-        picture.convert(mode).save(tmp_path / f"{mode}.png")
+        image.convert(mode).save(tmp_path / f"{mode}.png")
     code, out, _ = score(tmp_path, "--json", "--draw", tmp_path / "drawn")
     rows = rows_of(out)
     assert code == 0 and len(rows) == 9
@@ -455,8 +457,8 @@ def test_what_may_not_be_read_is_named(portraits, tmp_path, score):
     code, out, err = score(tmp_path / "in", "--json")
     (tmp_path / "in/secret").chmod(0o700)
     assert code == 1 and [Path(row["file"]).name for row in rows_of(out)] == ["locked.png", "open.png"]
-    assert "Permission denied" in rows_of(out)[0]["error"] and "1 of 2 pictures failed" in err
-    assert f"passed over: [Errno 13] Permission denied: '{tmp_path / 'in/secret'}'" in err
+    assert "Permission denied" in rows_of(out)[0]["error"] and "1 of 2 images failed" in err
+    assert f"skipped: [Errno 13] Permission denied: '{tmp_path / 'in/secret'}'" in err
 
 
 def test_names_that_are_no_text(portraits, tmp_path, score):
@@ -474,13 +476,13 @@ def test_names_that_are_no_text(portraits, tmp_path, score):
     assert code == 0 and len(out.splitlines()) == 3
     assert r"caf\udce9.png" in out and r"two\nlines \x1b[31m.png" in out
     assert len(read_csv(table)) == 2
-    assert "2 of 2 pictures were scored before" in score(tmp_path / "in", *options)[2]
+    assert "2 of 2 images were scored before" in score(tmp_path / "in", *options)[2]
     assert (tmp_path / "drawn" / Path(names[0]).name).is_file()
     assert rows_of(score(tmp_path / names[0], "--json")[1])[0]["file"] == str(tmp_path / names[0])
 
 
 def test_a_hundred_faces(tmp_path, scorer, score):
-    """Ten by ten portraits in one picture and a single one behind it, in batches that straddle the two."""
+    """Ten by ten portraits in one image and a single one behind it, in batches that straddle the two."""
     tiles = [draw_portrait(seed, 96).image for seed in (0, 1, 2)]
     grid = np.concatenate([np.concatenate([tiles[(r + c) % 3] for c in range(10)], axis=1) for r in range(10)])
     save_image(grid, tmp_path / "in/grid.png")
@@ -502,7 +504,7 @@ def test_a_list_on_stdin_with_a_path_that_is_not_there(portraits, tmp_path, scor
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     code, out, err = score("-", "--json")
     assert code == 1 and [row["file"] for row in rows_of(out)] == [str(name) for name in names[:3]]
-    assert "no file or folder at" in rows_of(out)[1]["error"] and "1 of 3 pictures failed" in err
+    assert "no file or folder at" in rows_of(out)[1]["error"] and "1 of 3 images failed" in err
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     code, _, err = score("-")
     assert code == 2 and "no paths on stdin" in err
@@ -523,7 +525,7 @@ def test_drawings_keep_the_tree_and_are_not_scored(tmp_path, portraits, score):
     assert (after[:, : x0 - 1] == before[:, : x0 - 1]).all() and (after[y1 + 2 :] == before[y1 + 2 :]).all()
     for images in (tmp_path / "in", tmp_path / "in/**/*.png"):  # even without --draw
         _, out, err = score(images, "--json")
-        assert len(rows_of(out)) == 5 and "5 pictures passed over" in err
+        assert len(rows_of(out)) == 5 and "5 images skipped" in err
     assert len(rows_of(score(drawn / "a", "--json")[1])) == 3  # unless asked for by name
 
 
@@ -531,14 +533,14 @@ def test_output_folders_that_would_spoil_something_are_refused(tmp_path, portrai
     shutil.copytree(portraits / "a", tmp_path / "in")
     for options in (["--draw", tmp_path / "in"], ["--copy-best", 1, tmp_path]):
         code, out, err = score(tmp_path / "in", *options)
-        assert code == 2 and not out and "holds a picture to score" in err
+        assert code == 2 and not out and "contains an image to score" in err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     code, _, err = score(tmp_path / "in", "--draw", tmp_path / "mine")
     assert code == 2 and "has to be new, empty, or from an earlier run" in err
 
 
-def test_pictures_of_one_stem_are_drawn_apart(portraits, tmp_path, score):
+def test_images_of_one_stem_are_drawn_apart(portraits, tmp_path, score):
     save_image(draw_portrait(1, 160).image, tmp_path / "1.png")
     save_image(draw_portrait(2, 160).image, tmp_path / "1.jpg")
     score(tmp_path / "1.png", tmp_path / "1.jpg", "--draw", tmp_path / "drawn")
@@ -556,7 +558,7 @@ def test_a_missing_drawing_is_made_from_the_file(portraits, tmp_path, score):
     assert (tmp_path / "drawn/2.png").read_bytes() == first
 
 
-def test_a_picture_that_was_spoilt_since_it_was_scored(portraits, tmp_path, score):
+def test_an_image_that_was_damaged_since_it_was_scored(portraits, tmp_path, score):
     """It is reported as not drawn, each time, and keeps its scores; the others are drawn."""
     folder, table = tmp_path / "in", tmp_path / "s.csv"
     shutil.copytree(portraits / "a", folder)
@@ -565,7 +567,7 @@ def test_a_picture_that_was_spoilt_since_it_was_scored(portraits, tmp_path, scor
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:1000])
     for _ in range(2):
         code, out, err = score(folder, "--json", "--csv", table, "--draw", tmp_path / "drawn")
-        assert code == 1 and "1 of 3 pictures failed" in err
+        assert code == 1 and "1 of 3 images failed" in err
         first, *others = rows_of(out)
         assert first["error"].startswith(f"scored, but not drawn: {folder}/1.png is truncated")
         assert all(row["faces"] for row in others) and table.read_text() == text
@@ -581,7 +583,7 @@ def test_copy_best(portraits, tmp_path, score):
     limit = ranked[0]["faces"][0]["score"] - 1e-6
     _, _, err = score(portraits, "--copy-best", 10, tmp_path / "few", f"--min-score={limit}")
     assert [path.name[:3] for path in (tmp_path / "few").glob("*.png")] == ["01_"]
-    assert "1 picture copied" in err
+    assert "1 image copied" in err
 
 
 @pytest.mark.parametrize(
@@ -606,7 +608,7 @@ def test_the_default_prompt_is_the_scorers():
     assert make_parser().parse_args(["score", "x.png"]).prompt == DEFAULT_PROMPT
 
 
-def test_a_prompt_without_its_tokenizer_ends_before_the_first_picture(portraits, score, monkeypatch):
+def test_a_prompt_without_its_tokenizer_ends_before_the_first_image(portraits, score, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, out, err = score(portraits, "--prompt", "A happy face.")
     assert code == 2 and not out and "needs the tokenizer" in err
@@ -625,7 +627,7 @@ def test_restore_keeps_the_tree_the_size_and_the_background(archive, tmp_path, r
     assert changed.any() and not changed[:, :100].any() and not changed[400:].any()
     assert (np.asarray(Image.open(output / "coffee.png")) == skimage.data.coffee()).all()
     assert "coffee.png: no face found, copied as it is" in out
-    assert "2 of 6 pictures failed" in err
+    assert "2 of 6 images failed" in err
 
 
 def test_restore_keeps_folders_with_equal_names_apart(tmp_path, restorer):
@@ -639,16 +641,16 @@ def test_restore_keeps_folders_with_equal_names_apart(tmp_path, restorer):
 
 def test_offline_without_a_checkpoint_the_id_is_named(archive, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    picture = str(archive / "coffee.png")
+    image = str(archive / "coffee.png")
     for command, name in (
-        (["score", picture], "OPPOer/FaceScore"),
-        (["restore", picture, "-o", str(tmp_path / "out")], "Ethanliang99/AuthFace"),
+        (["score", image], "OPPOer/FaceScore"),
+        (["restore", image, "-o", str(tmp_path / "out")], "Ethanliang99/AuthFace"),
     ):
         assert main(command) == 2
         assert name in capsys.readouterr().err
 
 
-def test_missing_pictures_and_checkpoints_end_with_one_line(tmp_path, capsys):
+def test_missing_images_and_checkpoints_end_with_one_line(tmp_path, capsys):
     assert main(["score", str(tmp_path / "nothing.png")]) == 2
     assert "nothing.png" in capsys.readouterr().err
     save_image(skimage.data.coffee(), tmp_path / "coffee.png")
@@ -697,6 +699,16 @@ def test_a_folder_of_another_model_ends_with_one_line(portraits, tiny_models, ca
     assert main(["score", str(portraits), "--checkpoint", str(tiny_models / "sd15/unet")]) == 2
     out, err = capsys.readouterr()
     assert not out and "holds the configuration of UNet2DConditionModel, not of a FaceScorer" in err.splitlines()[-1]
+
+
+def test_score_loads_no_training_code(portraits, scorer):
+    code = f"import sys, faceprior.cli as cli; cli.main(['score', {str(portraits)!r}, '--checkpoint', {scorer!r}])"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    loaded = set(run.stdout.splitlines()[-1].split())
+    assert "faceprior.scorer" in loaded and "1.png" in run.stdout
+    assert not loaded & {"faceprior.training", "faceprior.restorer", "faceprior.guidance"}
 
 
 @pytest.mark.parametrize(

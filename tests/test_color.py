@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from faceprior.color import adain_color_fix, wavelet_color_fix, wavelet_decompose
 
 
-def picture(seed, size=96):
+def make_image(seed, size=96):
     """(1, 3, size, size) in [-1, 1]: smooth patches and noise."""
     generator = torch.Generator().manual_seed(seed)
     patches = torch.rand(1, 3, 6, 6, generator=generator)
@@ -25,7 +25,7 @@ def test_one_level_by_hand():
 
 def test_levels_agree_with_dilated_convolutions():
     """The low band of level k by torch's own convolution with dilation 2^k on a replicated border."""
-    x = picture(0)
+    x = make_image(0)
     line = torch.tensor([1.0, 2, 1]) / 4
     kernel = torch.outer(line, line).expand(3, 1, 3, 3)
     expected = x
@@ -38,24 +38,24 @@ def test_levels_agree_with_dilated_convolutions():
 
 
 @pytest.mark.parametrize("fix", [wavelet_color_fix, adain_color_fix])
-def test_a_picture_with_its_own_colours_is_itself(fix):
-    torch.testing.assert_close(fix(picture(0), picture(0)), picture(0))
+def test_an_image_with_its_own_colours_is_itself(fix):
+    torch.testing.assert_close(fix(make_image(0), make_image(0)), make_image(0))
 
 
 @pytest.mark.parametrize("fix", [wavelet_color_fix, adain_color_fix])
 def test_a_shift_of_the_colours_is_undone(fix):
     """Content that differs from style by a constant per channel becomes the style."""
-    style = picture(0)
+    style = make_image(0)
     shift = torch.tensor([0.3, -0.2, 0.1]).reshape(1, 3, 1, 1)
     torch.testing.assert_close(fix(style + shift, style), style)
 
 
 def test_wavelet_result_has_the_low_band_of_the_style():
     """At a frequency that the smoothing passes with gain g, the low bands differ by g (1 - g) of the difference
-    between content and style. The gain is a product of squared cosines, so g (1 - g) <= 1/4: for every picture
+    between content and style. The gain is a product of squared cosines, so g (1 - g) <= 1/4: for every image
     (but for the border), and far less on the lowest frequencies.
     """
-    content, style = picture(1), picture(2)
+    content, style = make_image(1), make_image(2)
     difference = wavelet_decompose(wavelet_color_fix(content, style))[1] - wavelet_decompose(style)[1]
     assert difference.norm() < (content - style).norm() / 4
     shift = (difference.mean((2, 3)) / (content - style).mean((2, 3))).abs()
@@ -64,41 +64,41 @@ def test_wavelet_result_has_the_low_band_of_the_style():
 
 def test_wavelet_result_has_the_detail_of_the_content():
     """By construction content - low(content) + low(style)."""
-    content, style = picture(1), picture(2)
+    content, style = make_image(1), make_image(2)
     detail = wavelet_color_fix(content, style) - wavelet_decompose(style)[1]
     torch.testing.assert_close(detail, wavelet_decompose(content)[0])
 
 
 def test_adain_result_has_the_statistics_of_the_style():
     """Mean exactly; deviation to the 1e-5 added to both variances."""
-    content, style = picture(1), 0.5 * picture(2)
+    content, style = make_image(1), 0.5 * make_image(2)
     result = adain_color_fix(content, style)
     torch.testing.assert_close(result.mean((2, 3)), style.mean((2, 3)))
     torch.testing.assert_close(result.std((2, 3)), style.std((2, 3)), rtol=1e-3, atol=0)
 
 
-def test_constant_pictures_take_the_styles_colour():
+def test_constant_images_take_the_styles_colour():
     content, style = torch.full((1, 3, 40, 40), 0.9), torch.full((1, 3, 40, 40), -0.4)
     torch.testing.assert_close(adain_color_fix(content, style), style)
     torch.testing.assert_close(wavelet_color_fix(content, style), style)
-    assert adain_color_fix(content, picture(0, 40)).isfinite().all()
+    assert adain_color_fix(content, make_image(0, 40)).isfinite().all()
 
 
-def test_pictures_of_a_batch_do_not_mix():
-    content, style = torch.cat([picture(1), picture(2)]), torch.cat([picture(3), picture(4)])
+def test_images_of_a_batch_do_not_mix():
+    content, style = torch.cat([make_image(1), make_image(2)]), torch.cat([make_image(3), make_image(4)])
     for fix in (wavelet_color_fix, adain_color_fix):
-        torch.testing.assert_close(fix(content, style)[1:], fix(picture(2), picture(4)))
+        torch.testing.assert_close(fix(content, style)[1:], fix(make_image(2), make_image(4)))
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_pictures_smaller_than_the_kernel(size):
-    content, style = picture(1, size), picture(2, size)
+def test_images_smaller_than_the_kernel(size):
+    content, style = make_image(1, size), make_image(2, size)
     assert wavelet_color_fix(content, style).shape == content.shape
     assert adain_color_fix(content, style).isfinite().all()
 
 
 def test_half_precision_stays_half_and_close():
-    content, style = picture(1), picture(2)
+    content, style = make_image(1), make_image(2)
     for fix in (wavelet_color_fix, adain_color_fix):
         result = fix(content.half(), style.half())
         assert result.dtype == torch.float16
@@ -106,16 +106,16 @@ def test_half_precision_stays_half_and_close():
 
 
 def test_gradients_flow():
-    content = picture(1).requires_grad_()
-    (wavelet_color_fix(content, picture(2)) + adain_color_fix(content, picture(2))).sum().backward()
+    content = make_image(1).requires_grad_()
+    (wavelet_color_fix(content, make_image(2)) + adain_color_fix(content, make_image(2))).sum().backward()
     assert content.grad.isfinite().all()
 
 
 def test_shapes_have_to_agree():
     for fix in (wavelet_color_fix, adain_color_fix):
         with pytest.raises(ValueError, match="resize"):
-            fix(picture(0, 32), picture(0, 64))
+            fix(make_image(0, 32), make_image(0, 64))
         with pytest.raises(ValueError, match="B, C, H, W"):
-            fix(picture(0)[0], picture(0)[0])
+            fix(make_image(0)[0], make_image(0)[0])
     with pytest.raises(ValueError, match="levels"):
-        wavelet_decompose(picture(0), levels=0)
+        wavelet_decompose(make_image(0), levels=0)

@@ -140,10 +140,10 @@ def test_a_drawn_degradation_can_be_applied_again():
     np.testing.assert_array_equal(first, apply_degradation(face(), degradation, rng(2)))
 
 
-def test_the_picture_is_left_alone():
-    picture = face()
-    degrade(picture, PRESETS["codeformer"], rng())
-    np.testing.assert_array_equal(picture, face())
+def test_the_image_is_left_alone():
+    image = face()
+    degrade(image, PRESETS["codeformer"], rng())
+    np.testing.assert_array_equal(image, face())
 
 
 def test_blur_by_opencv():
@@ -170,7 +170,7 @@ def test_downsampling_loses_what_is_finer_and_keeps_the_size():
 
 
 def test_jpeg_by_pillow():
-    """The same quality through another encoder: as far from the picture, and close to each other."""
+    """The same quality through another encoder: as far from the image, and close to each other."""
     import io
 
     from PIL import Image
@@ -196,10 +196,10 @@ def test_stronger_is_worse():
 
 def test_colour_shift_and_grey():
     """R + 10, G - 20, B as it is, cut at 0..255; grey is .299 R + .587 G + .114 B."""
-    picture = np.full((4, 4, 3), (250, 100, 50), np.uint8)
-    shifted = apply_degradation(picture, Degradation(jitter=(10.0, -20.0, 0.0)), rng())
+    image = np.full((4, 4, 3), (250, 100, 50), np.uint8)
+    shifted = apply_degradation(image, Degradation(jitter=(10.0, -20.0, 0.0)), rng())
     assert shifted[0, 0].tolist() == [255, 80, 50]
-    grey = apply_degradation(picture, Degradation(gray=True), rng())
+    grey = apply_degradation(image, Degradation(gray=True), rng())
     assert grey[0, 0].tolist() == [round(0.299 * 250 + 0.587 * 100 + 0.114 * 50)] * 3
 
 

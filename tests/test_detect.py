@@ -20,7 +20,7 @@ from faceprior.detect import (
 )
 from faceprior.procedural import draw_portrait
 
-# read off the photograph by eye: pupils, tip of the nose, corners of the mouth, by the picture's sides
+# read off the photograph by eye: pupils, tip of the nose, corners of the mouth, left and right as in the image
 ASTRONAUT_LANDMARKS = np.array([[204, 101], [247, 103.5], [223, 127.5], [203, 139.5], [244.5, 141.5]])
 
 
@@ -38,7 +38,7 @@ def fresh_detectors(monkeypatch, tmp_path):
 
 
 def test_mtcnn_finds_the_astronaut():
-    """Landmarks within a tenth of the 43 px between her eyes, in the picture's sides."""
+    """Landmarks within a tenth of the 43 px between her eyes, left and right as in the image."""
     (face,) = detect_faces(skimage.data.astronaut(), detector="mtcnn")
     np.testing.assert_allclose(face.landmarks, ASTRONAUT_LANDMARKS, atol=4.3)
     assert face.confidence > 0.99
@@ -56,11 +56,11 @@ def test_mtcnn_on_another_photograph():
 
 
 @pytest.mark.parametrize("side", [256, 512, 1024])
-def test_mtcnn_points_at_the_same_places_in_a_mirrored_picture(side):
+def test_mtcnn_points_at_the_same_places_in_a_mirrored_image(side):
     """Without its systematic shift both agree to 2% of the face's width and half a pixel; with it they differ by 6%."""
-    picture = Image.fromarray(skimage.data.astronaut()).resize((side, side))
-    (face,) = detect_faces(picture, detector="mtcnn", min_face_size=20)
-    (mirrored,) = detect_faces(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), detector="mtcnn", min_face_size=20)
+    image = Image.fromarray(skimage.data.astronaut()).resize((side, side))
+    (face,) = detect_faces(image, detector="mtcnn", min_face_size=20)
+    (mirrored,) = detect_faces(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), detector="mtcnn", min_face_size=20)
     back = (side - 1 - mirrored.landmarks[:, 0])[[1, 0, 2, 4, 3]]
     assert abs((face.landmarks[:, 0] - back).mean()) < 0.02 * face.width + 0.5
 
@@ -78,31 +78,31 @@ def test_no_face_is_an_empty_list():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 5), (12, 12), (21, 30), (1, 3000)])
-def test_tiny_pictures_do_not_crash(size):
+def test_tiny_images_do_not_crash(size):
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     assert detect_faces(noise, detector="mtcnn") == []
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_pictures_of_other_modes(mode):
-    picture = Image.fromarray(skimage.data.astronaut()).convert(mode)
-    (face,) = detect_faces(picture, detector="mtcnn")
+def test_images_of_other_modes(mode):
+    image = Image.fromarray(skimage.data.astronaut()).convert(mode)
+    (face,) = detect_faces(image, detector="mtcnn")
     np.testing.assert_allclose(face.landmarks, ASTRONAUT_LANDMARKS, atol=4.3)
 
 
 def test_two_faces_largest_first():
     crop = Image.fromarray(skimage.data.astronaut()).crop((100, 0, 340, 240))
-    picture = Image.new("RGB", (400, 240))
-    picture.paste(crop.resize((120, 120)), (0, 0))
-    picture.paste(crop, (160, 0))
-    large, small = detect_faces(picture, detector="mtcnn")
+    image = Image.new("RGB", (400, 240))
+    image.paste(crop.resize((120, 120)), (0, 0))
+    image.paste(crop, (160, 0))
+    large, small = detect_faces(image, detector="mtcnn")
     assert large.area > small.area and large.box[0] > small.box[0]
 
 
-def test_large_pictures_are_searched_small_and_scaled_back():
-    """The same picture with every pixel six times: 3072 px, searched at 2048.
+def test_large_images_are_searched_small_and_scaled_back():
+    """The same image with every pixel six times: 3072 px, searched at 2048.
 
-    Pixel centre c of the small picture is centre 6 (c + .5) - .5 of the large one. In the large one the face is
+    Pixel centre c of the small image is centre 6 (c + .5) - .5 of the large one. In the large one the face is
     at most 6 x 111 = 666 px high, so a smallest face of 700 px leaves none.
     """
     small = skimage.data.astronaut()
@@ -114,12 +114,12 @@ def test_large_pictures_are_searched_small_and_scaled_back():
 
 
 def test_min_face_size_and_min_confidence():
-    picture = skimage.data.astronaut()
-    (face,) = detect_faces(picture, "mtcnn")
-    assert detect_faces(picture, "mtcnn", min_face_size=1.5 * face.height) == []
-    assert detect_faces(picture, "mtcnn", min_confidence=1.0) == []
+    image = skimage.data.astronaut()
+    (face,) = detect_faces(image, "mtcnn")
+    assert detect_faces(image, "mtcnn", min_face_size=1.5 * face.height) == []
+    assert detect_faces(image, "mtcnn", min_confidence=1.0) == []
     with pytest.raises(ValueError, match="min_face_size"):
-        detect_faces(picture, "mtcnn", min_face_size=0)
+        detect_faces(image, "mtcnn", min_face_size=0)
 
 
 def test_min_face_size_does_not_stick():
@@ -145,7 +145,7 @@ def test_boxes_are_clamped_and_empty_ones_dropped():
     assert [face.box for face in faces] == [(10, 10, 50, 60), (0, 0, 30, 30)]
 
 
-def test_a_function_gets_rgb_pixels_of_the_full_picture():
+def test_a_function_gets_rgb_pixels_of_the_full_image():
     seen = []
 
     def detector(rgb):

@@ -61,7 +61,7 @@ def test_numbers_without_a_json_form_make_a_line_foreign(path, text):
     with open(path, "a") as file:
         file.write(f'{{"id": "b", "box": {text}}}\n')
     rows, problems = read_rows(path)
-    assert rows == [{"id": "a"}] and problems[0][0] == f"{path}:2" and "is no JSON" in problems[0][1]
+    assert rows == [{"id": "a"}] and problems[0][0] == f"{path}:2" and "is not valid JSON" in problems[0][1]
 
 
 # killed in the middle of a line
@@ -288,7 +288,12 @@ def test_text_goes_before_json(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"3", "has to hold a text"), (b'{"text": "a"}', "has to hold")],
+    [
+        (b"{", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"3", "has to contain a string"),
+        (b'{"text": "a"}', "has to contain"),
+    ],
 )
 def test_json_without_a_caption_is_named(tmp_path, content, message):
     (tmp_path / "face.json").write_bytes(content)

@@ -150,7 +150,7 @@ def test_a_box_is_rounded_outwards():
 def test_a_box_over_the_border_is_cut_off():
     assert np.asarray(box_mask((40, 30), (-9, -9, 4, 99))).sum() == 255 * 4 * 30
     for box in ((-9, 0, -4, 10), (41, 0, 50, 10), (3, 30, 9, 31)):
-        with pytest.raises(ValueError, match="covers no pixel of a picture of 40 x 30"):
+        with pytest.raises(ValueError, match="covers no pixel of an image of 40 x 30"):
             box_mask((40, 30), box)
 
 

@@ -56,7 +56,7 @@ def test_a_folder(photos):
 
 
 def test_names_stay_when_photographs_are_added_or_removed(photos):
-    """They are relative to the folder that was named, not to the deepest one that holds all of the pictures."""
+    """They are relative to the folder that was named, not to the deepest one that holds all of the images."""
     (photos / "a/1.png").unlink()
     assert names(find_photographs(str(photos))[0]) == ["b/1.png", "b/2.jpg"]
 
@@ -79,10 +79,10 @@ def test_globs_braces_and_single_files(photos, monkeypatch, pattern, expected):
 def test_a_list(photos, tmp_path):
     """Relative paths begin at the list's folder; what is not there is for the one who reads it."""
     elsewhere = save_image(pixels(9), tmp_path / "other/9.png")
-    lines = ["b/1.png", "", "  a/1.png  ", "b/1.png", "missing.png", str(elsewhere), "no picture.txt"]
+    lines = ["b/1.png", "", "  a/1.png  ", "b/1.png", "missing.png", str(elsewhere), "no image.txt"]
     (photos / "list.txt").write_text("\ufeff" + "\r\n".join(lines))
     found, problems = find_photographs(str(photos / "list.txt"))
-    assert names(found) == [str(elsewhere), "a/1.png", "b/1.png", "missing.png", "no picture.txt"] and not problems
+    assert names(found) == [str(elsewhere), "a/1.png", "b/1.png", "missing.png", "no image.txt"] and not problems
     assert (np.asarray(found[0].load()) == pixels(9)).all() and found[1].caption() == "a man"
     for photograph in found[3:]:
         with pytest.raises(FileNotFoundError, match=photograph.name):
@@ -91,7 +91,7 @@ def test_a_list(photos, tmp_path):
 
 def test_an_empty_list(tmp_path):
     (tmp_path / "list.txt").write_text("\n \n")
-    with pytest.raises(ValueError, match="list.txt lists no photograph: it holds one path a line"):
+    with pytest.raises(ValueError, match="list.txt lists no photograph: it has to contain one path per line"):
         find_photographs(str(tmp_path / "list.txt"))
 
 
@@ -126,13 +126,13 @@ def test_braces_that_count_downwards():
 MEMBERS = {
     "0001.jpg": encoded(1, "JPEG"), "0001.txt": b"a  woman\n", "0001.json": b'{"caption": "not this one"}',
     "0002.json": json.dumps({"caption": "a man"}).encode(), "0002.png": encoded(2),  # sidecar first
-    "sub/0001.WEBP": encoded(3, "WEBP"), "0003.seg.png": encoded(4), "0004.txt": b"no picture",
+    "sub/0001.WEBP": encoded(3, "WEBP"), "0003.seg.png": encoded(4), "0004.txt": b"no image",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_shard(tmp_path, form):
-    """Keys, sidecars before and after the picture, long names; `0003.seg.png` is no picture but another's mask."""
+    """Keys, sidecars before and after the image, long names; `0003.seg.png` is no image but another's mask."""
     long = "f" * 90 + "/" + "n" * 90
     shard = write_shard(tmp_path / "0.tar", {**MEMBERS, f"{long}.png": encoded(5), f"{long}.txt": b"long"}, format=form)
     found, problems = find_photographs(str(shard))
@@ -158,7 +158,7 @@ def test_shards_of_several_folders_by_braces_and_globs(tmp_path):
 
 
 def test_folders_links_and_dots_in_a_shard(tmp_path):
-    """A tar of `.`: folders are passed over, and a link out of it is no picture."""
+    """A tar of `.`: folders are skipped, and a link out of it is no image."""
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, kind in (("./", tarfile.DIRTYPE), ("./link.png", tarfile.SYMTYPE)):
             info = tarfile.TarInfo(name)
@@ -170,7 +170,7 @@ def test_folders_links_and_dots_in_a_shard(tmp_path):
     assert names(read_shard(tmp_path / "0.tar", "0.tar")[0]) == ["0.tar/1.png"]
 
 
-def test_a_broken_picture_in_a_shard_is_named_when_it_is_read(tmp_path):
+def test_a_broken_image_in_a_shard_is_named_when_it_is_read(tmp_path):
     shard = write_shard(tmp_path / "0.tar", {"1.png": encoded(1)[:300], "2.jpg": b"text", "3.png": b"", "4.json": b"{"})
     found, problems = find_photographs(str(shard))
     assert len(found) == 3 and not problems
@@ -250,16 +250,14 @@ def test_a_second_member_of_a_name(tmp_path):
             tar.addfile(info, io.BytesIO(encoded(seed)))
     found, problems = find_photographs(str(tmp_path / "0.tar"))
     assert (np.asarray(found[0].load()) == pixels(1)).all() and len(found) == 1
-    ((place, reason),) = problems  # under another name than the picture that is used
-    assert place.startswith("0.tar/1.png at byte ") and reason == "a second member of this name: the first one is taken"
+    ((place, reason),) = problems  # under another name than the image that is used
+    assert place.startswith("0.tar/1.png at byte ") and reason == "a second member of this name: the first one is used"
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x1f\x8b" + b"zip" * 1000])
-def test_shards_without_a_picture(tmp_path, content):
+def test_shards_without_an_image(tmp_path, content):
     (tmp_path / "0.tar").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"no member of .*0.tar .* is a .jpg, .png or .webp picture; the first problem"
-    ):
+    with pytest.raises(ValueError, match=r"no member of .*0.tar .* is a .jpg, .png or .webp image; the first problem"):
         find_photographs(str(tmp_path / "0.tar"))
 
 
@@ -270,11 +268,11 @@ def test_a_bad_shard_beside_a_good_one(tmp_path):
     assert names(found) == ["1.tar/1.png"] and problems[0][0] == "0.tar at byte 0"
 
 
-def test_pictures_that_were_made_are_passed_over(tmp_path):
+def test_excluded_folders_are_skipped(tmp_path):
     for name in ("a.png", "pairs/good/a.png", "pairs/own.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(encoded(1))
     found, _ = find_photographs(str(tmp_path), [tmp_path / "pairs/good", tmp_path / "pairs/bad"])
     assert names(found) == ["a.png", "pairs/own.png"]
-    with pytest.raises(ValueError, match="no photographs in .*good besides the pictures that were made from some"):
+    with pytest.raises(ValueError, match="no photographs in .*good besides the images in .*good"):
         find_photographs(str(tmp_path / "pairs/good"), [tmp_path / "pairs/good"])

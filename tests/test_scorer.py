@@ -1,8 +1,11 @@
 """FaceScorer: its arithmetic, its files, its pixels, and what people call."""
 
+import itertools
 import json
 import math
 import struct
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -13,11 +16,11 @@ from PIL import Image
 from skimage import data
 from torchvision import transforms
 
-from faceprior.blip import CLIP_MEAN, CLIP_STD, tokenize_prompt
+from faceprior.blip import CLIP_MEAN, CLIP_STD, normalise, preprocess, tokenize_prompt
 from faceprior.convert import ours_to_official
-from faceprior.detect import Face, crop_bounds
+from faceprior.detect import Face, crop_bounds, resolve_detector
 from faceprior.images import ImageError, to_pixel_values
-from faceprior.scorer import REFERENCE_FILE, FaceScore, FaceScorer, ScoreReference
+from faceprior.scorer import REFERENCE_FILE, FaceScore, FaceScorer, ScoreReference, ScoreSettings, iter_faces
 
 SIZES = {
     "vision_hidden_size": 128,  # two heads of 64, as width // 64 says
@@ -58,7 +61,7 @@ def pixel_values():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def picture(seed=0, size=(90, 70)):
+def make_image(seed=0, size=(90, 70)):
     """Noise on a gradient: (width, height) pixels."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 200, size[0])[None, :, None]
@@ -124,7 +127,7 @@ def test_the_reward_by_hand(pixel_values):
     scorer = make_scorer().double()
     assert scorer.config.prompt_token_ids == (101, 1037, 2227, 1012, 102)
     expected = official_reward(scorer, pixel_values.double(), text_heads=4)
-    assert expected.std() > 0.01  # the pictures do matter
+    assert expected.std() > 0.01  # the images do matter
     torch.testing.assert_close(scorer(pixel_values.double()), expected, rtol=1e-9, atol=1e-9)
     wrong_heads = official_reward(scorer, pixel_values.double(), text_heads=8)
     assert (wrong_heads - expected).abs().max() > 1e-3  # the by-hand version tells a trap from the truth
@@ -174,7 +177,7 @@ def test_dropout_in_training_only(pixel_values):
 
 @pytest.mark.parametrize("shape", [(3, 3, 24, 32), (3, 32, 32), (3, 1, 32, 32)])
 def test_pixels_of_another_shape(scorer, shape):
-    """A smaller picture would be scored with the first positions of the table."""
+    """A smaller image would be scored with the first positions of the table."""
     with pytest.raises(ValueError, match=r"has to be \(B, 3, 32, 32\)"):
         scorer(torch.zeros(shape))
 
@@ -288,8 +291,8 @@ def test_rewards_in_bfloat16_are_finer_than_its_eight_bits(pixel_values, way):
 
 @pytest.mark.parametrize("size", [(50, 40), (300, 200), (200, 260), (1, 1), (7, 3), (32, 33), (310, 20)])
 def test_preprocess_equals_torchvision(scorer, size):
-    """The official transform; not for tall, much reduced pictures, where Pillow 13 turns its passes round."""
-    image = picture(size=size)
+    """The official transform; not for tall, much reduced images, where Pillow 13 turns its passes round."""
+    image = make_image(size=size)
     reference = transforms.Compose(
         [
             transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
@@ -305,7 +308,7 @@ def test_preprocess_equals_torchvision(scorer, size):
 @pytest.mark.parametrize("contrast", ["smooth", "extreme"])
 def test_preprocess_of_a_tensor_keeps_its_bound(scorer, size, contrast):
     """2/255 before the normalisation, even where every pixel is black or white and bicubic overshoots."""
-    image = picture(size=size)
+    image = make_image(size=size)
     if contrast == "extreme":
         noise = np.random.default_rng(0).integers(0, 2, (size[1], size[0], 3), dtype=np.uint8)
         image = Image.fromarray(noise * 255)
@@ -316,7 +319,7 @@ def test_preprocess_of_a_tensor_keeps_its_bound(scorer, size, contrast):
 
 
 def test_preprocess_with_boxes_equals_cropping_first(scorer):
-    images, boxes = [picture(0), picture(1)], [(10.4, 5.9, 60.2, 50.0), (-7, 30, 40, 400)]
+    images, boxes = [make_image(0), make_image(1)], [(10.4, 5.9, 60.2, 50.0), (-7, 30, 40, 400)]
     crops = [images[0].crop((9, 4, 61, 51)), images[1].crop((0, 29, 41, 70))]
     torch.testing.assert_close(scorer.preprocess(images, boxes), scorer.preprocess(crops))
     tensor = scorer.preprocess(to_pixel_values(images), boxes)
@@ -336,8 +339,8 @@ def test_an_endless_strip_is_resized_in_its_middle_only(scorer):
 def test_what_preprocess_refuses(scorer):
     with pytest.raises(ValueError, match="empty"):
         scorer.preprocess([])
-    with pytest.raises(ValueError, match="one box per picture: 2 for 1"):
-        scorer.preprocess(picture(), boxes=[(0, 0, 9, 9), (0, 0, 9, 9)])
+    with pytest.raises(ValueError, match="one box per image: 2 for 1"):
+        scorer.preprocess(make_image(), boxes=[(0, 0, 9, 9), (0, 0, 9, 9)])
     with pytest.raises(ValueError, match=r"floats in \[-1, 1\], but is \(1, 3, 8, 8\) torch.uint8"):
         scorer.preprocess(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
@@ -352,19 +355,19 @@ BAD_BOXES = [
     ((10, 10, math.nan, 40), "four finite numbers"),
     ((10, 10, 40), "four finite numbers"),
     ((40, 10, 10, 40), "x0 "),
-    ((90, 0, 99, 20), "overlap the picture"),
-    ((-20, 10, -3, 40), "overlap the picture"),
+    ((90, 0, 99, 20), "overlap the image"),
+    ((-20, 10, -3, 40), "overlap the image"),
     ((10, 10, 10, 40), "smaller than x1"),
 ]
 
 
 @pytest.mark.parametrize(("box", "rule"), BAD_BOXES)
 def test_bad_boxes_are_named(scorer, box, rule):
-    """In a picture of 90 x 70 pixels."""
+    """In an image of 90 x 70 pixels."""
     numbers = ", ".join(str(edge) for edge in box)
     for call in (
-        lambda: scorer.preprocess(picture(), boxes=[box]),
-        lambda: scorer.score(picture(), faces=[(5, 5, 30, 30), box]),
+        lambda: scorer.preprocess(make_image(), boxes=[box]),
+        lambda: scorer.score(make_image(), faces=[(5, 5, 30, 30), box]),
     ):
         with pytest.raises(ValueError, match=rule) as error:
             call()
@@ -374,27 +377,27 @@ def test_bad_boxes_are_named(scorer, box, rule):
 # --------------------------------------------------------------------------------------------- people
 
 
-def test_the_picture_of_a_bad_box_is_named_in_a_list(scorer):
+def test_the_image_of_a_bad_box_is_named_in_a_list(scorer):
     with pytest.raises(ValueError, match=r"`images\[1\]`: the box .*90x70 pixels: the box has to overlap"):
-        scorer.score([picture(), picture()], faces=[[(1, 1, 9, 9)], [(95, 0, 99, 9)]])
+        scorer.score([make_image(), make_image()], faces=[[(1, 1, 9, 9)], [(95, 0, 99, 9)]])
     with pytest.raises(ValueError, match=r"`images\[0\]`: the `box` of a face has to be four finite numbers"):
-        scorer.score([picture()], faces=[[(1, 1, math.inf, 9)]])
+        scorer.score([make_image()], faces=[[(1, 1, math.inf, 9)]])
 
 
-def test_a_picture_of_one_pixel(scorer):
+def test_an_image_of_one_pixel(scorer):
     (score,) = scorer.score(Image.new("RGB", (1, 1), "red"), faces=[(0, 0, 1, 1)])
     expected = scorer(scorer.preprocess(Image.new("RGB", (32, 32), "red")))
     assert score.score == pytest.approx(expected.item(), abs=1e-5)
     assert scorer.score(Image.new("RGB", (1, 1)), detector="mtcnn") == []
 
 
-def test_pictures_that_cannot_be_scored(scorer, tmp_path):
+def test_images_that_cannot_be_scored(scorer, tmp_path):
     """A decompression bomb (60000 x 60000 pixels in 57 bytes), a torn file, an empty one, none."""
     size = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     body = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
-    picture().save(tmp_path / "torn.png")
+    make_image().save(tmp_path / "torn.png")
     (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:2000])
     (tmp_path / "empty.png").touch()
     for name, rule in (("bomb", "beyond Pillow's own limit.*shrink"), ("torn", "truncated"), ("empty", "is empty")):
@@ -408,13 +411,13 @@ BOXES = [(5, 5, 40, 36), (30, 20, 80, 60), (60, 2, 88, 30)]
 
 
 def find(rgb):
-    """A detector of one's own: three faces in the wide picture, none in the others."""
+    """A function as the detector: three faces in the wide image, none in the others."""
     landmarks = np.arange(10.0).reshape(5, 2)
     return [Face(box, landmarks, 0.95) for box in BOXES] if rgb.shape[1] == 90 else []
 
 
 def test_score_puts_the_best_first(scorer):
-    image = picture()
+    image = make_image()
     scores = scorer.score(image, detector=find)
     assert [type(score) for score in scores] == [FaceScore] * 3
     assert [score.score for score in scores] == sorted((score.score for score in scores), reverse=True)
@@ -427,7 +430,7 @@ def test_score_puts_the_best_first(scorer):
 
 
 def test_score_of_a_list_is_a_list_of_lists(scorer):
-    images = [picture(0), picture(1, size=(40, 40)), picture(2)]
+    images = [make_image(0), make_image(1, size=(40, 40)), make_image(2)]
     scores = scorer.score(images, detector=find, batch_size=2)
     assert [len(faces) for faces in scores] == [3, 0, 3]
     for image, faces in zip(images, scores, strict=True):
@@ -439,21 +442,21 @@ def test_score_of_a_list_is_a_list_of_lists(scorer):
     assert scorer.score([], detector=find) == []
 
 
-def test_a_picture_without_a_face_has_no_scores(scorer):
-    assert scorer.score(picture(size=(40, 40)), detector=find) == []
-    assert scorer.score(picture(), faces=[]) == []
-    assert scorer.score(picture(), detector=find, min_confidence=0.96) == []
+def test_an_image_without_a_face_has_no_scores(scorer):
+    assert scorer.score(make_image(size=(40, 40)), detector=find) == []
+    assert scorer.score(make_image(), faces=[]) == []
+    assert scorer.score(make_image(), detector=find, min_confidence=0.96) == []
 
 
-def test_a_hundred_faces_in_one_picture(scorer):
+def test_a_hundred_faces_in_one_image(scorer):
     """In batches of 32 each scores as it does alone, without landmarks too; all come back, the best first."""
     boxes = [(8 * column, 6 * row, 8 * column + 12, 6 * row + 9) for row in range(10) for column in range(10)]
     faces = [Face(box, None, 0.5) for box in boxes]
-    scores = scorer.score(picture(), faces=faces)
+    scores = scorer.score(make_image(), faces=faces)
     assert {score.box for score in scores} == {face.box for face in faces} and len(scores) == 100
     values = [score.score for score in scores]
     assert values == sorted(values, reverse=True) and scores[0].landmarks is None
-    alone = scorer(scorer.preprocess(picture(), boxes=[scores[42].box])).item()
+    alone = scorer(scorer.preprocess(make_image(), boxes=[scores[42].box])).item()
     assert values[42] == pytest.approx(alone, abs=1e-5)
 
 
@@ -467,25 +470,25 @@ def test_a_reward_that_overflowed_is_an_error():
     scorer = make_scorer()
     torch.nn.init.constant_(scorer.mlp[7].bias, math.inf)
     with pytest.raises(ValueError, match="not finite"):
-        scorer.score(picture(), faces=BOXES)
+        scorer.score(make_image(), faces=BOXES)
 
 
 def test_score_crops_keeps_the_order(scorer):
-    crops = [picture().crop(crop_bounds(box, 90, 70)) for box in BOXES]
+    crops = [make_image().crop(crop_bounds(box, 90, 70)) for box in BOXES]
     rewards = scorer.score_crops(iter(crops), batch_size=2)
     expected = scorer(scorer.preprocess(crops)).tolist()
     assert rewards == pytest.approx(expected, abs=1e-5)
     assert scorer.score_crops([]) == []
     with pytest.raises(ValueError, match="`batch_size` has to be at least 1 but is 0"):
         scorer.score_crops(crops, batch_size=0)
-    with pytest.raises(ValueError, match="one list per picture: 1 for 2"):
-        scorer.score([picture(), picture()], faces=[[]])
+    with pytest.raises(ValueError, match="one list per image: 1 for 2"):
+        scorer.score([make_image(), make_image()], faces=[[]])
 
 
 def test_scoring_leaves_the_modes_as_they_were():
     scorer = make_scorer().train()
     scorer.mlp.eval()
-    first, second = (scorer.score(picture(), faces=BOXES) for _ in range(2))
+    first, second = (scorer.score(make_image(), faces=BOXES) for _ in range(2))
     assert first == second  # no dropout
     assert scorer.training and scorer.text_model.training and not scorer.mlp[1].training
     assert all(parameter.requires_grad for parameter in scorer.parameters())
@@ -502,6 +505,77 @@ def test_another_prompt_needs_a_tokenizer(scorer, tmp_path):
     empty.mkdir()
     with pytest.raises(OSError, match="needs the tokenizer.*hf download"):
         tokenize_prompt("A dog.", empty)
+
+
+# ------------------------------------------------------------------------------ the faces of many images
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield 4
+    torch.set_num_threads(before)
+
+
+def noise(number):
+    """An image of noise; `number` is its seed and its first pixel."""
+    pixels = np.random.default_rng(number).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    pixels[0, 0, 0] = number
+    return pixels
+
+
+def test_the_order_and_the_errors_stay_in_their_places(four_threads, tmp_path):
+    """Given boxes, 0 to 2 per image; every fifth image is missing."""
+    images = [tmp_path / "gone.png" if n % 5 == 4 else noise(n) for n in range(23)]
+    boxes = [[(5, 5, 30, 35), (0, 10, 20, 39)][: n % 3] for n in range(23)]
+    found = list(iter_faces(images, 16, boxes))
+    assert [isinstance(one, FileNotFoundError) for one in found] == [n % 5 == 4 for n in range(23)]
+    for image, own, one in zip(images, boxes, found, strict=True):
+        if isinstance(one, Exception):
+            continue
+        assert [face.box for face in one.faces] == own and one.pixels.shape == (len(own), 3, 16, 16)
+        if own:
+            torch.testing.assert_close(normalise(one.pixels), preprocess([image] * len(own), 16, own), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="one list per image: 1 for 2"):
+        next(iter_faces([noise(0), noise(1)], 16, [[]]))
+
+
+def test_a_function_as_detector_is_called_by_one_thread_at_a_time(four_threads):
+    """The slowest first; none of the calls finds another one running."""
+    running, threads = threading.Semaphore(1), set()
+
+    def find(rgb):
+        assert running.acquire(blocking=False)
+        time.sleep(0.02 if rgb[0, 0, 0] == 0 else 0)
+        threads.add(threading.get_ident())
+        running.release()
+        return [Face((5, 5, 30, 35), None, (rgb[0, 0, 0] + 100) / 200)]
+
+    found = list(iter_faces(map(noise, range(12)), 16, settings=ScoreSettings(find, min_confidence=0)))
+    assert [one.faces[0].confidence for one in found] == [(n + 100) / 200 for n in range(12)]
+    assert threading.get_ident() not in threads
+
+
+def test_no_more_is_read_than_is_asked_for(four_threads):
+    """Of an endless iterator: three images, and two for each of the four threads ahead."""
+    taken = []
+    images = (taken.append(n) or noise(n % 200) for n in itertools.count())
+    found = iter_faces(images, 16, settings=ScoreSettings(lambda rgb: []))
+    for _ in range(3):
+        assert next(found).faces == []
+    found.close()
+    assert len(taken) == 3 + 2 * four_threads
+
+
+def test_a_detector_serves_several_threads(four_threads, tmp_path):
+    """MTCNN has a state; a PIL image that is not decoded yet is listed many times."""
+    Image.fromarray(data.astronaut()).save(tmp_path / "astronaut.png")
+    with Image.open(tmp_path / "astronaut.png") as astronaut:
+        found = list(iter_faces([astronaut] * 4 + [data.coffee()] * 2, 32, settings=ScoreSettings("mtcnn")))
+    (expected,) = resolve_detector("mtcnn")(data.astronaut())
+    assert [one.faces for one in found] == [[expected]] * 4 + [[]] * 2
+    assert all(torch.equal(one.pixels, found[0].pixels) for one in found[:4])
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -525,7 +599,7 @@ def test_percentiles_by_hand():
 
 def test_the_reference_goes_with_the_weights(tmp_path):
     scorer = make_scorer()
-    image, box = picture(), BOXES[0]
+    image, box = make_image(), BOXES[0]
     assert scorer.score(image, faces=[box])[0].percentile is None
     value = scorer.score(image, faces=[box])[0].score
     scorer.reference = ScoreReference.from_scores("near", [value - 1, value + 1], [value - 2, value - 2])
@@ -556,7 +630,7 @@ def test_official_weights_may_have_a_reference_beside_them(tmp_path):
         ("[1]", "damaged"),
         ('{"name": "x", "n": 1}', "missing.*good"),
         (json.dumps({"name": "x", "n": 1, "good": [0, 1], "bad": [0, 1]}), "`good` has to be 101 finite numbers"),
-        (json.dumps({"name": "x", "n": 1, "good": list(range(101, 0, -1)), "bad": [0] * 101}), "never fall"),
+        (json.dumps({"name": "x", "n": 1, "good": list(range(101, 0, -1)), "bad": [0] * 101}), "rising order"),
         (json.dumps({"name": "x", "n": 0, "good": [0] * 101, "bad": [0] * 101}), "at least one pair"),
     ],
 )

@@ -1,0 +1,91 @@
+"""What the commands share: types of options, the options of both, and the model, device and dtype that they name."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from faceprior.models import quiet_libraries, resolve_device
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _bounded(kind: type, rule: str, holds: Callable) -> Callable:
+    """A type for argparse whose error names the rule."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"has to be {rule} but is {text!r}")
+        return value
+
+    return parse
+
+
+number = _bounded(float, "a finite number", math.isfinite)
+fraction = _bounded(float, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+count = _bounded(int, "a whole number, at least 1", lambda value: value >= 1)
+
+
+def add_common_options(parser: argparse.ArgumentParser, checkpoint: str, images: str) -> None:
+    """Add the options of both commands. checkpoint: the default; images: the help text of the images."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=images)
+    parser.add_argument(
+        "--checkpoint",
+        default=checkpoint,
+        help="folder or hub id of the model, or `tiny` for the small embedded one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--detector",
+        default="auto",
+        choices=("auto", "retinaface", "mtcnn"),
+        help="face detector; auto is RetinaFace if its weights are on the disk, else MTCNN (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-confidence",
+        type=fraction,
+        default=0.9,
+        help="lowest detector confidence of a face, in [0, 1] (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-face-size",
+        type=count,
+        default=20,
+        help="smallest longer side of a face in pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="device of the model: auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="data type of the model's weights (default: %(default)s)"
+    )
+
+
+def checkpoint_of(options: argparse.Namespace, kind: str) -> str:
+    """Return the folder or id of the checkpoint; a tiny one is announced on stderr."""
+    from faceprior import tiny
+
+    quiet_libraries()
+    folder = tiny.resolve(options.checkpoint, kind)
+    about = tiny.info(folder)
+    if about is not None:
+        state = "trained" if about["trained"] else "UNTRAINED: its results mean nothing"
+        print(f"{folder}: {tiny.NOTICE} ({state})", file=sys.stderr)
+    return folder
+
+
+def dtype_of(options: argparse.Namespace) -> "torch.dtype":
+    import torch
+
+    return getattr(torch, options.dtype)
+
+
+def device_of(options: argparse.Namespace) -> "torch.device":
+    return resolve_device(options.device)
