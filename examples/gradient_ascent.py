@@ -3,7 +3,7 @@
     python examples/gradient_ascent.py
 
 It stops at the clean face's score. Pixels, free to change anywhere, get there by a pattern that only the network sees;
-latents decode to pictures, so what changes looks like a sharper face. On the small embedded models.
+latents decode to images, so what changes looks like a sharper face. On the small embedded models.
 """
 
 import torch
@@ -30,9 +30,9 @@ def ascend(name, variable, decode, learning_rate, steps=30):
         seen.append((score.item(), to_pil(image)[0]))
         (variable.grad,) = torch.autograd.grad(-score, variable)
         optimizer.step()
-    for when, (value, picture) in {"before": seen[0], "after": seen[-1]}.items():
+    for when, (value, image) in {"before": seen[0], "after": seen[-1]}.items():
         print(f"{name}, {when}: Face Score {value:.4f} (the clean face: {goal:.4f})")
-        save_image(picture, f"results/ascent_{name}_{when}.png")
+        save_image(image, f"results/ascent_{name}_{when}.png")
 
 
 ascend("pixels", blurred.clone(), lambda pixels: pixels.clamp(-1, 1), learning_rate=0.005)

@@ -28,8 +28,8 @@ from faceprior.streams import in_groups
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="tiny", help="diffusers folder, .safetensors file, hub id, or tiny")
-    parser.add_argument("--resolution", type=int, default=128, help="pixels, sides of the pictures")
-    parser.add_argument("--num_faces", type=int, default=16, help="faces of a round, an equal share for each factor")
+    parser.add_argument("--resolution", type=int, default=128, help="pixels, sides of the images")
+    parser.add_argument("--num_faces", type=int, default=16, help="faces of a round, equally many for each strength")
     parser.add_argument("--batch_size", type=int, default=8, help="faces that the stage inpaints at once")
     parser.add_argument("--rounds", type=int, default=3, help="times that both are run; the medians count")
     parser.add_argument("--steps", type=int, default=50)
@@ -87,16 +87,16 @@ def one_by_one(pipeline, faces: list, options: argparse.Namespace) -> list[Image
     return [
         pipeline(
             prompt=prompt,
-            image=picture,
+            image=image,
             mask_image=mask,
-            height=picture.height,
-            width=picture.width,
+            height=image.height,
+            width=image.width,
             strength=strength,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance_scale,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
-        for picture, mask, strength, prompt, seed in faces
+        for image, mask, strength, prompt, seed in faces
     ]
 
 
@@ -104,8 +104,8 @@ def in_batches(pipeline, faces: list, options: argparse.Namespace) -> list[Image
     inpainter = FaceInpainter(pipeline, options.steps, options.guidance_scale)  # its prompts are not encoded yet
     results = []
     for batch in in_groups(faces, lambda face: face[2], lambda _: options.batch_size):
-        pictures, masks, strengths, prompts, seeds = (list(column) for column in zip(*batch, strict=True))
-        results += inpainter(pictures, masks, strengths[0], prompts, seeds)
+        images, masks, strengths, prompts, seeds = (list(column) for column in zip(*batch, strict=True))
+        results += inpainter(images, masks, strengths[0], prompts, seeds)
     return results
 
 

@@ -1,9 +1,9 @@
 """
-How fast pictures are scored: the official way and ours, side by side, with the same weights, detector and boxes.
+How fast images are scored: the official way and ours, side by side, with the same weights, detector and boxes.
 
     python tests/benchmarks/score.py                                        # ViT-L on the CPU, some minutes
-    python tests/benchmarks/score.py --device cuda --pictures 200
-    python tests/benchmarks/score.py --size tiny --pictures 60 --faces 1
+    python tests/benchmarks/score.py --device cuda --images 200
+    python tests/benchmarks/score.py --size tiny --images 60 --faces 1
 """
 
 import argparse
@@ -32,13 +32,13 @@ from faceprior.tiny import tiny_scorer
 VIT_B = {"vision_hidden_size": 768, "vision_layers": 12, "vision_heads": 12, "vision_intermediate": 3072}
 SIZES = {"tiny": tiny_scorer, "base": lambda: FaceScorer(**VIT_B), "large": FaceScorer}
 DETECTOR = "mtcnn"
-FACE = 256  # pixels, side of each of the portraits that stand beside each other in a picture
+FACE = 256  # pixels, side of each of the portraits that stand beside each other in an image
 
 
 class OfficialWay(nn.Module):
     """The official code as `FaceScorer`'s documentation describes it, on the library's modules and the same tensors.
 
-    One path at a time: read, detect, crop, one pass for all faces of the picture, a prompt padded to 35 tokens,
+    One path at a time: read, detect, crop, one pass for all faces of the image, a prompt padded to 35 tokens,
     float32, autograd left on.
     """
 
@@ -65,12 +65,12 @@ class OfficialWay(nn.Module):
         self.to(scorer.device).eval()
 
     def score(self, path: Path) -> list[float]:
-        """One picture's rewards by box, from left to right."""
-        picture = Image.open(path).convert("RGB")
-        faces = sorted(detect_faces(np.array(picture), DETECTOR), key=lambda face: face.box)
+        """One image's rewards by box, from left to right."""
+        image = Image.open(path).convert("RGB")
+        faces = sorted(detect_faces(np.array(image), DETECTOR), key=lambda face: face.box)
         if not faces:
             return []
-        crops = [picture.crop(crop_bounds(face.box, *picture.size)) for face in faces]
+        crops = [image.crop(crop_bounds(face.box, *image.size)) for face in faces]
         return self(torch.stack([self.transform(crop) for crop in crops]).to(self.input_ids.device)).tolist()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = [
             draw(Path(folder, f"{i}.jpg"), range(i * options.faces, (i + 1) * options.faces))
-            for i in range(options.pictures)
+            for i in range(options.images)
         ]
         ways = {
             "official, float32": lambda some: [official.score(path) for path in some],
@@ -105,8 +105,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="large", help="of the scorer (default: the published one's)")
-    parser.add_argument("--pictures", type=int, default=6)
-    parser.add_argument("--faces", type=int, default=2, help="in each picture")
+    parser.add_argument("--images", type=int, default=6)
+    parser.add_argument("--faces", type=int, default=2, help="in each image")
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the best of each way counts")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
@@ -127,7 +127,7 @@ def draw(path: Path, seeds: range) -> Path:
 
 
 def ours(scorer: FaceScorer, paths: list[Path]) -> list[list[float]]:
-    """What the command line does as well; each picture's rewards by box, from left to right."""
+    """What the command line does as well; each image's rewards by box, from left to right."""
     found = scorer.score(paths, detector=DETECTOR)
     return [[face.score for face in sorted(faces, key=lambda face: face.box)] for faces in found]
 
@@ -155,7 +155,7 @@ def measure(ways: dict[str, Callable], paths: list[Path], repeats: int) -> tuple
             found = way(paths)
             spent = time.perf_counter() - start[0], time.process_time() - start[1]
             seconds[name] = tuple(map(min, seconds[name], spent))
-            rewards[name] = np.array([reward for picture in found for reward in picture])
+            rewards[name] = np.array([reward for image in found for reward in image])
     return seconds, rewards
 
 
@@ -166,15 +166,15 @@ def report(
     reference = rewards[first]
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     print(
-        f"{options.size}, {options.pictures} pictures, {len(reference)} faces, {options.device} ({device}), "
+        f"{options.size}, {options.images} images, {len(reference)} faces, {options.device} ({device}), "
         f"torch {torch.__version__}; rewards from {reference.min():.3f} to {reference.max():.3f}"
     )
-    print(f"{'':18}  {'s/picture':>9}  {'as fast':>7}  {'CPU s':>9}  {'as little':>9}  {'largest difference':>18}")
+    print(f"{'':18}  {'s/image':>9}  {'as fast':>7}  {'CPU s':>9}  {'as little':>9}  {'largest difference':>18}")
     for name, (clock, processor) in seconds.items():
         difference = f"{np.abs(rewards[name] - reference).max():18.1e}" if len(rewards[name]) else f"{'':18}"
         print(
-            f"{name:18}  {clock / options.pictures:9.3f}  {seconds[first][0] / clock:6.2f}x  "
-            f"{processor / options.pictures:9.3f}  {seconds[first][1] / processor:8.2f}x  {difference}"
+            f"{name:18}  {clock / options.images:9.3f}  {seconds[first][0] / clock:6.2f}x  "
+            f"{processor / options.images:9.3f}  {seconds[first][1] / processor:8.2f}x  {difference}"
         )
 
 
