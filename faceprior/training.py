@@ -71,7 +71,7 @@ def make_accelerator(
     `metrics.jsonl` to it, too; output: the run's folder, for the tracker's files.
     Raises ValueError for a device that does not exist and for fp16 on a CPU, ImportError without the tracker's package.
     """
-    if isinstance(tracker, str) and tracker not in ("none", *get_available_trackers()):
+    if isinstance(tracker, str) and tracker not in {"none", *map(str, get_available_trackers())}:
         raise ImportError(f"`tracker` is {tracker}, which is not installed: `pip install {tracker}`")
     kind = resolve_device(device)
     if kind.type == "cpu" and mixed_precision == "fp16":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
 from torch.utils.data import Dataset
 
 from faceprior import training
@@ -483,6 +484,14 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, tracker):
         pytest.skip(f"{tracker} is installed")
     with pytest.raises(ImportError, match=f"`tracker` is {tracker}, which is not installed: `pip install {tracker}`"):
         make_accelerator("cpu", tracker=tracker, output=tmp_path)
+
+
+def test_an_installed_tracker_is_accepted_by_its_name(tmp_path, monkeypatch):
+    """accelerate lists trackers as members of an enum, which are not equal to their names."""
+    monkeypatch.setattr(training, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    make_accelerator("cpu", tracker="tensorboard", output=tmp_path)
+    with pytest.raises(ImportError, match="`tracker` is wandb"):
+        make_accelerator("cpu", tracker="wandb", output=tmp_path)
 
 
 def test_tensorboard_files_are_in_the_output_folder(tmp_path):
