@@ -1,4 +1,4 @@
-"""The whole chain on the tiny preset below results/demo/, two real photographs and the report: `make demo` runs it."""
+"""The whole chain with the stages' defaults below results/demo/, two real photographs and the report: `make demo` runs it."""
 
 import contextlib
 import os
@@ -31,7 +31,8 @@ for command in [*STAGES, ["faceprior", *SCORE], ["faceprior", *RESTORE]]:
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         with contextlib.redirect_stdout(open("photographs/scores.jsonl", "w") if command[1] == "score" else sys.stdout):
-            cli.main(command[1:])
+            if code := cli.main(command[1:]):
+                raise SystemExit(code)
     rows.append({"command": command, "seconds": time.perf_counter() - start})
 if not Path("commands.jsonl").exists():  # a second call only resumes: the first one's durations are the chain's
     rewrite_rows("commands.jsonl", rows)

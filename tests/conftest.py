@@ -46,7 +46,7 @@ def tiny_models(tmp_path_factory) -> Path:
 def drawn_benchmark(tmp_path_factory) -> Path:
     """A benchmark folder of drawn portraits, which three degradations stand for as models, ranked by nobody yet.
 
-    Its last prompt has empty pictures, without any face.
+    Its last prompt has empty images, without any face.
     """
     from PIL import Image, ImageFilter
 
@@ -65,8 +65,8 @@ def drawn_benchmark(tmp_path_factory) -> Path:
     (folder / "prompts.csv").write_text("id,prompt\n" + "".join(prompts))
     for model, blur in {"soft": 1.5, "smudged": 5.0, "sharp": 0.0}.items():
         for number, image in enumerate(images, 1):
-            picture = image.filter(ImageFilter.GaussianBlur(blur))
-            save_image(picture, folder / "images" / model / f"{number:04d}.png")
+            blurred = image.filter(ImageFilter.GaussianBlur(blur))
+            save_image(blurred, folder / "images" / model / f"{number:04d}.png")
     return folder
 
 

@@ -3,6 +3,7 @@
 They show the first images of every sheet, not the best ones.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ TILE = 128
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.partition(":")[0]).parse_args()
     OUTPUT.mkdir(parents=True, exist_ok=True)
     save(contact_sheet([draw_portrait(TEST_SEEDS + i, 160).image for i in range(14)], 7), "portraits")
     save(np.vstack([row(SHEETS / f"pairs_bin{number}.png", 8) for number in (0, 2, 3)]), "pairs")
