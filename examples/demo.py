@@ -1,4 +1,4 @@
-"""The whole chain with the stages' defaults below results/demo/, two real photographs and the report: `make demo` runs it."""
+"""The whole chain by the stages' defaults below results/demo/, two photographs, the report: `make demo` runs it."""
 
 import contextlib
 import os
