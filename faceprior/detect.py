@@ -424,7 +424,7 @@ def resolve_detector(name: str = "auto") -> Detector:
 
 
 def representative_face(faces: Sequence[Face], size: tuple[int, int] | None = None) -> Face | None:
-    """Return the face that counts where an image has several: the most frontal and representative one (Face Score, 8.4).
+    """Return the face that counts where an image has several: the most frontal and representative (Face Score, 8.4).
 
     The paper left the choice to people. Here it is the face with the largest product of
 
