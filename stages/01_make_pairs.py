@@ -98,6 +98,8 @@ class Config:
     device: str = "auto"  # device of the networks: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # start over in an output folder that holds a run
 
+    # another size of the batches rounds the pixels of the pairs still to be made differently, and does nothing else
+    FREE = frozenset({"batch_size"})
     RENAMED = {"noise_factors": "strengths", "crop_noise_factors": "crop_strengths"}
 
 
