@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -572,6 +573,28 @@ def test_as_a_script_from_its_own_folder(stage, tmp_path):
     assert "of the optimizer, (0, 1] (default: 0.001)" in run("--help").stdout
     assert run("--output", str(tmp_path / "run")).returncode == 0
     assert (tmp_path / "run/config.yaml").is_file()
+
+
+def test_names_are_printed_under_an_ascii_locale(stage, tmp_path):
+    """The console lacks the letters and the bytes of a file's name: they are shown as escapes."""
+    script = Path(inspect.getfile(stage.Config))
+    text = (
+        script.read_text()
+        .replace("import torch\n", "")
+        .replace("import open_output", "import open_output, print_problems")
+    )
+    script.write_text(
+        text.replace(
+            "    open_output(config)\n", "    print(open_output(config))\n    print_problems([('\\udcff', 'ü')])\n"
+        )
+    )
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    command = [sys.executable, script.name, "--output", str(tmp_path / "résultats")]
+    done = subprocess.run(command, cwd=script.parent, env=os.environ | environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    folder, *problems = done.stdout.decode("ascii").splitlines()
+    assert folder.endswith("r\\udcc3\\udca9sultats") and problems == ["1 input skipped:", "  \\udcff: \\xfc"]
+    assert (tmp_path / "résultats/config.yaml").is_file()
 
 
 # the project's own stages and presets
