@@ -7,7 +7,9 @@ before is still read under it, everywhere:
     @dataclass
     class Config:
         learning_rate: float = 1e-5  # learning rate of AdamW, (0, inf)
-        RENAMED = {"rate": "learning_rate"}  # former name -> field
+        batch_size: int = 4  # images at once, [1, inf)
+        RENAMED = {"rate": "learning_rate"}  # former name -> field, or the fields that share its value
+        FREE = {"batch_size"}  # may differ when a run is resumed, beside RUN_KEYS
 
 Precedence: dataclass < YAML section < command line.
 """
@@ -25,7 +27,6 @@ import shutil
 import sys
 import textwrap
 import tokenize
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -34,21 +35,26 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from faceprior.errors import explain, is_out_of_memory
+
 T = TypeVar("T")
 CONFIG_FILE = "config.yaml"
 UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
 DONE_FILE = "done.json"
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
-RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker"})
+RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every"})
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
 
 def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] | None = None) -> None:
     """Parse the command line into `config_class` and call `main`.
 
-    An error that faceprior or the stage raised itself is shown as one line; any other keeps its traceback. Ctrl-C ends
-    the program with exit code 130.
+    An error that is the user's business (see `errors`) is shown as one line; any other keeps its traceback. Ctrl-C ends
+    the program with exit code 130. Printed names that the terminal's encoding lacks are shown as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     stage = Path(inspect.getfile(config_class))
     config = parse_config(config_class, argv)
     logging.basicConfig(format="%(message)s")
@@ -58,10 +64,39 @@ def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] 
     except KeyboardInterrupt:
         print(f"{stage.name}: interrupted; the same command resumes", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if not _raised_in(error, (Path(__file__).resolve().parent, stage.resolve().parent)):
+    except Exception as error:
+        message = explain(error, stage.parent)
+        if message is None:
             raise
-        raise SystemExit(f"{stage.name}: error: {error}") from error
+        if is_out_of_memory(error):
+            message += "; " + (memory_advice(config) or "use a machine with more")
+        raise SystemExit(f"{stage.name}: error: {message}") from error
+
+
+def memory_advice(config: Any) -> str:
+    """Return the options with which a stage needs less memory; empty if its settings have none left.
+
+    Those come first with which the same run resumes.
+    """
+    value = dataclasses.asdict(config).get
+    same, other = [], []
+    if (value("batch_size") or 1) > 1:
+        size, micro_batches = value("batch_size"), value("accumulation")
+        factor = 2 if size % 2 == 0 else size
+        rest = f" --accumulation {micro_batches * factor}" if micro_batches else ""
+        same.append(f"--batch_size {size // factor}{rest}")
+    if value("gradient_checkpointing") is False:
+        same.append("--gradient_checkpointing")
+    if value("mixed_precision") == "no":
+        other.append("--mixed_precision bf16")
+    if value("optimizer") == "adamw":
+        other.append("--optimizer adamw8bit")
+    if value("train") not in (None, "lora"):
+        other.append("--train lora")
+    other += [f"a smaller --{name}" for name in field_help(type(config)) if name.endswith("resolution")]
+    parts = [f"{' or '.join(same)} (the same run resumes)" if same else "", ", ".join(other)]
+    options = ", else, in a new run, ".join(filter(None, parts))
+    return f"less is needed with {options}" if options else ""
 
 
 def parse_config(config_class: type[T], argv: list[str] | None = None) -> T:
@@ -124,23 +159,24 @@ def load_section(path: str | Path, section: str, config_class: type) -> dict[str
     return values
 
 
-def open_output(config: Any) -> Path:
+def open_output(config: Any, free: Iterable[str] = ()) -> Path:
     """Create the folder `config.output` for this run, or open it to resume; the settings are saved in it.
 
     A folder that holds the results of other settings is refused with the differing keys named, unless
-    `config.overwrite` is set, which deletes what is in it. A folder with anything else in it is never touched. Folders
-    of other runs inside it (as `results/demo` in `results`) are left alone. Raises FileExistsError.
+    `config.overwrite` is set, which deletes what is in it. Keys that may differ are RUN_KEYS, the `FREE` of the Config,
+    and `free`. A folder with anything else in it is never touched. Folders of other runs inside it (as `results/demo`
+    in `results`) are left alone. Raises FileExistsError.
     """
     output, section = Path(config.output), stage_name(type(config))
-    saved = output / CONFIG_FILE
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"`output` has to be a folder but {output} is a file")
-    if saved.is_file():
-        stored = _current_names(type(config), _saved_settings(saved, section))
+    stored = saved_settings(config)
+    if stored is not None:
         if config.overwrite:
             _empty(output)
         else:
-            _require_same_settings(output, stored, _plain(config))
+            free = RUN_KEYS | getattr(type(config), "FREE", frozenset()) | frozenset(free)
+            _require_same_settings(output, stored, _plain(config), free)
     elif output.is_dir() and (found := _entries(output)):
         raise FileExistsError(
             f"{output} was not made by {section} but has {found[0].name} in it: choose another `output`"
@@ -148,6 +184,24 @@ def open_output(config: Any) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     save_config(config, output)
     return output
+
+
+def saved_settings(config: Any) -> dict[str, Any] | None:
+    """Return the settings that the run in `config.output` was made with, by their current names; None without a run.
+
+    An option that has come since was then what is its default now. Raises FileExistsError if another stage saved them.
+    """
+    config_class, saved = type(config), Path(config.output) / CONFIG_FILE
+    if not saved.is_file():
+        return None
+    section = stage_name(config_class)
+    try:
+        stored = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = None
+    if not isinstance(stored, dict) or list(stored) != [section] or not isinstance(stored[section], dict):
+        raise FileExistsError(f"{saved.parent} was not made by {section}: choose another `output`")
+    return _plain(config_class()) | _current_names(config_class, stored[section])
 
 
 def save_config(config: Any, folder: str | Path) -> None:
@@ -200,7 +254,7 @@ def _parser(config_class: type, section: str) -> argparse.ArgumentParser:
             options |= {"nargs": "+", "metavar": "VALUE"}
         else:
             options["metavar"] = "{" + ",".join(map(str, _choices(hint))) + "}" if _choices(hint) else "VALUE"
-        former = [name for name, current in _renamed(config_class).items() if current == field.name]
+        former = [name for name, fields in _renamed(config_class).items() if fields[0] == field.name]
         for name in (field.name, *former):
             if name != field.name:
                 options["help"] = argparse.SUPPRESS  # still read, no longer shown
@@ -209,18 +263,21 @@ def _parser(config_class: type, section: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _renamed(config_class: type) -> dict[str, str]:
-    """Return the former names of fields and the current ones, as the class attribute `RENAMED` declares them."""
-    return getattr(config_class, "RENAMED", {})
+def _renamed(config_class: type) -> dict[str, tuple[str, ...]]:
+    """Return the former names and the fields that have their values now, as the class attribute `RENAMED` declares."""
+    declared = getattr(config_class, "RENAMED", {})
+    return {former: (fields,) if isinstance(fields, str) else tuple(fields) for former, fields in declared.items()}
 
 
 def _current_names(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """Return settings of one source under the current names of their fields; ValueError for both names of one field."""
-    renamed = _renamed(config_class)
-    for former, name in renamed.items():
-        if former in values and name in values:
-            raise ValueError(f"`{former}` is the former name of `{name}`, and both are given: give `{name}` only")
-    return {renamed.get(key, key): value for key, value in values.items()}
+    renamed, current = _renamed(config_class), {}
+    for key, value in values.items():
+        for name in renamed.get(key, (key,)):
+            if name != key and name in values:
+                raise ValueError(f"`{key}` is the former name of `{name}`, and both are given: give `{name}` only")
+            current[name] = value
+    return current
 
 
 def _choices(hint: Any) -> tuple:
@@ -287,20 +344,9 @@ def _check_range(key: str, value: Any, text: str) -> None:
             raise ValueError(f"`{key}` has to be in {match.group(0)} but is {number}")
 
 
-def _saved_settings(saved: Path, section: str) -> dict[str, Any]:
-    """Return the settings in `saved`, which must be those of the stage `section`."""
-    try:
-        stored = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        stored = None
-    if not isinstance(stored, dict) or list(stored) != [section] or not isinstance(stored[section], dict):
-        raise FileExistsError(f"{saved.parent} was not made by {section}: choose another `output`")
-    return stored[section]
-
-
-def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
+def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, Any], free: frozenset[str]) -> None:
     removed = {key for key in stored.keys() - now.keys() if stored[key] == ""}  # an option that is gone and was empty
-    keys = sorted((stored.keys() | now.keys()) - RUN_KEYS - removed)
+    keys = sorted((stored.keys() | now.keys()) - free - removed)
     keys = [key for key in keys if stored.get(key) != now.get(key)]
     if keys:
         changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now.get(key))} now)" for key in keys)
@@ -352,18 +398,12 @@ def _unknown(name: Any, where: str, valid: Iterable[str], what: str = "key") -> 
     return f"unknown {what} `{name}` {where}: {hint}"
 
 
-def _raised_in(error: BaseException, folders: tuple[Path, ...]) -> bool:
-    """Tell whether a `raise` in a file below one of `folders` made the error, not a call into a library or a bug."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    file = Path(frame.filename).resolve()
-    return any(file.is_relative_to(folder) for folder in folders) and (frame.line or "").startswith("raise")
-
-
 def print_problems(problems: list[tuple[str, str]], kind: str = "input", most: int | None = None) -> None:
     """Print what was skipped and why, at the end of a stage; most: how many are listed, None for all."""
     if problems:
         print(f"{len(problems)} {kind}{'s' if len(problems) > 1 else ''} skipped:")
     for name, reason in problems[:most]:
-        print(f"  {name}: {reason}".encode(errors="backslashreplace").decode())
+        encoding = sys.stdout.encoding or "utf-8"  # of a terminal, which may lack letters of a file's name
+        print(f"  {name}: {reason}".encode(encoding, "backslashreplace").decode(encoding))
     if len(problems[:most]) < len(problems):
         print(f"  and {len(problems) - most} more")

@@ -6,10 +6,14 @@ hub id load alike.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -316,3 +320,44 @@ def sample_images(
         output_type="latent",
     ).images
     return to_pil(decode_latents(pipeline.vae, latents.float()))
+
+
+SAMPLERS = {
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),  # the linear multistep alone, as Stable Diffusion uses it
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # clipping is meant for pixels and would damage latents
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+}
+
+
+def make_sampler(name: str, scheduler):
+    """Return the scheduler to sample by, with the noise schedule and prediction type of a base's own `scheduler`.
+
+    name: `base` (its own), `pndm` (arXiv 2202.09778; Face Score, section 6.1), `ddim` (2010.02502), `ddpm` (2006.11239;
+    AuthFace), `euler` (2206.00364) or `dpm++` (2211.01095). Raises ValueError for another name, and where the sampler
+    does not know what the base was trained with.
+    """
+    if name == "base":
+        return scheduler
+    if name not in SAMPLERS:
+        raise ValueError(f"`sampler` has to be base or one of {', '.join(SAMPLERS)} but is {name!r}")
+    class_name, options = SAMPLERS[name]
+    own, sampler_class = type(scheduler).__name__, getattr(diffusers, class_name)
+    known = inspect.signature(sampler_class.__init__).parameters
+    needs_snr = scheduler.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known
+    if "FlowMatch" in own or "EDM" in own or needs_snr:
+        reason = "zero terminal SNR" if needs_snr else own
+        raise ValueError(f"`sampler` is {name}, which cannot sample a base with {reason}: use base")
+    return sampler_class.from_config(scheduler.config, **options)
+
+
+@contextmanager
+def sampled_with(name: str, pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+    """Give the pipeline with another sampler (see `make_sampler`); afterwards it has its own again, which is saved."""
+    own = pipeline.scheduler
+    pipeline.scheduler = make_sampler(name, own)
+    try:
+        yield pipeline
+    finally:
+        pipeline.scheduler = own

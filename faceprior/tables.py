@@ -19,6 +19,7 @@ from typing import Any
 from faceprior.metrics import MetricUnavailable, fraction_interval, mean_interval, paired_test
 
 NOT_MEASURED = "not measured: "  # begins the note of an estimate without a value
+INFINITE = "infinite: "  # begins the note of an infinite one, whose value JSON cannot hold
 EMPTY = "-"  # the text of a number that does not exist
 
 
@@ -38,12 +39,16 @@ class Estimate:
     reason: str = ""
 
     def to_row(self) -> dict[str, Any]:
-        """Return the JSON keys value, low, high, n and note; a number that is not finite becomes None."""
+        """Return the JSON keys value, low, high, n and note; a number that is not finite becomes None.
+
+        The note of an infinite value begins with INFINITE.
+        """
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
         reason = NOT_MEASURED + self.reason if self.value is None else ""
+        note = INFINITE + self.note if self.value == math.inf else self.note
         test = "" if self.p_value is None else f"paired t test, p = {self.p_value:.3g}"
-        return {**finite, "n": self.n, "note": "; ".join(filter(None, (reason, self.note, test)))}
+        return {**finite, "n": self.n, "note": "; ".join(filter(None, (reason, note, test)))}
 
 
 def measure(function: Callable[[], Estimate]) -> Estimate:
@@ -86,6 +91,11 @@ def difference_estimate(
 def number_text(value: float | None, spec: str = ".4g", unit: str = "") -> str:
     """Return a number by its format (".1%" shows a fraction as a percentage) with its unit; "-" for None."""
     return EMPTY if value is None else f"{value:{spec}} {unit}".rstrip()
+
+
+def value_text(value: float | None, note: str, spec: str = ".4g", unit: str = "") -> str:
+    """Return the value of a row (see `Estimate.to_row`): as `number_text`, or "infinite" where its note says so."""
+    return "infinite" if value is None and note.startswith(INFINITE) else number_text(value, spec, unit)
 
 
 def interval_text(low: float | None, high: float | None, spec: str = ".4g", unit: str = "") -> str:

@@ -35,22 +35,22 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType
 from accelerate.tracking import GeneralTracker, get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from faceprior.config import DONE_FILE
+from faceprior.config import DONE_FILE, is_complete, open_output, saved_settings
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.models import resolve_device
 
 logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
-RESUME_FOLDER = "resume"
+RESUME_FOLDER, STATE_FILE = "resume", "state.json"
 TRACKER_PROJECT = "faceprior"
 
 
@@ -69,7 +69,11 @@ def make_accelerator(
     mixed_precision: `no`, `fp16` or `bf16`, the dtype of the forward pass; accumulation: micro-batches in a step;
     tracker: `none`, `tensorboard`, `wandb`, or a tracker object of accelerate's; a `TrainingRun` logs every row of its
     `metrics.jsonl` to it, too; output: the run's folder, for the tracker's files.
-    Raises ValueError for a device that does not exist and for fp16 on a CPU, ImportError without the tracker's package.
+    What `accelerate config` or the environment says of accumulation, mixed precision and compilation does not count: a
+    run is what its settings say.
+
+    Raises ValueError for a device that does not exist or that the environment overrides, for fp16 on a CPU, and where
+    the parameters would be split over the processes; ImportError without the tracker's package.
     """
     if isinstance(tracker, str) and tracker not in {"none", *map(str, get_available_trackers())}:
         raise ImportError(f"`tracker` is {tracker}, which is not installed: `pip install {tracker}`")
@@ -81,13 +85,102 @@ def make_accelerator(
     if not torch.distributed.is_initialized():
         # accelerate keeps one state per process and would refuse other settings for the second run in a notebook
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=kind.type == "cpu",
         mixed_precision=mixed_precision,
-        gradient_accumulation_steps=accumulation,
+        # ACCELERATE_GRADIENT_ACCUMULATION_STEPS goes before a plain number, not before a plugin
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
+        dynamo_backend="no",
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(logging_dir=None if output is None else str(Path(output, "tensorboard"))),
     )
+    if accelerator.distributed_type in _SPLIT:
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which splits the parameters over the "
+            "processes: give `accelerate launch --multi_gpu`, and for less memory `--optimizer adamw8bit`"
+        )
+    if device != "auto" and accelerator.device.type != kind.type:
+        raise ValueError(
+            f"`device` is {device}, but accelerate's environment (ACCELERATE_USE_CPU, ACCELERATE_TORCH_DEVICE) says "
+            f"{accelerator.device.type}: change one of them"
+        )
+    return accelerator
+
+
+_SPLIT = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+def open_run(config: Any, accelerator: Accelerator) -> Path:
+    """Open the output folder of a training stage by `open_output`, for a new run or to resume, and return it.
+
+    Whatever does not change the steps already done may differ from the settings of the run that is resumed:
+
+    - `batch_size` and `accumulation`, where their product with the number of processes stays the same;
+    - `steps`, where no step done depends on it, as under the constant schedule: also to train a finished run further;
+    - what is used after the training only, which the Config names in `AFTER_TRAINING`, until the run is finished;
+    - all of these before the first checkpoint.
+
+    Raises FileExistsError, which names what differs.
+    """
+    output = Path(config.output)
+    if not accelerator.is_main_process:
+        return output
+    stored = None if config.overwrite else saved_settings(config)
+    if stored is None:
+        return open_output(config)
+
+    # ---- How far the run is
+    finished, checkpoint = is_complete(output), _checkpoint_state(output)
+    progress = _read_json(output / DONE_FILE) if finished else checkpoint
+    step = stored["steps"] if finished else progress.get("step", 0)
+    goes_on = config.steps > step and config.schedule == stored["schedule"] == "constant"
+
+    # ---- The samples of a step
+    parts = config.batch_size, config.accumulation, accelerator.num_processes
+    samples = progress.get("samples_per_step", stored["batch_size"] * stored["accumulation"] * parts[2])
+    if step and math.prod(parts) != samples:
+        raise FileExistsError(_other_samples(output, samples, parts))
+    free = {"batch_size", "accumulation"}
+
+    # ---- The number of steps, and what follows them
+    if not finished or goes_on:
+        free |= getattr(type(config), "AFTER_TRAINING", frozenset())
+    if not step or goes_on or (not finished and config.schedule == "constant" and config.steps >= step):
+        free.add("steps")
+    if finished and goes_on and not checkpoint:
+        raise FileExistsError(
+            f"{output} was trained for {step} steps and its checkpoint {output / RESUME_FOLDER} does not exist, so it "
+            "cannot be trained further: choose another `output`, or `--overwrite` to start over"
+        )
+    open_output(config, free)
+    if finished and goes_on:
+        (output / DONE_FILE).unlink()
+    return output
+
+
+def _other_samples(output: Path, samples: int, parts: tuple[int, int, int]) -> str:
+    batch_size, accumulation, processes = parts
+    return (
+        f"{output} holds a run with {samples} samples a step, but `batch_size` {batch_size} x `accumulation` "
+        f"{accumulation} x {processes} process{'es' if processes > 1 else ''} is {math.prod(parts)}: give values "
+        f"whose product is {samples} to resume it, or another `output`, or start over"
+    )
+
+
+def _checkpoint_state(output: Path) -> dict[str, Any]:
+    """Return state.json of a run's checkpoint; empty without one."""
+    return next(filter(None, (_read_json(output / f"{RESUME_FOLDER}{end}" / STATE_FILE) for end in ("", ".old"))), {})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty where there is none, or a damaged one, which the run itself will report."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizer
@@ -251,6 +344,7 @@ class TrainingRun:
         self.modules, self.optimizers = modules, optimizers
         self.warmup_steps, self.schedule, self.progress = warmup_steps, schedule, progress
         self.step, self.seed, self.state = 0, 0, {}
+        self._samples_per_step: int | None = None
         self._base_rates = {n: [g["lr"] for g in o.param_groups] for n, o in optimizers.items()}
         self._logged = defaultdict(list)
         if self.output is not None:
@@ -264,9 +358,14 @@ class TrainingRun:
     ) -> Iterator[dict]:
         """Yield micro-batches from the present step to the last one; `accumulation` of them make a step.
 
-        `batch_size` counts the samples of one micro-batch on one process.
+        `batch_size` counts the samples of one micro-batch on one process. Raises ValueError if a step of the run that
+        is resumed had another number of samples.
         """
         accumulation, self.seed = self.accelerator.gradient_accumulation_steps, seed
+        parts = batch_size, accumulation, self.accelerator.num_processes
+        if self.step and self._samples_per_step not in (None, math.prod(parts)):
+            raise ValueError(_other_samples(self.output, self._samples_per_step, parts))
+        self._samples_per_step = math.prod(parts)
         loader = DataLoader(
             SampleStream(dataset, seed, augment),
             batch_sampler=_positions(self.step, self.steps, batch_size * accumulation, batch_size, self.accelerator),
@@ -305,11 +404,19 @@ class TrainingRun:
             )
 
     def finish(self, **summary) -> None:
-        """Mark the output as complete and drop the checkpoint, which is no longer needed."""
+        """Mark the output as complete.
+
+        The checkpoint is kept under the constant schedule, to train further with more `steps`; under another one it is
+        of no more use and is deleted.
+        """
         if self.output is None or not self.accelerator.is_main_process:
             return
-        finish(self.output, steps=self.steps, **summary)
-        shutil.rmtree(self.output / RESUME_FOLDER, ignore_errors=True)
+        finish(self.output, steps=self.steps, samples_per_step=self._samples_per_step, **summary)
+        folder = self.output / RESUME_FOLDER
+        if self.schedule != "constant":
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.is_dir():
+            logger.info("%s (%s) is kept: more `steps` train further from it", folder, _size_text(_size(folder)))
 
     def _set_learning_rates(self) -> None:
         factor = learning_rate_factor(self.step, self.steps, self.warmup_steps, self.schedule)
@@ -367,7 +474,11 @@ class TrainingRun:
             new, old = folder.with_suffix(".new"), folder.with_suffix(".old")
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-            self._write_checkpoint(new)
+            try:
+                self._write_checkpoint(new)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(new, ignore_errors=True)  # its space is needed for whatever is still written
+                raise OSError(self._not_saved(error)) from error
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 folder.rename(old)
@@ -375,16 +486,27 @@ class TrainingRun:
             shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def _not_saved(self, error: Exception) -> str:
+        last = _checkpoint_state(self.output).get("step", 0)
+        size = sum(p.nbytes for p in self._trainable().values())
+        size += sum(t.nbytes for o in self.optimizers.values() for t in flatten_optimizer(o)[0].values())
+        return (
+            f"the checkpoint of step {self.step} in {self.output} could not be written ({' '.join(str(error).split())})"
+            f": it takes {_size_text(size)} beside the last one, and {_size_text(shutil.disk_usage(self.output).free)} "
+            f"are free. Free space on the disk; the same command resumes at step {last}"
+        )
+
     def _write_checkpoint(self, folder: Path) -> None:
         parameters = {key: parameter.detach().contiguous().cpu() for key, parameter in self._trainable().items()}
         save_file(parameters, folder / "parameters.safetensors")
-        state: dict[str, Any] = {"step": self.step, "state": self.state, "optimizers": {}}
+        state: dict[str, Any] = {"step": self.step, "samples_per_step": self._samples_per_step}
+        state |= {"state": self.state, "optimizers": {}}
         for name, optimizer in self.optimizers.items():
             tensors, state["optimizers"][name] = flatten_optimizer(optimizer)
             save_file(tensors, folder / f"{name}.optimizer.safetensors")
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        (folder / "state.json").write_text(json.dumps(state))
+        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         for path in folder.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -413,7 +535,7 @@ class TrainingRun:
 
     def _read_checkpoint(self, folder: Path) -> None:
         try:
-            state = json.loads((folder / "state.json").read_text())
+            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             stored = load_file(folder / "parameters.safetensors")
             tensors = {name: load_file(folder / f"{name}.optimizer.safetensors") for name in self.optimizers}
         except (OSError, ValueError, SafetensorError) as error:
@@ -437,6 +559,7 @@ class TrainingRun:
         if "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.state = state["step"], state["state"]
+        self._samples_per_step = state.get("samples_per_step")
 
 
 class GracefulStop:
@@ -466,8 +589,17 @@ def finish(output: str | Path, **summary) -> None:
     """Write `done.json`, which tells the next call of the same command that the stage is complete."""
     path = Path(output) / DONE_FILE
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(summary, indent=1))
+    temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     temporary.replace(path)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _size_text(size: float) -> str:
+    """Return a number of bytes as MB or GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoint

@@ -98,6 +98,8 @@ class Config:
     device: str = "auto"  # device of the networks: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # start over in an output folder that holds a run
 
+    # another size of the batches rounds the pixels of the pairs still to be made differently, and does nothing else
+    FREE = frozenset({"batch_size"})
     RENAMED = {"noise_factors": "strengths", "crop_noise_factors": "crop_strengths"}
 
 
@@ -402,12 +404,20 @@ def count_rounds(rejected: list[dict], photographs: int, faces: int, pairs: int)
 
 
 def count_bins(config: Config, pairs: list[dict]) -> list[dict]:
-    """Return for each bin of Table 8 its upper limit and strength, the number of pairs and their mean difference."""
+    """Return for each bin of Table 8 its upper limit, strength, number of pairs and their mean difference.
+
+    The strengths are those that were used: a face inpainted in a crop has another one. `noise_factor` is their mean
+    over the pairs, or without a pair the bin's setting.
+    """
     rows = []
     for number, (limit, strength) in enumerate(zip(config.area_limits, config.strengths, strict=True)):
-        changes = [pair["difference"] for pair in pairs if area_bin(pair["area_ratio"], config.area_limits) == number]
-        mean = sum(changes) / max(len(changes), 1)
-        rows.append({"up_to": limit, "noise_factor": strength, "pairs": len(changes), "difference": mean})
+        own = [pair for pair in pairs if area_bin(pair["area_ratio"], config.area_limits) == number]
+        used = sorted({pair["strength"] for pair in own})
+        row = {"up_to": limit, "noise_factor": used[0] if len(used) == 1 else strength, "strengths": used}
+        if len(used) > 1:
+            row["noise_factor"] = sum(pair["strength"] for pair in own) / len(own)
+        mean = sum(pair["difference"] for pair in own) / max(len(own), 1)
+        rows.append(row | {"pairs": len(own), "difference": mean})
     return rows
 
 

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
 from faceprior import tiny
-from faceprior.config import is_complete, open_output, print_problems, run_stage
+from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.degrade import degrade_alike
 from faceprior.images import atomic_write
 from faceprior.jsonl import read_rows, rewrite_rows
@@ -33,7 +33,7 @@ from faceprior.models import load_part, quiet_libraries
 from faceprior.pairs import FaceCrops, FacePair, gather_pairs
 from faceprior.scorer import FaceScorer, ScoreReference
 from faceprior.scorer_checks import REPORT_FILE, accuracy_by_area, describe, measure_shortcuts, report_scores
-from faceprior.training import TrainingRun, collate, make_accelerator, make_optimizer, seeded, stable_seed
+from faceprior.training import TrainingRun, collate, make_accelerator, make_optimizer, open_run, seeded, stable_seed
 
 SCORES = "scores.jsonl"
 
@@ -49,7 +49,8 @@ class Config:
     batch_size: int = 16  # pairs in a micro-batch on one process, [1, 4096]
     accumulation: int = 1  # micro-batches in a step, [1, 1024]
     learning_rate: float = 3e-4  # learning rate of Adam at its peak, (0, 1)
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer, without weight decay: Adam
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer; 8-bit: a quarter of its memory
+    weight_decay: float = 0.0  # weight decay; 0, as in the paper, makes AdamW Adam, [0, 1]
     max_grad_norm: float = 1.0  # norm to which gradients are clipped; the paper's recipe does not, (0, inf)
     gradient_checkpointing: bool = False  # recomputation in the vision tower: less memory, a third more time
     schedule: Literal["constant", "cosine"] = "cosine"  # schedule of the learning rate
@@ -65,6 +66,8 @@ class Config:
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # start over in an output folder that holds a run
 
+    AFTER_TRAINING = frozenset({"vae"})
+
 
 def main(config: Config) -> None:
     quiet_libraries()
@@ -76,9 +79,9 @@ def main(config: Config) -> None:
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
     with accelerator.main_process_first():
-        output = open_output(config) if accelerator.is_main_process else Path(config.output)
+        output = open_run(config, accelerator)
         if is_complete(output):
-            print(f"{output} is complete")
+            accelerator.print(f"{output} is complete")
             return
         init, vae = tiny.resolve(config.init, "reward"), load_vae(config.vae)
 
@@ -91,7 +94,7 @@ def main(config: Config) -> None:
 
     # ---- Optimizer, and the run with its checkpoints
     trained = [p for p in scorer.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
+    optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
     model, optimizer = accelerator.prepare(scorer, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"scorer": model}, {"scorer": optimizer}, *schedule)

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 
 from faceprior import tiny
-from faceprior.config import is_complete, open_output, print_problems, run_stage
-from faceprior.diffusion import downsample_mask, noise_like, sample_images
+from faceprior.config import is_complete, print_problems, run_stage
+from faceprior.diffusion import downsample_mask, noise_like, sample_images, sampled_with
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
@@ -26,7 +26,7 @@ from faceprior.jsonl import rewrite_rows
 from faceprior.losses import guidance_loss
 from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
-from faceprior.training import TrainingRun, make_accelerator, make_optimizer
+from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
 
 SAMPLES = "samples.jsonl"
 
@@ -53,6 +53,7 @@ class Config:
     schedule: Literal["constant", "cosine"] = "constant"  # schedule of the learning rate
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer; 8-bit: a quarter of its memory
+    weight_decay: float = 0.0  # weight decay of AdamW; the papers name none, [0, 1]
     max_grad_norm: float = 1.0  # norm to which gradients are clipped, (0, inf)
     gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
     save_every: int = 20  # steps between two checkpoints, [1, inf)
@@ -60,11 +61,14 @@ class Config:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
     num_samples: int = 4  # images generated before and after, [0, 64]
     sample_steps: int = 25  # sampling steps of those images, [1, 1000]
+    sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = "base"  # sampler; base: the base's own
     guidance_scale: float = 2.5  # classifier-free guidance scale of those images, [1, 30]
     num_workers: int = 0  # processes that load images, [0, 64]
     seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # start over in an output folder that holds a run
+
+    AFTER_TRAINING = frozenset({"num_samples", "sample_steps", "sampler", "guidance_scale"})
 
 
 def main(config: Config) -> None:
@@ -76,9 +80,9 @@ def main(config: Config) -> None:
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
     with accelerator.main_process_first():
-        output = open_output(config) if accelerator.is_main_process else Path(config.output)
+        output = open_run(config, accelerator)
         if is_complete(output):
-            print(f"{output} is complete")
+            accelerator.print(f"{output} is complete")
             return
         base = tiny.resolve(config.base, "sd15")
 
@@ -100,7 +104,7 @@ def main(config: Config) -> None:
 
     # ---- Optimizer, and the run with its checkpoints
     trained = tuner.trainable_parameters()
-    optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
+    optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
     unet, optimizer = accelerator.prepare(tuner.unet, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
@@ -172,9 +176,10 @@ def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: li
     if not chosen:
         return
     options = (range(len(chosen)), config.resolution, config.sample_steps, config.guidance_scale)
-    with tuner.untuned() as original:
-        before = sample_images(original, chosen, *options)
-    after = sample_images(tuner.pipeline(), chosen, *options)
+    with sampled_with(config.sampler, tuner.pipeline()) as tuned:
+        with tuner.untuned() as original:
+            before = sample_images(original, chosen, *options)
+        after = sample_images(tuned, chosen, *options)
     rows = []
     for seed, (prompt, *images) in enumerate(zip(chosen, before, after, strict=True)):
         files = {side: f"samples/{seed:03d}_{side}.png" for side in ("before", "after")}

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from faceprior import tiny
-from faceprior.config import is_complete, open_output, print_problems, run_stage
+from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.diffusion import (
     added_conditions,
     encode_latents,
@@ -27,16 +27,26 @@ from faceprior.diffusion import (
     make_noise_scheduler,
     noise_like,
     sample_images,
+    sampled_with,
     training_target,
 )
 from faceprior.images import save_image
-from faceprior.jsonl import rewrite_rows
+from faceprior.jsonl import resume_rows, rewrite_rows
 from faceprior.losses import noise_loss
 from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.portraits import PortraitDataset, read_portraits
-from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
+from faceprior.training import (
+    TrainingRun,
+    drop_prompts,
+    make_accelerator,
+    make_optimizer,
+    open_run,
+    sample_timesteps,
+    seeded,
+)
 
 SAMPLES = "samples.jsonl"
+BEFORE = "samples/before.jsonl"  # what the images before the tuning were made with, until the run is finished
 
 
 @dataclass
@@ -56,6 +66,7 @@ class Config:
     schedule: Literal["constant", "cosine"] = "constant"  # schedule of the learning rate
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer; 8-bit: a quarter of its memory
+    weight_decay: float = 0.0  # weight decay of AdamW; the papers name none, [0, 1]
     max_grad_norm: float = 1.0  # norm to which gradients are clipped, (0, inf)
     gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
     save_every: int = 20  # steps between two checkpoints, [1, inf)
@@ -63,11 +74,14 @@ class Config:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
     num_samples: int = 4  # images generated before and after, [0, 64]
     sample_steps: int = 25  # sampling steps of those images, [1, 1000]
+    sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = "base"  # sampler; base: the base's own
     guidance_scale: float = 2.5  # classifier-free guidance scale of those images, [1, 30]
     num_workers: int = 0  # processes that load images, [0, 64]
     seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # start over in an output folder that holds a run
+
+    AFTER_TRAINING = frozenset({"num_samples", "sample_steps", "sampler", "guidance_scale"})
 
 
 def main(config: Config) -> None:
@@ -79,20 +93,21 @@ def main(config: Config) -> None:
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
     with accelerator.main_process_first():
-        output = open_output(config) if accelerator.is_main_process else Path(config.output)
+        output = open_run(config, accelerator)
         if is_complete(output):
-            print(f"{output} is complete")
+            accelerator.print(f"{output} is complete")
             return
         base = tiny.resolve(config.base, "sdxl")
 
     # ---- The base, its samples before the tuning, and which of its weights are trained
     pipeline = load_pipeline(base, weight_dtype(config.mixed_precision), config.vae).to(accelerator.device)
     prompts = sorted({portrait.caption for portrait in portraits})[: config.num_samples]
-    draw_samples(config, output, pipeline, prompts, "before", accelerator.is_main_process)
+    if accelerator.is_main_process:
+        draw_before(config, output, pipeline, prompts)
     trained = select_trained(config, pipeline)
 
     # ---- Optimizer, and the run with its checkpoints
-    optimizer = make_optimizer(trained, config.optimizer, config.learning_rate)
+    optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
     unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)
     noise_scheduler = make_noise_scheduler(pipeline)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
@@ -142,6 +157,7 @@ def main(config: Config) -> None:
         sides = ("before", "after")
         rows = [{"prompt": p, "seed": i, **{s: sample_file(i, s) for s in sides}} for i, p in enumerate(prompts)]
         rewrite_rows(output / SAMPLES, rows)
+        (output / BEFORE).unlink(missing_ok=True)
         run.finish(trained_parameters=sum(p.numel() for p in trained), portraits=len(portraits))
         print_problems(problems, "portrait")
         print(f"{output}: tuned for {config.steps} steps; samples before and after in {output / 'samples'}")
@@ -168,15 +184,21 @@ def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn
     return trained
 
 
-def draw_samples(
-    config: Config, output: Path, pipeline: DiffusionPipeline, prompts: list[str], side: str, main_process: bool = True
-) -> None:
-    """Generate one image per prompt, with its index in the list as the seed; files that exist are kept."""
-    for seed, prompt in enumerate(prompts):
-        path = output / sample_file(seed, side)
-        if main_process and not path.is_file():
-            options = (config.resolution, config.sample_steps, config.guidance_scale)
-            save_image(sample_images(pipeline, [prompt], [seed], *options)[0], path)
+def draw_before(config: Config, output: Path, pipeline: DiffusionPipeline, prompts: list[str]) -> None:
+    """Generate the images before the tuning, unless a run that is resumed has done so with the same settings."""
+    made = {"resolution": config.resolution, "sampler": config.sampler, "steps": config.sample_steps}
+    made |= {"guidance_scale": config.guidance_scale, "prompts": prompts}
+    if resume_rows(output / BEFORE) != [made]:
+        draw_samples(config, output, pipeline, prompts, "before")
+        rewrite_rows(output / BEFORE, [made])
+
+
+def draw_samples(config: Config, output: Path, pipeline: DiffusionPipeline, prompts: list[str], side: str) -> None:
+    """Generate one image per prompt, with its index in the list as the seed."""
+    options = (config.resolution, config.sample_steps, config.guidance_scale)
+    with sampled_with(config.sampler, pipeline):
+        for seed, prompt in enumerate(prompts):
+            save_image(sample_images(pipeline, [prompt], [seed], *options)[0], output / sample_file(seed, side))
 
 
 def sample_file(seed: int, side: str) -> str:

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from faceprior import tiny
-from faceprior.config import is_complete, open_output, print_problems, run_stage
+from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.degrade import PRESETS, DegradationConfig, degrade, scaled
 from faceprior.detect import detect_faces
 from faceprior.diffusion import (
@@ -44,7 +44,7 @@ from faceprior.jsonl import rewrite_rows
 from faceprior.losses import facial_loss, noise_loss, step_weights
 from faceprior.models import load_part, looks_like_path, quiet_libraries, weight_dtype
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
-from faceprior.training import TrainingRun, make_accelerator, make_optimizer, sample_timesteps, seeded
+from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run, sample_timesteps, seeded
 
 SAMPLES = "samples.jsonl"
 
@@ -72,6 +72,7 @@ class Config:
     schedule: Literal["constant", "cosine"] = "constant"  # schedule of both learning rates
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer; 8-bit: a quarter of its memory
+    weight_decay: float = 0.0  # weight decay of AdamW; the papers name none, [0, 1]
     max_grad_norm: float = 1.0  # norm to which gradients are clipped, (0, inf)
     gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
     save_every: int = 20  # steps between two checkpoints, [1, inf)
@@ -88,6 +89,8 @@ class Config:
     seed: int = 0  # seed of the data order, degradations, timesteps and noise, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # start over in an output folder that holds a run
+
+    AFTER_TRAINING = frozenset({"official_prompts", "num_samples", "sample_steps", "guidance_scale", "start"})
 
 
 class CleanFaces(Dataset):
@@ -128,9 +131,9 @@ def main(config: Config) -> None:
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
     with accelerator.main_process_first():
-        output = open_output(config) if accelerator.is_main_process else Path(config.output)
+        output = open_run(config, accelerator)
         if is_complete(output):
-            print(f"{output} is complete")
+            accelerator.print(f"{output} is complete")
             return
 
     # ---- Clean faces, with the places of eyes and mouth, and their degradation
@@ -153,7 +156,7 @@ def main(config: Config) -> None:
     }
 
     # ---- Optimizers, and the run with its checkpoints
-    optimizer = make_optimizer(controlnet.parameters(), config.optimizer, config.learning_rate)
+    optimizer = make_optimizer(controlnet.parameters(), config.optimizer, config.learning_rate, config.weight_decay)
     model, optimizer = accelerator.prepare(controlnet, optimizer)
     modules, optimizers = {"controlnet": model}, {"controlnet": optimizer}
     facial = make_facial(config, prior, accelerator)

@@ -9,9 +9,10 @@ Writes  results/: results.json and table.md (every number with its 95% interval)
         pictures/, metrics.jsonl, config.yaml
 
 Generation (Face Score, 6.1 and Table 5): the base and the tuned model draw the same prompts from the same noise; the
-Face Score of an image is that of its best face, and images without a face are counted. Restoration (AuthFace, 4.1 and
-Table 1): clean faces are degraded and restored. A number that cannot be measured on this machine is listed with the
-reason and the command that gets what is missing.
+Face Score of an image is that of its representative face, and images without a face are counted. Restoration (AuthFace,
+4.1 and Table 1): clean faces are degraded and restored. What the models at hand allow is measured; every other number
+is listed with the reason and the command that gets what is missing, and the same command measures it once it is there.
+In rows.jsonl a PSNR of null is infinite: the images are identical.
 """
 
 import json
@@ -22,15 +23,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.align import align_face
-from faceprior.config import is_complete, open_output, print_problems, run_stage
+from faceprior.config import DONE_FILE, is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import PRESETS, degrade, scaled
-from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import load_pipeline, sample_images
+from faceprior.detect import Face, detect_faces, representative_face
+from faceprior.diffusion import load_pipeline, make_sampler, sample_images
+from faceprior.errors import explain, is_disk_full, is_out_of_memory
 from faceprior.guidance import load_tuned
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
@@ -47,32 +50,41 @@ from faceprior.tables import (
     markdown_table,
     mean_estimate,
     measure,
-    number_text,
+    value_text,
 )
 from faceprior.training import METRICS_FILE, finish
 
 ROWS, RESULTS, TABLE = "rows.jsonl", "results.json", "table.md"
 NO_FACE = "no face found in any image"
+MODELS = {
+    "scorer": ("scorer", "02_train_scorer"),
+    "guided": ("tuned model", "04_guidance_tune"),
+    "restorer": ("restorer", "06_train_restorer"),
+}  # key of the Config -> what it is, and the stage that makes it
 
 
 @dataclass
 class Config:
-    scorer: str = "checkpoints/scorer"  # folder of stage 2, or another scorer's folder or hub id
+    scorer: str = "checkpoints/scorer"  # folder of stage 2, or another scorer's folder or hub id; empty: none
     base: str = "tiny"  # model that stage 4 tuned: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
-    guided: str = "checkpoints/guided"  # folder of stage 4
-    restorer: str = "checkpoints/restorer"  # folder of stage 6, or another restorer's folder or hub id
+    guided: str = "checkpoints/guided"  # folder of stage 4; empty: no generation
+    restorer: str = "checkpoints/restorer"  # folder of stage 6, or another restorer's folder or hub id; empty: none
     output: str = "results"  # folder for tables and images
     prompts: str = ""  # text file, one prompt a line; empty: the captions of drawn test portraits
     num_prompts: int = 8  # number of images per model, [1, inf)
     images: str = ""  # folder of clean, aligned faces; empty: drawn test portraits
     num_faces: int = 8  # number of faces to degrade and restore, [1, inf)
-    resolution: int = 128  # side of all images in pixels, [64, 2048]
+    generation_resolution: int = 128  # side of the generated images in pixels, [64, 2048]
+    restoration_resolution: int = 128  # side of the degraded and restored faces in pixels, [64, 2048]
     degradation: Literal["authface", "gfpgan", "diffbir", "codeformer"] = (
         "authface"  # preset of the ranges of blur, noise and JPEG
     )
     scale_degradation: bool = True  # whether blur and downsampling, meant for 512 pixels, shrink with the resolution
     sample_steps: int = 25  # sampling steps of the generated images (the paper: 50), [1, 1000]
+    sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = (
+        "base"  # sampler of the generated images (the paper: pndm); base: the base's own
+    )
     guidance_scale: float = 2.5  # classifier-free guidance scale of the generated images, [1, 30]
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
     min_confidence: float = 0.9  # lowest confidence of the detector that counts as a face, [0, 1]
@@ -82,40 +94,78 @@ class Config:
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # whether to start over in an output folder that holds a run
 
+    RENAMED = {"resolution": ("generation_resolution", "restoration_resolution")}
+
 
 def main(config: Config) -> None:
     # ---- check the inputs before anything is loaded
     quiet_libraries()
     device = resolve_device(config.device)
-    for folder, stage in ((config.scorer, "02_train_scorer"), (config.guided, "04_guidance_tune")):
-        require(folder, stage)
-    require(config.restorer, "06_train_restorer")
+    missing = missing_models(config)
     prompts, (faces, problems) = read_prompts(config), clean_faces(config)
 
-    # ---- open the output folder; a complete one only prints its table
+    # ---- open the output folder; a complete one only prints its table, unless a model has come since
     output = open_output(config)
     if is_complete(output):
-        print((output / TABLE).read_text())
-        return
+        lacked = json.loads((output / DONE_FILE).read_text(encoding="utf-8")).get("missing", [])
+        if set(lacked) <= missing.keys():
+            print((output / TABLE).read_text(encoding="utf-8"))
+            return
+        (output / DONE_FILE).unlink()
+    forget_partial(output, missing)
 
     # ---- measure: one row per image in rows.jsonl, where a run that was stopped resumes
-    scorer = FaceScorer.from_pretrained(config.scorer).to(device).eval()
-    evaluate_generation(config, output, scorer, prompts, device)
-    evaluate_restoration(config, output, scorer, faces, device)
+    scorer = None if "scorer" in missing else FaceScorer.from_pretrained(config.scorer).to(device).eval()
+    failed = []
+    if "guided" not in missing:
+        failed += evaluate_generation(config, output, scorer, prompts, device)
+    if not {"restorer", "scorer"} <= missing.keys():
+        failed += evaluate_restoration(config, output, scorer, faces, "restorer" not in missing, device)
 
     # ---- from rows to tables
     rows = resume_rows(output / ROWS)
-    results = [*generation_table(rows), *restoration_table(output, rows)]
+    results = [*generation_table(rows, missing), *restoration_table(output, rows, missing)]
     write_results(output, results)
-    finish(output, rows=len(rows))
-    print_problems(problems, "image")
-    print((output / TABLE).read_text())
+    if not failed:
+        finish(output, rows=len(rows), **({"missing": sorted(missing)} if missing else {}))
+    print_problems([*problems, *failed], "image")
+    print((output / TABLE).read_text(encoding="utf-8"))
+    if failed:
+        print(f"{len(failed)} could not be measured: the same command tries them again")
 
 
-def require(name: str, stage: str) -> None:
-    """Check that the folder of an earlier stage exists; a hub id (`owner/name`) is left to the loader."""
-    if looks_like_path(name) and not Path(name).exists():
-        raise FileNotFoundError(f"no {name}: `python stages/{stage}.py` makes it")
+def missing_models(config: Config) -> dict[str, str]:
+    """Return the models that do not exist or are not wanted, with the reason: key of the Config -> text.
+
+    The folder of an earlier stage may not exist yet; a folder that was named must. A hub id (`owner/name`) is left to
+    the loader. Raises FileNotFoundError, also if nothing is left to measure.
+    """
+    missing = {}
+    for key, (what, stage) in MODELS.items():
+        name = getattr(config, key)
+        if not name:
+            missing[key] = f"`{key}` is empty"
+        elif looks_like_path(name) and not Path(name).exists():
+            missing[key] = f"no {what} in {name}: `python stages/{stage}.py` makes one"
+            if name != getattr(Config, key):
+                raise FileNotFoundError(missing[key])
+    if len(missing) == len(MODELS):
+        raise FileNotFoundError(f"there is nothing to measure: {'; '.join(missing.values())}")
+    return missing
+
+
+def forget_partial(output: Path, missing: dict[str, str]) -> None:
+    """Remove the rows that were written without a model that exists now, so that their images are measured again."""
+
+    def is_whole(row: dict) -> bool:
+        if row["part"] == "generation":
+            return "scorer" in missing or row["faces"] == 0 or row["score"] is not None
+        wanted = {"score_clean"} if "scorer" not in missing else set()
+        return wanted | ({"psnr_restored"} if "restorer" not in missing else set()) <= row.keys()
+
+    rows = resume_rows(output / ROWS)
+    if not all(map(is_whole, rows)):
+        rewrite_rows(output / ROWS, filter(is_whole, rows))
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -124,7 +174,9 @@ def read_prompts(config: Config) -> list[str]:
         return [draw_portrait(TEST_SEEDS + i, 64).caption() for i in range(config.num_prompts)]
     if not Path(config.prompts).is_file():
         raise FileNotFoundError(f"no prompt file {config.prompts}: it holds one prompt a line")
-    prompts = [line.strip() for line in Path(config.prompts).read_text().splitlines() if line.strip()]
+    prompts = [
+        line.strip() for line in Path(config.prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()
+    ]
     if not prompts:
         raise ValueError(f"{config.prompts} holds no prompt")
     return prompts[: config.num_prompts]
@@ -133,11 +185,11 @@ def read_prompts(config: Config) -> list[str]:
 def clean_faces(config: Config) -> tuple[list[tuple[str, Image.Image]], list[tuple[str, str]]]:
     """Return (name, aligned face) pairs, and (file, reason) of the images that cannot be read."""
     if not config.images:
-        return [drawn_face(TEST_SEEDS + i, config.resolution) for i in range(config.num_faces)], []
+        return [drawn_face(TEST_SEEDS + i, config.restoration_resolution) for i in range(config.num_faces)], []
     faces, problems = [], []
     for path in find_images(config.images)[: config.num_faces]:
         try:
-            size = (config.resolution, config.resolution)
+            size = (config.restoration_resolution, config.restoration_resolution)
             faces.append((safe_name(path.name), load_image(path).resize(size, Image.LANCZOS)))
         except ImageError as error:
             problems.append((str(path), str(error)))
@@ -151,116 +203,184 @@ def drawn_face(seed: int, resolution: int) -> tuple[str, Image.Image]:
     return f"drawn_{seed}", align_face(drawing.image, drawing.landmarks, resolution).crop
 
 
-def evaluate_generation(config: Config, output: Path, scorer: FaceScorer, prompts: list[str], device) -> None:
-    """Let both models draw every prompt from the same noise; one row per image."""
+def evaluate_generation(
+    config: Config, output: Path, scorer: FaceScorer | None, prompts: list[str], device
+) -> list[tuple[str, str]]:
+    """Let both models draw every prompt from the same noise, one row per image; returns (image, reason) of failures."""
     done = {(row["model"], row["id"]) for row in resume_rows(output / ROWS) if row["part"] == "generation"}
     dtype = weight_dtype(config.mixed_precision)
     loaders: dict[str, Callable] = {
         "base": lambda: load_pipeline(tiny.resolve(config.base, "sd15"), dtype, config.vae),
         "tuned": lambda: load_tuned(config.guided, tiny.resolve(config.base, "sd15"), dtype, config.vae),
     }
+    failed = []
     for model, load in loaders.items():
         left = [(i, prompt) for i, prompt in enumerate(prompts) if (model, f"{i:05d}") not in done]
         if not left:
             continue
         pipeline = load().to(device)
-        for i, prompt in tqdm(left, desc=f"drawing with the {model} model", unit="image"):
-            options = (config.resolution, config.sample_steps, config.guidance_scale)
+        pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
+
+        def draw(i: int, prompt: str, model: str = model, pipeline: DiffusionPipeline = pipeline) -> dict:
+            options = (config.generation_resolution, config.sample_steps, config.guidance_scale)
             image = sample_images(pipeline, [prompt], [config.seed + i], *options)[0]
             file = f"pictures/{model}/{i:05d}.png"
             save_image(image, output / file)
             row = {"part": "generation", "id": f"{i:05d}", "model": model, "prompt": prompt, "picture": file}
-            append_row(output / ROWS, row | score_best_face(config, scorer, image))
+            return row | score_face(config, scorer, image)
+
+        items = {f"{model} {i:05d}": (i, prompt) for i, prompt in left}
+        failed += measure_each(output, draw, items, f"drawing with the {model} model", "image")
+    return failed
 
 
-def score_best_face(config: Config, scorer: FaceScorer, image: Image.Image) -> dict:
-    """Return how many faces an image has, the best one's Face Score and the detector's highest confidence."""
+def measure_each(
+    output: Path, make_row: Callable[..., dict], items: dict[str, tuple], desc: str, unit: str
+) -> list[tuple[str, str]]:
+    """Append the row of every item (name -> arguments); returns (name, reason) of those that failed.
+
+    A full disk ends the run, and so does memory that does not suffice for the first one: all have one size.
+    """
+    failed = []
+    for name, arguments in tqdm(items.items(), desc=desc, unit=unit):
+        try:
+            row = make_row(*arguments)
+        except Exception as error:
+            reason, none_done = explain(error, Path(__file__).parent), name == next(iter(items))
+            if reason is None or is_disk_full(error) or (none_done and is_out_of_memory(error)):
+                raise
+            failed.append((name, reason))
+        else:
+            append_row(output / ROWS, row)
+    return failed
+
+
+def score_face(config: Config, scorer: FaceScorer | None, image: Image.Image) -> dict:
+    """Return how many faces an image has, the representative one's Face Score and the detector's highest confidence."""
     faces = detect_faces(image, config.detector, config.min_confidence, config.min_face_size)
     if not faces:
         return {"faces": 0, "score": None, "confidence": None}
-    best = scorer.score(image, faces=faces)[0]
-    return {"faces": len(faces), "score": best.score, "confidence": max(face.confidence for face in faces)}
+    face = representative_face(faces, image.size)
+    score = scorer.score(image, faces=[face])[0].score if scorer else None
+    return {"faces": len(faces), "score": score, "confidence": max(face.confidence for face in faces)}
 
 
-def evaluate_restoration(config: Config, output: Path, scorer: FaceScorer, faces: list, device) -> None:
-    """Degrade and restore every clean face; one row per face."""
+def evaluate_restoration(
+    config: Config, output: Path, scorer: FaceScorer | None, faces: list, has_restorer: bool, device
+) -> list[tuple[str, str]]:
+    """Degrade and restore every clean face, one row per face; returns (face, reason) of failures.
+
+    What needs a scorer or a restorer is not in the rows without one.
+    """
     done = {row["id"] for row in resume_rows(output / ROWS) if row["part"] == "restoration"}
-    left = [(i, *face) for i, face in enumerate(faces) if face[0] not in done]
+    left = {name: (i, name, clean) for i, (name, clean) in enumerate(faces) if name not in done}
     if not left:
-        return
+        return []
     ranges = PRESETS[config.degradation]
-    ranges = scaled(ranges, config.resolution) if config.scale_degradation else ranges
-    restorer = AuthFaceRestorer.from_pretrained(config.restorer, weight_dtype(config.mixed_precision)).to(device)
-    for i, name, clean in tqdm(left, desc="restoring", unit="face"):
+    ranges = scaled(ranges, config.restoration_resolution) if config.scale_degradation else ranges
+    restorer = None
+    if has_restorer:
+        restorer = AuthFaceRestorer.from_pretrained(config.restorer, weight_dtype(config.mixed_precision)).to(device)
+
+    def restore(i: int, name: str, clean: Image.Image) -> dict:
         # ---- degrade and restore
         degraded = Image.fromarray(degrade(as_array(clean), ranges, np.random.default_rng([config.seed, i])))
-        restored = restorer.restore_crops([degraded])[0].resize(clean.size, Image.LANCZOS)
-        images = {"clean": clean, "degraded": degraded, "restored": restored}
+        images = {"clean": clean, "degraded": degraded}
+        if restorer:
+            images["restored"] = restorer.restore_crops([degraded])[0].resize(clean.size, Image.LANCZOS)
         for kind, image in images.items():
             save_image(image, output / f"pictures/{kind}/{name}.png")
 
         # ---- compare with the clean face
         row = {"part": "restoration", "id": name}
-        scores = scorer.score_crops(list(images.values()))
-        row |= {f"score_{kind}": score for kind, score in zip(images, scores, strict=True)}
-        for kind in ("degraded", "restored"):
-            row[f"psnr_{kind}"], row[f"ssim_{kind}"] = psnr(images[kind], clean), ssim(images[kind], clean)
+        scores = scorer.score_crops(list(images.values())) if scorer else []
+        row |= {f"score_{kind}": score for kind, score in zip(images, scores, strict=bool(scorer))}
+        for kind in [kind for kind in images if kind != "clean"]:
+            decibels = psnr(images[kind], clean)
+            row[f"psnr_{kind}"] = decibels if math.isfinite(decibels) else None
+            row[f"ssim_{kind}"] = ssim(images[kind], clean)
             row[f"landmarks_{kind}"] = landmark_distance(config, images[kind], clean)
-        append_row(output / ROWS, row)
+        return row
+
+    return measure_each(output, restore, left, "restoring", "face")
 
 
 def landmark_distance(config: Config, image: Image.Image, clean: Image.Image) -> float | None:
     """Return the landmark error as a fraction of the inter-ocular distance; None where no face is found."""
     found: list[list[Face]] = [detect_faces(x, config.detector, 0.5, config.min_face_size) for x in (image, clean)]
-    if not all(faces and faces[0].landmarks is not None for faces in found):
+    face, reference = (representative_face(faces, clean.size) for faces in found)
+    if face is None or reference is None or face.landmarks is None or reference.landmarks is None:
         return None
-    return landmark_error(found[0][0].landmarks, found[1][0].landmarks)
+    return landmark_error(face.landmarks, reference.landmarks)
 
 
-def generation_table(rows: list[dict]) -> Iterator[dict]:
+def generation_table(rows: list[dict], missing: dict[str, str]) -> Iterator[dict]:
     """Yield the numbers of Table 5 of Face Score that this stage measures, one row of the table each."""
     drawn = [row for row in rows if row["part"] == "generation"]
     models = {model: [row for row in drawn if row["model"] == model] for model in ("base", "tuned")}
     scores = {model: {row["id"]: row["score"] for row in own} for model, own in models.items()}
+    no_images = missing.get("guided", "no image was drawn")
+    no_score = missing.get("guided") or missing.get("scorer")
 
     # ---- each model on its own: how many images have a face, and the Face Score of those that have one
     for model, own in models.items():
         with_face = [float(row["faces"] > 0) for row in own]
-        yield table_row("generation", f"pictures with a face, {model}", mean_estimate(with_face))
+        yield table_row("generation", f"pictures with a face, {model}", mean_estimate(with_face, reason=no_images))
         found = [score for score in scores[model].values() if score is not None]
-        yield table_row("generation", f"Face Score, {model}", mean_estimate(found, reason=NO_FACE))
+        yield table_row("generation", f"Face Score, {model}", mean_estimate(found, reason=no_score or NO_FACE))
 
     # ---- both models on the same prompts and noise, where both drew a face
     both = [i for i, score in scores["base"].items() if score is not None and scores["tuned"].get(i) is not None]
     tuned, base = ([scores[model][i] for i in both] for model in ("tuned", "base"))
-    reason = "fewer than two prompts gave a face with both models"
+    reason = no_score or "fewer than two prompts gave a face with both models"
     yield table_row("generation", "Face Score, tuned - base", difference_estimate(tuned, base, reason=reason))
 
 
-def restoration_table(output: Path, rows: list[dict]) -> Iterator[dict]:
+def restoration_table(output: Path, rows: list[dict], missing: dict[str, str]) -> Iterator[dict]:
     """Yield the numbers of Table 1 of AuthFace that this stage measures, for degraded and for restored faces."""
     restored = [row for row in rows if row["part"] == "restoration"]
+    absent = {} if restored else {"degraded": "no face was degraded"}
+    if "restorer" in missing:
+        absent = {"restored": missing["restorer"]} | ({} if restored else {"degraded": missing["restorer"]})
 
     # ---- against the clean face
     names = {"psnr": "PSNR (dB)", "ssim": "SSIM", "landmarks": "landmark error (share of inter-ocular distance)"}
     for key, name in names.items():
         for kind in ("degraded", "restored"):
-            values = [row[f"{key}_{kind}"] for row in restored if row[f"{key}_{kind}"] is not None]
-            finite = [value for value in values if math.isfinite(value)]
-            yield table_row("restoration", f"{name}, {kind}", mean_estimate(finite, reason=NO_FACE))
+            values = [row[f"{key}_{kind}"] for row in restored if f"{key}_{kind}" in row]
+            estimate = psnr_estimate if key == "psnr" else finite_estimate
+            yield table_row("restoration", f"{name}, {kind}", estimate(values, absent.get(kind, NO_FACE)))
 
     # ---- without a reference
     for kind in ("clean", "degraded", "restored"):
-        yield table_row("restoration", f"Face Score, {kind}", mean_estimate([row[f"score_{kind}"] for row in restored]))
+        scores = [row[f"score_{kind}"] for row in restored if f"score_{kind}" in row]
+        reason = missing.get("scorer") or absent.get(kind, NO_FACE)
+        yield table_row("restoration", f"Face Score, {kind}", mean_estimate(scores, reason=reason))
 
     # ---- by networks whose weights may not be on this machine
     folders = {kind: output / "pictures" / kind for kind in ("clean", "degraded", "restored")}
     for kind in ("degraded", "restored"):
         pairs = [(folders[kind] / f"{row['id']}.png", folders["clean"] / f"{row['id']}.png") for row in restored]
-        lpips = measure(lambda pairs=pairs: mean_estimate([lpips_distance(*pair) for pair in pairs]))
+        lpips = distance = Estimate(reason=absent.get(kind, ""))
+        if kind not in absent:
+            lpips = measure(lambda pairs=pairs: mean_estimate([lpips_distance(*pair) for pair in pairs]))
+            distance = measure(lambda kind=kind: mean_estimate([fid(folders[kind], folders["clean"])]))
         yield table_row("restoration", f"LPIPS, {kind}", lpips)
-        distance = measure(lambda kind=kind: mean_estimate([fid(folders[kind], folders["clean"])]))
         yield table_row("restoration", f"FID to the clean faces, {kind}", distance)
+
+
+def finite_estimate(values: list[float | None], reason: str) -> Estimate:
+    """Return the mean of the values that are known."""
+    return mean_estimate([value for value in values if value is not None], reason=reason)
+
+
+def psnr_estimate(values: list[float | None], reason: str) -> Estimate:
+    """Return the mean of the finite values; None stands for an infinite one, of identical images."""
+    identical = values.count(None)
+    note = f"{identical} of {len(values)} equal the clean ones: infinite, not in the mean" if identical else ""
+    if values and identical == len(values):
+        return Estimate(math.inf, n=identical, note="all equal the clean ones")
+    return mean_estimate([value for value in values if value is not None], note, reason)
 
 
 def table_row(part: str, metric: str, estimate: Estimate) -> dict:
@@ -269,15 +389,16 @@ def table_row(part: str, metric: str, estimate: Estimate) -> dict:
 
 def write_results(output: Path, results: list[dict]) -> None:
     """Write the rows of the table as JSON, as Markdown and as a row of metrics.jsonl."""
-    (output / RESULTS).write_text(json.dumps({"rows": results}, indent=1))
+    (output / RESULTS).write_text(json.dumps({"rows": results}, indent=1), encoding="utf-8")
     measured = {row["metric"]: row["value"] for row in results if row["value"] is not None}
     rewrite_rows(output / METRICS_FILE, [{"step": 1, **measured}])
     texts = [
-        (row["part"], row["metric"], number_text(row["value"]), interval_text(row["low"], row["high"]))
+        (row["part"], row["metric"], value_text(row["value"], row["note"]), interval_text(row["low"], row["high"]))
         + (str(row["n"]), row["note"])
         for row in results
     ]
-    (output / TABLE).write_text(markdown_table(("part", "metric", "mean", "95% interval", "n", "note"), texts))
+    table = markdown_table(("part", "metric", "mean", "95% interval", "n", "note"), texts)
+    (output / TABLE).write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from faceprior.config import (
     is_complete,
     load_section,
     make_config,
+    memory_advice,
     open_output,
     parse_config,
     run_stage,
     save_config,
+    saved_settings,
     stage_name,
 )
 
@@ -296,6 +299,16 @@ def test_former_names_in_a_preset(renamed, preset):
     assert make_config(renamed, {"speed": "0.5"}) == renamed(rate=0.5)
 
 
+def test_a_former_name_may_have_become_several(stage, monkeypatch, preset, capsys):
+    """As stage 7's `resolution`: its value is that of both, and each of them may be given apart."""
+    monkeypatch.setattr(stage.Config, "RENAMED", {"count": ("steps", "seed")}, raising=False)
+    assert parse_config(stage.Config, ["--count", "7"]) == stage.Config(steps=7, seed=7)
+    path = preset("00_example: {count: 7}")
+    assert parse_config(stage.Config, ["--config", path, "--seed", "1"]) == stage.Config(steps=7, seed=1)
+    message = "`count` is the former name of `seed`, and both are given: give `seed` only"
+    assert refusal(stage, capsys, "--count", "7", "--seed", "1").endswith(message)
+
+
 def test_former_names_are_checked_as_the_current_ones(stage, renamed, capsys):
     assert refusal(stage, capsys, "--speed", "2").endswith("`rate` has to be in (0, 1] but is 2.0")
 
@@ -401,6 +414,26 @@ def test_where_and_how_fast_it_runs_may_differ(config):
     open_output(dataclasses.replace(config, device="cpu", num_workers=4))
 
 
+def test_settings_that_the_stage_declares_free_may_differ(config, stage, monkeypatch):
+    """And those that the caller names; the saved settings follow."""
+    monkeypatch.setattr(stage.Config, "FREE", frozenset({"steps"}), raising=False)
+    open_output(config)
+    open_output(dataclasses.replace(config, steps=20, rate=0.5), free=["rate"])
+    assert saved_settings(config)["steps"] == 20 and saved_settings(config)["rate"] == 0.5
+    with pytest.raises(FileExistsError, match=r"rate \(0.5 there, 0.25 now\)"):
+        open_output(dataclasses.replace(config, steps=30, rate=0.25))
+    assert saved_settings(config)["steps"] == 20
+
+
+def test_an_option_that_has_come_since_was_its_default_then(config):
+    saved = open_output(config) / "config.yaml"
+    saved.write_text(saved.read_text().replace("  rate: 0.001\n", ""))
+    with pytest.raises(FileExistsError, match=r"rate \(0.001 there, 0.5 now\)"):
+        open_output(dataclasses.replace(config, rate=0.5))
+    open_output(config)
+    assert "rate: 0.001" in saved.read_text()
+
+
 def test_overwrite_starts_over(config):
     output = open_output(config)
     (output / "done.json").write_text("{}")
@@ -489,6 +522,35 @@ def test_other_errors_keep_their_traceback(stage):
         run_stage(stage.main, stage.Config, ["--fast"])
 
 
+def throw(error):
+    raise error
+
+
+def test_errors_of_libraries_are_one_line(stage, tmp_path):
+    """A damaged file, whatever class its reader raises; and memory that does not suffice."""
+    from safetensors.torch import load_file
+
+    (tmp_path / "damaged").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="00_example.py: error: SafetensorError: "):
+        run_stage(lambda _: load_file(tmp_path / "damaged"), stage.Config, [])
+    error = MemoryError("Unable to allocate 3 TiB")
+    with pytest.raises(SystemExit, match="error: out of memory: Unable to allocate 3 TiB; use a machine with more"):
+        run_stage(lambda _: throw(error), stage.Config, [])
+
+
+def test_options_that_need_less_memory():
+    """Those of the same run first, with the samples of a step kept; of what is used already none."""
+    config_class = load_stage("05_prior_tune").Config
+    assert memory_advice(config_class(batch_size=4, accumulation=3)) == (
+        "less is needed with --batch_size 2 --accumulation 6 or --gradient_checkpointing (the same run resumes), else, "
+        "in a new run, --mixed_precision bf16, --optimizer adamw8bit, --train lora, a smaller --resolution"
+    )
+    spare = {"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw8bit", "train": "lora"}
+    assert memory_advice(config_class(batch_size=1, **spare)) == "less is needed with a smaller --resolution"
+    assert "--batch_size 1 --accumulation 3 (the" in memory_advice(config_class(**{**spare, "batch_size": 3}))
+    assert "a smaller --restoration_resolution" in memory_advice(load_stage("07_eval").Config())
+
+
 def test_interrupt_ends_with_its_exit_code(stage, capsys):
     with pytest.raises(SystemExit) as ended:
         run_stage(stage.main, stage.Config, ["--seed", "1"])
@@ -511,6 +573,28 @@ def test_as_a_script_from_its_own_folder(stage, tmp_path):
     assert "of the optimizer, (0, 1] (default: 0.001)" in run("--help").stdout
     assert run("--output", str(tmp_path / "run")).returncode == 0
     assert (tmp_path / "run/config.yaml").is_file()
+
+
+def test_names_are_printed_under_an_ascii_locale(stage, tmp_path):
+    """The console lacks the letters and the bytes of a file's name: they are shown as escapes."""
+    script = Path(inspect.getfile(stage.Config))
+    text = (
+        script.read_text()
+        .replace("import torch\n", "")
+        .replace("import open_output", "import open_output, print_problems")
+    )
+    script.write_text(
+        text.replace(
+            "    open_output(config)\n", "    print(open_output(config))\n    print_problems([('\\udcff', 'ü')])\n"
+        )
+    )
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    command = [sys.executable, script.name, "--output", str(tmp_path / "résultats")]
+    done = subprocess.run(command, cwd=script.parent, env=os.environ | environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    folder, *problems = done.stdout.decode("ascii").splitlines()
+    assert folder.endswith("r\\udcc3\\udca9sultats") and problems == ["1 input skipped:", "  \\udcff: \\xfc"]
+    assert (tmp_path / "résultats/config.yaml").is_file()
 
 
 # the project's own stages and presets
@@ -559,4 +643,7 @@ def test_stage_1_reads_the_former_names_of_its_strengths():
 def test_former_names_of_a_stage_lead_to_its_fields(name):
     config_class = load_stage(name).Config
     fields, renamed = field_help(config_class).keys(), getattr(config_class, "RENAMED", {})
-    assert not renamed.keys() & fields and set(renamed.values()) <= fields
+    current = {name for value in renamed.values() for name in ((value,) if isinstance(value, str) else value)}
+    assert not renamed.keys() & fields and current <= fields
+    for attribute in ("FREE", "AFTER_TRAINING"):
+        assert getattr(config_class, attribute, frozenset()) <= fields

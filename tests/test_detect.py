@@ -15,6 +15,7 @@ from faceprior.detect import (
     detect_faces,
     finds_face,
     overlap,
+    representative_face,
     resolve_detector,
     retinaface_weights_path,
 )
@@ -308,3 +309,38 @@ def test_a_face_is_found_where_it_is():
     assert not finds_face(picture, away, "mtcnn", 20)
     assert not finds_face(Image.new("RGB", (256, 256), "gray"), box, "mtcnn", 20)
     assert finds_face(picture, (0, 0, 9, 9), lambda rgb: [Face((0, 0, 10, 10), None, 0.01)], 5)  # whatever confidence
+
+
+# the face that stands for an image of several people
+
+
+def face_at(x, y, side, nose=0.5):
+    """A face of side x side pixels around (x, y); nose: its place between the left eye, 0, and the right one, 1."""
+    eyes = [(x - side / 5, y), (x + side / 5, y)]
+    landmarks = [*eyes, (x + (nose - 0.5) * side * 0.4, y + side / 5), (x, y + side / 3), (x, y + side / 3)]
+    return Face((x - side / 2, y - side / 2, x + side / 2, y + side / 2), landmarks, 0.99)
+
+
+def test_the_representative_face_is_large_frontal_and_central():
+    """By hand: side x frontality x centrality, in an image of 400 x 300 (half diagonal 250, so 1 - distance / 500)."""
+    size = (400, 300)
+    frontal, profile = face_at(200, 150, 100), face_at(200, 150, 150, nose=0.2)  # 100 x 1, 150 x (.2 / .8)
+    assert representative_face([profile, frontal], size) is frontal
+    turned = face_at(200, 150, 150, nose=0.45)  # 150 x (.45 / .55) = 122.7
+    assert representative_face([turned, frontal], size) is turned
+    corner = face_at(60, 60, 110)  # distance sqrt(140^2 + 90^2) = 166: 110 x .667 = 73
+    assert representative_face([corner, frontal], size) is frontal
+    assert representative_face([corner, frontal]) is corner  # without a size the place does not count
+    unknown = Face(face_at(200, 150, 210).box, None, 0.9)  # 210 x 1/2 = 105
+    assert representative_face([frontal, unknown], size) is unknown
+    away = face_at(200, 150, 300, nose=1.2)  # the nose beyond the eye: a profile
+    assert representative_face([away, frontal], size) is frontal
+
+
+def test_the_representative_face_of_a_tilted_head_and_of_nobody():
+    """Frontality is measured along the line of the eyes: a head turned by 90 degrees in the image is as frontal."""
+    upright = face_at(200, 200, 100, nose=0.4)
+    x, y = (upright.landmarks - 200).T
+    tilted = Face(upright.box, np.stack([200 - y, 200 + x], 1), 0.99)
+    assert representative_face([tilted, face_at(200, 200, 100, nose=0.39)], (400, 400)) is tilted
+    assert representative_face([], (400, 400)) is None

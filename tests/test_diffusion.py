@@ -19,9 +19,11 @@ from faceprior.diffusion import (
     is_xl,
     load_pipeline,
     make_noise_scheduler,
+    make_sampler,
     noise_like,
     pred_original_sample,
     prediction_type,
+    sampled_with,
     training_target,
 )
 from faceprior.tiny import tiny_sd15, tiny_sdxl
@@ -449,3 +451,41 @@ def test_a_lora_is_no_base(tmp_path):
     save_file({"lora_unet_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="lora.safetensors has no U-Net.*not a LoRA"):
         load_pipeline(str(tmp_path / "lora.safetensors"))
+
+
+# samplers
+
+
+@pytest.mark.parametrize("name", ["pndm", "ddim", "ddpm", "euler", "dpm++"])
+def test_samplers_have_the_noise_schedule_of_the_base(name):
+    """PNDM in 50 steps calls the network 51 times, the linear multistep alone; the base's own comes back afterwards."""
+    own = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    )
+    sampler = make_sampler(name, own)
+    torch.testing.assert_close(sampler.alphas_cumprod, own.alphas_cumprod)
+    assert sampler.config.prediction_type == "v_prediction" and not sampler.config.get("clip_sample")
+    sampler.set_timesteps(50)
+    assert len(sampler.timesteps) == (51 if name == "pndm" else 50)
+    assert make_sampler("base", own) is own
+
+
+def test_samplers_that_do_not_fit_are_refused():
+    own = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    with pytest.raises(
+        ValueError, match="`sampler` is pndm, which cannot sample a base with zero terminal SNR: use base"
+    ):
+        make_sampler("pndm", own)
+    assert make_sampler("euler", own).config.rescale_betas_zero_snr
+    with pytest.raises(ValueError, match="cannot sample a base with FlowMatchEulerDiscreteScheduler"):
+        make_sampler("ddim", FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="`sampler` has to be base or one of pndm, .* but is 'heun'"):
+        make_sampler("heun", own)
+
+
+def test_a_pipeline_gets_its_own_sampler_back(sd15):
+    own = sd15.scheduler
+    with pytest.raises(KeyboardInterrupt), sampled_with("pndm", sd15) as other:
+        assert type(other.scheduler).__name__ == "PNDMScheduler"
+        raise KeyboardInterrupt
+    assert sd15.scheduler is own

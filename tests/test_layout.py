@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "faceprior"
 # A floor imports lower floors only; a subpackage stands on one floor, and its own modules may import each other.
 FLOORS = {
+    -1: "errors",
     0: "images jsonl config losses models streams",
     1: "detect align degrade color quality metrics training diffusion photos procedural",
     2: "pairs inpaint portraits features facial blip convert tables",

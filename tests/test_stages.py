@@ -644,9 +644,6 @@ def test_other_settings_are_refused_by_name(workplace, name, tiny_models):
         (PRIOR, "data/portraits", "03_curate_portraits.py"),
         (RESTORER, "data/portraits", "03_curate_portraits.py"),
         (RESTORER, "checkpoints/prior", "05_prior_tune.py"),
-        (EVAL, "checkpoints/scorer", "02_train_scorer.py"),
-        (EVAL, "checkpoints/guided", "04_guidance_tune.py"),
-        (EVAL, "checkpoints/restorer", "06_train_restorer.py"),
     ],
 )
 def test_a_missing_input_names_the_command_that_makes_it(workplace, name, missing, command, tiny_models):
@@ -654,6 +651,91 @@ def test_a_missing_input_names_the_command_that_makes_it(workplace, name, missin
     with pytest.raises(FileNotFoundError, match=command):
         run(name, **{**settings(tiny_models)[name], "output": "elsewhere"})
     assert not Path("elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "stage", "measured"),
+    [
+        ("scorer", "02_train_scorer", {"pictures with a face, tuned", "PSNR (dB), restored"}),
+        ("restorer", "06_train_restorer", {"Face Score, tuned", "PSNR (dB), degraded", "Face Score, degraded"}),
+    ],
+)
+def test_the_evaluation_measures_what_is_there(workplace, key, stage, measured, tiny_models, capsys):
+    """What needs the missing model is listed with the command; once it is made, the same command measures the rest."""
+    folder, values = Path("checkpoints", key), settings(tiny_models)[EVAL] | {"output": "out"}
+    folder.rename("elsewhere")
+    run(EVAL, **values)
+    results = {row["metric"]: row for row in json.loads(Path("out/results.json").read_text())["rows"]}
+    assert all("not measured: " not in results[name]["note"] or "no face" in results[name]["note"] for name in measured)
+    lacking = [row for row in results.values() if f"`python stages/{stage}.py` makes one" in row["note"]]
+    assert len(lacking) >= 5 and all(row["value"] is None for row in lacking)
+    assert f"not measured: no {load_stage(EVAL).MODELS[key][0]} in {folder}: " in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=f"no .* in typo/in/it: `python stages/{stage}.py` makes one"):
+        run(EVAL, **values | {key: "typo/in/it", "output": "refused"})
+
+    Path("elsewhere").rename(folder)
+    run(EVAL, **values)
+    assert rows_by_id("out") == rows_by_id("results")
+    assert json.loads(Path("out/done.json").read_text()).keys() == {"rows"}
+
+
+def rows_by_id(folder: str) -> dict:
+    found = rows(Path(folder, "rows.jsonl"))
+    return {(row["part"], row.get("model"), row["id"]): {k: row[k] for k in sorted(row)} for row in found}
+
+
+def test_an_evaluation_without_any_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nothing to measure: no scorer .*02_train.*04_guid.*06_train"):
+        run(EVAL)
+
+
+def test_one_failed_face_is_named_and_tried_again(workplace, tiny_models, capsys, monkeypatch):
+    """The others are measured; a bug would end the stage."""
+    from faceprior import AuthFaceRestorer
+
+    original, calls = AuthFaceRestorer.restore_crops, []
+
+    def fail_once(self, crops, **options):
+        calls.append(crops)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, crops, **options)
+
+    values = settings(tiny_models)[EVAL] | {"guided": "", "num_faces": 3, "output": "out"}
+    monkeypatch.setattr(AuthFaceRestorer, "restore_crops", fail_once)
+    run(EVAL, **values)
+    printed = capsys.readouterr().out
+    assert "out of memory: CUDA out of memory." in printed and "1 could not be measured" in printed
+    assert len(rows(Path("out/rows.jsonl"))) == 2 and not Path("out/done.json").exists()
+    run(EVAL, **values)
+    assert len(rows(Path("out/rows.jsonl"))) == 3 and Path("out/done.json").exists() and len(calls) == 4
+    assert "not measured: `guided` is empty" in capsys.readouterr().out
+
+
+def test_the_psnr_of_identical_images_is_infinite(workplace, tiny_models, capsys, monkeypatch):
+    """null in the rows, since JSON has no infinity; the tables say so and keep it out of the mean."""
+    stage = load_stage(EVAL)
+    degraded = stage.degrade
+    values = settings(tiny_models)[EVAL] | {"guided": "", "restorer": "", "num_faces": 2}
+    for output, untouched in (("all", 2), ("some", 1)):
+        faces = []
+
+        def degrade(clean, *options, faces=faces, untouched=untouched):
+            faces.append(clean)
+            return clean if len(faces) <= untouched else degraded(clean, *options)
+
+        monkeypatch.setattr(stage, "degrade", degrade)
+        run(EVAL, **values, output=output)
+        psnr = [row["psnr_degraded"] for row in rows(Path(output, "rows.jsonl"))]
+        assert psnr.count(None) == untouched
+        results = json.loads(Path(output, "results.json").read_text())["rows"]
+        row = next(row for row in results if row["metric"] == "PSNR (dB), degraded")
+        if output == "all":
+            assert (row["value"], row["note"], row["n"]) == (None, "infinite: all equal the clean ones", 2)
+            assert "| PSNR (dB), degraded | infinite |" in capsys.readouterr().out
+        else:
+            assert row["value"] == psnr[1] and row["note"].startswith("1 of 2 equal the clean ones: infinite")
 
 
 @pytest.mark.parametrize("name", [PAIRS, PORTRAITS])
@@ -854,7 +936,10 @@ def test_the_restorer_goes_on_from_a_controlnet(tmp_path):
 
 @pytest.mark.parametrize(("name", "folder"), [(GUIDANCE, "guided"), (RESTORER, "restorer")])
 def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models, name, folder):
-    """Two processes with one sample each see what one process with two sees, so the losses agree."""
+    """Two processes with one sample each see what one process with two sees, so the losses agree.
+
+    Stage 4's are killed after a step: one process resumes them with the same samples a step, and with no others.
+    """
     shutil.copytree(chain / "data", tmp_path / "data")
     shutil.copytree(chain / "checkpoints/prior", tmp_path / "checkpoints/prior")
     values = {**settings(tiny_models)[name], "batch_size": 1, "device": "cpu"}
@@ -872,12 +957,44 @@ def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models, 
         "0",
     ]
     process = start(name, values, tmp_path, *launch, "--mixed_precision", "no", "--dynamo_backend", "no")
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, printed
+    if name == GUIDANCE:
+        output = tmp_path / "checkpoints/guided"
+        kill_when(process, (output / "resume/state.json").exists, signal.SIGTERM)
+        with chdir(tmp_path):
+            with pytest.raises(
+                FileExistsError, match="holds a run with 2 samples a step, but `batch_size` 1 x .* is 1"
+            ):
+                run(name, **values)
+            run(name, **values | {"batch_size": 2})
+    else:
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, printed
+        assert printed.count("trained for 3 steps") == 1  # by the main process alone
     one, two = (rows(root / f"checkpoints/{folder}/metrics.jsonl") for root in (chain, tmp_path))
     assert [row["step"] for row in two] == [1, 2, 3]
     for key in one[0]:
         np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one], rtol=1e-4, err_msg=key)
+
+
+def test_a_tuned_model_is_sampled_and_tuned_further(workplace, tiny_models):
+    """More steps of a finished run, and other samples: the files are those of one run of that length."""
+    values = settings(tiny_models)[PRIOR] | {"schedule": "constant", "steps": 1, "num_samples": 1}
+    longer = values | {"steps": 2, "sample_steps": 2, "sampler": "ddim"}
+    run(PRIOR, **values, output="parts")
+    run(PRIOR, **longer, output="parts")
+    run(PRIOR, **longer, output="whole")
+    files = [{k: v for k, v in snapshot(Path(f)).items() if k != "config.yaml"} for f in ("parts", "whole")]
+    assert files[0] == files[1]
+
+
+def test_weight_decay_reaches_the_optimizer(workplace, tiny_models):
+    values = settings(tiny_models)[GUIDANCE] | {"steps": 1, "num_samples": 0, "warmup_steps": 0}
+    for decay in (0.0, 0.5):
+        run(GUIDANCE, **values, weight_decay=decay, output=f"decay{decay}")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    base, plain, decayed = (load_file(Path(f) / name) for f in (tiny_models / "sd15", "decay0.0", "decay0.5"))
+    key = next(key for key in base if key.endswith("attn1.to_q.weight"))
+    torch.testing.assert_close(decayed[key], plain[key] - 1e-4 * 0.5 * base[key])  # AdamW: w - lr decay w, decoupled
 
 
 def test_stage_configs_hold_scalars_only():

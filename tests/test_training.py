@@ -1,8 +1,10 @@
 """Training runs: the order of the data, random numbers, optimizers, and resuming after any stop."""
 
+import dataclasses
 import hashlib
 import json
 import math
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,8 @@ from accelerate.utils import LoggerType
 from torch.utils.data import Dataset
 
 from faceprior import training
-from faceprior.config import is_complete
+from faceprior.config import is_complete, saved_settings
+from faceprior.errors import explain
 from faceprior.models import resolve_device, weight_dtype
 from faceprior.training import (
     GracefulStop,
@@ -30,6 +33,7 @@ from faceprior.training import (
     make_accelerator,
     make_optimizer,
     move,
+    open_run,
     restore_optimizer,
     sample_generators,
     sample_timesteps,
@@ -141,6 +145,15 @@ def test_cuda_where_there_is_none():
 def test_fp16_on_a_cpu_is_refused():
     with pytest.raises(ValueError, match="`mixed_precision` is fp16, which a CPU cannot train in: use bf16 or no"):
         make_accelerator("cpu", "fp16")
+
+
+def test_the_environment_does_not_override_the_settings(monkeypatch):
+    for name, value in (("GRADIENT_ACCUMULATION_STEPS", "7"), ("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "eager")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    accelerator = make_accelerator("cpu", "no", 2)
+    assert accelerator.gradient_accumulation_steps == 2 and accelerator.mixed_precision == "no"
+    network = torch.nn.Linear(1, 1)
+    assert accelerator.prepare(network) is network  # not compiled
 
 
 def test_one_process_may_train_twice_with_other_settings():
@@ -428,7 +441,8 @@ def test_finished_run_drops_its_checkpoint(tmp_path):
     run, _ = train(tmp_path)
     assert not is_complete(tmp_path) and (tmp_path / "resume").is_dir()
     run.finish(accuracy=0.5)
-    assert is_complete(tmp_path) and json.loads((tmp_path / "done.json").read_text()) == {"steps": 6, "accuracy": 0.5}
+    done = {"steps": 6, "samples_per_step": 2, "accuracy": 0.5}
+    assert is_complete(tmp_path) and json.loads((tmp_path / "done.json").read_text()) == done
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done.json", "metrics.jsonl"]
 
 
@@ -571,6 +585,138 @@ def test_numbers_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpo
     assert len(metrics(tmp_path / "cut").splitlines()) == 3
     _, others = train(tmp_path / "cut")
     assert same_weights(weights, others) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("split", [(4, 1), (1, 4)])
+def test_a_run_may_be_resumed_with_another_split_of_the_same_samples(tmp_path, monkeypatch, split):
+    """Dropout is drawn per micro-batch and is left out."""
+    monkeypatch.setattr(torch.nn, "Dropout", lambda p: torch.nn.Identity())
+    _, weights = train(tmp_path / "whole", batch_size=2, accumulation=2)
+    train_until(tmp_path / "cut", 3, batch_size=2, accumulation=2)
+    _, others = train(tmp_path / "cut", batch_size=split[0], accumulation=split[1])
+    for one, other in zip(weights.parameters(), others.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_is_not_resumed_with_other_samples(tmp_path):
+    train_until(tmp_path, 3, batch_size=2, accumulation=2)
+    message = "4 samples a step, but `batch_size` 2 x `accumulation` 1 x 1 process is 2: give values whose product is 4"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, batch_size=2)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path):
+    """No file may grow as large as the checkpoint's largest one: one error says so; what was saved is resumed."""
+    _, weights = train(tmp_path / "whole")
+    cut, kept = tmp_path / "cut", tmp_path / "cut/resume/parameters.safetensors"
+    train_until(cut, 3)
+    before = kept.read_bytes()
+    limit, largest = resource.getrlimit(resource.RLIMIT_FSIZE), max(p.stat().st_size for p in kept.parent.iterdir())
+    assert largest > (tmp_path / "whole/metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, limit[1]))
+    try:
+        with pytest.raises(OSError, match="the checkpoint of step 4 .* takes .* MB .* Free space .* at step 2") as full:
+            train(cut)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert explain(full.value) == str(full.value)
+    assert kept.read_bytes() == before and not (cut / "resume.new").exists()
+    _, others = train(cut)
+    assert same_weights(weights, others) and metrics(tmp_path / "whole") == metrics(cut)
+
+
+# the output folder of a training stage
+
+
+@dataclasses.dataclass
+class Config:
+    output: str = "out"
+    steps: int = 6
+    batch_size: int = 2
+    accumulation: int = 2
+    learning_rate: float = 0.05
+    schedule: str = "constant"
+    num_samples: int = 4
+    overwrite: bool = False
+
+    AFTER_TRAINING = frozenset({"num_samples"})
+
+
+def open_at(config, step=0, samples=4, done=False, **changes):
+    """Open a run that was saved at `step`, or is done, with other settings; returns those that are saved then."""
+    output = Path(config.output)
+    accelerator = make_accelerator("cpu")
+    open_run(config, accelerator)
+    if step:
+        (output / "resume").mkdir()
+        (output / "resume/state.json").write_text(json.dumps({"step": step, "samples_per_step": samples}))
+    if done:
+        finish(output, steps=config.steps, samples_per_step=samples)
+    open_run(dataclasses.replace(config, **changes), accelerator)
+    return saved_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("state", "changes", "refused"),
+    [
+        ({}, {"batch_size": 7, "steps": 3, "num_samples": 0}, None),  # nothing was done yet
+        ({}, {"learning_rate": 0.1}, "learning_rate (0.05 there, 0.1 now)"),
+        ({"step": 2}, {"batch_size": 4, "accumulation": 1}, None),
+        ({"step": 2}, {"batch_size": 4}, "with 4 samples a step, but `batch_size` 4 x `accumulation` 2 x 1 process"),
+        ({"step": 2, "samples": 8}, {}, "holds a run with 8 samples a step"),  # of two processes
+        ({"step": 2, "samples": 8}, {"batch_size": 4}, None),
+        ({"step": 2}, {"num_samples": 9, "steps": 20}, None),
+        ({"step": 2}, {"steps": 2}, None),
+        ({"step": 2}, {"steps": 1}, "steps (6 there, 1 now)"),
+        ({"step": 2}, {"schedule": "cosine", "steps": 20}, "schedule (constant there, cosine now), steps (6 there"),
+        ({"step": 6, "done": True}, {"steps": 20, "num_samples": 9}, None),  # trained further
+        ({"step": 6, "done": True}, {"num_samples": 9}, "num_samples (4 there, 9 now)"),
+        ({"step": 6, "done": True}, {"batch_size": 1, "accumulation": 4}, None),
+        ({"done": True}, {"steps": 20}, "was trained for 6 steps and its checkpoint"),
+    ],
+)  # fmt: skip
+def test_what_may_differ_when_a_run_is_resumed(tmp_path, state, changes, refused):
+    config = Config(output=str(tmp_path / "run"))
+    if refused:
+        with pytest.raises(FileExistsError) as error:
+            open_at(config, **state, **changes)
+        assert refused in str(error.value)
+        saved = saved_settings(config)
+        assert all(saved[key] == getattr(config, key) for key in changes)
+    else:
+        saved = open_at(config, **state, **changes)
+        assert {key: saved[key] for key in changes} == changes
+        assert is_complete(tmp_path / "run") == (state.get("done", False) and "steps" not in changes)
+
+
+def test_the_steps_of_a_cosine_are_fixed_once_it_began(tmp_path):
+    open_at(Config(output=str(tmp_path / "new"), schedule="cosine"), steps=20)
+    with pytest.raises(FileExistsError, match=r"steps \(6 there, 20 now\)"):
+        open_at(Config(output=str(tmp_path / "begun"), schedule="cosine"), step=2, steps=20)
+
+
+def test_a_finished_run_of_constant_rate_is_trained_further(tmp_path):
+    """Its checkpoint is kept; the longer run equals one that had the steps from the start."""
+
+    def run(folder, steps):
+        accelerator = make_accelerator("cpu")
+        with seeded(0):
+            network = torch.nn.Linear(3, 1)
+        adam = make_optimizer(network.parameters(), learning_rate=0.05)
+        training_run = TrainingRun(folder, steps, accelerator, {"net": network}, {"net": adam}, progress=False)
+        for batch in training_run.batches(Points(), 2):
+            loss = (network(batch["x"])[:, 0] - batch["y"]).pow(2).mean()
+            loss.backward()
+            adam.step()
+            adam.zero_grad()
+            training_run.log(loss=loss)
+        training_run.finish()
+        return network
+
+    whole = run(tmp_path / "whole", 5)
+    run(tmp_path / "parts", 3)
+    assert same_weights(run(tmp_path / "parts", 5), whole)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
 # signals

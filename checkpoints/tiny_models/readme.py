@@ -118,10 +118,13 @@ def finished_runs(work: Path) -> list[dict]:
     return rows
 
 
+STEPS = ("steps", "samples_per_step")
+
+
 def read_summary(folder: Path) -> str:
     """Return the summary of a run from done.json, without its steps, as short text."""
     values = json.loads((folder / "done.json").read_text())
-    shown = {k: v for k, v in values.items() if isinstance(v, int | float | str) and k != "steps"}
+    shown = {k: v for k, v in values.items() if isinstance(v, int | float | str) and k not in STEPS}
     return ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in shown.items())
 
 

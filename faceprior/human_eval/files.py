@@ -13,7 +13,8 @@ in any image" is read as "no image has a valid face": where only some lack one, 
 triplet. (Annotators told to discard also where one image lacks a face use the same files.)
 
 An empty score of a metric (null in a .jsonl) stands for an image without a valid face, or one that was not measured.
-In an image of several people the largest face counts, the nearest to the paper's "most frontal and representative".
+In an image of several people the most frontal and representative face counts (`detect.representative_face`). What
+`faceprior score --json` prints has no landmarks and no size of the image: there it is the largest one.
 
 Nothing is repaired: a file that breaks a rule raises `BenchmarkError` with file, line, rule and way out.
 """
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from faceprior.detect import Face, representative_face
 from faceprior.images import IMAGE_SUFFIXES, atomic_write, natural_key
 from faceprior.jsonl import read_rows, require_keys
 
@@ -264,23 +266,20 @@ def _measured_rows(path: Path, by: set[str]) -> Iterator[tuple[int, dict[str, An
 
 
 def _printed_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of an image from what `faceprior score --json` printed, with its largest face's score."""
+    """Return the row of an image from what `faceprior score --json` printed, with its representative face's score."""
     require_keys(row, {"file": str})
     if "error" in row:
         raise ValueError(f"{row['file']} could not be scored ({row['error']}): fix the image and score it again")
     require_keys(row, {"faces": list})
     file = Path(row["file"])
-    return {"id": file.stem, "model": file.parent.name, "score": _largest_face(row["faces"])}
+    return {"id": file.stem, "model": file.parent.name, "score": _representative_score(row["faces"])}
 
 
-def _largest_face(faces: list[Any]) -> float | None:
-    def area(face: dict[str, Any]) -> float:
-        x0, y0, x1, y1 = face["box"]
-        return (x1 - x0) * (y1 - y0)
-
+def _representative_score(faces: list[Any]) -> float | None:
     try:
-        score = float(max(faces, key=area)["score"]) if faces else None
-    except (TypeError, KeyError, ValueError) as error:
+        scores = {Face(face["box"], face.get("landmarks"), 1.0): face["score"] for face in faces}
+        score = float(scores[representative_face(list(scores))]) if faces else None
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError("a face has to have a `box` of four numbers and a `score`: score the image again") from error
     if score is not None and not math.isfinite(score):
         raise ValueError(f"`score` has to be finite but is {score}: score the image again")

@@ -267,8 +267,8 @@ def aesthetic_metric(device: "torch.device | str") -> Metric:
 def face_quality_metric(device: "torch.device | str", detector: Detector) -> Metric:
     """pyiqa's face quality `topiq_nr-face`, on the face aligned to 512 pixels as in FFHQ; about 0 to 1.
 
-    pyiqa itself would take the face in the middle; here it is the largest one, as for all metrics. This is not the
-    paper's FQA. Raises MetricUnavailable without pyiqa or its weights.
+    pyiqa itself would take the face in the middle; here it is the representative one, as for all metrics. This is not
+    the paper's FQA. Raises MetricUnavailable without pyiqa or its weights.
     """
     files = _in_cache(_PYIQA_URL, _FACE_QUALITY) | _in_cache(_FACEXLIB_URL, *_FACE_PARTS)
     require("pyiqa", "pyiqa", files)

@@ -1,6 +1,6 @@
 """The scores of a benchmark folder by the metrics that can be measured on this machine: rows of scores/METRIC.jsonl.
 
-In an image of several people the largest face counts, the nearest to the paper's "most frontal and representative" one.
+In an image of several people the most frontal and representative face counts: `detect.representative_face`.
 """
 
 import functools
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faceprior.detect import Detector, Face, detect_faces
+from faceprior.detect import Detector, Face, detect_faces, representative_face
 from faceprior.human_eval.files import Benchmark, BenchmarkError
 from faceprior.human_eval.metrics import Metric, Score, Weights, available_metrics
 from faceprior.images import ImageError, load_image
@@ -96,10 +96,11 @@ def _score(
 
 
 def face_finder(detector: str | Detector) -> Callable[[Path], Face | None]:
-    """Return the function file -> its largest face, or None; each file is searched once for all metrics."""
+    """Return the function file -> its representative face, or None; each file is searched once for all metrics."""
 
     @functools.cache
     def find(file: Path) -> Face | None:
-        return next(iter(detect_faces(file, detector)), None)
+        image = load_image(file)
+        return representative_face(detect_faces(image, detector), image.size)
 
     return find

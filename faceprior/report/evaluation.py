@@ -5,7 +5,7 @@ from typing import Any
 
 from faceprior.report.run import STAGES, Run, number
 from faceprior.report.summary import format_number
-from faceprior.tables import NOT_MEASURED
+from faceprior.tables import INFINITE, NOT_MEASURED
 
 RESULTS = f"{STAGES['07_eval']}/results.json"
 
@@ -34,10 +34,11 @@ def describe(run: Run) -> dict[str, Any]:
 def _measured(run: Run, row: dict[str, Any]) -> Measured:
     value, low, high, count = (number(row, key) for key in ("value", "low", "high", "n"))
     note = run.plain(row.get("note") or "", 300)
+    is_infinite = value is None and note.startswith(INFINITE)
     return Measured(
         name=run.plain(row.get("metric", "?"), 120),
-        value=None if value is None else format_number(value),
+        value="infinite" if is_infinite else None if value is None else format_number(value),
         interval=None if low is None or high is None else f"{format_number(low)} to {format_number(high)}",
         count=None if count is None else format_number(count),
-        note=note.removeprefix(NOT_MEASURED) if value is None else note,
+        note=note.removeprefix(INFINITE).removeprefix(NOT_MEASURED) if value is None else note,
     )

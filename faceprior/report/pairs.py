@@ -50,11 +50,11 @@ def bin_text(bins: Bins, ratio: float) -> str:
 
 def _bin_rows(pairs: list[dict], bins: Bins) -> list[tuple]:
     rows = []
-    for _, text, strength in bins:
+    for _, text, _ in bins:
         own = [pair for pair in pairs if bin_text(bins, pair["area_ratio"]) == text]
-        # a face that is inpainted in a crop around it has a strength of another table
-        used = sorted({pair["strength"] for pair in own}) or [strength]
-        rows.append((text, ", ".join(map(format_number, used)), len(own)))
+        # those used: a face that is inpainted in a crop around it has a strength of another table
+        used = sorted({pair["strength"] for pair in own})
+        rows.append((text, ", ".join(map(format_number, used)) or "–", len(own)))
     return rows
 
 
