@@ -27,10 +27,11 @@ from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.align import align_face
+from faceprior.bases import load_pipeline, require_base
 from faceprior.config import is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import PRESETS, degrade, scaled
 from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import load_pipeline, sample_images
+from faceprior.diffusion import report_long_prompts, sample_images
 from faceprior.guidance import load_tuned
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
@@ -60,6 +61,9 @@ class Config:
     scorer: str = "checkpoints/scorer"  # folder of stage 2, or another scorer's folder or hub id
     base: str = "tiny"  # model that stage 4 tuned: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = (
+        "auto"  # prediction of the base; auto: as its files say
+    )
     guided: str = "checkpoints/guided"  # folder of stage 4
     restorer: str = "checkpoints/restorer"  # folder of stage 6, or another restorer's folder or hub id
     output: str = "results"  # folder for tables and images
@@ -92,6 +96,10 @@ def main(config: Config) -> None:
     require(config.restorer, "06_train_restorer")
     prompts, (faces, problems) = read_prompts(config), clean_faces(config)
 
+    base = tiny.resolve(config.base, "sd15")
+    if config.overwrite or not is_complete(config.output):
+        require_base(base, "tune", config.vae, config.prediction_type)
+
     # ---- open the output folder; a complete one only prints its table
     output = open_output(config)
     if is_complete(output):
@@ -100,7 +108,7 @@ def main(config: Config) -> None:
 
     # ---- measure: one row per image in rows.jsonl, where a run that was stopped resumes
     scorer = FaceScorer.from_pretrained(config.scorer).to(device).eval()
-    evaluate_generation(config, output, scorer, prompts, device)
+    evaluate_generation(config, output, base, scorer, prompts, device)
     evaluate_restoration(config, output, scorer, faces, device)
 
     # ---- from rows to tables
@@ -151,22 +159,26 @@ def drawn_face(seed: int, resolution: int) -> tuple[str, Image.Image]:
     return f"drawn_{seed}", align_face(drawing.image, drawing.landmarks, resolution).crop
 
 
-def evaluate_generation(config: Config, output: Path, scorer: FaceScorer, prompts: list[str], device) -> None:
+def evaluate_generation(
+    config: Config, output: Path, base: str, scorer: FaceScorer, prompts: list[str], device
+) -> None:
     """Let both models draw every prompt from the same noise; one row per image."""
     done = {(row["model"], row["id"]) for row in resume_rows(output / ROWS) if row["part"] == "generation"}
-    dtype = weight_dtype(config.mixed_precision)
+    options = (weight_dtype(config.mixed_precision), config.vae, config.prediction_type)
     loaders: dict[str, Callable] = {
-        "base": lambda: load_pipeline(tiny.resolve(config.base, "sd15"), dtype, config.vae),
-        "tuned": lambda: load_tuned(config.guided, tiny.resolve(config.base, "sd15"), dtype, config.vae),
+        "base": lambda: load_pipeline(base, *options),
+        "tuned": lambda: load_tuned(config.guided, base, *options),
     }
     for model, load in loaders.items():
         left = [(i, prompt) for i, prompt in enumerate(prompts) if (model, f"{i:05d}") not in done]
         if not left:
             continue
         pipeline = load().to(device)
+        if model == "base":
+            report_long_prompts(pipeline, prompts)
         for i, prompt in tqdm(left, desc=f"drawing with the {model} model", unit="image"):
-            options = (config.resolution, config.sample_steps, config.guidance_scale)
-            image = sample_images(pipeline, [prompt], [config.seed + i], *options)[0]
+            sampling = (config.resolution, config.sample_steps, config.guidance_scale)
+            image = sample_images(pipeline, [prompt], [config.seed + i], *sampling)[0]
             file = f"pictures/{model}/{i:05d}.png"
             save_image(image, output / file)
             row = {"part": "generation", "id": f"{i:05d}", "model": model, "prompt": prompt, "picture": file}

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from faceprior import tiny
+from faceprior.bases import load_pipeline
 from faceprior.detect import box_mask
-from faceprior.diffusion import load_pipeline
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import TRAIN, GuidanceTuner, dino_distance, load_tuned
 from faceprior.images import save_image
@@ -322,7 +322,7 @@ def test_a_base_of_another_kind(bases):
     unet = UNet2DModel(
         32, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
     )
-    with pytest.raises(ValueError, match="Stable Diffusion or SDXL type but is a DDPMPipeline"):
+    with pytest.raises(ValueError, match="has to be a U-Net of Stable Diffusion 1, .*, SDXL but is UNet2DModel"):
         GuidanceTuner(DDPMPipeline(unet, DDPMScheduler()))
 
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "faceprior"
 FLOORS = {
     0: "images jsonl config losses models streams",
     1: "detect align degrade color quality metrics training diffusion photos procedural",
-    2: "pairs inpaint portraits features facial blip convert tables",
+    2: "bases pairs inpaint portraits features facial blip convert tables",
     3: "scorer guidance restorer scorer_checks",
     4: "tiny",
     5: "cli human_eval report",
