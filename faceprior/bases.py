@@ -292,7 +292,8 @@ def require_base(
     info = describe_base(base, vae, prediction_type)
     if problem := _problem(info, method):
         raise ValueError(f"the base {info.name} cannot {METHODS[method][0]}: {problem}")
-    logger.info("base %s", info)
+    if not isinstance(base, DiffusionPipeline):  # else it was described when it was loaded
+        logger.info("base %s", info)
     return info
 
 
@@ -303,7 +304,7 @@ def _problem(info: BaseInfo, method: str) -> str | None:
     if info.architecture == REFINER:
         return "it is SDXL's refiner, without the first text encoder: give the SDXL base itself"
     if info.architecture not in taken:
-        return f"it has to be a U-Net of {', '.join(taken)} but is {info.architecture}"
+        return f"it has to be of {' or '.join(taken)} type but is {info.architecture}"
 
     # ---- the parts
     if not info.latent_channels:

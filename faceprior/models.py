@@ -92,17 +92,13 @@ def resolve_model(
 
 
 def looks_like_path(name: str | Path) -> bool:
-    """Tell a path from a hub id, which is `owner/name`, or only `name` for the oldest models.
-
-    A name in a folder that exists is a path, too.
-    """
+    """Tell a path from a hub id, which is `owner/name`, or only `name` for the oldest models."""
     return (
         isinstance(name, Path)
         or name.startswith((".", "/", "~", *_OUTPUTS))
         or name.count("/") > 1
         or "\\" in name
         or Path(name).suffix.lower() in _WEIGHTS
-        or ("/" in name and Path(name).parent.is_dir())
     )
 
 
@@ -160,7 +156,7 @@ def load_part(
             return model_class.from_pretrained(folder)
         variant = weights_variant(folder)
         if variant:
-            logger.info("%s: the %s weights are loaded, %s has no others", what, variant, folder)
+            logger.info("%s: loaded from its %s weights, there are no others", what, variant)
         model = model_class.from_pretrained(folder, dtype=dtype or torch.float32, variant=variant or None)
         require_weights(what, model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
