@@ -428,7 +428,9 @@ def load_lora(pipeline: DiffusionPipeline, file: Path) -> None:
             tensors = pipeline.lora_state_dict(path.parent, **given)[0]
             pipeline.load_lora_weights(path.parent, weight_name=path.name)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the LoRA {file} does not fit the base: {first_line(error)}") from error
+        raise ValueError(
+            f"the LoRA {file} does not fit the base: give one of the kind that it was trained on ({first_line(error)})"
+        ) from error
     given = sum(name.startswith("unet.") for name in tensors)
     config = getattr(pipeline.unet, "peft_config", {})
     loaded = sum(len(get_peft_model_state_dict(pipeline.unet, adapter_name=name)) for name in config)

@@ -15,6 +15,7 @@ from faceprior.diffusion import (
     noise_like,
     pred_original_sample,
     prediction_type,
+    report_long_prompts,
     training_target,
 )
 from faceprior.tiny import tiny_sd15, tiny_sdxl
@@ -163,6 +164,27 @@ def test_shifted_latents():
         torch.testing.assert_close(decode_latents(vae, latents), vae.decode(mean).sample)
 
 
+def test_latents_with_a_mean_and_deviation_per_channel(sd15):
+    """(z - mean) * scale / std in, z * std / scale + mean out, as Playground's VAE has it: the two cancel."""
+    torch.manual_seed(0)
+    mean, std = [-1.66, 1.89, -1.38, 2.52], [8.49, 5.90, 6.55, 5.23]
+    vae = AutoencoderKL(
+        latent_channels=4,
+        norm_num_groups=8,
+        block_out_channels=(8,),
+        scaling_factor=0.5,
+        latents_mean=mean,
+        latents_std=std,
+    )
+    with torch.no_grad():
+        pixel_values = normal(2, 3, 8, 8)
+        raw = vae.encode(pixel_values).latent_dist.mean
+        latents = encode_latents(vae, pixel_values)
+        for channel in range(4):
+            torch.testing.assert_close(latents[:, channel], (raw[:, channel] - mean[channel]) * 0.5 / std[channel])
+        torch.testing.assert_close(decode_latents(vae, latents), vae.decode(raw).sample, rtol=1e-4, atol=1e-5)
+
+
 def test_a_sample_of_the_posterior_depends_on_its_own_generator(sd15):
     """(mean + std e) * scale, e drawn from the sample's generator, in every batch."""
     pixel_values, vae = normal(3, 3, 16, 16).clamp(-1, 1), sd15.vae
@@ -223,3 +245,31 @@ def test_sdxl_has_pooled_embeddings_and_size_conditions(sdxl, sd15):
     assert torch.equal(conditions["text_embeds"], embeddings.pooled_prompt_embeds)
     assert torch.equal(embeddings[:1].pooled_prompt_embeds, embeddings.pooled_prompt_embeds[:1])
     assert added_conditions(encode_prompts(sd15, [""]), 96, 128) is None
+
+
+def test_a_dropped_prompt_is_what_is_sampled_without_one(sdxl, sd15):
+    """SDXL's encode_prompt gives the unconditional branch: zeros, or the encoding of "" where its config says so."""
+    for zeros in (True, False):
+        sdxl.register_to_config(force_zeros_for_empty_prompt=zeros)
+        _, sampled, _, pooled = sdxl.encode_prompt("a face", do_classifier_free_guidance=True)
+        embeddings = encode_prompts(sdxl, ["a face", None, ""])
+        torch.testing.assert_close(embeddings.prompt_embeds[1:2], sampled)
+        torch.testing.assert_close(embeddings.pooled_prompt_embeds[1:2], pooled)
+        assert (embeddings.prompt_embeds[1].abs().max() == 0) == zeros
+        assert embeddings.prompt_embeds[2].abs().max() > 0  # an empty caption is no dropped one
+    sampled = sd15.encode_prompt("a face", "cpu", 1, do_classifier_free_guidance=True)[1]
+    torch.testing.assert_close(encode_prompts(sd15, ["a face", None]).prompt_embeds[1:], sampled)
+
+
+def test_prompts_that_are_cut_are_counted_and_the_first_is_named(sd15, sdxl, caplog):
+    """Each word of the tiny tokenizer's list is a token; start and end are two more, so 75 words fit and 76 do not."""
+    fitting, long, longer = ("face " * count + "man" for count in (74, 75, 200))
+    for pipeline in (sd15, sdxl):
+        caplog.clear()
+        report_long_prompts(pipeline, [fitting, "", "a man", long, longer, long])
+        shown = "face " * 16 + "..."
+        assert caplog.messages == [f'2 of 4 prompts are longer than 77 tokens and were cut: "{shown}"']
+        caplog.clear()
+        report_long_prompts(pipeline, [fitting, "a man"])
+        report_long_prompts(pipeline, [])
+        assert not caplog.messages
