@@ -72,9 +72,7 @@ class Config:
     num_scenes: int = 8  # number of scenes with smaller faces to draw beside them, at `max_resolution`, [0, inf)
     base: str = "tiny"  # base model that inpaints: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE to use in place of the base's own
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = (
-        "auto"  # prediction of the base; auto: as its files say
-    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     output: str = "data/pairs"  # output folder for the pairs
     resolution: int = 128  # side in pixels; smaller images are enlarged to about resolution x resolution, [64, 2048]
     max_resolution: int = 512  # side in pixels; larger images are shrunk to about that; 0: `resolution`, [0, 2048]
@@ -170,9 +168,8 @@ def main(config: Config) -> None:
                 (rejected if "filter" in row else pairs).add(row)
             bar.update(len(rows))
 
-    report_long_prompts(pipeline, (row["prompt"] for row in pairs.values()))
-
     # ---- Sort the rows, so that interrupted and whole runs leave the same files, and count
+    report_long_prompts(pipeline, (row["prompt"] for row in pairs.values()))
     summarize(config, output, len(sources))
 
 

@@ -37,9 +37,7 @@ class Config:
     pairs: str = "data/pairs"  # folder of stage 1, or several, separated by commas
     base: str = "tiny"  # model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = (
-        "auto"  # prediction of the base; auto: as its files say
-    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     output: str = "checkpoints/guided"  # folder for the tuned model
     train: Literal["self_attention", "lora", "full"] = "self_attention"  # trained weights; the paper: self_attention
     rank: int = 16  # rank of the LoRA, [1, 1024]

@@ -45,9 +45,7 @@ class Config:
     portraits: str = "data/portraits"  # folder of stage 3
     base: str = "tiny"  # SDXL type model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = (
-        "auto"  # prediction of the base; auto: as its files say
-    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     output: str = "checkpoints/prior"  # folder for the prior
     train: Literal["full", "lora"] = "full"  # trained weights: the U-Net (the paper), or a LoRA on its attention, fused
     rank: int = 64  # rank of the LoRA, [1, 1024]

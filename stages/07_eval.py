@@ -61,9 +61,7 @@ class Config:
     scorer: str = "checkpoints/scorer"  # folder of stage 2, or another scorer's folder or hub id
     base: str = "tiny"  # model that stage 4 tuned: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = (
-        "auto"  # prediction of the base; auto: as its files say
-    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     guided: str = "checkpoints/guided"  # folder of stage 4
     restorer: str = "checkpoints/restorer"  # folder of stage 6, or another restorer's folder or hub id
     output: str = "results"  # folder for tables and images
