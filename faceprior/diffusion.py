@@ -1,160 +1,44 @@
-"""A base model and what the methods need of it, in the order of the data: prompt embeddings, latents, noise, x_0.
+"""What the methods need of a base model, in the order of the data: prompt embeddings, latents, noise, x_0.
 
-Stable Diffusion 1.5 and SDXL architectures go through the same functions; a folder, a single `.safetensors` file and a
-hub id load alike.
+Stable Diffusion 1.5 and SDXL architectures go through the same functions; `bases` loads them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
-from diffusers.loaders.single_file_utils import SingleFileComponentError
-from huggingface_hub.errors import LocalEntryNotFoundError
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from faceprior.images import to_pil
-from faceprior.models import first_line, load_part, require_weights, resolve_model
 
+logger = logging.getLogger(__name__)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
-# ---- loading
-
-
-def load_pipeline(base: str | Path, dtype: torch.dtype = torch.float32, vae: str | None = None) -> DiffusionPipeline:
-    """Load a text-to-image pipeline from a diffusers folder, a single `.safetensors` file or a hub id.
-
-    A single file holds weights only: its configs are taken from `model_index.json` and its sub-folders beside the file
-    if they exist, else from the hub. `vae`: folder or hub id of a VAE that replaces the base's own (Realistic Vision is
-    published without one). Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's overflows in float16); the
-    safety checker is not loaded.
-
-    Raises FileNotFoundError if there is no such model on disk or on the hub, ValueError if its files are damaged or of
-    another kind.
-    """
-    parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae else {}
-    path = Path(base).expanduser()
-    if path.is_file():
-        pipeline = _load_single_file(path, dtype, parts)
-    else:
-        folder = resolve_model(
-            base,
-            "base model",
-            "`--base` takes a diffusers folder, a .safetensors file, a hub id or `tiny`",
-            required=("model_index.json",),
-            download=partial(DiffusionPipeline.download, **parts, **_NO_CHECKER),
-        )
-        pipeline = _load_folder(folder, dtype, parts)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-# It weighs 1.2 GB and blanks images: research scripts load without it.
-_NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
-# What diffusers and transformers raise for missing, truncated and foreign files.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
-
-
-def _load_folder(path: Path, dtype: torch.dtype, parts: dict) -> DiffusionPipeline:
-    try:
-        config = DiffusionPipeline.load_config(path)
-        if "safety_checker" in config:
-            parts = {**parts, **_NO_CHECKER}
-        if "vae" not in parts and not config.get("vae", [None])[0]:
-            raise ValueError("it has no VAE: name one with `vae`, such as stabilityai/sd-vae-ft-mse for SD1.5")
-        _require_folders(path, config, parts)
-        # not loaded in `dtype` and cast back: that would round the VAE's weights
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype}, **parts)
-        _require_complete(path, pipeline)
-    except _LOADING_ERRORS as error:
-        raise ValueError(f"the pipeline in {path} is damaged: {first_line(error)}") from error
-    return pipeline
-
-
-def _require_folders(path: Path, config: dict, parts: dict) -> None:
-    named = [key for key, value in config.items() if isinstance(value, list) and value[0] and key[0] != "_"]
-    missing = [name for name in named if name not in parts and not (path / name).is_dir()]
-    if missing:
-        raise ValueError(f"its model_index.json names {', '.join(missing)}, but there is no such folder")
-
-
-def _require_complete(path: Path, pipeline: DiffusionPipeline) -> None:
-    """Raise ValueError for what the libraries accept: models without some weights, tokenizers without words."""
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
-            require_weights(name, part)
-        if "tokenizer" in name and part is not None and len(part) <= len(part.all_special_ids):
-            raise ValueError(f"{path / name} has no vocabulary")
-
-
-def _load_single_file(path: Path, dtype: torch.dtype, parts: dict) -> DiffusionPipeline:
-    # ---- the architecture, by the names of the tensors
-    names = _tensor_names(path)
-    if not any(name.startswith("model.diffusion_model.") for name in names):
-        raise ValueError(
-            f"{path} has no U-Net (`model.diffusion_model`): a whole checkpoint is needed, not a LoRA or a VAE alone"
-        )
-    is_xl = any(name.startswith("conditioner.embedders.1.") for name in names)
-    pipeline_class = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    parts = {**parts, **({} if is_xl else _NO_CHECKER)}
-
-    # ---- the weights, with the configs beside the file or from the hub
-    config = str(path.parent) if (path.parent / "model_index.json").is_file() else None
-    try:
-        pipeline = pipeline_class.from_single_file(str(path), config=config, dtype=torch.float32, **parts)
-        _require_complete(path.parent, pipeline)
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} has weights only, and the hub did not provide the configs that belong to them: connect once, or "
-            "put the file into a diffusers folder of the same architecture, beside its model_index.json"
-        ) from error
-    except _LOADING_ERRORS as error:
-        raise ValueError(
-            f"{path} does not fit {config or 'the architecture that its tensors show'}: {first_line(error)}"
-        ) from error
-
-    # ---- `dtype` for all but the VAE
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module) and name != "vae":
-            part.to(dtype)
-    return pipeline
-
-
-def _tensor_names(path: Path) -> list[str]:
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} has to be a .safetensors file: a pickle can run code and is not loaded")
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+# ---- the training scheduler
 
 
 def make_noise_scheduler(pipeline: DiffusionPipeline):
     """Return the training scheduler that belongs to the pipeline's own: DDPM with its betas and prediction type.
 
-    For a flow matching pipeline it is a copy of the pipeline's own.
+    For a flow matching pipeline it is a copy of the pipeline's own. Raises ValueError for any other without betas, such
+    as EDM's, whose noise is not DDPM's.
     """
     scheduler = pipeline.scheduler
-    scheduler_class = type(scheduler) if prediction_type(scheduler) == "flow_prediction" else DDPMScheduler
-    return scheduler_class.from_config(scheduler.config)
+    if prediction_type(scheduler) == "flow_prediction":
+        return type(scheduler).from_config(scheduler.config)
+    if not hasattr(scheduler, "betas"):
+        raise ValueError(f"{type(scheduler).__name__} has other noise than DDPM: no method here trains with it")
+    return DDPMScheduler.from_config(scheduler.config)
 
 
 def is_xl(pipeline: DiffusionPipeline) -> bool:
@@ -178,17 +62,43 @@ class PromptEmbeddings:
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeddings:
-    """Encode `prompts` with the pipeline's text encoder(s); equal prompts are encoded once."""
-    unique = sorted(set(prompts))
+def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str | None]) -> PromptEmbeddings:
+    """Encode `prompts` with the pipeline's text encoder(s); equal prompts are encoded once.
+
+    None is a dropped prompt: what classifier-free guidance samples without a negative prompt, which is zeros for an
+    SDXL base with `force_zeros_for_empty_prompt`, and the encoding of the empty prompt for others.
+    """
+    texts = [prompt or "" for prompt in prompts]
+    unique = sorted(set(texts))
     device = pipeline.text_encoder.device
     options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     if is_xl(pipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(unique, **options)
     else:
         embeds, pooled = pipeline.encode_prompt(unique, **options)[0], None
-    index = torch.tensor([unique.index(prompt) for prompt in prompts], device=embeds.device)
-    return PromptEmbeddings(embeds, pooled)[index]
+    index = torch.tensor([unique.index(text) for text in texts], device=embeds.device)
+    embeddings = PromptEmbeddings(embeds, pooled)[index]  # (B, L, D) and (B, P)
+    if pooled is not None and pipeline.config.get("force_zeros_for_empty_prompt", False):
+        dropped = torch.tensor([prompt is None for prompt in prompts], device=embeds.device)
+        embeddings.prompt_embeds.masked_fill_(dropped[:, None, None], 0)
+        embeddings.pooled_prompt_embeds.masked_fill_(dropped[:, None], 0)
+    return embeddings
+
+
+def report_long_prompts(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> None:
+    """Log how many of the distinct prompts CLIP cuts, with the first of them; nothing if it reads all to their end."""
+    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
+    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt]
+    lengths = [[len(ids) for ids in t(prompts, verbose=False).input_ids] for t in tokenizers] if prompts else []
+    long = [prompt for prompt, *counts in zip(prompts, *lengths, strict=True) if max(counts) > limit]
+    if long:
+        count, first = f"{len(long)} of {len(prompts)} prompts", long[0][:_SHOWN] + "..." * (len(long[0]) > _SHOWN)
+        logger.warning('%s are longer than %d tokens and were cut: "%s"', count, limit, first)
+
+
+_SHOWN = 80  # characters of a long prompt
 
 
 def added_conditions(embeddings: PromptEmbeddings, height: int, width: int) -> dict[str, Tensor] | None:
@@ -204,7 +114,9 @@ def added_conditions(embeddings: PromptEmbeddings, height: int, width: int) -> d
 
 
 def encode_latents(vae: AutoencoderKL, pixel_values: Tensor, generator=None) -> Tensor:
-    """Encode (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w): z = (E(x) - shift) scale.
+    """Encode (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w): z = (E(x) - mean) scale / std.
+
+    mean is the VAE's `latents_mean` or its `shift_factor`, std its `latents_std`; most have neither.
 
     `generator` (one, or a list with one per sample) samples E(x) from the posterior; without it the mean is taken.
     """
@@ -213,14 +125,26 @@ def encode_latents(vae: AutoencoderKL, pixel_values: Tensor, generator=None) -> 
         latents = posterior.mode()
     else:
         latents = posterior.mean + posterior.std * noise_like(posterior.mean, generator)
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (latents - shift) * vae.config.scaling_factor
+    mean, scale = _latent_statistics(vae, latents)
+    return (latents - mean) * scale
 
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Decode scaled latents (B, C, h, w) to (B, 3, H, W), about [-1, 1], with gradients: x = D(z / scale + shift)."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+    """Decode scaled latents (B, C, h, w) to (B, 3, H, W), about [-1, 1]: x = D(z std / scale + mean)."""
+    latents = latents.to(vae.dtype)
+    mean, scale = _latent_statistics(vae, latents)
+    return vae.decode(latents / scale + mean).sample
+
+
+def _latent_statistics(vae: AutoencoderKL, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Return (mean, scale / std) of the VAE's latents: numbers, or (1, C, 1, 1) where each channel has its own."""
+    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean is None:
+        mean = getattr(vae.config, "shift_factor", None) or 0.0
+    else:
+        mean = latents.new_tensor(mean).view(1, -1, 1, 1)
+    scale = vae.config.scaling_factor
+    return mean, scale if std is None else scale / latents.new_tensor(std).view(1, -1, 1, 1)
 
 
 def downsample_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,9 +7,11 @@ tuner.save_pretrained("checkpoints/guided")     # a LoRA that any diffusers pipe
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,31 +19,38 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from faceprior.bases import load_pipeline, require_base
 from faceprior.diffusion import (
     added_conditions,
     decode_latents,
     downsample_mask,
     encode_latents,
     encode_prompts,
-    load_pipeline,
     make_noise_scheduler,
     noise_like,
     pred_original_sample,
+    report_long_prompts,
     training_target,
 )
 from faceprior.features import FeatureNetwork
 from faceprior.losses import guidance_loss, noise_loss
+from faceprior.models import as_safetensors, first_line
 from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
 
 logger = logging.getLogger(__name__)
 TRAIN = ("self_attention", "lora", "full")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_INFO = "faceprior_lora"  # key in the file's metadata: rank and alpha as they were trained
 SELF_ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -81,8 +90,7 @@ class GuidanceTuner:
             raise ValueError(f"`t_end` has to be in (0, 1] but is {t_end}")
         if not 0 <= prompt_drop <= 1:
             raise ValueError(f"`prompt_drop` has to be in [0, 1] but is {prompt_drop}")
-        if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
-            raise ValueError(f"the base has to be of Stable Diffusion or SDXL type but is a {type(pipeline).__name__}")
+        require_base(pipeline, "tune")
         self._pipeline, self.train = pipeline, train
         self.t_end, self.prompt_drop, self.distance = t_end, prompt_drop, distance
         self.noise_scheduler = make_noise_scheduler(pipeline)
@@ -96,18 +104,26 @@ class GuidanceTuner:
             self._select_trained(rank, rank if alpha is None else alpha)
 
     @classmethod
-    def from_pretrained(cls, base: str, dtype: torch.dtype = torch.float32, vae: str | None = None, **options):
+    def from_pretrained(
+        cls,
+        base: str,
+        dtype: torch.dtype = torch.float32,
+        vae: str | None = None,
+        prediction_type: str = "auto",
+        **options,
+    ):
         """Load `base` (diffusers folder, single `.safetensors` file or hub id); `options` are the constructor's."""
-        return cls(load_pipeline(base, dtype, vae), **options)
+        return cls(load_pipeline(base, dtype, vae, prediction_type), **options)
 
     @property
     def unet(self) -> nn.Module:
         return self._pipeline.unet
 
     @property
-    def resolution(self) -> int:
-        """The base's native image size in pixels."""
-        return self.unet.config.sample_size * self._pipeline.vae_scale_factor
+    def resolution(self) -> int | None:
+        """The base's native image size in pixels; None if its U-Net's config does not say."""
+        size = self.unet.config.sample_size
+        return size * self._pipeline.vae_scale_factor if isinstance(size, int) else None
 
     def to(self, device: torch.device | str) -> GuidanceTuner:
         self._pipeline.to(device)
@@ -220,17 +236,23 @@ class GuidanceTuner:
         device: str = "auto",
         seed: int = 0,
         output: str | Path | None = None,
+        resolution: int | None = None,
     ) -> GuidanceTuner:
         """Train on `pairs`: a folder that stage 1 made, several separated by commas, or a dataset.
 
+        resolution: side in pixels of the images of a folder, the base's own by default.
         A dataset has the samples that `loss` takes in batches. With `output`, a folder for the log and checkpoints, the
         training stops and resumes like stage 4.
         """
         if isinstance(pairs, str | Path):
+            resolution = resolution or self.resolution
+            if resolution is None:
+                raise ValueError("the config of the base's U-Net has no `sample_size`: give `resolution`, in pixels")
             usable, problems = gather_pairs(pairs)
             for place, reason in problems:
                 logger.warning("%s is skipped: %s", place, reason)
-            pairs = PairDataset(usable, self.resolution)
+            report_long_prompts(self._pipeline, (pair.prompt for pair in usable))
+            pairs = PairDataset(usable, resolution)
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
         accelerator = make_accelerator(device, mixed_precision, accumulation)
@@ -269,16 +291,26 @@ class GuidanceTuner:
             self._copy(tuned)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a LoRA file, with its rank and alpha, for `load_lora_weights`; else a whole pipeline folder."""
+        """Write a LoRA file for `load_lora_weights`; else a whole pipeline folder.
+
+        The scale alpha / rank is folded into the LoRA's weights, and its metadata say alpha = rank, so that a loader
+        that reads tensors only draws the same images. The trained alpha is in the file's metadata under LORA_INFO.
+        """
         if self.train != "lora":
             self._pipeline.save_pretrained(folder)
             return
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        layers, config = fold_lora(self.unet)
+        trained = self.unet.peft_config["default"]
+        info = {"rank": trained.r, "alpha": trained.lora_alpha, "rank_stabilized": trained.use_rslora}
+        metadata = {
+            "format": "pt",
+            LORA_ADAPTER_METADATA_KEY: json.dumps({f"unet.{key}": value for key, value in config.items()}),
+            LORA_INFO: json.dumps(info),
+        }
         self._pipeline.save_lora_weights(
             save_directory=folder,
-            unet_lora_layers=layers,
-            # without its metadata a LoRA whose alpha differs from its rank loads at the wrong strength
-            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+            unet_lora_layers=convert_state_dict_to_diffusers(layers),
+            save_function=partial(save_file, metadata=metadata),
         )
 
     def _select_trained(self, rank: int, alpha: int) -> None:
@@ -333,18 +365,89 @@ def dino_distance(vae: AutoencoderKL, network: FeatureNetwork) -> Callable[[Tens
     return distance
 
 
+# ---- LoRA files
+
+
+def fold_lora(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the LoRA of a U-Net with its scale folded into lora_B, and its config with alpha = rank.
+
+    The scale is alpha / rank, or alpha / sqrt(rank) of a rank-stabilized LoRA. The U-Net is not changed.
+    """
+    layers, config = get_peft_model_state_dict(unet), unet.peft_config["default"].to_dict()
+    for name, module in unet.named_modules():
+        if isinstance(module, LoraLayer):
+            layers[f"{name}.lora_B.weight"] = layers[f"{name}.lora_B.weight"] * module.scaling["default"]
+    config |= {"lora_alpha": config["r"], "alpha_pattern": config["rank_pattern"], "use_rslora": False}
+    return layers, {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
 def load_tuned(
-    folder: str | Path, base: str, dtype: torch.dtype = torch.float32, vae: str | None = None
+    folder: str | Path,
+    base: str,
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    prediction_type: str = "auto",
 ) -> DiffusionPipeline:
-    """Load what `save_pretrained` wrote: a pipeline folder, or `base` with the LoRA in `folder`."""
+    """Load what `save_pretrained` wrote: a pipeline folder, or `base` with the LoRA in `folder`, by whatever file name.
+
+    vae, prediction_type: of `base`, as in `load_pipeline`.
+    """
     folder = Path(folder)
-    if (folder / LORA_FILE).is_file():
-        pipeline = load_pipeline(base, dtype, vae)
-        pipeline.load_lora_weights(folder)
-        return pipeline
-    if not (folder / "model_index.json").is_file():
+    if not (folder / LORA_FILE).is_file() and (folder / "model_index.json").is_file():
+        return load_pipeline(str(folder), dtype)
+    file = find_lora(folder)
+    if file is None:
         raise FileNotFoundError(f"no tuned model in {folder}: `python stages/04_guidance_tune.py` makes one")
-    return load_pipeline(str(folder), dtype)
+    pipeline = load_pipeline(base, dtype, vae, prediction_type)
+    load_lora(pipeline, file)
+    return pipeline
+
+
+def find_lora(path: Path) -> Path | None:
+    """Return the LoRA file at `path` or in this folder, LORA_FILE or the only one that holds a LoRA; None without one.
+
+    Raises ValueError if there are several.
+    """
+    if path.is_file() or (path / LORA_FILE).is_file():
+        return path if path.is_file() else path / LORA_FILE
+    found = [p for p in sorted(path.glob("*")) if p.suffix.lower() == ".safetensors" and _is_lora(p)]
+    if len(found) > 1:
+        raise ValueError(f"{path} has {len(found)} LoRAs, {', '.join(p.name for p in found)}: give the file itself")
+    return found[0] if found else None
+
+
+def load_lora(pipeline: DiffusionPipeline, file: Path) -> None:
+    """Load a LoRA into a pipeline; ValueError if it does not fit, or if a part of it would be dropped."""
+    if any("dora_scale" in name for name in _tensor_names(file)):
+        raise ValueError(
+            f"{file} is a DoRA, whose `dora_scale` diffusers would drop: merge it into its base where it was trained"
+        )
+    try:
+        with as_safetensors(file) as path:
+            given = {"weight_name": path.name, "unet_config": pipeline.unet.config}
+            tensors = pipeline.lora_state_dict(path.parent, **given)[0]
+            pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the LoRA {file} does not fit the base: give one of the kind that it was trained on ({first_line(error)})"
+        ) from error
+    given = sum(name.startswith("unet.") for name in tensors)
+    config = getattr(pipeline.unet, "peft_config", {})
+    loaded = sum(len(get_peft_model_state_dict(pipeline.unet, adapter_name=name)) for name in config)
+    if loaded != given or not given:
+        raise ValueError(f"the LoRA {file} does not fit the base: of its {given} tensors for the U-Net {loaded} do")
+
+
+def _is_lora(file: Path) -> bool:
+    return any("lora_" in name or ".lora." in name for name in _tensor_names(file))
+
+
+def _tensor_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
 
 
 def _run_under_autocast(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, AutoPipelineForInpainting, DDIMScheduler, D
 from PIL import Image
 from torch import Tensor
 
+from faceprior.bases import require_base
 from faceprior.detect import AREA_LIMITS, Face, area_bin, box_mask, face_square
 from faceprior.diffusion import decode_latents, encode_latents
 from faceprior.images import as_array, load_image, to_pil, to_pixel_values
@@ -216,8 +217,7 @@ class FaceInpainter:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, steps: int = 50, guidance_scale: float = 7.5):
-        if not hasattr(pipeline, "unet"):
-            raise ValueError(f"the base must be a Stable Diffusion with a U-Net but is a {type(pipeline).__name__}")
+        require_base(pipeline, "inpaint")
         self.pipeline = AutoPipelineForInpainting.from_pipe(pipeline)
         # whatever sampler the base has: Stable Diffusion's settings of DDIM stay
         self.pipeline.scheduler = DDIMScheduler.from_config(

@@ -6,14 +6,18 @@ name a default without loading a library.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
 SCORER_ID = "OPPOer/FaceScore"
 REWARD_ID = "THUDM/ImageReward"
 RESTORER_ID = "Ethanliang99/AuthFace"
@@ -21,7 +25,7 @@ DEFAULT_PROMPT = "A face."  # what Face Score's text encoder reads, and what a f
 
 # What a hub download takes besides the id.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-# What is downloaded of one model: configs, vocabularies and weights, but no fp16 or EMA variants of them.
+# What is downloaded of one model: configs, vocabularies and weights; fp16 variants only where there is nothing else.
 MODEL_FILES = (
     "*.json",
     "*.txt",
@@ -31,6 +35,12 @@ MODEL_FILES = (
     "diffusion_pytorch_model-0*.safetensors",
 )
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+# The names that diffusers and transformers give to weights: `model.fp16-00001-of-00002.safetensors`.
+_WEIGHT_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+)
+# The folders of the stages: a name in them is never a hub id.
+_OUTPUTS = ("checkpoints/", "data/", "results/")
 
 
 # ---- name -> folder
@@ -85,10 +95,10 @@ def looks_like_path(name: str | Path) -> bool:
     """Tell a path from a hub id, which is `owner/name`, or only `name` for the oldest models."""
     return (
         isinstance(name, Path)
-        or name.startswith((".", "/", "~", "checkpoints/"))
+        or name.startswith((".", "/", "~", *_OUTPUTS))
         or name.count("/") > 1
         or "\\" in name
-        or Path(name).suffix in _WEIGHTS
+        or Path(name).suffix.lower() in _WEIGHTS
     )
 
 
@@ -103,10 +113,20 @@ def _hub_folder(name: str, what: str, hint: str, download: Callable, options: di
         ) from error
 
 
-def _downloader(patterns: tuple[str, ...], subfolder: str | None) -> Callable[..., str]:
+def _downloader(patterns: tuple[str, ...], subfolder: str | None) -> Callable[..., Path]:
     from huggingface_hub import snapshot_download
 
-    return partial(snapshot_download, allow_patterns=[Path(subfolder or "", p).as_posix() for p in patterns])
+    patterns = [Path(subfolder or "", pattern).as_posix() for pattern in patterns]
+    half = [re.sub(r"model(?=[^/]*$)", "model.fp16", p, count=1) for p in patterns if p.endswith(".safetensors")]
+
+    def download(name: str, **options) -> Path:
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **options))
+        parts = [config.parent for config in folder.rglob("config.json")]
+        if any(weights_variant(part) is None for part in parts):
+            folder = Path(snapshot_download(name, allow_patterns=[*patterns, *half], **options))
+        return folder
+
+    return download
 
 
 # ---- folder -> model
@@ -134,11 +154,36 @@ def load_part(
     try:
         if not issubclass(model_class, torch.nn.Module):
             return model_class.from_pretrained(folder)
-        model = model_class.from_pretrained(folder, dtype=dtype or torch.float32)
+        variant = weights_variant(folder)
+        if variant:
+            logger.info("%s: loaded from its %s weights, there are no others", what, variant)
+        model = model_class.from_pretrained(folder, dtype=dtype or torch.float32, variant=variant or None)
         require_weights(what, model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the {what} in {folder} is damaged: {first_line(error)}") from error
     return model
+
+
+def weights_variant(folder: Path) -> str | None:
+    """Return the variant of the weights to load from a part's folder: empty for the plain files, which come first.
+
+    Else fp16, or another that is there. None if there are no weights.
+    """
+    matches = (_WEIGHT_FILE.fullmatch(path.name) for path in Path(folder).glob("*"))
+    variants = {match[1] or "" for match in matches if match}
+    return min(variants, key=lambda variant: (variant != "", variant != "fp16", variant), default=None)
+
+
+@contextmanager
+def as_safetensors(path: Path) -> Iterator[Path]:
+    """Give a `.safetensors` file under a name in lower case: the libraries take `.SAFETENSORS` for a pickle."""
+    if path.suffix == ".safetensors":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, path.stem + ".safetensors")
+        link.symlink_to(path.resolve())
+        yield link
 
 
 def require_weights(what: str, model: torch.nn.Module) -> None:

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from faceprior.align import AlignedFace, align_face, paste_face
 from faceprior.color import adain_color_fix, wavelet_color_fix
 from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_like
+from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_like, report_long_prompts
 from faceprior.images import atomic_write, load_image, to_pil, to_pixel_values
 from faceprior.jsonl import require_keys
 from faceprior.models import MODEL_FILES, RESTORER_ID, load_part, resolve_model
@@ -103,6 +103,7 @@ class AuthFaceRestorer:
         # and would damage latents.
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         pipeline.set_progress_bar_config(disable=True)
+        self._reported: set[str] = set()  # prompts whose length was looked at
 
     @classmethod
     def from_prior(
@@ -207,6 +208,9 @@ class AuthFaceRestorer:
         if batch_size < 1:
             raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
         settings = replace(self.settings, **sampling)
+        prompts = {settings.prompt, settings.negative_prompt}
+        report_long_prompts(self.pipeline, sorted(prompts - self._reported))
+        self._reported |= prompts
         restored = []
         for start in range(0, len(crops), batch_size):
             # ---- pixels of the degraded crops: (B, 3, R, R) in [-1, 1]

@@ -248,10 +248,10 @@ def sample_timesteps(generators: list[torch.Generator], low: int, high: int, dev
     return torch.cat(drawn).to(device or "cpu")
 
 
-def drop_prompts(prompts: list[str], probability: float, generators: list[torch.Generator]) -> list[str]:
-    """Replace each prompt by the empty one with `probability`, as classifier-free guidance needs it."""
+def drop_prompts(prompts: list[str], probability: float, generators: list[torch.Generator]) -> list[str | None]:
+    """Replace each prompt by None with `probability`, as classifier-free guidance needs it."""
     drawn = [float(torch.rand((), generator=g)) for g in generators]
-    return ["" if u < probability else prompt for prompt, u in zip(prompts, drawn, strict=True)]
+    return [None if u < probability else prompt for prompt, u in zip(prompts, drawn, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- stream of samples

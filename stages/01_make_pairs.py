@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from faceprior import tiny
+from faceprior.bases import load_pipeline, require_base
 from faceprior.config import DONE_FILE, is_complete, open_output, print_problems, run_stage
 from faceprior.detect import (
     AREA_LIMITS,
@@ -32,7 +33,7 @@ from faceprior.detect import (
     finds_face,
     resolve_detector,
 )
-from faceprior.diffusion import load_pipeline
+from faceprior.diffusion import report_long_prompts
 from faceprior.images import atomic_write, save_image
 from faceprior.inpaint import (
     STRENGTHS,
@@ -71,6 +72,7 @@ class Config:
     num_scenes: int = 8  # number of scenes with smaller faces to draw beside them, at `max_resolution`, [0, inf)
     base: str = "tiny"  # base model that inpaints: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE to use in place of the base's own
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     output: str = "data/pairs"  # output folder for the pairs
     resolution: int = 128  # side in pixels; smaller images are enlarged to about resolution x resolution, [64, 2048]
     max_resolution: int = 512  # side in pixels; larger images are shrunk to about that; 0: `resolution`, [0, 2048]
@@ -112,6 +114,11 @@ def main(config: Config) -> None:
     made = [Path(config.output) / side for side in SIDES]
     sources, problems = find_photographs(config.images, made) if config.images else (None, [])
 
+    # ---- The base: refused before any work
+    base = tiny.resolve(config.base, "sd15")
+    if config.overwrite or not is_complete(config.output):
+        require_base(base, "inpaint", config.vae, config.prediction_type)
+
     # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
     photographs = KeyedRows(output / PHOTOGRAPHS, "photograph")
@@ -127,7 +134,7 @@ def main(config: Config) -> None:
         sources = draw_sources(config, output / "drawn")
 
     # ---- Load the base, and check before the work that it can do what the settings ask for
-    pipeline = load_pipeline(tiny.resolve(config.base, "sd15"), weight_dtype(config.mixed_precision), config.vae)
+    pipeline = load_pipeline(base, weight_dtype(config.mixed_precision), config.vae, config.prediction_type)
     inpainter = FaceInpainter(pipeline.to(device), config.steps, config.guidance_scale)
     if config.padded_crop:
         inpainter.check_side(config.resolution)
@@ -164,6 +171,7 @@ def main(config: Config) -> None:
             bar.update(len(rows))
 
     # ---- Sort the rows, so that interrupted and whole runs leave the same files, and count
+    report_long_prompts(pipeline, (row["prompt"] for row in pairs.values()))
     summarize(config, output, len(sources))
 
 

@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 
 from faceprior import tiny
+from faceprior.bases import require_base
 from faceprior.config import is_complete, print_problems, run_stage
-from faceprior.diffusion import downsample_mask, noise_like, sample_images, sampled_with
+from faceprior.diffusion import downsample_mask, noise_like, report_long_prompts, sample_images, sampled_with
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
@@ -36,6 +37,7 @@ class Config:
     pairs: str = "data/pairs"  # folder of stage 1, or several, separated by commas
     base: str = "tiny"  # model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     output: str = "checkpoints/guided"  # folder for the tuned model
     train: Literal["self_attention", "lora", "full"] = "self_attention"  # trained weights; the paper: self_attention
     rank: int = 16  # rank of the LoRA, [1, 1024]
@@ -80,17 +82,20 @@ def main(config: Config) -> None:
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
     with accelerator.main_process_first():
+        base = tiny.resolve(config.base, "sd15")
+        if config.overwrite or not is_complete(config.output):
+            require_base(base, "tune", config.vae, config.prediction_type)
         output = open_run(config, accelerator)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
             return
-        base = tiny.resolve(config.base, "sd15")
 
     # ---- The base, and which of its weights are trained
     tuner = GuidanceTuner.from_pretrained(
         base,
         weight_dtype(config.mixed_precision),
         config.vae,
+        config.prediction_type,
         train=config.train,
         rank=config.rank,
         alpha=config.alpha,
@@ -109,6 +114,8 @@ def main(config: Config) -> None:
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
     dataset = PairDataset(pairs, config.resolution)
+    if accelerator.is_main_process:
+        report_long_prompts(tuner.pipeline(), (pair.prompt for pair in pairs))
     size = (config.resolution, config.resolution)
     add_noise = tuner.noise_scheduler.add_noise
 

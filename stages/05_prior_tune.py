@@ -18,14 +18,15 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from faceprior import tiny
+from faceprior.bases import load_pipeline, require_base
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.diffusion import (
     added_conditions,
     encode_latents,
     encode_prompts,
-    load_pipeline,
     make_noise_scheduler,
     noise_like,
+    report_long_prompts,
     sample_images,
     sampled_with,
     training_target,
@@ -54,6 +55,7 @@ class Config:
     portraits: str = "data/portraits"  # folder of stage 3
     base: str = "tiny"  # SDXL type model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     output: str = "checkpoints/prior"  # folder for the prior
     train: Literal["full", "lora"] = "full"  # trained weights: the U-Net (the paper), or a LoRA on its attention, fused
     rank: int = 64  # rank of the LoRA, [1, 1024]
@@ -93,14 +95,19 @@ def main(config: Config) -> None:
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
     with accelerator.main_process_first():
+        base = tiny.resolve(config.base, "sdxl")
+        if config.overwrite or not is_complete(config.output):
+            require_base(base, "prior", config.vae, config.prediction_type)
         output = open_run(config, accelerator)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
             return
-        base = tiny.resolve(config.base, "sdxl")
 
     # ---- The base, its samples before the tuning, and which of its weights are trained
-    pipeline = load_pipeline(base, weight_dtype(config.mixed_precision), config.vae).to(accelerator.device)
+    dtype = weight_dtype(config.mixed_precision)
+    pipeline = load_pipeline(base, dtype, config.vae, config.prediction_type).to(accelerator.device)
+    if accelerator.is_main_process:
+        report_long_prompts(pipeline, (portrait.caption for portrait in portraits))
     prompts = sorted({portrait.caption for portrait in portraits})[: config.num_samples]
     if accelerator.is_main_process:
         draw_before(config, output, pipeline, prompts)
@@ -120,7 +127,7 @@ def main(config: Config) -> None:
         unet.train()
         generators = run.generators(batch)
         with accelerator.accumulate(unet), accelerator.autocast():
-            # z_0 and the caption, which is dropped at times, for classifier-free guidance
+            # z_0 and the caption, which is dropped at times, to what classifier-free guidance samples without one
             with torch.no_grad():
                 latents = encode_latents(pipeline.vae, batch["pixel_values"], generators)  # (B, 4, h, w)
                 captions = drop_prompts(batch["caption"], config.prompt_drop, generators)
@@ -150,7 +157,7 @@ def main(config: Config) -> None:
         if config.train == "lora":
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
-        pipeline.unet.to(weight_dtype(config.mixed_precision))
+        pipeline.unet.to(dtype)
         pipeline.save_pretrained(output)
         tiny.copy_info(config.base, output)
         draw_samples(config, output, pipeline, prompts, "after")

@@ -25,6 +25,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from faceprior import tiny
+from faceprior.bases import load_pipeline, require_base
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.degrade import PRESETS, DegradationConfig, degrade, scaled
 from faceprior.detect import detect_faces
@@ -32,7 +33,6 @@ from faceprior.diffusion import (
     added_conditions,
     encode_latents,
     encode_prompts,
-    load_pipeline,
     make_noise_scheduler,
     noise_like,
     pred_original_sample,
@@ -131,6 +131,8 @@ def main(config: Config) -> None:
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
     with accelerator.main_process_first():
+        if config.overwrite or not is_complete(config.output):
+            require_base(config.prior, "restore")
         output = open_run(config, accelerator)
         if is_complete(output):
             accelerator.print(f"{output} is complete")

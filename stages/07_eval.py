@@ -29,10 +29,11 @@ from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.align import align_face
+from faceprior.bases import load_pipeline, require_base
 from faceprior.config import DONE_FILE, is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import PRESETS, degrade, scaled
 from faceprior.detect import Face, detect_faces, representative_face
-from faceprior.diffusion import load_pipeline, make_sampler, sample_images
+from faceprior.diffusion import make_sampler, report_long_prompts, sample_images
 from faceprior.errors import explain, is_disk_full, is_out_of_memory
 from faceprior.guidance import load_tuned
 from faceprior.images import ImageError, as_array, find_images, load_image, save_image
@@ -68,6 +69,7 @@ class Config:
     scorer: str = "checkpoints/scorer"  # folder of stage 2, or another scorer's folder or hub id; empty: none
     base: str = "tiny"  # model that stage 4 tuned: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     guided: str = "checkpoints/guided"  # folder of stage 4; empty: no generation
     restorer: str = "checkpoints/restorer"  # folder of stage 6, or another restorer's folder or hub id; empty: none
     output: str = "results"  # folder for tables and images
@@ -104,6 +106,10 @@ def main(config: Config) -> None:
     missing = missing_models(config)
     prompts, (faces, problems) = read_prompts(config), clean_faces(config)
 
+    base = tiny.resolve(config.base, "sd15")
+    if "guided" not in missing and (config.overwrite or not is_complete(config.output)):
+        require_base(base, "tune", config.vae, config.prediction_type)
+
     # ---- open the output folder; a complete one only prints its table, unless a model has come since
     output = open_output(config)
     if is_complete(output):
@@ -118,7 +124,7 @@ def main(config: Config) -> None:
     scorer = None if "scorer" in missing else FaceScorer.from_pretrained(config.scorer).to(device).eval()
     failed = []
     if "guided" not in missing:
-        failed += evaluate_generation(config, output, scorer, prompts, device)
+        failed += evaluate_generation(config, output, base, scorer, prompts, device)
     if not {"restorer", "scorer"} <= missing.keys():
         failed += evaluate_restoration(config, output, scorer, faces, "restorer" not in missing, device)
 
@@ -204,14 +210,14 @@ def drawn_face(seed: int, resolution: int) -> tuple[str, Image.Image]:
 
 
 def evaluate_generation(
-    config: Config, output: Path, scorer: FaceScorer | None, prompts: list[str], device
+    config: Config, output: Path, base: str, scorer: FaceScorer | None, prompts: list[str], device
 ) -> list[tuple[str, str]]:
     """Let both models draw every prompt from the same noise, one row per image; returns (image, reason) of failures."""
     done = {(row["model"], row["id"]) for row in resume_rows(output / ROWS) if row["part"] == "generation"}
-    dtype = weight_dtype(config.mixed_precision)
+    options = (weight_dtype(config.mixed_precision), config.vae, config.prediction_type)
     loaders: dict[str, Callable] = {
-        "base": lambda: load_pipeline(tiny.resolve(config.base, "sd15"), dtype, config.vae),
-        "tuned": lambda: load_tuned(config.guided, tiny.resolve(config.base, "sd15"), dtype, config.vae),
+        "base": lambda: load_pipeline(base, *options),
+        "tuned": lambda: load_tuned(config.guided, base, *options),
     }
     failed = []
     for model, load in loaders.items():
@@ -220,10 +226,12 @@ def evaluate_generation(
             continue
         pipeline = load().to(device)
         pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
+        if model == "base":
+            report_long_prompts(pipeline, prompts)
 
         def draw(i: int, prompt: str, model: str = model, pipeline: DiffusionPipeline = pipeline) -> dict:
-            options = (config.generation_resolution, config.sample_steps, config.guidance_scale)
-            image = sample_images(pipeline, [prompt], [config.seed + i], *options)[0]
+            sampling = (config.generation_resolution, config.sample_steps, config.guidance_scale)
+            image = sample_images(pipeline, [prompt], [config.seed + i], *sampling)[0]
             file = f"pictures/{model}/{i:05d}.png"
             save_image(image, output / file)
             row = {"part": "generation", "id": f"{i:05d}", "model": model, "prompt": prompt, "picture": file}

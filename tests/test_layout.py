@@ -15,9 +15,9 @@ FLOORS = {
     -1: "errors",
     0: "images jsonl config losses models streams",
     1: "detect align degrade color quality metrics training diffusion photos procedural",
-    2: "pairs inpaint portraits features facial blip convert tables",
-    3: "scorer guidance restorer scorer_checks",
-    4: "tiny",
+    2: "bases pairs portraits features facial blip convert tables",
+    3: "inpaint scorer guidance restorer",
+    4: "scorer_checks tiny",
     5: "cli human_eval report",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
-from faceprior.models import HUB_OPTIONS, MODEL_FILES, load_part, looks_like_path, resolve_model
+from faceprior.models import HUB_OPTIONS, MODEL_FILES, load_part, looks_like_path, resolve_model, weights_variant
 
 HINT = "the command that makes one"
 
@@ -114,6 +114,7 @@ def test_options_of_the_hub_reach_it(folder):
 
 def test_looks_like_path():
     paths = ["./a", "/a/b", "~/a", "a/b/c", "a.safetensors", "owner/a.ckpt", "C:\\models", "checkpoints/prior"]
+    paths += ["data/prior", "results/scorer", "owner/A.SAFETENSORS"]
     assert all(looks_like_path(name) for name in paths)
     assert not any(looks_like_path(name) for name in ("owner/name", "owner/name-v1.5", "name"))
 
@@ -122,6 +123,39 @@ def test_variants_of_weights_are_not_downloaded():
     files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     others = ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin", "model.onnx"]
     assert list(huggingface_hub.utils.filter_repo_objects(files + others, allow_patterns=list(MODEL_FILES))) == files
+
+
+def test_variants_are_downloaded_where_there_is_nothing_else(vae, tmp_path, monkeypatch):
+    """By patterns of a repository, whose plain weights are asked for first."""
+    vae.save_pretrained(tmp_path / "repository/vae", variant="fp16")
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(allow_patterns)
+        files = [p.relative_to(tmp_path / "repository").as_posix() for p in (tmp_path / "repository").rglob("*.*")]
+        for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+            (tmp_path / "hub" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "repository" / file, tmp_path / "hub" / file)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert same_weights(load_part(AutoencoderKL, "owner/name", "VAE", subfolder="vae"), vae)
+    assert len(asked) == 2 and "vae/diffusion_pytorch_model.fp16-0*.safetensors" in asked[1]
+
+
+def test_the_variant_to_load(tmp_path):
+    """Plain weights first, then fp16, then any other; files that are no weights do not count."""
+    for number, (name, variant) in enumerate(
+        [
+            ("config.json", None),
+            ("optimizer.safetensors", None),
+            ("diffusion_pytorch_model.bf16.safetensors", "bf16"),
+            ("diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "fp16"),
+            ("diffusion_pytorch_model-00001-of-00002.safetensors", ""),
+        ]
+    ):
+        (tmp_path / name).touch()
+        assert weights_variant(tmp_path) == variant, number
 
 
 # ---- parts

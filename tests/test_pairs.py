@@ -390,7 +390,7 @@ def test_sdxl_gets_the_conditions_of_its_pipeline(pipelines, faces):
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_a_base_in_bfloat16_beside_a_vae_in_float32(tiny_models, faces, kind):
-    from faceprior.diffusion import load_pipeline
+    from faceprior.bases import load_pipeline
 
     folder = str(tiny_models / kind)
     images = [

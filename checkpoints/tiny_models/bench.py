@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from checkpoints.tiny_models.stages import run
 from faceprior import tiny
-from faceprior.diffusion import decode_latents, encode_latents, load_pipeline, sample_images
+from faceprior.bases import load_pipeline
+from faceprior.diffusion import decode_latents, encode_latents, sample_images
 from faceprior.features import FeatureNetwork
 from faceprior.images import atomic_write, load_image, save_image, to_pil, to_pixel_values
 from faceprior.metrics import MetricUnavailable

@@ -7,7 +7,7 @@ from PIL import Image
 from checkpoints.tiny_models.bench import Bench
 from checkpoints.tiny_models.faces import FOUND, Proportions, best_face, confidence_of, drawn_proportions
 from checkpoints.tiny_models.table import make_row
-from faceprior.diffusion import load_pipeline
+from faceprior.bases import load_pipeline
 from faceprior.guidance import load_tuned
 from faceprior.tables import difference_estimate
 

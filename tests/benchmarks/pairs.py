@@ -17,8 +17,8 @@ from diffusers import AutoPipelineForInpainting, DDIMScheduler
 from PIL import Image
 
 from faceprior import tiny
+from faceprior.bases import load_pipeline
 from faceprior.detect import box_mask
-from faceprior.diffusion import load_pipeline
 from faceprior.inpaint import STRENGTHS, FaceInpainter
 from faceprior.models import quiet_libraries, resolve_device
 from faceprior.procedural import draw_portrait
