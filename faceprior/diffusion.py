@@ -120,7 +120,8 @@ def encode_latents(vae: AutoencoderKL, pixel_values: Tensor, generator=None) -> 
 
     `generator` (one, or a list with one per sample) samples E(x) from the posterior; without it the mean is taken.
     """
-    posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+    with torch.autocast(vae.device.type, enabled=False):  # SDXL's VAE overflows in float16, a caller's autocast too
+        posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
     if generator is None:
         latents = posterior.mode()
     else:
@@ -133,7 +134,8 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Decode scaled latents (B, C, h, w) to (B, 3, H, W), about [-1, 1]: x = D(z std / scale + mean)."""
     latents = latents.to(vae.dtype)
     mean, scale = _latent_statistics(vae, latents)
-    return vae.decode(latents / scale + mean).sample
+    with torch.autocast(vae.device.type, enabled=False):
+        return vae.decode(latents / scale + mean).sample
 
 
 def _latent_statistics(vae: AutoencoderKL, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:

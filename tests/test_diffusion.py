@@ -277,6 +277,15 @@ def test_prompts_that_are_cut_are_counted_and_the_first_is_named(sd15, sdxl, cap
         assert not caplog.messages
 
 
+def test_the_vae_keeps_its_dtype_under_autocast(sd15):
+    pixel_values = normal(1, 3, 64, 64).clamp(-1, 1)
+    latents = encode_latents(sd15.vae, pixel_values)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode_latents(sd15.vae, pixel_values), latents)
+        assert torch.equal(decode_latents(sd15.vae, latents), decode_latents(sd15.vae, latents.float()))
+        assert decode_latents(sd15.vae, latents).dtype == torch.float32
+
+
 # samplers
 
 
