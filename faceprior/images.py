@@ -13,6 +13,7 @@ import os
 import re
 import struct
 import uuid
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,19 @@ logger = logging.getLogger(__name__)
 ImageSource = str | Path | Image.Image | np.ndarray
 
 MAX_PIXELS = 200_000_000
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# A file with such a suffix is an image, and an error if it cannot be read; of others, the content decides
+IMAGE_SUFFIXES = (
+    ".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# Pillow's formats that are looked for in every file; others only where the suffix is theirs, since what marks them in
+# a file marks others, too. Films, plots and tables are no images, though Pillow has names for them.
+_SNIFFED_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "SGI", "TIFF", "WEBP")
+_OTHER_FORMATS = (None, "BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")
+# Of raw files, which are TIFF inside, Pillow reads a thumbnail only
+_RAW_SUFFIXES = (".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+SIDECARS = (".txt", ".json", "_qwen.json")  # ends of the names of captions: NAME.txt belongs to the image NAME.jpg
 JPEG_QUALITY = 95
 
 # What Pillow's decoders and its reader and writer of EXIF raise for damaged files
@@ -174,13 +187,12 @@ def _check_file(path: Path) -> None:
 
 def _open(file: IO[bytes], path: Path) -> Image.Image:
     """Read the header only."""
+    if is_heif(file):
+        _register_heif(path)
     try:
         return Image.open(file)
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{path} is not an image that Pillow can read: convert it to PNG or JPEG"
-            " (for HEIC, install pillow-heif and register its opener)"
-        ) from error
+        raise ImageError(f"{path} is not an image that Pillow can read: convert it to PNG or JPEG") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{path} is beyond Pillow's own limit ({error}): shrink it or raise PIL.Image.MAX_IMAGE_PIXELS"
@@ -303,52 +315,83 @@ def _image_from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
 
 
+def is_heif(file: IO[bytes]) -> bool:
+    """Whether an open file begins as a HEIC photograph does; the file is rewound."""
+    start = file.read(12)
+    file.seek(0)
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
+
+
+def _register_heif(path: Path) -> None:
+    """Let Pillow read HEIC, by the package pillow-heif; ImageError without it."""
+    try:
+        heif = importlib.import_module("pillow_heif")
+    except ImportError as error:
+        raise ImageError(f"{path} is a HEIC image: `pip install pillow-heif`, or convert it to PNG or JPEG") from error
+    heif.register_heif_opener()
+
+
 def find_images(*paths: str | Path, recursive: bool = True) -> list[Path]:
     """Find the image files that `paths` name: files, folders and globs.
 
     The arguments keep their order; the files of a folder or a glob come in natural order ("img2" before "img10"). A
-    file is listed once, however often it is named or linked to. In folders, hidden entries and files with other
-    suffixes than IMAGE_SUFFIXES are skipped; a file that is named itself is listed whatever its suffix. Links that lead
-    nowhere are listed, so that `load_image` names them. recursive: descend into sub-folders (links are followed, loops
-    are safe).
+    file is listed once, however often it is named or linked to. In folders and globs, a file is an image if it has one
+    of the IMAGE_SUFFIXES or, whatever its suffix, begins as an image does; HEIC is listed even where pillow-heif is
+    missing, so that `load_image` names it. Hidden entries are skipped, as are captions beside an image (SIDECARS);
+    other files that are skipped are counted and named in the log. A file that is named itself is listed whatever it
+    is. Links that lead nowhere are listed, so that `load_image` names them. recursive: descend into sub-folders (links
+    are followed, loops are safe).
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a folder or glob without images.
     """
     if not paths:
         raise ValueError("`find_images` needs at least one file, folder or glob")
-    found: dict[str, Path] = {}
+    found, skipped = {}, []
     for path in paths:
-        for file in _expand(path, recursive):
+        for file in _expand(path, recursive, skipped):
             found.setdefault(os.path.realpath(file), file)
+    if skipped:
+        logger.info("%s", _skipped_text(skipped))
     return list(found.values())
 
 
-def _expand(path: str | Path, recursive: bool) -> list[Path]:
+def _skipped_text(skipped: list[Path], most: int = 10) -> str:
+    number = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
+    names = ", ".join(str(path).encode(errors="backslashreplace").decode() for path in skipped[:most])
+    more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
+    return f"{number} skipped that {'is no image' if len(skipped) == 1 else 'are no images'}: {names}{more}"
+
+
+def _expand(path: str | Path, recursive: bool, skipped: list[Path]) -> list[Path]:
+    """Return the images that one argument names; what else is found there is appended to `skipped`."""
     path = Path(path).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = list(_images_in(path, recursive))
+        files = list(_files_in(path, recursive))
     elif glob.has_magic(str(path)):
-        files = _images_of_glob(path, recursive)
+        files = _files_of_glob(path, recursive)
     else:
         raise FileNotFoundError(f"no file or folder at {path}")
-    if not files:
-        raise ValueError(f"no images in {path}: looked for {', '.join(IMAGE_SUFFIXES)}")
-    return sorted(files, key=natural_key)
+    images, others = _images_among(sorted(files, key=natural_key))
+    if not images:
+        text = f": {_skipped_text(others, most=3)}" if others else ""
+        raise ValueError(f"no images in {path}{text}")
+    skipped += others
+    return images
 
 
-def _images_of_glob(pattern: Path, recursive: bool) -> list[Path]:
+def _files_of_glob(pattern: Path, recursive: bool) -> list[Path]:
     matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
     if not matches:
         raise FileNotFoundError(f"nothing matches {pattern}")
-    files = [match for match in matches if _is_image(match) and _is_file_or_dead_link(match)]
+    files = [match for match in matches if _is_visible_file(match)]
     if recursive:
-        files += [file for match in matches if match.is_dir() for file in _images_in(match, recursive)]
-    return files
+        files += [file for match in matches if match.is_dir() for file in _files_in(match, recursive)]
+    return list(dict.fromkeys(files))
 
 
-def _images_in(folder: Path, recursive: bool) -> Iterator[Path]:
+def _files_in(folder: Path, recursive: bool) -> Iterator[Path]:
     seen = set()
     for root, folders, files in os.walk(folder, onerror=_warn_skipped, followlinks=True):
         real = os.path.realpath(root)
@@ -357,22 +400,48 @@ def _images_in(folder: Path, recursive: bool) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
-        yield from (
-            Path(root, name) for name in files if _is_image(Path(name)) and _is_file_or_dead_link(Path(root, name))
-        )
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        yield from (Path(root, name) for name in files if _is_visible_file(Path(root, name)))
 
 
 def _warn_skipped(error: OSError) -> None:
     logger.warning("skipped: %s", error)
 
 
-def _is_file_or_dead_link(path: Path) -> bool:
-    """A link that leads nowhere is listed, too: its image is missing, and `load_image` says so."""
-    return path.is_file() or (path.is_symlink() and not path.exists())
+def _is_visible_file(path: Path) -> bool:
+    """A link that leads nowhere counts, too: its image is missing, and `load_image` says so."""
+    return not path.name.startswith(".") and (path.is_file() or (path.is_symlink() and not path.exists()))
+
+
+def _images_among(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Split files into images and others, without the captions of the images; both keep their order."""
+    images = {file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
+    rest = _without_sidecars([file for file in files if file not in images], images)  # only these are opened
+    images |= {file for file in rest if _begins_as_an_image(file)}
+    others = _without_sidecars([file for file in rest if file not in images], images)
+    return [file for file in files if file in images], others
+
+
+def _without_sidecars(files: list[Path], images: set[Path]) -> list[Path]:
+    owners = {str(image.with_suffix("")) for image in images}
+    return [file for file in files if not any(str(file).removesuffix(end) in owners for end in SIDECARS)]
+
+
+def _begins_as_an_image(path: Path) -> bool:
+    if path.suffix.lower() in _RAW_SUFFIXES:
+        return False
+    own = Image.registered_extensions().get(path.suffix.lower())
+    formats = _SNIFFED_FORMATS if own in _OTHER_FORMATS else (*_SNIFFED_FORMATS, own)
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a large image: `load_image` has its own limit
+            if is_heif(file):
+                return True
+            with Image.open(file, formats=formats):
+                return True
+    except Image.DecompressionBombError:
+        return True
+    except _DECODE_ERRORS:
+        return False
 
 
 def natural_key(path: str | Path) -> list[Any]:

@@ -180,7 +180,7 @@ class AuthFaceRestorer:
 
         # ---- detect and align: upright square crops, the largest face first
         if faces is None:
-            faces = detect_faces(photograph, detector, min_confidence, min_face_size)
+            faces = detect_faces(photograph, detector, min_confidence, min_face_size, turned=True)
         aligned = _align(photograph, faces, settings.resolution)
 
         # ---- restore the crops

@@ -58,7 +58,7 @@ def add_common_options(parser: argparse.ArgumentParser, checkpoint: str, images:
         "--min-face-size",
         type=count,
         default=20,
-        help="smallest longer side of a face in pixels (default: %(default)s)",
+        help="smallest shorter side of a face box in pixels (default: %(default)s)",
     )
     parser.add_argument(
         "--device", default="auto", help="device of the model: auto, cpu, cuda or cuda:N (default: %(default)s)"
