@@ -423,7 +423,11 @@ def _images_among(files: list[Path]) -> tuple[list[Path], list[Path]]:
 
 def _without_sidecars(files: list[Path], images: set[Path]) -> list[Path]:
     owners = {str(image.with_suffix("")) for image in images}
-    return [file for file in files if not any(str(file).removesuffix(end) in owners for end in SIDECARS)]
+    return [
+        file
+        for file in files
+        if not any(file.name.endswith(end) and str(file).removesuffix(end) in owners for end in SIDECARS)
+    ]
 
 
 def _begins_as_an_image(path: Path) -> bool:
