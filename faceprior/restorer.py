@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from faceprior.align import AlignedFace, align_face, paste_face
-from faceprior.color import adain_color_fix, wavelet_color_fix
+from faceprior.color import adain_color_fix, keep_tone, wavelet_color_fix
 from faceprior.detect import Face, detect_faces
 from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_like
 from faceprior.images import atomic_write, load_image, to_pil, to_pixel_values
@@ -215,8 +215,9 @@ class AuthFaceRestorer:
             # ---- x_0 by DDPM, under the ControlNet
             pixels = self._sample(degraded, settings)
 
-            # ---- detail of the result, colours of the degraded crop
-            restored += to_pil(COLOR_FIXES[color_fix](pixels.clamp(-1, 1), degraded))
+            # ---- detail of the result, colours of the degraded crop: none where that is grey, whatever was drawn
+            fixed = COLOR_FIXES[color_fix](pixels.clamp(-1, 1), degraded)
+            restored += to_pil(keep_tone(fixed, degraded))
         return restored
 
     def _sample(self, degraded: Tensor, settings: RestorerSettings) -> Tensor:
