@@ -1,7 +1,8 @@
 """Pixels in and out: any image becomes RGB, and RGB becomes what a network takes, and back.
 
 `load_image` reads every image: it applies the EXIF orientation, composites transparency over white, scales 16-bit
-and float images to 8 bits, and raises an `ImageError` that names the file for what it cannot read.
+and float images to 8 bits, and raises an `ImageError` that names the file for what it cannot read. `read_source` reads
+it together with what RGB does not hold, for those who write the image again.
 """
 
 import contextlib
@@ -11,17 +12,20 @@ import io
 import logging
 import os
 import re
+import shutil
 import struct
 import uuid
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +123,176 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
         raise ImageError(f"{name} is empty (0 bytes)")
     with io.BytesIO(data) as file, _open(file, Path(name)) as image:
         return _to_rgb(image, name, max_pixels, decoded_here=True)
+
+
+# ---- an image with what RGB does not hold
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says about its image, for `save_image`.
+
+    exif: EXIF data with orientation 1, empty without any. dpi: pixels per inch along x and y. text: the texts of a PNG
+    file, and XMP under "XML:com.adobe.xmp".
+    """
+
+    exif: bytes = b""
+    dpi: tuple[float, float] | None = None
+    text: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image as `load_image` reads it, and what RGB does not hold of it.
+
+    rgb: as `load_image` returns it: upright, over white. rgba: upright, with the colours below the transparency as they
+    are stored; None without transparency. mode: Pillow's mode of the file, such as L, P or CMYK. lost: what no image of
+    8 bits in the modes L, LA, RGB or RGBA holds of the file, in words.
+    """
+
+    rgb: Image.Image
+    rgba: Image.Image | None = None
+    mode: str = "RGB"
+    icc_profile: bytes | None = None
+    metadata: Metadata = field(default_factory=Metadata)
+    lost: tuple[str, ...] = ()
+
+    def with_pixels(self, rgb: Image.Image) -> Image.Image:
+        """Return `rgb`, an edited copy of the own `rgb`, with the own transparency: RGB, or RGBA.
+
+        Pixels that were not edited, and those that are fully transparent, are the file's own; an edit of a partly
+        transparent pixel changes its colour by as much as it changed over white.
+        """
+        if self.rgba is None:
+            return rgb
+        stored = np.asarray(self.rgba)
+        edit = np.asarray(rgb).astype(np.int16) - np.asarray(self.rgb)
+        edit[stored[..., 3] == 0] = 0
+        colors = np.clip(stored[..., :3] + edit, 0, 255).astype(np.uint8)
+        image = Image.fromarray(np.concatenate([colors, stored[..., 3:]], axis=2))
+        image.info = dict(self.rgb.info)
+        return image
+
+    def in_own_mode(self, image: Image.Image) -> Image.Image:
+        """Return an image of `with_pixels` in the file's kind of mode, with its ICC profile: grey as L or LA."""
+        grey = "L" if self.rgba is None else "LA"
+        image = image.convert(grey) if self.mode in _GREY_MODES else image.copy()
+        image.info = {"icc_profile": self.icc_profile} if self.icc_profile else {}
+        return image
+
+
+_GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_OTHER_COLORS = ("CMYK", "YCbCr", "LAB", "HSV")
+_FIRST_IS_WHOLE = ("MPO", "PSD")  # formats of one image whose other frames are previews, depths or layers
+_REDUCED = 254  # TIFF tag NewSubfileType: bit 0 marks a smaller copy of another page
+# The TIFF tags that describe an image, not how its pixels are stored
+_DESCRIBING_TAGS = frozenset(
+    (270, 271, 272, 274, 282, 283, 296, 305, 306, 315, 316, 33432, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+)
+_XMP = "XML:com.adobe.xmp"
+
+
+def read_source(source: ImageSource) -> SourceImage:
+    """Read an image as `load_image` does, with its transparency and metadata; the same errors."""
+    if isinstance(source, np.ndarray):
+        rgba = Image.fromarray(_eight_bit(source, "the array")) if source.ndim == 3 and source.shape[2] == 4 else None
+        return SourceImage(load_image(source), rgba, "RGBA" if rgba else "L" if source.ndim == 2 else "RGB")
+    if isinstance(source, Image.Image):
+        return _read_source(source, str(getattr(source, "filename", "") or "the image"))
+    rgb_only = not isinstance(source, (str, Path))
+    if rgb_only:
+        return SourceImage(load_image(source))  # which names the types that it takes
+    path = Path(source)
+    _check_file(path)
+    with path.open("rb") as file, _open(file, path) as image:
+        return _read_source(image, str(path), decoded_here=True)
+
+
+def _read_source(image: Image.Image, name: str, decoded_here: bool = False) -> SourceImage:
+    lost = _lost(image, name)
+    rgb = _to_rgb(image, name, MAX_PIXELS, decoded_here)
+    try:
+        rgba = ImageOps.exif_transpose(image).convert("RGBA") if image.has_transparency_data else None
+    except _DECODE_ERRORS as error:
+        raise _decode_error(name, error) from error
+    metadata, damaged = _metadata(image)
+    profile = image.info.get("icc_profile")
+    keeps_profile = profile and image.mode not in _OTHER_COLORS
+    lost += ("the colour profile",) * bool(profile and not keeps_profile) + damaged
+    return SourceImage(rgb, rgba, image.mode, profile if keeps_profile else None, metadata, lost)
+
+
+def _lost(image: Image.Image, name: str) -> tuple[str, ...]:
+    """Name what 8 bits in RGB do not hold of an image whose pixels are not decoded yet."""
+    raw_modes = [str(tile[3][0] if isinstance(tile[3], tuple) else tile[3]) for tile in getattr(image, "tile", ())]
+    lost = []
+    if image.mode.startswith("I") or any(";16" in mode for mode in raw_modes):
+        lost.append("16 bits per channel")
+    if image.mode == "F":
+        lost.append("floating-point values")
+    if image.mode in _OTHER_COLORS:
+        lost.append(f"{image.mode} colours")
+    more = _count_frames(image, name) - 1 if image.format in _FIRST_IS_WHOLE else 0
+    if more > 0:
+        lost.append(f"{more} further image{'s' * (more > 1)} in the file ({image.format})")
+    return tuple(lost)
+
+
+def _metadata(image: Image.Image) -> tuple[Metadata, tuple[str, ...]]:
+    """The metadata of a decoded image, and what of them is damaged."""
+    damaged = ()
+    try:
+        exif = image.getexif()
+        if image.format == "TIFF":
+            kept = Image.Exif()
+            for tag in _DESCRIBING_TAGS & exif.keys():
+                kept[tag] = exif.get_ifd(tag) if tag in set(ExifTags.IFD) else exif[tag]
+            exif = kept
+        if ExifTags.Base.Orientation in exif:
+            exif[ExifTags.Base.Orientation] = 1
+        data = exif.tobytes() if len(exif) else b""
+    except _DECODE_ERRORS:
+        data, damaged = b"", ("damaged EXIF data",)
+    dpi = image.info.get("dpi")
+    try:
+        dpi = tuple(map(float, dpi)) if dpi else None
+    except _DECODE_ERRORS:
+        dpi = None
+    if dpi and not (len(dpi) == 2 and all(1 < value < 1e6 for value in dpi)):  # 1 stands for no unit
+        dpi = None
+    text = {key: str(value) for key, value in getattr(image, "text", {}).items()}
+    xmp = image.info.get("xmp")
+    if isinstance(xmp, bytes):
+        text.setdefault(_XMP, xmp.decode("utf-8", "replace"))
+    if _XMP in text:
+        text[_XMP] = re.sub(r'(tiff:Orientation(?:="|>))\d', r"\g<1>1", text[_XMP])
+    return Metadata(data, dpi, text), damaged
+
+
+def count_frames(path: str | Path) -> int:
+    """Return how many images a file holds: frames of an animation or pages; its pixels are not decoded.
+
+    Previews, smaller copies of a page and layers do not count. Raises as `load_image` does for the file.
+    """
+    path = Path(path)
+    _check_file(path)
+    with path.open("rb") as file, _open(file, path) as image:
+        return 1 if image.format in _FIRST_IS_WHOLE else _count_frames(image, str(path))
+
+
+def _count_frames(image: Image.Image, name: str) -> int:
+    try:
+        count = getattr(image, "n_frames", 1)
+        if image.format != "TIFF" or count == 1:
+            return count
+        reduced = 0
+        for number in range(count):
+            image.seek(number)
+            reduced += bool(image.tag_v2.get(_REDUCED, 0) & 1)
+        image.seek(0)
+        return max(1, count - reduced)
+    except _DECODE_ERRORS as error:
+        raise _decode_error(name, error) from error
 
 
 def as_array(image: ImageSource) -> np.ndarray:
@@ -494,11 +668,19 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise
 
 
-def save_image(image: Image.Image | np.ndarray, path: str | Path) -> Path:
+def copy_file(source: str | Path, path: str | Path) -> Path:
+    """Copy a file byte for byte, whole or not at all; returns the new path."""
+    with open(source, "rb") as original, atomic_write(path) as file:
+        shutil.copyfileobj(original, file)
+    return Path(path)
+
+
+def save_image(image: Image.Image | np.ndarray, path: str | Path, metadata: Metadata | None = None) -> Path:
     """Write an image in the format that the suffix of `path` names, whole or not at all; returns the path.
 
     image: a PIL image, kept in its mode, or an array as `load_image` takes it ((H, W) uint8 stays grey). JPEG
-    and WebP are written at quality 95; an ICC profile in `image.info` is written too.
+    and WebP are written at quality 95; an ICC profile in `image.info` is written too. metadata: written to JPEG, PNG,
+    WebP and TIFF files as far as the format holds it: texts to PNG files only, the resolution not to WebP.
     """
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
@@ -506,7 +688,7 @@ def save_image(image: Image.Image | np.ndarray, path: str | Path) -> Path:
         raise ValueError(f"no image format is written for the suffix {path.suffix!r} of {path}: use .png or .jpg")
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image) if _is_grey(image) else load_image(image)
-    options = {"icc_profile": image.info.get("icc_profile")} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}
+    options = _metadata_options(image, metadata or Metadata(), kind) if kind in _DESCRIBED_FORMATS else {}
     if kind in ("JPEG", "WEBP"):
         options["quality"] = JPEG_QUALITY
     if kind == "JPEG":
@@ -514,6 +696,23 @@ def save_image(image: Image.Image | np.ndarray, path: str | Path) -> Path:
     with atomic_write(path) as file:
         image.save(file, format=kind, **options)
     return path
+
+
+_DESCRIBED_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+
+
+def _metadata_options(image: Image.Image, metadata: Metadata, kind: str) -> dict[str, Any]:
+    """The options of Pillow's writer for `metadata` and the image's ICC profile."""
+    options: dict[str, Any] = {"icc_profile": image.info.get("icc_profile")}
+    if metadata.exif:
+        options["exif"] = metadata.exif
+    if metadata.dpi and kind != "WEBP":
+        options["dpi"] = metadata.dpi
+    if metadata.text and kind == "PNG":
+        options["pnginfo"] = PngInfo()
+        for key, value in metadata.text.items():
+            options["pnginfo"].add_itxt(key, value)
+    return options
 
 
 def _is_grey(array: np.ndarray) -> bool:

@@ -25,6 +25,7 @@ from faceprior.images import (
     SIDECARS,
     ImageError,
     common_folder,
+    count_frames,
     decode_image,
     find_images,
     load_image,
@@ -73,8 +74,10 @@ class Photograph:
     sidecar: Member | None = None
 
     def load(self) -> Image.Image:
-        """Return the image as `load_image` does, with the same errors."""
+        """Return the image as `load_image` does, with the same errors; ImageError for a file of several frames, too."""
         if self.image is None:
+            if (frames := count_frames(self.path)) > 1:
+                raise ImageError(f"{self.path} holds {frames} frames or pages, a photograph is one: extract them")
             return load_image(self.path)
         return decode_image(self.image.read(self.path), f"{self.path}/{self.image.name}")
 

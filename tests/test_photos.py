@@ -89,6 +89,15 @@ def test_a_list(photos, tmp_path):
             photograph.load()
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".tif", ".webp"])
+def test_a_file_of_several_images_is_no_photograph(tmp_path, suffix):
+    first, second = (Image.fromarray(pixels(seed)) for seed in range(2))
+    first.save(tmp_path / f"moving{suffix}", save_all=True, append_images=[second])
+    (photograph,) = find_photographs(str(tmp_path))[0]
+    with pytest.raises(ImageError, match=f"moving{suffix} holds 2 frames or pages, a photograph is one: extract them"):
+        photograph.load()
+
+
 def test_a_list_in_utf_16(photos):
     (photos / "list.txt").write_text("b/1.png\r\na/1.png", encoding="utf-16")
     assert names(find_photographs(str(photos / "list.txt"))[0]) == ["a/1.png", "b/1.png"]
