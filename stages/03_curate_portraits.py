@@ -12,10 +12,9 @@ Writes  data/portraits/: images/ (aligned squares and their captions), manifest.
 
 The paper's last filter is a person who looks at every image: look at sheets/, write the ids of the portraits to reject
 into a text file, one per line, and give it as `--review FILE`. The same command with an edited file takes effect on
-what is done: portraits that it names move to rejected/, others move back.
+what is done: portraits that it names move to rejected/, others move back. Without `--review` all stay where they are.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,25 +77,30 @@ def main(config: Config) -> None:
     # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
     accepted, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
-    if is_complete(output) and sources is None and not (accepted.keys() & review or forgiven(rejected, review)):
+    reviewed = review is not None and (accepted.keys() & review or forgiven(rejected, review))
+    if is_complete(output) and sources is None and not reviewed:
         print(f"{output} is complete: {len(accepted)} portraits")
         return
     (output / DONE_FILE).unlink(missing_ok=True)
+    if review is not None:  # rows of older runs without the portrait are judged again
+        rejected.remove([i for i in forgiven(rejected, review) if "image" not in rejected[i]])
     if sources is None:
         draw_folder(output / "drawn", range(config.num_drawn), 4 * config.resolution, change=Spoil(config.seed))
         sources = find_photographs(str(output / "drawn"))[0]
 
     # ---- Judge every photograph that an earlier run did not (quality-first collection, 3.1)
-    accept_again(output, accepted, rejected, forgiven(rejected, review))
     for source in tqdm(sources, desc="curating", unit="photo"):
         identity = safe_name(source.name)
         if identity not in accepted and identity not in rejected:
             row = judge(config, output, source)
             (rejected if "reason" in row else accepted).add(row)
-    reject_by_hand(output, accepted, rejected, review)
-    problems += [
-        (identity, "no portrait has this id") for identity in sorted(review - accepted.keys() - rejected.keys())
-    ]
+
+    # ---- The paper's last filter, a person
+    if review is not None:
+        reject_by_hand(output, accepted, rejected, review)
+        accept_again(output, accepted, rejected, review)
+        unknown = sorted(review - accepted.keys() - rejected.keys())
+        problems += [(identity, "no portrait has this id") for identity in unknown]
 
     # ---- Sort the rows, so that interrupted and whole runs leave the same files; write the numbers and the sheets
     accepted, rejected = sort_rows(output / MANIFEST), sort_rows(output / REJECTED)
@@ -114,40 +118,42 @@ def main(config: Config) -> None:
     print(f"{len(accepted)} portraits in {output}; look at {output / 'sheets'} and reject by hand with `--review`")
 
 
-def read_review(path: str) -> set[str]:
-    """Return the ids that a person rejected."""
-    if path and not Path(path).is_file():
+def read_review(path: str) -> set[str] | None:
+    """Return the ids that a person rejected, None without a review."""
+    if not path:
+        return None
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no review file {path}: it lists the ids of rejected portraits, one per line")
-    return set(decode_text(Path(path).read_bytes()).split()) if path else set()
+    return set(decode_text(Path(path).read_bytes()).split())
 
 
-def forgiven(rejected: KeyedRows, review: set[str]) -> list[str]:
-    """Return the ids that were rejected by hand in an earlier run and are no longer in the review."""
-    return [identity for identity, row in rejected.items() if row["reason"] == BY_HAND and identity not in review]
-
-
-def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, identities: Iterable[str]) -> None:
-    """Move portraits that were rejected by hand back into the manifest; of older runs, the row is just removed."""
-    for identity in identities:
-        row = {key: value for key, value in rejected[identity].items() if key not in ("reason", "thumbnail")}
-        if "image" in row:
-            accepted.add({**row, "image": move_portrait(output, row["image"], "images")})
-            (output / rejected[identity]["thumbnail"]).unlink(missing_ok=True)
-    rejected.remove(identities)
+# Portraits move by renaming their files, then adding the row that names them, then removing the other row: a run that
+# was killed in between is completed by the next one.
 
 
 def reject_by_hand(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: set[str]) -> None:
-    """Move the portraits that a person rejected out of the manifest; image and row are kept for a change of mind.
-
-    Killed in between, the next run does the rest: a file is moved before its row is added, and removed afterwards from
-    where it was.
-    """
+    """Move the portraits that a person rejected out of the manifest; images and numbers are kept."""
     identities = [identity for identity in accepted if identity in review]
     for identity in identities:
         image = move_portrait(output, accepted[identity]["image"], "rejected")
         thumbnail = save_thumbnail(load_image(output / image), output, identity)
         rejected.add({**accepted[identity], "image": image, **thumbnail, "reason": BY_HAND})
     accepted.remove(identities)
+
+
+def forgiven(rejected: KeyedRows, review: set[str]) -> list[str]:
+    """Return the ids of portraits that were rejected by hand and are no longer in the review."""
+    return [identity for identity, row in rejected.items() if row["reason"] == BY_HAND and identity not in review]
+
+
+def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: set[str]) -> None:
+    """Move portraits that are no longer in the review back into the manifest."""
+    identities = forgiven(rejected, review)
+    for identity in identities:
+        row = {key: value for key, value in rejected[identity].items() if key not in ("reason", "thumbnail")}
+        accepted.add({**row, "image": move_portrait(output, row["image"], "images")})
+        (output / rejected[identity]["thumbnail"]).unlink(missing_ok=True)
+    rejected.remove(identities)
 
 
 def move_portrait(output: Path, image: str, folder: str) -> str:

@@ -1,5 +1,6 @@
 """Stage 3: names, captions, gates, and the review by hand."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -92,13 +93,27 @@ def test_the_review_takes_effect_on_what_is_done(stage, photos, monkeypatch, cap
 
         review.write_text(ids[1])
         assert [row["id"] for row in curate(stage, review="review.txt")["manifest"]] == [ids[0]]
-        assert curate(stage) == whole and contents(Path("out")) == before
+        assert len(curate(stage)["manifest"]) == 1  # no review: all stay where they are
+        review.write_text("")
+        assert curate(stage, review="review.txt") == whole
+        files = contents(Path("out"))
+        assert {**files, "config.yaml": b""} == {**before, "config.yaml": b""}
 
     # the same review from the beginning leaves the same files
     shutil.rmtree("out")
     review.write_text(ids[0])
     curate(stage, review="review.txt")
     assert contents(Path("out")) == rejected
+
+
+def test_a_row_that_was_rejected_by_hand_before_portraits_were_kept_is_judged_again(stage, photos):
+    whole = curate(stage)
+    row = whole["manifest"][0]
+    old = {key: row[key] for key in ("id", "photograph", "quality")} | {"reason": "rejected by hand"}
+    Path("out/manifest.jsonl").write_text(json.dumps(whole["manifest"][1]) + "\n")
+    Path("out/rejected.jsonl").write_text(json.dumps(old) + "\n")
+    Path("review.txt").write_text("")
+    assert curate(stage, review="review.txt") == whole
 
 
 @pytest.mark.parametrize("step", ["save_thumbnail", "move_portrait"])
