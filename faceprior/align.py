@@ -20,6 +20,10 @@ _CORNER_RADIUS = 0.35  # of `crop_mask`, a fraction of half its side
 _FILTER_REACH = 4  # pixels that the filters of `_sample` look at beyond a sample, and some to spare
 
 
+class AlignmentError(ValueError):
+    """Landmarks that span no face, or a face that lies outside of its photograph; the message says which."""
+
+
 @dataclass(frozen=True)
 class AlignedFace:
     """The `crop` of a face, and the (2, 3) `matrix` from the photograph's pixel coordinates to the crop's."""
@@ -36,7 +40,7 @@ def alignment_quad(landmarks: np.ndarray) -> np.ndarray:
     from the middle of the eyes to the middle of the mouth, the side 2|x| of the square is 2 max(2.0 |e|, 1.8 |m|), its
     centre is the middle of the eyes + 0.1 m, and its x axis points along e - rot90(m).
 
-    Raises ValueError for landmarks of another shape, that are not finite, or that span no face.
+    Raises ValueError for landmarks of another shape or that are not finite, AlignmentError if they span no face.
     """
     points = _checked_landmarks(landmarks)
     eye_middle = (points[0] + points[1]) / 2
@@ -63,9 +67,9 @@ def _check_spread(eye_to_eye: np.ndarray, eye_to_mouth: np.ndarray, axis: np.nda
     """In a face both vectors agree on the x axis, so their lengths add up; with swapped sides they cancel out."""
     eyes, mouth = np.hypot(*eye_to_eye), np.hypot(*eye_to_mouth)
     if eyes < 1e-3:
-        raise ValueError("`landmarks` span no face: both eyes lie on one point")
+        raise AlignmentError("`landmarks` span no face: both eyes lie on one point")
     if np.hypot(*axis) < 0.4 * (eyes + mouth):
-        raise ValueError(
+        raise AlignmentError(
             "`landmarks` span no face: eyes and mouth contradict each other. The order is left eye, right"
             " eye, nose, left and right mouth corner, as seen in the image, not by the person"
         )
@@ -74,12 +78,13 @@ def _check_spread(eye_to_eye: np.ndarray, eye_to_mouth: np.ndarray, axis: np.nda
 def align_face(image: ImageSource, landmarks: np.ndarray, size: int = 512) -> AlignedFace:
     """Crop the square of `alignment_quad` from a photograph and resize it to `size` x `size` pixels.
 
-    landmarks: (5, 2) in pixels of the photograph, left and right as in the image. A larger square is first shrunk by
+    landmarks: (5, 2) in pixels of the photograph, left and right as in the image once the head is upright (see
+    `detect.Face`): the crop of a head in any orientation is upright. A larger square is first shrunk by
     a whole factor and then sampled densely, so that nothing aliases. Outside of the photograph the crop shows its
     reflection, blurred as in FFHQ (sigma 0.02 of the square's side) and fading to the median colour; unlike in FFHQ,
     the photograph's own pixels near its border are not blurred.
 
-    Raises ValueError for landmarks that span no face or whose square lies outside of the photograph.
+    Raises AlignmentError for landmarks that span no face or whose square lies outside of the photograph.
     """
     if size < 1:
         raise ValueError(f"`size` has to be at least 1 pixel but is {size}")
@@ -118,7 +123,7 @@ def _cut(photograph: Image.Image, quad: np.ndarray, size: int) -> tuple[np.ndarr
     low = np.maximum(np.floor(corners.min(0)).astype(int) - border, 0)
     high = np.minimum(np.ceil(corners.max(0)).astype(int) + border, photograph.size)
     if (corners.max(0) <= 0).any() or (corners.min(0) >= photograph.size).any():
-        raise ValueError(f"the face lies outside of the photograph, which is {photograph.size} (width, height)")
+        raise AlignmentError(f"the face lies outside of the photograph, which is {photograph.size} (width, height)")
     region = np.asarray(photograph.crop((*low, *high)))
     shrink = max(1, int(side / size * 0.5))
     to_region = np.array([[1, 0, -low[0]], [0, 1, -low[1]], [0, 0, shrink]]) / shrink

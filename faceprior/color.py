@@ -1,7 +1,10 @@
-"""Transfer the colours of one image to another: by wavelets (StableSR) or by mean and deviation (AdaIN).
+"""Transfer the colours of one image to another: by wavelets (StableSR), by mean and deviation (AdaIN), or by its tone.
 
-Tensors are (B, 3, H, W), any range, any floating dtype; the computation runs in float32.
+Tensors are (B, 3, H, W), any floating dtype. Those of the wavelets and of AdaIN may have any range, and the computation
+runs in float32; the tone is that of pixels in [-1, 1].
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -62,3 +65,84 @@ def _check_pair(content: torch.Tensor, style: torch.Tensor) -> None:
             "`content` and `style` have to be (B, C, H, W) of one shape but are"
             f" {tuple(content.shape)} and {tuple(style.shape)}: resize one to the other"
         )
+
+
+# ---- grey and toned images
+
+LUMINANCE = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # of R, G, B (ITU-R BT.601)
+_DEGREE = 4  # of the polynomial from luminance to chroma
+_CELLS = 8  # per side: residuals are averaged over so many cells
+_CLEAN = 0.25  # largest residual of the cells of a one-tone image, of 255: what rounding to 8 bits leaves
+_NOISY = 1.2  # the same below noise or JPEG artefacts,
+_NOISE = 0.45  # where it is at most this fraction of the pixels' residual: in colour photographs it is 0.5 to 0.9
+_GREY = 1.0  # a tone whose channels differ less from the luminance, of 255, is grey
+
+
+@dataclass(frozen=True)
+class Tone:
+    """The one colour that an image has at each luminance: grey, sepia, or another line or curve in colour space.
+
+    chroma: (degree + 1, 3), coefficients in Legendre polynomials of the luminance over [0, 255]; R, G, B minus the
+    luminance. low, high: the range of luminance in the image; beyond it the chroma of its ends is taken.
+    """
+
+    chroma: torch.Tensor
+    low: float
+    high: float
+
+    def colors(self, luminance: torch.Tensor) -> torch.Tensor:
+        """Luminance (N,) in [0, 255] -> R, G, B (N, 3)."""
+        return luminance[:, None] + _legendre(luminance.clamp(self.low, self.high)) @ self.chroma
+
+
+def find_tone(image: torch.Tensor) -> Tone | None:
+    """Return the tone of an image (3, H, W) in [-1, 1], or None for one in colours.
+
+    The chroma of a grey or toned image is a function of its luminance. JPEG and noise hide that in the single pixels,
+    but not in the average of many: the residuals of a smooth fit cancel out within a cell, whereas the colours of
+    skin, hair and clothes do not, however pale they are.
+    """
+    pixels = ((image.detach().double().cpu() + 1) * 127.5).flatten(1).T  # (HW, 3)
+    luminance = pixels @ LUMINANCE
+    chroma = pixels - luminance[:, None]
+    basis = _legendre(luminance)
+    damping = 1e-6 * len(basis) * torch.eye(_DEGREE + 1, dtype=basis.dtype)  # an image of one colour has no curve
+    tone = torch.linalg.solve(basis.T @ basis + damping, basis.T @ chroma)
+
+    residual = (chroma - basis @ tone).T.reshape(image.shape)
+    of_pixels, of_cells = _length(residual), _length(F.adaptive_avg_pool2d(residual, _CELLS))
+    if of_cells > _CLEAN and (of_cells > _NOISY or of_cells > _NOISE * of_pixels):
+        return None
+    tone = torch.zeros_like(tone) if (basis @ tone).abs().max() < _GREY else tone
+    return Tone(tone, float(luminance.min()), float(luminance.max()))
+
+
+def keep_tone(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+    """`content` in the tone of `style` where that is grey or toned; images in colours are returned as they are.
+
+    Both (B, 3, H, W) in [-1, 1]. Only the luminance of a toned image is taken from `content`.
+    """
+    _check_pair(content, style)
+    return torch.stack([_toned(image, find_tone(own)) for image, own in zip(content, style, strict=True)])
+
+
+def _toned(image: torch.Tensor, tone: Tone | None) -> torch.Tensor:
+    if tone is None:
+        return image
+    luminance = torch.einsum("c,chw->hw", LUMINANCE, (image.double().cpu() + 1) * 127.5).clamp(0, 255)
+    colors = tone.colors(luminance.flatten()).T.reshape(image.shape)
+    return (colors / 127.5 - 1).clamp(-1, 1).to(image)
+
+
+def _legendre(luminance: torch.Tensor) -> torch.Tensor:
+    """Luminance (N,) in [0, 255] -> the Legendre polynomials of degree 0, 1, ... (N, degree + 1)."""
+    x = luminance / 127.5 - 1
+    columns = [torch.ones_like(x), x]
+    for n in range(1, _DEGREE):
+        columns.append(((2 * n + 1) * x * columns[n] - n * columns[n - 1]) / (n + 1))
+    return torch.stack(columns, dim=1)
+
+
+def _length(residual: torch.Tensor) -> float:
+    """The root mean square of the lengths of the colour vectors (3, H, W)."""
+    return float(residual.square().sum(0).mean().sqrt())

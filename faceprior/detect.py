@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
 AREA_LIMITS = (0.005, 0.01, 0.1, 1.0)  # upper limits of the face area, as fractions of the image (Face Score, Table 8)
+LEAST_SPREAD, MOST_SPREAD = 1.2, 3.0  # of landmarks that fit their box, see `landmarks_fit`
 SAME_FACE = 0.3  # intersection over union above which two boxes show the same face
 
 
@@ -41,7 +42,8 @@ class Face:
     """One face of an image.
 
     box: x0, y0, x1, y1 in pixels. landmarks: (5, 2) x, y in pixels, in the order of LANDMARK_NAMES, or None; left and
-    right are those of the image: the left eye of an upright head is on the left in the image. confidence: the
+    right are those of the image in which the head is upright: in a turned image the left eye is still the one that lies
+    on the left once the head is upright, so that `align_face` makes an upright crop of every face. confidence: the
     detector's, in [0, 1].
     """
 
@@ -169,11 +171,20 @@ def area_bin(area_ratio: float, limits: tuple[float, ...] = AREA_LIMITS) -> int:
 # ---- faces in an image
 
 
+# An image in which an upright face is found with SURE is not searched in other orientations. Another orientation is
+# taken if its most confident face has at least TURNED_CONFIDENCE and is MORE_SURE times less likely to be none than any
+# upright one. In turned images MTCNN "finds" upright faces, too, half of the time above 0.9. Measured with it on 42
+# heads tilted by up to 20 degrees: upright ones, 0.989 at least, all stay as they are; of those turned by 90 or 270
+# degrees 98% are turned back, of those turned by 180 degrees 97%.
+SURE, TURNED_CONFIDENCE, MORE_SURE = 0.997, 0.9, 3
+
+
 def detect_faces(
     image: ImageSource,
     detector: str | Callable[[np.ndarray], list[Face]] = "auto",
     min_confidence: float = 0.9,
     min_face_size: float = 20,
+    turned: bool = False,
 ) -> list[Face]:
     """Find the faces of an image, largest first; without a face the list is empty.
 
@@ -182,22 +193,75 @@ def detect_faces(
         detector: a name for `resolve_detector`, its result, or a function from rgb (H, W, 3) uint8, which it must not
             change, to a list of `Face`.
         min_confidence: faces below are dropped (0.9 as in the official Face Score code).
-        min_face_size: faces whose longer side is below, in pixels, are dropped.
+        min_face_size: faces whose box has a shorter side below this, in pixels, are dropped.
+        turned: search an image without a sure upright face in its other orientations, too, as `search_orientations`
+            does; boxes and landmarks are those of the image as it is.
 
-    Boxes are clamped to the image and dropped if nothing is left; landmarks may lie outside. If the longer side of an
-    image is above 2048 px, it is searched at 2048 px, where faces below 12 px are not found whatever `min_face_size`;
-    a function as the detector gets the full image.
+    Boxes are clamped to the image and dropped if nothing is left; landmarks may lie outside. Landmarks that do not fit
+    their box (see `landmarks_fit`) are None. If the longer side of an image is above 2048 px, it is searched at 2048
+    px, where faces below 12 px are not found whatever `min_face_size`; a function as the detector gets the full image,
+    and its landmarks are taken as they are.
     """
+    rgb = as_array(image)
+    if not turned:
+        return _search(rgb, detector, min_confidence, min_face_size)
+    turns, faces = search_orientations(rgb, detector, min_confidence, min_face_size)
+    return [_turn_back(face, turns, rgb.shape[1], rgb.shape[0]) for face in faces]
+
+
+def search_orientations(
+    image: ImageSource,
+    detector: str | Callable[[np.ndarray], list[Face]] = "auto",
+    min_confidence: float = 0.9,
+    min_face_size: float = 20,
+) -> tuple[int, list[Face]]:
+    """Find the faces of an image that may be turned by 90, 180 or 270 degrees -> (quarter turns, faces).
+
+    quarter turns: 0 to 3, how often the image has to be turned counter-clockwise until its faces are upright; faces:
+    those of the turned image (`np.rot90(rgb, turns)`), as `detect_faces` returns them. An image in which an upright
+    face is found with SURE is not turned, nor is one in which no orientation is clearly better than upright.
+    """
+    rgb = as_array(image)
+    upright = _search(rgb, detector, min_confidence, min_face_size)
+    if _certainty(upright) >= SURE:
+        return 0, upright
+    images = {turns: np.ascontiguousarray(np.rot90(rgb, turns)) for turns in (1, 2, 3)}
+    found = {turns: _search(image, detector, min_confidence, min_face_size) for turns, image in images.items()}
+    turns = max(found, key=lambda turns: _certainty(found[turns]))
+    doubt = 1 - _certainty(found[turns])
+    if doubt > 1 - TURNED_CONFIDENCE or MORE_SURE * doubt > 1 - _certainty(upright):
+        return 0, upright
+    return turns, found[turns]
+
+
+def _search(rgb: np.ndarray, detector: Any, min_confidence: float, min_face_size: float) -> list[Face]:
     if not min_face_size > 0:
         raise ValueError(f"`min_face_size` has to be above 0 pixels but is {min_face_size}")
-    rgb = as_array(image)
     faces = [_clamp(face, rgb.shape[1], rgb.shape[0]) for face in _run(detector, rgb, min_face_size)]
     faces = [
         face
         for face in faces
-        if face.area > 0 and face.confidence >= min_confidence and max(face.width, face.height) >= min_face_size
+        if face.area > 0 and face.confidence >= min_confidence and min(face.width, face.height) >= min_face_size
     ]
     return sorted(faces, key=lambda face: face.area, reverse=True)
+
+
+def _certainty(faces: list[Face]) -> float:
+    """The highest confidence of a face that can be aligned, 0 without one."""
+    return max((face.confidence for face in faces if face.landmarks is not None), default=0.0)
+
+
+def _turn_back(face: Face, turns: int, width: int, height: int) -> Face:
+    """Map a face of `np.rot90(rgb, turns)` back to rgb, which has width x height pixels."""
+    back = np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), turns)  # of offsets (x, y) from the centre
+    size = np.array([width, height])
+    turned_size = size[::-1] if turns % 2 else size
+    corners = (np.reshape(face.box, (2, 2)) - turned_size / 2) @ back.T + size / 2
+    box = (*corners.min(0), *corners.max(0))
+    if face.landmarks is None:
+        return Face(box, None, face.confidence)
+    landmarks = (face.landmarks - (turned_size - 1) / 2) @ back.T + (size - 1) / 2
+    return Face(box, landmarks, face.confidence)
 
 
 def finds_face(
@@ -227,6 +291,22 @@ def _checked_faces(faces: Any) -> list[Face]:
     return list(faces)
 
 
+def landmarks_fit(face: Face) -> bool:
+    """Whether the landmarks span as much of the box as those of a face do; False without landmarks.
+
+    The square that FFHQ crops has the side 2 max(2.0 |e|, 1.8 |m|), with e the vector between the eyes and m the one
+    from their middle to the middle of the mouth. Of upright faces it is 1.4 to 1.9 times the side of the box (the root
+    of its area), of those tilted by up to 50 degrees 1.2 times at least where the landmarks are correct; in profile,
+    too, where |e| is small and |m| is not. MTCNN bunches the landmarks of a face that lies on its side in the middle of
+    the box: below 1.2 for 39 of 47 such faces.
+    """
+    if face.landmarks is None or face.area == 0:
+        return False
+    left_eye, right_eye, _, mouth_left, mouth_right = face.landmarks
+    eyes, mouth = np.hypot(*(right_eye - left_eye)), np.hypot(*(mouth_left + mouth_right - left_eye - right_eye)) / 2
+    return bool(LEAST_SPREAD <= 2 * max(2.0 * eyes, 1.8 * mouth) / math.sqrt(face.area) <= MOST_SPREAD)
+
+
 def _clamp(face: Face, width: int, height: int) -> Face:
     x0, x1 = np.clip(face.box[0::2], 0, width)
     y0, y1 = np.clip(face.box[1::2], 0, height)
@@ -250,12 +330,17 @@ class Detector:
     """A face detector: `name`, and a call from RGB pixels to faces.
 
     The call takes rgb (H, W, 3) uint8 and min_face_size in pixels. An image whose longer side is above
-    MAX_DETECTION_SIDE is searched at that size and the result is scaled back.
+    MAX_DETECTION_SIDE is searched at that size and the result is scaled back. Landmarks that do not fit their box are
+    dropped.
     """
 
     name: str
 
     def __call__(self, rgb: np.ndarray, min_face_size: float = 20) -> list[Face]:
+        found = self._detect_scaled(rgb, min_face_size)
+        return [face if landmarks_fit(face) else replace(face, landmarks=None) for face in found]
+
+    def _detect_scaled(self, rgb: np.ndarray, min_face_size: float) -> list[Face]:
         scale = min(1.0, MAX_DETECTION_SIDE / max(rgb.shape[:2]))
         if scale == 1.0:
             return self._detect(np.ascontiguousarray(rgb), min_face_size)

@@ -1,7 +1,8 @@
 """Pixels in and out: any image becomes RGB, and RGB becomes what a network takes, and back.
 
 `load_image` reads every image: it applies the EXIF orientation, composites transparency over white, scales 16-bit
-and float images to 8 bits, and raises an `ImageError` that names the file for what it cannot read.
+and float images to 8 bits, and raises an `ImageError` that names the file for what it cannot read. `read_source` reads
+it together with what RGB does not hold, for those who write the image again.
 """
 
 import contextlib
@@ -11,16 +12,20 @@ import io
 import logging
 import os
 import re
+import shutil
 import struct
 import uuid
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +35,19 @@ logger = logging.getLogger(__name__)
 ImageSource = str | Path | Image.Image | np.ndarray
 
 MAX_PIXELS = 200_000_000
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# A file with such a suffix is an image, and an error if it cannot be read; of others, the content decides
+IMAGE_SUFFIXES = (
+    ".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# Pillow's formats that are looked for in every file; others only where the suffix is theirs, since what marks them in
+# a file marks others, too. Films, plots and tables are no images, though Pillow has names for them.
+_SNIFFED_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "SGI", "TIFF", "WEBP")
+_OTHER_FORMATS = (None, "BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")
+# Of raw files, which are TIFF inside, Pillow reads a thumbnail only
+_RAW_SUFFIXES = (".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+SIDECARS = (".txt", ".json", "_qwen.json")  # ends of the names of captions: NAME.txt belongs to the image NAME.jpg
 JPEG_QUALITY = 95
 
 # What Pillow's decoders and its reader and writer of EXIF raise for damaged files
@@ -108,6 +125,176 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
         return _to_rgb(image, name, max_pixels, decoded_here=True)
 
 
+# ---- an image with what RGB does not hold
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says about its image, for `save_image`.
+
+    exif: EXIF data with orientation 1, empty without any. dpi: pixels per inch along x and y. text: the texts of a PNG
+    file, and XMP under "XML:com.adobe.xmp".
+    """
+
+    exif: bytes = b""
+    dpi: tuple[float, float] | None = None
+    text: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image as `load_image` reads it, and what RGB does not hold of it.
+
+    rgb: as `load_image` returns it: upright, over white. rgba: upright, with the colours below the transparency as they
+    are stored; None without transparency. mode: Pillow's mode of the file, such as L, P or CMYK. lost: what no image of
+    8 bits in the modes L, LA, RGB or RGBA holds of the file, in words.
+    """
+
+    rgb: Image.Image
+    rgba: Image.Image | None = None
+    mode: str = "RGB"
+    icc_profile: bytes | None = None
+    metadata: Metadata = field(default_factory=Metadata)
+    lost: tuple[str, ...] = ()
+
+    def with_pixels(self, rgb: Image.Image) -> Image.Image:
+        """Return `rgb`, an edited copy of the own `rgb`, with the own transparency: RGB, or RGBA.
+
+        Pixels that were not edited, and those that are fully transparent, are the file's own; an edit of a partly
+        transparent pixel changes its colour by as much as it changed over white.
+        """
+        if self.rgba is None:
+            return rgb
+        stored = np.asarray(self.rgba)
+        edit = np.asarray(rgb).astype(np.int16) - np.asarray(self.rgb)
+        edit[stored[..., 3] == 0] = 0
+        colors = np.clip(stored[..., :3] + edit, 0, 255).astype(np.uint8)
+        image = Image.fromarray(np.concatenate([colors, stored[..., 3:]], axis=2))
+        image.info = dict(self.rgb.info)
+        return image
+
+    def in_own_mode(self, image: Image.Image) -> Image.Image:
+        """Return an image of `with_pixels` in the file's kind of mode, with its ICC profile: grey as L or LA."""
+        grey = "L" if self.rgba is None else "LA"
+        image = image.convert(grey) if self.mode in _GREY_MODES else image.copy()
+        image.info = {"icc_profile": self.icc_profile} if self.icc_profile else {}
+        return image
+
+
+_GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_OTHER_COLORS = ("CMYK", "YCbCr", "LAB", "HSV")
+_FIRST_IS_WHOLE = ("MPO", "PSD")  # formats of one image whose other frames are previews, depths or layers
+_REDUCED = 254  # TIFF tag NewSubfileType: bit 0 marks a smaller copy of another page
+# The TIFF tags that describe an image, not how its pixels are stored
+_DESCRIBING_TAGS = frozenset(
+    (270, 271, 272, 274, 282, 283, 296, 305, 306, 315, 316, 33432, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+)
+_XMP = "XML:com.adobe.xmp"
+
+
+def read_source(source: ImageSource) -> SourceImage:
+    """Read an image as `load_image` does, with its transparency and metadata; the same errors."""
+    if isinstance(source, np.ndarray):
+        rgba = Image.fromarray(_eight_bit(source, "the array")) if source.ndim == 3 and source.shape[2] == 4 else None
+        return SourceImage(load_image(source), rgba, "RGBA" if rgba else "L" if source.ndim == 2 else "RGB")
+    if isinstance(source, Image.Image):
+        return _read_source(source, str(getattr(source, "filename", "") or "the image"))
+    rgb_only = not isinstance(source, (str, Path))
+    if rgb_only:
+        return SourceImage(load_image(source))  # which names the types that it takes
+    path = Path(source)
+    _check_file(path)
+    with path.open("rb") as file, _open(file, path) as image:
+        return _read_source(image, str(path), decoded_here=True)
+
+
+def _read_source(image: Image.Image, name: str, decoded_here: bool = False) -> SourceImage:
+    lost = _lost(image, name)
+    rgb = _to_rgb(image, name, MAX_PIXELS, decoded_here)
+    try:
+        rgba = ImageOps.exif_transpose(image).convert("RGBA") if image.has_transparency_data else None
+    except _DECODE_ERRORS as error:
+        raise _decode_error(name, error) from error
+    metadata, damaged = _metadata(image)
+    profile = image.info.get("icc_profile")
+    keeps_profile = profile and image.mode not in _OTHER_COLORS
+    lost += ("the colour profile",) * bool(profile and not keeps_profile) + damaged
+    return SourceImage(rgb, rgba, image.mode, profile if keeps_profile else None, metadata, lost)
+
+
+def _lost(image: Image.Image, name: str) -> tuple[str, ...]:
+    """Name what 8 bits in RGB do not hold of an image whose pixels are not decoded yet."""
+    raw_modes = [str(tile[3][0] if isinstance(tile[3], tuple) else tile[3]) for tile in getattr(image, "tile", ())]
+    lost = []
+    if image.mode.startswith("I") or any(";16" in mode for mode in raw_modes):
+        lost.append("16 bits per channel")
+    if image.mode == "F":
+        lost.append("floating-point values")
+    if image.mode in _OTHER_COLORS:
+        lost.append(f"{image.mode} colours")
+    more = _count_frames(image, name) - 1 if image.format in _FIRST_IS_WHOLE else 0
+    if more > 0:
+        lost.append(f"{more} further image{'s' * (more > 1)} in the file ({image.format})")
+    return tuple(lost)
+
+
+def _metadata(image: Image.Image) -> tuple[Metadata, tuple[str, ...]]:
+    """The metadata of a decoded image, and what of them is damaged."""
+    damaged = ()
+    try:
+        exif = image.getexif()
+        if image.format == "TIFF":
+            kept = Image.Exif()
+            for tag in _DESCRIBING_TAGS & exif.keys():
+                kept[tag] = exif.get_ifd(tag) if tag in set(ExifTags.IFD) else exif[tag]
+            exif = kept
+        if ExifTags.Base.Orientation in exif:
+            exif[ExifTags.Base.Orientation] = 1
+        data = exif.tobytes() if len(exif) else b""
+    except _DECODE_ERRORS:
+        data, damaged = b"", ("damaged EXIF data",)
+    dpi = image.info.get("dpi")
+    try:
+        dpi = tuple(map(float, dpi)) if dpi else None
+    except _DECODE_ERRORS:
+        dpi = None
+    if dpi and not (len(dpi) == 2 and all(1 < value < 1e6 for value in dpi)):  # 1 stands for no unit
+        dpi = None
+    text = {key: str(value) for key, value in getattr(image, "text", {}).items()}
+    xmp = image.info.get("xmp")
+    if isinstance(xmp, bytes):
+        text.setdefault(_XMP, xmp.decode("utf-8", "replace"))
+    if _XMP in text:
+        text[_XMP] = re.sub(r'(tiff:Orientation(?:="|>))\d', r"\g<1>1", text[_XMP])
+    return Metadata(data, dpi, text), damaged
+
+
+def count_frames(path: str | Path) -> int:
+    """Return how many images a file holds: frames of an animation or pages; its pixels are not decoded.
+
+    Previews, smaller copies of a page and layers do not count. Raises as `load_image` does for the file.
+    """
+    path = Path(path)
+    _check_file(path)
+    with path.open("rb") as file, _open(file, path) as image:
+        return 1 if image.format in _FIRST_IS_WHOLE else _count_frames(image, str(path))
+
+
+def _count_frames(image: Image.Image, name: str) -> int:
+    try:
+        count = getattr(image, "n_frames", 1)
+        if image.format != "TIFF" or count == 1:
+            return count
+        reduced = 0
+        for number in range(count):
+            image.seek(number)
+            reduced += bool(image.tag_v2.get(_REDUCED, 0) & 1)
+        image.seek(0)
+        return max(1, count - reduced)
+    except _DECODE_ERRORS as error:
+        raise _decode_error(name, error) from error
+
+
 def as_array(image: ImageSource) -> np.ndarray:
     """Any image that `load_image` takes -> (H, W, 3) uint8 RGB, for reading only: such an array is not copied."""
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
@@ -174,13 +361,12 @@ def _check_file(path: Path) -> None:
 
 def _open(file: IO[bytes], path: Path) -> Image.Image:
     """Read the header only."""
+    if is_heif(file):
+        _register_heif(path)
     try:
         return Image.open(file)
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{path} is not an image that Pillow can read: convert it to PNG or JPEG"
-            " (for HEIC, install pillow-heif and register its opener)"
-        ) from error
+        raise ImageError(f"{path} is not an image that Pillow can read: convert it to PNG or JPEG") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{path} is beyond Pillow's own limit ({error}): shrink it or raise PIL.Image.MAX_IMAGE_PIXELS"
@@ -303,52 +489,83 @@ def _image_from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
 
 
+def is_heif(file: IO[bytes]) -> bool:
+    """Whether an open file begins as a HEIC photograph does; the file is rewound."""
+    start = file.read(12)
+    file.seek(0)
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
+
+
+def _register_heif(path: Path) -> None:
+    """Let Pillow read HEIC, by the package pillow-heif; ImageError without it."""
+    try:
+        heif = importlib.import_module("pillow_heif")
+    except ImportError as error:
+        raise ImageError(f"{path} is a HEIC image: `pip install pillow-heif`, or convert it to PNG or JPEG") from error
+    heif.register_heif_opener()
+
+
 def find_images(*paths: str | Path, recursive: bool = True) -> list[Path]:
     """Find the image files that `paths` name: files, folders and globs.
 
     The arguments keep their order; the files of a folder or a glob come in natural order ("img2" before "img10"). A
-    file is listed once, however often it is named or linked to. In folders, hidden entries and files with other
-    suffixes than IMAGE_SUFFIXES are skipped; a file that is named itself is listed whatever its suffix. Links that lead
-    nowhere are listed, so that `load_image` names them. recursive: descend into sub-folders (links are followed, loops
-    are safe).
+    file is listed once, however often it is named or linked to. In folders and globs, a file is an image if it has one
+    of the IMAGE_SUFFIXES or, whatever its suffix, begins as an image does; HEIC is listed even where pillow-heif is
+    missing, so that `load_image` names it. Hidden entries are skipped, as are captions beside an image (SIDECARS);
+    other files that are skipped are counted and named in the log. A file that is named itself is listed whatever it
+    is. Links that lead nowhere are listed, so that `load_image` names them. recursive: descend into sub-folders (links
+    are followed, loops are safe).
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a folder or glob without images.
     """
     if not paths:
         raise ValueError("`find_images` needs at least one file, folder or glob")
-    found: dict[str, Path] = {}
+    found, skipped = {}, []
     for path in paths:
-        for file in _expand(path, recursive):
+        for file in _expand(path, recursive, skipped):
             found.setdefault(os.path.realpath(file), file)
+    if skipped:
+        logger.info("%s", _skipped_text(skipped))
     return list(found.values())
 
 
-def _expand(path: str | Path, recursive: bool) -> list[Path]:
+def _skipped_text(skipped: list[Path], most: int = 10) -> str:
+    number = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
+    names = ", ".join(str(path).encode(errors="backslashreplace").decode() for path in skipped[:most])
+    more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
+    return f"{number} skipped that {'is no image' if len(skipped) == 1 else 'are no images'}: {names}{more}"
+
+
+def _expand(path: str | Path, recursive: bool, skipped: list[Path]) -> list[Path]:
+    """Return the images that one argument names; what else is found there is appended to `skipped`."""
     path = Path(path).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = list(_images_in(path, recursive))
+        files = list(_files_in(path, recursive))
     elif glob.has_magic(str(path)):
-        files = _images_of_glob(path, recursive)
+        files = _files_of_glob(path, recursive)
     else:
         raise FileNotFoundError(f"no file or folder at {path}")
-    if not files:
-        raise ValueError(f"no images in {path}: looked for {', '.join(IMAGE_SUFFIXES)}")
-    return sorted(files, key=natural_key)
+    images, others = _images_among(sorted(files, key=natural_key))
+    if not images:
+        text = f": {_skipped_text(others, most=3)}" if others else ""
+        raise ValueError(f"no images in {path}{text}")
+    skipped += others
+    return images
 
 
-def _images_of_glob(pattern: Path, recursive: bool) -> list[Path]:
+def _files_of_glob(pattern: Path, recursive: bool) -> list[Path]:
     matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
     if not matches:
         raise FileNotFoundError(f"nothing matches {pattern}")
-    files = [match for match in matches if _is_image(match) and _is_file_or_dead_link(match)]
+    files = [match for match in matches if _is_visible_file(match)]
     if recursive:
-        files += [file for match in matches if match.is_dir() for file in _images_in(match, recursive)]
-    return files
+        files += [file for match in matches if match.is_dir() for file in _files_in(match, recursive)]
+    return list(dict.fromkeys(files))
 
 
-def _images_in(folder: Path, recursive: bool) -> Iterator[Path]:
+def _files_in(folder: Path, recursive: bool) -> Iterator[Path]:
     seen = set()
     for root, folders, files in os.walk(folder, onerror=_warn_skipped, followlinks=True):
         real = os.path.realpath(root)
@@ -357,22 +574,52 @@ def _images_in(folder: Path, recursive: bool) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
-        yield from (
-            Path(root, name) for name in files if _is_image(Path(name)) and _is_file_or_dead_link(Path(root, name))
-        )
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        yield from (Path(root, name) for name in files if _is_visible_file(Path(root, name)))
 
 
 def _warn_skipped(error: OSError) -> None:
     logger.warning("skipped: %s", error)
 
 
-def _is_file_or_dead_link(path: Path) -> bool:
-    """A link that leads nowhere is listed, too: its image is missing, and `load_image` says so."""
-    return path.is_file() or (path.is_symlink() and not path.exists())
+def _is_visible_file(path: Path) -> bool:
+    """A link that leads nowhere counts, too: its image is missing, and `load_image` says so."""
+    return not path.name.startswith(".") and (path.is_file() or (path.is_symlink() and not path.exists()))
+
+
+def _images_among(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Split files into images and others, without the captions of the images; both keep their order."""
+    images = {file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
+    rest = _without_sidecars([file for file in files if file not in images], images)  # only these are opened
+    images |= {file for file in rest if _begins_as_an_image(file)}
+    others = _without_sidecars([file for file in rest if file not in images], images)
+    return [file for file in files if file in images], others
+
+
+def _without_sidecars(files: list[Path], images: set[Path]) -> list[Path]:
+    owners = {str(image.with_suffix("")) for image in images}
+    return [
+        file
+        for file in files
+        if not any(file.name.endswith(end) and str(file).removesuffix(end) in owners for end in SIDECARS)
+    ]
+
+
+def _begins_as_an_image(path: Path) -> bool:
+    if path.suffix.lower() in _RAW_SUFFIXES:
+        return False
+    own = Image.registered_extensions().get(path.suffix.lower())
+    formats = _SNIFFED_FORMATS if own in _OTHER_FORMATS else (*_SNIFFED_FORMATS, own)
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a large image: `load_image` has its own limit
+            if is_heif(file):
+                return True
+            with Image.open(file, formats=formats):
+                return True
+    except Image.DecompressionBombError:
+        return True
+    except _DECODE_ERRORS:
+        return False
 
 
 def natural_key(path: str | Path) -> list[Any]:
@@ -421,11 +668,19 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise
 
 
-def save_image(image: Image.Image | np.ndarray, path: str | Path) -> Path:
+def copy_file(source: str | Path, path: str | Path) -> Path:
+    """Copy a file byte for byte, whole or not at all; returns the new path."""
+    with open(source, "rb") as original, atomic_write(path) as file:
+        shutil.copyfileobj(original, file)
+    return Path(path)
+
+
+def save_image(image: Image.Image | np.ndarray, path: str | Path, metadata: Metadata | None = None) -> Path:
     """Write an image in the format that the suffix of `path` names, whole or not at all; returns the path.
 
     image: a PIL image, kept in its mode, or an array as `load_image` takes it ((H, W) uint8 stays grey). JPEG
-    and WebP are written at quality 95; an ICC profile in `image.info` is written too.
+    and WebP are written at quality 95; an ICC profile in `image.info` is written too. metadata: written to JPEG, PNG,
+    WebP and TIFF files as far as the format holds it: texts to PNG files only, the resolution not to WebP.
     """
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
@@ -433,7 +688,7 @@ def save_image(image: Image.Image | np.ndarray, path: str | Path) -> Path:
         raise ValueError(f"no image format is written for the suffix {path.suffix!r} of {path}: use .png or .jpg")
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image) if _is_grey(image) else load_image(image)
-    options = {"icc_profile": image.info.get("icc_profile")} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}
+    options = _metadata_options(image, metadata or Metadata(), kind) if kind in _DESCRIBED_FORMATS else {}
     if kind in ("JPEG", "WEBP"):
         options["quality"] = JPEG_QUALITY
     if kind == "JPEG":
@@ -441,6 +696,23 @@ def save_image(image: Image.Image | np.ndarray, path: str | Path) -> Path:
     with atomic_write(path) as file:
         image.save(file, format=kind, **options)
     return path
+
+
+_DESCRIBED_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+
+
+def _metadata_options(image: Image.Image, metadata: Metadata, kind: str) -> dict[str, Any]:
+    """The options of Pillow's writer for `metadata` and the image's ICC profile."""
+    options: dict[str, Any] = {"icc_profile": image.info.get("icc_profile")}
+    if metadata.exif:
+        options["exif"] = metadata.exif
+    if metadata.dpi and kind != "WEBP":
+        options["dpi"] = metadata.dpi
+    if metadata.text and kind == "PNG":
+        options["pnginfo"] = PngInfo()
+        for key, value in metadata.text.items():
+            options["pnginfo"].add_itxt(key, value)
+    return options
 
 
 def _is_grey(array: np.ndarray) -> bool:

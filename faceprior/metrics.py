@@ -155,11 +155,11 @@ def fid(
 ) -> float:
     """Frechet distance between the features of two folders of images (FID, arXiv 1706.08500, Eq. 6).
 
-    Settings: clean-fid (arXiv 2104.11222) in mode "clean": every image of the folder and its
-    sub-folders, resized to 299x299 by PIL's antialiased bicubic filter without rounding; features of
-    Inception V3 (2048 values, weights `inception-2015-12-05.pt`); sample covariances. Name the reference
-    set under every FID, and compare only numbers of equally many images: below some thousand the value is
-    biased upwards.
+    Settings: clean-fid (arXiv 2104.11222) in mode "clean": every image of the folder and its sub-folders, read by
+    `load_image` as everything that is measured (upright, transparency over white, 8 bits), resized to 299x299 by PIL's
+    antialiased bicubic filter without rounding; features of Inception V3 (2048 values, weights
+    `inception-2015-12-05.pt`); sample covariances. Name the reference set under every FID, and compare only numbers of
+    equally many images: below some thousand the value is biased upwards.
 
     extractor: another network, from pixels (B, 3, 299, 299) float32 in 0..255 on `device` to features (B,
     D), such as `features.tiny_fid_extractor`; the number is then no longer comparable with published FIDs.
@@ -172,23 +172,20 @@ def fid(
 
 
 def _folder_features(folder: str | Path, extractor: Callable, device: str, batch_size: int) -> np.ndarray:
+    """Return the features (N, D) of all images of a folder."""
     import torch
-    from cleanfid.fid import get_files_features
+    from cleanfid.resize import build_resizer
 
-    files = [str(file) for file in find_images(folder)]
+    files = find_images(folder)
     if len(files) < 2:
         raise ValueError(f"FID needs at least two images a folder, but {folder} holds {len(files)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return get_files_features(
-            files,
-            model=extractor,
-            num_workers=0,
-            batch_size=batch_size,
-            device=torch.device(device),
-            mode="clean",
-            verbose=False,
-        )
+    resize, features = build_resizer("clean"), []
+    for start in range(0, len(files), batch_size):
+        pixels = np.stack([resize(as_array(file)) for file in files[start : start + batch_size]])
+        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)  # (B, 3, 299, 299) float32 in 0..255
+        with torch.no_grad():
+            features.append(extractor(batch).cpu().numpy())
+    return np.concatenate(features)
 
 
 @functools.cache

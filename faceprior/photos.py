@@ -6,6 +6,7 @@ is needed, in any order and from any thread. Python's own tarfile reads it: shar
 webdataset, made for streams, would run `pipe:` commands and read from the beginning at every resume.
 """
 
+import codecs
 import glob
 import hashlib
 import json
@@ -19,12 +20,30 @@ from pathlib import Path
 
 from PIL import Image
 
-from faceprior.images import common_folder, decode_image, find_images, load_image, natural_key
+from faceprior.images import (
+    IMAGE_SUFFIXES,
+    SIDECARS,
+    ImageError,
+    common_folder,
+    count_frames,
+    decode_image,
+    find_images,
+    load_image,
+    natural_key,
+)
 
-MEMBER_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MEMBER_SUFFIXES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 CAPTION_SUFFIXES = ("txt", "json")  # the first one that exists counts
 
 Problems = list[tuple[str, str]]
+
+
+class CaptionError(ValueError):
+    """A caption that cannot be read; the message names file and rule."""
+
+
+# What is wrong with a photograph or its caption; other OSErrors, as a full disk, and other ValueErrors are not
+UNREADABLE = (ImageError, CaptionError, FileNotFoundError, PermissionError)
 
 
 @dataclass(frozen=True)
@@ -55,8 +74,10 @@ class Photograph:
     sidecar: Member | None = None
 
     def load(self) -> Image.Image:
-        """Return the image as `load_image` does, with the same errors."""
+        """Return the image as `load_image` does, with the same errors; ImageError for a file of several frames, too."""
         if self.image is None:
+            if (frames := count_frames(self.path)) > 1:
+                raise ImageError(f"{self.path} holds {frames} frames or pages, a photograph is one: extract them")
             return load_image(self.path)
         return decode_image(self.image.read(self.path), f"{self.path}/{self.image.name}")
 
@@ -69,7 +90,7 @@ class Photograph:
         return True
 
     def caption(self) -> str | None:
-        """Return the caption beside it (NAME.txt, else NAME.json), None without one; ValueError for an invalid file."""
+        """Return the caption beside it (NAME.txt, else NAME.json), None without one; CaptionError for a wrong file."""
         if self.image is None:
             return read_caption(self.path)
         if self.sidecar is None:
@@ -128,7 +149,7 @@ def _fixed_part(path: Path) -> Path:
 
 
 def _in_list(path: Path) -> list[Photograph]:
-    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    lines = decode_text(path.read_bytes(), "surrogateescape").split("\n")  # a path may be no text
     listed = dict.fromkeys(path.parent / line.strip() for line in lines if line.strip())
     if not listed:
         raise ValueError(f"{path} lists no photograph: it has to contain one path per line")
@@ -149,7 +170,7 @@ def _in_shards(paths: list[Path]) -> tuple[list[Photograph], Problems]:
         found, problems = found + photographs, problems + wrong
     if not found:
         reason = f"; the first problem: {': '.join(problems[0])}" if problems else ""
-        raise ValueError(f"no member of {shards[0]} ... is a .jpg, .png or .webp image{reason}")
+        raise ValueError(f"no member of {shards[0]} ... is an image{reason}")
     return found, problems
 
 
@@ -227,11 +248,11 @@ def read_caption(image: str | Path) -> str | None:
     """Return the caption beside an image, in one line with single spaces; None if there is none.
 
     The first of these files counts: `NAME.txt`, `NAME.json`, `NAME_qwen.json`; a JSON file contains a string, or an
-    object with the key `caption`. ValueError for a JSON file without a caption.
+    object with the key `caption`. CaptionError for a JSON file without a caption and for what is no text.
     """
     image = Path(image)
-    names = (image.with_suffix(".txt"), image.with_suffix(".json"), image.with_name(f"{image.stem}_qwen.json"))
-    path = next((path for path in names if os.path.isfile(path)), None)  # also False for a name that is too long
+    paths = (image.with_name(f"{image.stem}{end}") for end in SIDECARS)
+    path = next((path for path in paths if os.path.isfile(path)), None)  # also False for a name that is too long
     return None if path is None else parse_caption(path.read_bytes(), str(path))
 
 
@@ -240,16 +261,40 @@ def parse_caption(data: bytes, name: str) -> str:
 
     name: the name of the file: its suffix decides how it is read, and errors show it.
     """
-    if not name.lower().endswith(".json"):
-        return " ".join(data.decode(errors="replace").split())
     try:
-        value = json.loads(data)
+        text = decode_text(data)
+    except UnicodeDecodeError as error:
+        raise CaptionError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    caption = _caption_in_json(text, name) if name.lower().endswith(".json") else text
+    if "\0" in caption or any("\ud800" <= c <= "\udfff" for c in caption):
+        raise CaptionError(f"{name} has characters that are no text in it (UTF-16 without a mark?): save it as UTF-8")
+    return " ".join(caption.split())
+
+
+def _caption_in_json(text: str, name: str) -> str:
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
+        raise CaptionError(f"{name} is not JSON: {error}") from error
     caption = value.get("caption") if isinstance(value, dict) else value
     if not isinstance(caption, str):
-        raise ValueError(f"{name} has to contain a string, or an object with the key `caption`")
-    return " ".join(caption.split())
+        raise CaptionError(f"{name} has to contain a string, or an object with the key `caption`")
+    return caption
+
+
+_MARKS = {  # the longest first: that of UTF-16 begins the one of UTF-32
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+
+
+def decode_text(data: bytes, errors: str = "strict") -> str:
+    """Decode the content of a text file by its byte order mark (UTF-8, UTF-16 or UTF-32), without one as UTF-8.
+
+    errors: as in `bytes.decode`. Raises UnicodeDecodeError, a ValueError.
+    """
+    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
+    return data.decode(encoding, errors)
 
 
 # ---- file names

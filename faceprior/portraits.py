@@ -7,6 +7,7 @@ these is one measured number with one limit, so that a rejection has a stated re
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,27 @@ def photographic_tags(crop: Image.Image) -> list[str]:
     # key: brightness of the whole crop
     brightness = rgb.mean()
     return tags + (["dark tones"] if brightness < 70 else ["light tones"] if brightness > 180 else [])
+
+
+# "light" that ends a tag or a sentence or does something ("soft light", "light from the left"), not the shade of a
+# colour ("light brown hair", "light skin"); and words that are about light only.
+_LIGHT = re.compile(
+    r"""\b(?:
+    (?<!is\s)(?<!are\s)(?<!traffic\s)(?<!street\s)lights?
+        (?= \s*(?:$|[.,;:!?)])
+          | \s+(?:from|on|through|across|over|behind|above|and|in\s(?:the|a)|is|source)\b
+          | \s+(?:falls?|falling|comes?|coming|shines?|shining)\b )
+    | lighting | illuminat(?:ed|ion) | golden\ hour
+    | (?:back|sun|moon|candle|lamp|day|spot|rim|key|window)[-\ ]?(?:light(?:ing)?|lit)
+    | (?:well|softly|dimly|side|front)[-\ ]lit
+    )\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def mentions_light(caption: str) -> bool:
+    """Whether a caption says how its subject is lit: "soft light", "backlit"; not "light brown hair"."""
+    return _LIGHT.search(caption) is not None
 
 
 # ---- Manifest and dataset

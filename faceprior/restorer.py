@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from faceprior.align import AlignedFace, align_face, paste_face
-from faceprior.color import adain_color_fix, wavelet_color_fix
+from faceprior.color import adain_color_fix, keep_tone, wavelet_color_fix
 from faceprior.detect import Face, detect_faces
 from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_like
-from faceprior.images import atomic_write, load_image, to_pil, to_pixel_values
+from faceprior.images import ImageSource, SourceImage, atomic_write, read_source, to_pil, to_pixel_values
 from faceprior.jsonl import require_keys
 from faceprior.models import MODEL_FILES, RESTORER_ID, load_part, resolve_model
 
@@ -84,11 +84,24 @@ class RestoredFace:
 
 
 @dataclass(frozen=True)
+class LeftFace:
+    """A face that was left unchanged, and why."""
+
+    face: Face
+    reason: str
+
+
+@dataclass(frozen=True)
 class RestoredImage:
-    """A restored photograph (RGB, the size of the input) and its faces, largest first."""
+    """A restored photograph (RGB, or RGBA if it has transparency; the size of the input) and its faces, largest first.
+
+    left: the faces that could not be restored. source: the photograph, with what else its file holds.
+    """
 
     image: Image.Image
     faces: list[RestoredFace]
+    left: list[LeftFace]
+    source: SourceImage
 
 
 class AuthFaceRestorer:
@@ -157,7 +170,7 @@ class AuthFaceRestorer:
 
     def restore(
         self,
-        image,
+        image: ImageSource | SourceImage,
         detector="auto",
         min_confidence: float = 0.9,
         min_face_size: int = 20,
@@ -168,20 +181,22 @@ class AuthFaceRestorer:
     ) -> RestoredImage:
         """Restore every face of a photograph and paste it back.
 
-        image: path, PIL image or array. faces: known faces with landmarks, instead of detection. color_fix: `wavelet`,
-        `adain` or `none`. batch_size: faces per pass through the network. sampling: overrides of the settings (steps,
-        guidance_scale, controlnet_scale, seed, prompt, ...).
+        image: path, PIL image, array, or what `read_source` read. faces: known faces with landmarks, instead of
+        detection. color_fix: `wavelet`, `adain` or `none`; a grey or toned face keeps its tone with each of them.
+        batch_size: faces per pass through the network. sampling: overrides of the settings (steps, guidance_scale,
+        controlnet_scale, seed, prompt, ...).
 
-        Outside of the faces every pixel is that of the photograph; an image without a face is returned unchanged. A
-        face that cannot be aligned, since its landmarks are missing or do not span a face, is left unchanged, with a
-        warning in the log.
+        Outside of the faces every pixel is that of the photograph, also in its transparency; an image without a face is
+        returned unchanged. A face that cannot be aligned, since its landmarks are missing or do not span a face, is
+        left unchanged, with a warning in the log.
         """
-        photograph, settings = load_image(image), replace(self.settings, **sampling)
+        source = image if isinstance(image, SourceImage) else read_source(image)
+        photograph, settings = source.rgb, replace(self.settings, **sampling)
 
         # ---- detect and align: upright square crops, the largest face first
         if faces is None:
-            faces = detect_faces(photograph, detector, min_confidence, min_face_size)
-        aligned = _align(photograph, faces, settings.resolution)
+            faces = detect_faces(photograph, detector, min_confidence, min_face_size, turned=True)
+        aligned, left = _align(photograph, faces, settings.resolution)
 
         # ---- restore the crops
         before = [place.crop for _, place in aligned]
@@ -192,7 +207,7 @@ class AuthFaceRestorer:
         for crop, (_, place) in reversed(list(zip(after, aligned, strict=True))):
             result = paste_face(result, crop, place.matrix)
         restored = [RestoredFace(face, place.crop, crop) for crop, (face, place) in zip(after, aligned, strict=True)]
-        return RestoredImage(result, restored)
+        return RestoredImage(source.with_pixels(result), restored, left, source)
 
     @torch.no_grad()
     def restore_crops(
@@ -215,8 +230,9 @@ class AuthFaceRestorer:
             # ---- x_0 by DDPM, under the ControlNet
             pixels = self._sample(degraded, settings)
 
-            # ---- detail of the result, colours of the degraded crop
-            restored += to_pil(COLOR_FIXES[color_fix](pixels.clamp(-1, 1), degraded))
+            # ---- detail of the result, colours of the degraded crop: none where that is grey, whatever was drawn
+            fixed = COLOR_FIXES[color_fix](pixels.clamp(-1, 1), degraded)
+            restored += to_pil(keep_tone(fixed, degraded))
         return restored
 
     def _sample(self, degraded: Tensor, settings: RestorerSettings) -> Tensor:
@@ -273,18 +289,21 @@ _CONFIGS = {
 }
 
 
-def _align(photograph: Image.Image, faces: list[Face], size: int) -> list[tuple[Face, AlignedFace]]:
+def _align(
+    photograph: Image.Image, faces: list[Face], size: int
+) -> tuple[list[tuple[Face, AlignedFace]], list[LeftFace]]:
     """Align the faces; those that cannot be aligned are named in the log."""
-    aligned = []
+    aligned, left = [], []
     for face in faces:
         try:
             if face.landmarks is None:
                 raise ValueError("it has no landmarks")
             aligned.append((face, align_face(photograph, face.landmarks, size)))
         except ValueError as error:
+            left.append(LeftFace(face, str(error)))
             box = ", ".join(f"{edge:.0f}" for edge in face.box)
             logger.warning("the face at (%s) is left unchanged: %s", box, error)
-    return aligned
+    return aligned, left
 
 
 def read_settings(path: Path) -> RestorerSettings:

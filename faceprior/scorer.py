@@ -549,11 +549,11 @@ class FaceScorer(ModelMixin, ConfigMixin):
             if not isinstance(found, Exception):
                 pixels += found.pixels
             while len(pixels) >= batch_size or (pixels and len(waiting) >= MAX_WAITING * batch_size):
-                rewards += self._rewards(normalise(torch.stack(pixels[:batch_size]).to(self.device)), input_ids)
+                rewards += self._rewards_or_errors(pixels[:batch_size], input_ids)
                 del pixels[:batch_size]
             yield from self._completed(waiting, rewards, prompt)
         if pixels:
-            rewards += self._rewards(normalise(torch.stack(pixels).to(self.device)), input_ids)
+            rewards += self._rewards_or_errors(pixels, input_ids)
         yield from self._completed(waiting, rewards, prompt)
 
     def _completed(self, waiting: deque, rewards: deque, prompt: str) -> Iterator[list[FaceScore] | Exception]:
@@ -561,7 +561,11 @@ class FaceScorer(ModelMixin, ConfigMixin):
         while waiting and (isinstance(waiting[0], Exception) or len(waiting[0].faces) <= len(rewards)):
             found = waiting.popleft()
             if not isinstance(found, Exception):
-                found = [self._face_score(face, rewards.popleft(), prompt) for face in found.faces]
+                own = [rewards.popleft() for _ in found.faces]
+                errors = [reward for reward in own if isinstance(reward, Exception)]
+                scores = zip(found.faces, own, strict=True)
+                found = errors[0] if errors else [self._face_score(face, reward, prompt) for face, reward in scores]
+            if not isinstance(found, Exception):
                 found.sort(key=lambda score: score.score, reverse=True)
             yield found
 
@@ -584,6 +588,20 @@ class FaceScorer(ModelMixin, ConfigMixin):
         while batch := list(itertools.islice(crops, settings.batch_size)):
             rewards += self._rewards(self.preprocess(batch).to(self.device), input_ids)
         return rewards
+
+    def _rewards_or_errors(self, faces: list[Tensor], input_ids: Tensor) -> list[float | Exception]:
+        """The rewards of a batch of (3, S, S) uint8 faces; if it fails, as for lack of memory, those of its halves."""
+        try:
+            return self._rewards(normalise(torch.stack(faces).to(self.device)), input_ids)
+        except Exception as error:
+            failure = error.with_traceback(None)  # which holds the tensors of the failed pass
+        if len(faces) == 1:
+            return [failure]
+        middle = len(faces) // 2
+        return [
+            *self._rewards_or_errors(faces[:middle], input_ids),
+            *self._rewards_or_errors(faces[middle:], input_ids),
+        ]
 
     def _rewards(self, pixel_values: Tensor, input_ids: Tensor) -> list[float]:
         with _evaluating(self), torch.inference_mode():

@@ -27,10 +27,10 @@ from faceprior.detect import (
     Detector,
     Face,
     area_bin,
-    detect_faces,
     face_square,
     finds_face,
     resolve_detector,
+    search_orientations,
 )
 from faceprior.diffusion import load_pipeline
 from faceprior.images import atomic_write, save_image
@@ -48,7 +48,7 @@ from faceprior.inpaint import (
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
 from faceprior.models import DEFAULT_PROMPT, quiet_libraries, resolve_device, weight_dtype
 from faceprior.pairs import SIDES, FacePair
-from faceprior.photos import Photograph, find_photographs, pair_id, safe_name
+from faceprior.photos import UNREADABLE, Photograph, find_photographs, pair_id, safe_name
 from faceprior.procedural import draw_folder, draw_scenes
 from faceprior.quality import NearDuplicates, perceptual_hash, sharpness
 from faceprior.streams import in_background, in_groups
@@ -221,15 +221,17 @@ class PairMaker:
         # ---- Load
         try:
             photograph, caption = source.load(), source.caption()
-        except (ValueError, FileNotFoundError, PermissionError) as error:  # other OSErrors, as a full disk, end the run
+        except UNREADABLE as error:
             return row | {"filter": "unreadable", "reason": str(error)}
         width, height = photograph.size
         if min(width, height) < config.min_side:
             return row | {"filter": "small_photograph", "reason": f"{width} x {height} pixels: below {config.min_side}"}
 
-        # ---- Prepare and detect; faces below the limits are looked for, too, so that they are counted
+        # ---- Prepare, detect and turn upright; faces below the limits are looked for, too, so that they are counted
         good = prepare_photograph(photograph, config.resolution, self.multiple, config.max_resolution)
-        faces = detect_faces(good, self.detector, min_confidence=0, min_face_size=config.min_face_size / 2)
+        turns, faces = search_orientations(good, self.detector, 0, config.min_face_size / 2)
+        if turns:
+            good, row["turned"] = good.rotate(90 * turns, expand=True), 90 * turns  # degrees, counter-clockwise
         if not faces:
             return row | {"filter": "no_face", "reason": "no face found"}
 
@@ -355,6 +357,8 @@ def judge_face(config: Config, image: Image.Image, face: Face) -> dict:
     if face.confidence < config.min_confidence:
         reason = f"confidence {face.confidence:.3f} is below {config.min_confidence}"
         return row | {"filter": "low_confidence", "reason": reason}
+    if face.landmarks is None:
+        return row | {"filter": "low_confidence", "reason": "the landmarks do not fit the face: it may be turned"}
     if row["sharpness"] < config.min_sharpness:
         return row | {"filter": "blurry", "reason": f"sharpness {row['sharpness']} is below {config.min_sharpness}"}
     return row

@@ -4,12 +4,15 @@ Stage 3: curate portraits: find faces, align, judge quality, caption (AuthFace, 
     python stages/03_curate_portraits.py                               # offline: drawn portraits, some of them spoiled
     python stages/03_curate_portraits.py --images photos/ --config stages/presets/sdxl.yaml
 
-Reads   photographs: a folder, a glob or one file; captions beside them (NAME.txt, NAME.json, NAME_qwen.json)
+Reads   photographs: a folder, a glob, a file, a .txt list of paths, or WebDataset shards (`{000..009}.tar`); captions
+        beside them (NAME.txt, NAME.json, NAME_qwen.json)
 Writes  data/portraits/: images/ (aligned squares and their captions), manifest.jsonl, rejected.jsonl (with reasons),
-        rejected/ (thumbnails), sheets/ (contact sheets for the review by eye), metrics.jsonl, config.yaml
+        rejected/ (thumbnails, and what was rejected by hand), sheets/ (contact sheets for the review by eye),
+        metrics.jsonl, config.yaml
 
 The paper's last filter is a person who looks at every image: look at sheets/, write the ids of the portraits to reject
-into a text file, one per line, and give it as `--review FILE --overwrite`.
+into a text file, one per line, and give it as `--review FILE`. The same command with an edited file takes effect on
+what is done: portraits that it names move to rejected/, others move back. Without `--review` all stay where they are.
 """
 
 from dataclasses import dataclass
@@ -20,23 +23,29 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from faceprior.align import align_face
-from faceprior.config import is_complete, open_output, print_problems, run_stage
+from faceprior.align import AlignmentError, align_face
+from faceprior.config import DONE_FILE, is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import DegradationConfig, degrade
 from faceprior.detect import Face, detect_faces
-from faceprior.images import as_array, common_folder, find_images, load_image, save_image
-from faceprior.jsonl import MANIFEST, append_row, resume_rows, rewrite_rows, sort_rows
-from faceprior.photos import read_caption, safe_name
-from faceprior.portraits import Portrait, measure_quality, photographic_tags
+from faceprior.images import as_array, atomic_write, load_image, save_image
+from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
+from faceprior.photos import UNREADABLE, Photograph, decode_text, find_photographs, safe_name
+from faceprior.portraits import Portrait, measure_quality, mentions_light, photographic_tags
 from faceprior.procedural import draw_folder
 from faceprior.training import METRICS_FILE, finish
 
 REJECTED = "rejected.jsonl"
+BY_HAND = "rejected by hand"
+SEARCHED_FACE = 20  # pixels; smaller faces in the background of a photograph do not count as further ones
+
+
+class Unfit(Exception):
+    """A photograph that does not pass a gate; the message is the reason."""
 
 
 @dataclass
 class Config:
-    images: str = ""  # folder, glob or file of photographs; empty: the stage draws some
+    images: str = ""  # folder, glob, file, .txt list or .tar shards of photographs; empty: the stage draws some
     num_drawn: int = 48  # number of portraits to draw when no photographs are given, [1, inf)
     output: str = "data/portraits"  # output folder for the portraits
     resolution: int = 128  # side of the aligned squares in pixels, [64, 4096]
@@ -45,7 +54,7 @@ class Config:
     min_face_size: int = 64  # minimum shorter side of the face box in pixels of the photograph, [8, inf)
     min_side: int = 0  # minimum shorter side of a photograph in pixels; the paper's images exceed 8K, [0, inf)
     one_face: bool = True  # rejection of photographs with several faces; false: the largest face is taken
-    min_sharpness: float = 4.0  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
+    min_laplacian: float = 4.0  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
     max_noise: float = 5.0  # maximum standard deviation of Gaussian noise in grey levels; above: noisy, [0, 255]
     max_pepper: float = 0.004  # maximum fraction of outlying pixels; above: pepper noise, [0, 1]
     max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
@@ -56,26 +65,43 @@ class Config:
     seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
     overwrite: bool = False  # start over in an output folder that holds a run
 
+    FREE = frozenset({"review"})
+    RENAMED = {"min_sharpness": "min_laplacian"}
+
 
 def main(config: Config) -> None:
-    # ---- Find the photographs, and open the output folder
+    # ---- Find the photographs; the output folder may lie among them
     review = read_review(config.review)
-    sources = find_images(config.images) if config.images else None
+    made = [Path(config.output) / folder for folder in ("images", "rejected", "sheets")]
+    sources, problems = find_photographs(config.images, made) if config.images else (None, [])
+
+    # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
-    if is_complete(output) and sources is None:
-        print(f"{output} is complete: {len(resume_rows(output / MANIFEST))} portraits")
+    accepted, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
+    reviewed = review is not None and (accepted.keys() & review or forgiven(rejected, review))
+    if is_complete(output) and sources is None and not reviewed:
+        print(f"{output} is complete: {len(accepted)} portraits")
         return
+    (output / DONE_FILE).unlink(missing_ok=True)
+    if review is not None:  # rows of older runs without the portrait are judged again
+        rejected.remove([i for i in forgiven(rejected, review) if "image" not in rejected[i]])
     if sources is None:
-        seeds = range(config.num_drawn)
-        sources = draw_folder(output / "drawn", seeds, 4 * config.resolution, change=Spoil(config.seed))
+        draw_folder(output / "drawn", range(config.num_drawn), 4 * config.resolution, change=Spoil(config.seed))
+        sources = find_photographs(str(output / "drawn"))[0]
 
     # ---- Judge every photograph that an earlier run did not (quality-first collection, 3.1)
-    done = {row["photograph"] for file in (MANIFEST, REJECTED) for row in resume_rows(output / file)}
-    root = common_folder(sources)
-    for path in tqdm(sources, desc="curating", unit="photo"):
-        name = path.relative_to(root).as_posix()
-        if name not in done:
-            judge(config, output, path, name, review)
+    for source in tqdm(sources, desc="curating", unit="photo"):
+        identity = safe_name(source.name)
+        if identity not in accepted and identity not in rejected:
+            row = judge(config, output, source)
+            (rejected if "reason" in row else accepted).add(row)
+
+    # ---- The paper's last filter, a person
+    if review is not None:
+        reject_by_hand(output, accepted, rejected, review)
+        accept_again(output, accepted, rejected, review)
+        unknown = sorted(review - accepted.keys() - rejected.keys())
+        problems += [(identity, "no portrait has this id") for identity in unknown]
 
     # ---- Sort the rows, so that interrupted and whole runs leave the same files; write the numbers and the sheets
     accepted, rejected = sort_rows(output / MANIFEST), sort_rows(output / REJECTED)
@@ -84,6 +110,7 @@ def main(config: Config) -> None:
     finish(output, accepted=len(accepted), rejected=len(rejected))
 
     # ---- Print what was rejected and why
+    print_problems(problems)
     print_problems([(row["photograph"], row["reason"]) for row in rejected], "photograph")
     if not accepted:
         raise ValueError(
@@ -92,56 +119,99 @@ def main(config: Config) -> None:
     print(f"{len(accepted)} portraits in {output}; look at {output / 'sheets'} and reject by hand with `--review`")
 
 
-def read_review(path: str) -> set[str]:
-    if path and not Path(path).is_file():
+def read_review(path: str) -> set[str] | None:
+    """Return the ids that a person rejected, None without a review."""
+    if not path:
+        return None
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no review file {path}: it lists the ids of rejected portraits, one per line")
-    return set(Path(path).read_text().split()) if path else set()
+    return set(decode_text(Path(path).read_bytes()).split())
 
 
-def judge(config: Config, output: Path, path: Path, name: str, review: set[str]) -> None:
-    """Accept one photograph into the manifest, or write down why not; files come before the row that names them."""
-    identity, row, photograph = safe_name(name), {"photograph": name}, None
+# Portraits move by renaming their files, then adding the row that names them, then removing the other row: a run that
+# was killed in between is completed by the next one.
+
+
+def reject_by_hand(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: set[str]) -> None:
+    """Move the portraits that a person rejected out of the manifest; images and numbers are kept."""
+    identities = [identity for identity in accepted if identity in review]
+    for identity in identities:
+        image = move_portrait(output, accepted[identity]["image"], "rejected")
+        thumbnail = save_thumbnail(load_image(output / image), output, identity)
+        rejected.add({**accepted[identity], "image": image, **thumbnail, "reason": BY_HAND})
+    accepted.remove(identities)
+
+
+def forgiven(rejected: KeyedRows, review: set[str]) -> list[str]:
+    """Return the ids of portraits that were rejected by hand and are no longer in the review."""
+    return [identity for identity, row in rejected.items() if row["reason"] == BY_HAND and identity not in review]
+
+
+def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: set[str]) -> None:
+    """Move portraits that are no longer in the review back into the manifest."""
+    identities = forgiven(rejected, review)
+    for identity in identities:
+        row = {key: value for key, value in rejected[identity].items() if key not in ("reason", "thumbnail")}
+        accepted.add({**row, "image": move_portrait(output, row["image"], "images")})
+        (output / rejected[identity]["thumbnail"]).unlink(missing_ok=True)
+    rejected.remove(identities)
+
+
+def move_portrait(output: Path, image: str, folder: str) -> str:
+    """Move an image and its caption, unless a killed run has done so; return the new path, relative to `output`."""
+    target = f"{folder}/{Path(image).name}"
+    for suffix in (".txt", ".png"):
+        source = (output / image).with_suffix(suffix)
+        if source.exists():
+            (output / target).parent.mkdir(exist_ok=True)
+            source.replace((output / target).with_suffix(suffix))
+    return target
+
+
+def judge(config: Config, output: Path, source: Photograph) -> dict:
+    """Return a photograph's row of the manifest, or, with a `reason`, of the rejected; its files come before."""
+    identity, photograph = safe_name(source.name), None
+    row = {"id": identity, "photograph": source.name}
     try:
         # ---- Face detection and image quality
-        photograph = load_image(path)
+        photograph = source.load()
         face = find_face(config, photograph)
         row["quality"] = measure_quality(photograph, face)
-        if reason := first_fault(config, row["quality"]):
-            raise ValueError(reason)
-        if identity in review:
-            raise ValueError("rejected by hand")
+        if fault := first_fault(config, row["quality"]):
+            raise Unfit(fault)
 
         # ---- Alignment as in FFHQ, and photography-guided annotation
         crop = align_face(photograph, face.landmarks, config.resolution).crop
-        caption = make_caption(config, path, crop)
-    except (ValueError, FileNotFoundError, PermissionError) as error:  # other OSErrors, as a full disk, end the stage
+        caption = make_caption(config, source, crop)
+    except (Unfit, AlignmentError, *UNREADABLE) as error:
         thumbnail = save_thumbnail(photograph, output, identity) if photograph is not None else {}
-        append_row(output / REJECTED, {"id": identity, **row, **thumbnail, "reason": str(error)})
-        return
+        return {**row, **thumbnail, "reason": str(error)}
 
     image = f"images/{identity}.png"
+    with atomic_write((output / image).with_suffix(".txt"), "w") as file:
+        file.write(caption + "\n")
     save_image(crop, output / image)
-    (output / image).with_suffix(".txt").write_text(caption + "\n")
     size = min(face.width, face.height)
-    portrait = Portrait(identity, name, image, caption, face.confidence, size, row["quality"])
-    append_row(output / MANIFEST, portrait.to_row())
+    return Portrait(identity, source.name, image, caption, face.confidence, size, row["quality"]).to_row()
 
 
 def find_face(config: Config, photograph: Image.Image) -> Face:
-    """Return the photograph's face, or raise ValueError with the rule that it breaks."""
+    """Return the photograph's face, or raise Unfit with the rule that it breaks."""
     if min(photograph.size) < config.min_side:
-        raise ValueError(
-            f"{photograph.width} x {photograph.height} pixels: the shorter side is below {config.min_side}"
-        )
-    faces = [f for f in detect_faces(photograph, config.detector, config.min_confidence) if f.landmarks is not None]
+        raise Unfit(f"{photograph.width} x {photograph.height} pixels: the shorter side is below {config.min_side}")
+    searched = min(config.min_face_size, SEARCHED_FACE)
+    faces = detect_faces(photograph, config.detector, config.min_confidence, searched, turned=True)
     if not faces:
-        raise ValueError("no face found")
+        raise Unfit("no face found")
     if config.one_face and len(faces) > 1:
-        raise ValueError(f"{len(faces)} faces found, one is wanted")
-    size = min(faces[0].width, faces[0].height)
+        raise Unfit(f"{len(faces)} faces found, one is wanted")
+    face = next((face for face in faces if face.landmarks is not None), None)
+    if face is None:
+        raise Unfit("no face can be aligned: its landmarks do not fit its box")
+    size = min(face.width, face.height)
     if size < config.min_face_size:
-        raise ValueError(f"face of {size:.0f} pixels is below {config.min_face_size}")
-    return faces[0]
+        raise Unfit(f"face of {size:.0f} pixels is below {config.min_face_size}")
+    return face
 
 
 def first_fault(config: Config, quality: dict[str, float]) -> str | None:
@@ -149,7 +219,7 @@ def first_fault(config: Config, quality: dict[str, float]) -> str | None:
     rules = [
         ("pepper", quality["pepper"] <= config.max_pepper, f"pepper noise: at most {config.max_pepper}"),
         ("noise", quality["noise"] <= config.max_noise, f"noisy: at most {config.max_noise}"),
-        ("sharpness", quality["sharpness"] >= config.min_sharpness, f"blurred: at least {config.min_sharpness}"),
+        ("sharpness", quality["sharpness"] >= config.min_laplacian, f"blurred: at least {config.min_laplacian}"),
         ("blocks", quality["blocks"] <= config.max_blocks, f"JPEG blocks: at most {config.max_blocks}"),
         ("texture", quality["texture"] >= config.min_texture, f"over-smooth: at least {config.min_texture}"),
         ("clipped", quality["clipped"] <= config.max_clipped, f"badly exposed: at most {config.max_clipped}"),
@@ -157,14 +227,14 @@ def first_fault(config: Config, quality: dict[str, float]) -> str | None:
     return next((f"{name} {quality[name]} ({rule})" for name, passed, rule in rules if not passed), None)
 
 
-def make_caption(config: Config, path: Path, crop: Image.Image) -> str:
+def make_caption(config: Config, source: Photograph, crop: Image.Image) -> str:
     """Join the tags beside the photograph and, if none of them is about light, photographic tags that are measured."""
-    written = read_caption(path) if config.captions != "measured" else None
+    written = source.caption() if config.captions != "measured" else None
     if config.captions == "sidecar" and not written:
-        raise ValueError("no caption beside it")
+        raise Unfit("no caption beside it")
     tags = (written or "portrait photo").split(", ")
-    if config.captions != "sidecar" and not any("light" in tag for tag in tags):
-        tags += photographic_tags(crop)
+    if config.captions != "sidecar" and not mentions_light(", ".join(tags)):
+        tags += [tag for tag in photographic_tags(crop) if tag not in tags]
     return ", ".join(tags)
 
 

@@ -35,11 +35,11 @@ from faceprior.detect import Face, detect_faces, representative_face
 from faceprior.diffusion import load_pipeline, make_sampler, sample_images
 from faceprior.errors import explain, is_disk_full, is_out_of_memory
 from faceprior.guidance import load_tuned
-from faceprior.images import ImageError, as_array, find_images, load_image, save_image
+from faceprior.images import as_array, natural_key, save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.metrics import fid, landmark_error, lpips_distance, psnr, ssim
 from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
-from faceprior.photos import safe_name
+from faceprior.photos import UNREADABLE, decode_text, find_photographs, safe_name
 from faceprior.procedural import TEST_SEEDS, draw_portrait
 from faceprior.restorer import AuthFaceRestorer
 from faceprior.scorer import FaceScorer
@@ -88,7 +88,7 @@ class Config:
     guidance_scale: float = 2.5  # classifier-free guidance scale of the generated images, [1, 30]
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
     min_confidence: float = 0.9  # lowest confidence of the detector that counts as a face, [0, 1]
-    min_face_size: int = 16  # smallest side of a face in pixels, [8, 1024]
+    min_face_size: int = 16  # minimum shorter side of a face box in pixels, [8, 1024]
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the networks
     seed: int = 0  # seed of the noise and the degradations, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
@@ -174,9 +174,11 @@ def read_prompts(config: Config) -> list[str]:
         return [draw_portrait(TEST_SEEDS + i, 64).caption() for i in range(config.num_prompts)]
     if not Path(config.prompts).is_file():
         raise FileNotFoundError(f"no prompt file {config.prompts}: it holds one prompt a line")
-    prompts = [
-        line.strip() for line in Path(config.prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()
-    ]
+    try:
+        lines = decode_text(Path(config.prompts).read_bytes()).splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config.prompts} is not UTF-8 ({error}): save it as UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{config.prompts} holds no prompt")
     return prompts[: config.num_prompts]
@@ -186,13 +188,14 @@ def clean_faces(config: Config) -> tuple[list[tuple[str, Image.Image]], list[tup
     """Return (name, aligned face) pairs, and (file, reason) of the images that cannot be read."""
     if not config.images:
         return [drawn_face(TEST_SEEDS + i, config.restoration_resolution) for i in range(config.num_faces)], []
-    faces, problems = [], []
-    for path in find_images(config.images)[: config.num_faces]:
+    faces = []
+    photographs, problems = find_photographs(config.images, [Path(config.output) / "pictures"])
+    for photograph in sorted(photographs, key=lambda item: natural_key(item.name))[: config.num_faces]:
         try:
             size = (config.restoration_resolution, config.restoration_resolution)
-            faces.append((safe_name(path.name), load_image(path).resize(size, Image.LANCZOS)))
-        except ImageError as error:
-            problems.append((str(path), str(error)))
+            faces.append((safe_name(photograph.name), photograph.load().resize(size, Image.LANCZOS)))
+        except UNREADABLE as error:
+            problems.append((photograph.name, str(error)))
     if not faces:
         raise ValueError(f"no image in {config.images} can be read; the first: {problems[0][1]}")
     return faces, problems

@@ -487,7 +487,7 @@ def test_a_hundred_faces(tmp_path, scorer, score):
     grid = np.concatenate([np.concatenate([tiles[(r + c) % 3] for c in range(10)], axis=1) for r in range(10)])
     save_image(grid, tmp_path / "in/grid.png")
     save_image(draw_portrait(0, 160).image, tmp_path / "in/one.png")
-    options = ["--json", "--batch-size", 16, "--min-confidence", 0.6, "--min-face-size", 30]
+    options = ["--json", "--batch-size", 16, "--min-confidence", 0.6, "--min-face-size", 24]
     code, out, _ = score(tmp_path / "in", *options, "--draw", tmp_path / "drawn")
     crowd, one = rows_of(out)
     assert code == 0 and len(one["faces"]) == 1 and len(crowd["faces"]) == 100

@@ -6,18 +6,21 @@ import warnings
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image
+from PIL import Image, ImageFilter
 
+from faceprior.align import align_face
 from faceprior.detect import (
     Face,
     MTCNNDetector,
     _face_from_retinaface,
     detect_faces,
     finds_face,
+    landmarks_fit,
     overlap,
     representative_face,
     resolve_detector,
     retinaface_weights_path,
+    search_orientations,
 )
 from faceprior.procedural import draw_portrait
 
@@ -123,6 +126,12 @@ def test_min_face_size_and_min_confidence():
         detect_faces(image, "mtcnn", min_face_size=0)
 
 
+def test_the_shorter_side_counts():
+    """Of 19 x 40 and 20 x 20 pixels the second is kept."""
+    faces = Face((0, 0, 19, 40), None, 1.0), Face((30, 0, 50, 20), None, 1.0)
+    assert detect_faces(np.zeros((60, 60, 3), np.uint8), detector_of(*faces), min_face_size=20) == [faces[1]]
+
+
 def test_min_face_size_does_not_stick():
     """It is a setting of the shared model: a call must not see the one before."""
     detector = MTCNNDetector()
@@ -168,6 +177,84 @@ def test_what_is_no_detector():
         detect_faces(np.zeros((8, 8, 3), np.uint8), "dlib")
     with pytest.raises(TypeError, match="int"):
         detect_faces(np.zeros((8, 8, 3), np.uint8), 3)
+
+
+# --- turned images ---
+
+UPRIGHT = np.array([[30, 40], [70, 40], [50, 60], [35, 80], [65, 80]])  # in a box of 100 x 100: e = 40, m = 40
+
+
+@pytest.fixture(scope="module")
+def blurred():
+    """A blurred portrait in a larger image; lying on its side, MTCNN bunches its landmarks."""
+    image = Image.new("RGB", (400, 320), (90, 120, 150))
+    image.paste(Image.fromarray(draw_portrait(5, 256).image).filter(ImageFilter.GaussianBlur(1.5)), (72, 32))
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize(
+    ("landmarks", "fit"),
+    [
+        (UPRIGHT, True),  # side 2 x 2.0 x 40 = 160
+        ((UPRIGHT - 50) @ np.array([[0.8, 0.6], [-0.6, 0.8]]) + 50, True),  # tilted
+        ((UPRIGHT - [50, 0]) * [0.2, 1] + [50, 0], True),  # in profile the eyes are 8 apart: 2 x 1.8 x 40 = 144
+        ((UPRIGHT - 50) * 0.4 + 50, False),  # bunched: 64
+        ((UPRIGHT - 50) * 2 + 50, False),  # far outside: 320
+        (None, False),
+    ],
+)
+def test_landmarks_that_fit_their_box(landmarks, fit):
+    """The side of FFHQ's square lies in 1.2 to 3 times the side of the box, 100."""
+    assert landmarks_fit(Face((0, 0, 100, 100), landmarks, 1.0)) is fit
+
+
+@pytest.mark.parametrize("angle", [-30, 0, 30])
+def test_landmarks_of_tilted_faces_are_kept(angle):
+    image = Image.fromarray(skimage.data.astronaut()).crop((100, 0, 340, 240)).rotate(angle, Image.Resampling.BICUBIC)
+    assert all(face.landmarks is not None for face in detect_faces(image, "mtcnn"))
+
+
+def test_bunched_landmarks_are_not_trusted(blurred):
+    """The face on its side is found, with confidence, but its landmarks are not those of a face."""
+    faces = detect_faces(np.rot90(blurred), "mtcnn")
+    assert faces and all(face.landmarks is None for face in faces)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_a_turned_image_is_searched_in_its_other_orientations(blurred, turns):
+    """Box and landmarks are those of the image as it is, and the aligned crop is the upright image's."""
+    (upright,) = detect_faces(blurred, "mtcnn")
+    image = np.ascontiguousarray(np.rot90(blurred, -turns))
+    (face,) = detect_faces(image, "mtcnn", turned=True)
+    x, y = upright.landmarks.T
+    height, width = blurred.shape[:2]
+    expected = [(x, y), (height - 1 - y, x), (width - 1 - x, height - 1 - y), (y, width - 1 - x)][turns]
+    np.testing.assert_allclose(face.landmarks.T, expected)
+    x0, y0, x1, y1 = face.box
+    assert (face.landmarks > (x0, y0)).all() and (face.landmarks < (x1, y1)).all()
+    crops = [align_face(i, f.landmarks, 64).crop for i, f in ((image, face), (blurred, upright))]
+    assert np.abs(np.subtract(*(np.asarray(crop, int) for crop in crops))).max() <= 1
+
+    number, faces = search_orientations(image, "mtcnn")
+    assert number == turns and faces == [upright]
+
+
+def test_a_sure_upright_face_ends_the_search():
+    shapes = []
+
+    def detector(rgb, confidence=0.999):
+        shapes.append(rgb.shape)
+        return [Face((0, 0, 30, 30), UPRIGHT * 0.3, confidence)]
+
+    image = np.zeros((40, 60, 3), np.uint8)
+    assert detect_faces(image, detector, turned=True) == detect_faces(image, detector)
+    assert shapes == [(40, 60, 3)] * 2
+    assert detect_faces(image, lambda rgb: detector(rgb, 0.95), turned=True)[0].box == (0, 0, 30, 30)  # none is better
+    assert shapes[2:] == [(40, 60, 3), (60, 40, 3), (40, 60, 3), (60, 40, 3)]
+
+
+def test_nobody_in_any_orientation():
+    assert detect_faces(np.full((64, 80, 3), 128, np.uint8), "mtcnn", turned=True) == []
 
 
 # --- Face ---

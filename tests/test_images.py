@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -318,6 +319,61 @@ def test_a_folder_in_natural_order(tmp_path):
     touch(tmp_path, "img10.png", "img2.PNG", "Img1.jpg", "sub/b.png", "notes.txt", ".hidden.png", ".git/a.png")
     assert names_of(find_images(tmp_path), tmp_path) == ["Img1.jpg", "img2.PNG", "img10.png", "sub/b.png"]
     assert names_of(find_images(tmp_path, recursive=False), tmp_path) == ["Img1.jpg", "img2.PNG", "img10.png"]
+
+
+def encoded(kind, mode="RGB"):
+    file = io.BytesIO()
+    Image.fromarray(checker()).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+HEIC = b"\0\0\0\x18ftypheic" + b"\0" * 200
+
+
+@pytest.mark.parametrize("pattern", ["", "*"])
+def test_the_content_decides_what_is_an_image(tmp_path, pattern, caplog):
+    """Whatever its suffix; captions of images and hidden files are no news, all others are counted and named."""
+    files = {
+        "old.jfif": encoded("JPEG"), "old.jpe": encoded("JPEG"), "new.jp2": encoded("JPEG2000"), "none": encoded("PNG"),
+        "a.jpg~": encoded("JPEG"), "p.dat": encoded("PPM"), "t.tga": encoded("TGA"), "phone.heic": HEIC, "phone": HEIC,
+        "phone.txt": b"a woman", "none.json": b"{}", "old_qwen.json": b"{}", ".hidden": b"", "torn.jpe": b"",
+        "notes.txt": b"Python P1", "raw.nef": encoded("TIFF"), "film.mpg": b"\0\0\1\xb3", "empty": b"",
+    }  # fmt: skip
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with caplog.at_level("INFO", logger="faceprior.images"):
+        found = find_images(tmp_path / pattern)
+    expected = ["a.jpg~", "new.jp2", "none", "old.jfif", "old.jpe", "p.dat", "phone", "phone.heic", "t.tga", "torn.jpe"]
+    assert names_of(found, tmp_path) == expected
+    (line,) = caplog.messages
+    others = ", ".join(str(tmp_path / name) for name in ("empty", "film.mpg", "notes.txt", "raw.nef"))
+    assert line == f"4 files skipped that are no images: {others}"
+    for path in (tmp_path / "p.dat", tmp_path / "t.tga", tmp_path / "none"):
+        np.testing.assert_array_equal(np.asarray(load_image(path)), checker())
+
+
+def test_a_folder_without_images_names_what_is_in_it(tmp_path):
+    touch(tmp_path, *(f"{number}.md" for number in range(5)))
+    with pytest.raises(
+        ValueError, match=r"no images in .*: 5 files skipped that are no images: .*0.md, .*2.md and 2 more"
+    ):
+        find_images(tmp_path)
+
+
+def test_heic_names_the_package_or_is_read_by_it(tmp_path, monkeypatch):
+    """Here pillow-heif is a module that knows how to read one file."""
+    (tmp_path / "phone.heic").write_bytes(HEIC)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match="phone.heic is a HEIC image: `pip install pillow-heif`"):
+        load_image(tmp_path / "phone.heic")
+
+    def register():
+        Image.register_open("HEIF", lambda file, name: Image.fromarray(checker()), lambda start: start[4:8] == b"ftyp")
+
+    for registry in ("OPEN", "ID"):
+        monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "phone.heic")), checker())
 
 
 def test_files_folders_and_globs_keep_their_order_without_duplicates(tmp_path):

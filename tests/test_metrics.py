@@ -206,6 +206,26 @@ def test_fid_agrees_with_clean_fid(tmp_path):
     assert fid(*folders, colour_statistics) == pytest.approx(expected, rel=1e-5)
 
 
+def test_fid_reads_as_everything_else_does(tmp_path):
+    """Turned by EXIF, transparent, in 16 bits, under any suffix: the same images as upright RGB ones."""
+    plain, odd = folder_of(tmp_path / "plain", 0), tmp_path / "odd"
+    odd.mkdir()
+    for path in sorted(plain.iterdir()):
+        image = Image.open(path)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.rotate(90).save(odd / path.name, exif=exif)
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    cut = Image.new("RGBA", (16, 16), (10, 20, 30, 0))
+    for folder in (plain, odd):
+        grey.convert("RGB").save(folder / "grey.png")
+        Image.new("RGB", (16, 16), "white").save(folder / "white.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(odd / "grey.png")
+    cut.save(odd / "white.png")
+    (odd / "white.png").rename(odd / "white")
+    assert fid(plain, odd, colour_statistics) == pytest.approx(0, abs=1e-6)
+
+
 def test_fid_needs_images(tmp_path):
     folder = folder_of(tmp_path / "a", 0)
     (tmp_path / "one").mkdir()

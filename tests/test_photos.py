@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from faceprior.images import ImageError, save_image
-from faceprior.photos import expand_braces, find_photographs, read_shard
+from faceprior.photos import CaptionError, expand_braces, find_photographs, parse_caption, read_shard
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -87,6 +87,20 @@ def test_a_list(photos, tmp_path):
     for photograph in found[3:]:
         with pytest.raises(FileNotFoundError, match=photograph.name):
             photograph.load()
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tif", ".webp"])
+def test_a_file_of_several_images_is_no_photograph(tmp_path, suffix):
+    first, second = (Image.fromarray(pixels(seed)) for seed in range(2))
+    first.save(tmp_path / f"moving{suffix}", save_all=True, append_images=[second])
+    (photograph,) = find_photographs(str(tmp_path))[0]
+    with pytest.raises(ImageError, match=f"moving{suffix} holds 2 frames or pages, a photograph is one: extract them"):
+        photograph.load()
+
+
+def test_a_list_in_utf_16(photos):
+    (photos / "list.txt").write_text("b/1.png\r\na/1.png", encoding="utf-16")
+    assert names(find_photographs(str(photos / "list.txt"))[0]) == ["a/1.png", "b/1.png"]
 
 
 def test_an_empty_list(tmp_path):
@@ -257,7 +271,7 @@ def test_a_second_member_of_a_name(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"text", b"\x1f\x8b" + b"zip" * 1000])
 def test_shards_without_an_image(tmp_path, content):
     (tmp_path / "0.tar").write_bytes(content)
-    with pytest.raises(ValueError, match=r"no member of .*0.tar .* is a .jpg, .png or .webp image; the first problem"):
+    with pytest.raises(ValueError, match=r"no member of .*0.tar .* is an image; the first problem"):
         find_photographs(str(tmp_path / "0.tar"))
 
 
@@ -276,3 +290,29 @@ def test_excluded_folders_are_skipped(tmp_path):
     assert names(found) == ["a.png", "pairs/own.png"]
     with pytest.raises(ValueError, match="no photographs in .*good besides the images in .*good"):
         find_photographs(str(tmp_path / "pairs/good"), [tmp_path / "pairs/good"])
+
+
+# ---------------------------------------------------------------------------------------------- captions
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_a_caption_is_decoded_by_its_mark(name, encoding):
+    text = "une  femme âgée, 祖母\n"
+    data = (json.dumps({"caption": text}, ensure_ascii=False) if name == "a.json" else text).encode(encoding)
+    assert parse_caption(data, name) == "une femme âgée, 祖母"
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "reason"),
+    [
+        ("âgée".encode("latin-1"), "a.txt", "a.txt is not UTF-8 .* save it as UTF-8"),
+        ("woman".encode("utf-16-le"), "a.txt", "UTF-16 without a mark"),
+        (b'"\\ud83d"', "a.json", "no text"),
+        (b"{}", "a.json", "the key `caption`"),
+        (b"{", "a.json", "a.json is not JSON"),
+    ],
+)
+def test_what_is_no_caption(data, name, reason):
+    with pytest.raises(CaptionError, match=reason):
+        parse_caption(data, name)

@@ -12,7 +12,14 @@ from PIL import Image, ImageOps
 
 from faceprior.detect import Face
 from faceprior.images import save_image
-from faceprior.portraits import Portrait, PortraitDataset, measure_quality, photographic_tags, read_portraits
+from faceprior.portraits import (
+    Portrait,
+    PortraitDataset,
+    measure_quality,
+    mentions_light,
+    photographic_tags,
+    read_portraits,
+)
 from faceprior.procedural import draw_portrait
 
 
@@ -155,6 +162,30 @@ def test_mirroring_swaps_the_sides(drawing):
 
 def test_tags_do_not_depend_on_the_size_of_the_crop():
     assert photographic_tags(lit(160, 80, side=64)) == photographic_tags(lit(160, 80, side=512))
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "portrait photo, soft light", "hard light from the left, studio", "low-key lighting",
+        "The light falls from above.", "backlit", "a woman in soft sunlight", "rim light", "golden hour",
+        "Natural light. She smiles",
+    ],
+)  # fmt: skip
+def test_captions_about_light(caption):
+    assert mentions_light(caption)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "light brown hair", "highlighted cheekbones", "light skin, slight smile", "a delighted man", "a lighthouse",
+        "street lights bokeh background", "her hair is light", "light blue eyes, light beard", "traffic light",
+        "lightly tanned",
+    ],
+)  # fmt: skip
+def test_captions_that_only_have_light_in_them(caption):
+    assert not mentions_light(caption)
 
 
 # -------------------------------------------------------------------------------- manifest and dataset

@@ -6,7 +6,9 @@ import pytest
 from conftest import load_stage
 from PIL import Image
 
-from faceprior.detect import Face, detect_faces
+from faceprior.detect import Face, detect_faces, resolve_detector
+from faceprior.jsonl import KeyedRows
+from faceprior.photos import Photograph
 from faceprior.procedural import draw_portrait
 from faceprior.quality import sharpness
 
@@ -52,3 +54,24 @@ def test_pairs_are_counted_in_the_bin_of_their_area(stage):
     assert [(row["pairs"], row["difference"]) for row in stage.count_bins(stage.Config(), pairs)] == [
         (1, 9.0), (2, 3.0), (0, 0.0), (0, 0.0)
     ]  # fmt: skip
+
+
+def test_a_turned_photograph_makes_upright_pairs(stage, tmp_path):
+    """Its row says by how much, that of an upright one does not; both have the same face and the same good image."""
+    upright = Image.fromarray(draw_portrait(5, 128).image)
+    rows, images = [], []
+    for name, image in (("upright.png", upright), ("quarter.png", upright.rotate(90))):
+        image.save(tmp_path / name)
+        files = [KeyedRows(tmp_path / f"{part}.jsonl") for part in ("photographs", "pairs", "rejected")]
+        maker = stage.PairMaker(stage.Config(), tmp_path, resolve_detector("mtcnn"), 8, *files)
+        rows.append(maker.find_faces(Photograph(name, tmp_path / name)))
+        images.append(Image.open(tmp_path / rows[-1]["good"]))
+    assert "turned" not in rows[0] and rows[1]["turned"] == 270
+    assert rows[0]["faces"] == rows[1]["faces"] and images[0].tobytes() == images[1].tobytes()
+
+
+def test_a_face_whose_landmarks_do_not_fit_is_rejected(stage):
+    image = Image.fromarray(draw_portrait(0, 256).image)
+    (face,) = detect_faces(image, "mtcnn")
+    row = stage.judge_face(stage.Config(), image, Face(face.box, None, 1.0))
+    assert row["filter"] == "low_confidence" and "landmarks do not fit" in row["reason"]

@@ -548,6 +548,18 @@ def test_restorer_is_loadable(chain):
     assert np.abs(np.asarray(again, int) - np.asarray(images["restored"], int)).max() <= 1
 
 
+def test_evaluation_keeps_faces_of_one_file_name_apart(tmp_path):
+    """Names are relative to the folder, in natural order; files that cannot be read are named, too."""
+    for name in ("a/1.png", "b/1.png", "10.png", "2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    (tmp_path / "torn.png").write_bytes(b"")
+    stage = load_stage(EVAL)
+    faces, problems = stage.clean_faces(stage.Config(images=str(tmp_path)))
+    assert [name.rsplit("_", 1)[0] for name, _ in faces] == ["2", "10", "a_1", "b_1"]
+    assert [name for name, _ in problems] == ["torn.png"]
+
+
 def test_evaluation_says_why_a_number_is_missing(chain):
     results = json.loads((chain / "results/results.json").read_text())["rows"]
     by_name = {row["metric"]: row for row in results}

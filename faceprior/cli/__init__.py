@@ -7,6 +7,7 @@ import sys
 
 from faceprior import __version__
 from faceprior.cli import restore, score
+from faceprior.cli.results import say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,8 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail as well
         return 141
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"faceprior: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        for line in (str(error) or type(error).__name__).splitlines():
+            say(f"faceprior: error: {line}")
         return 2
 
 

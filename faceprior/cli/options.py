@@ -1,12 +1,16 @@
 """What the commands share: types of options, the options of both, and the model, device and dtype that they name."""
 
 import argparse
+import hashlib
 import math
 import sys
+import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from faceprior.models import quiet_libraries, resolve_device
+from PIL import Image
+
+from faceprior.models import first_line, quiet_libraries, resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +62,7 @@ def add_common_options(parser: argparse.ArgumentParser, checkpoint: str, images:
         "--min-face-size",
         type=count,
         default=20,
-        help="smallest longer side of a face in pixels (default: %(default)s)",
+        help="smallest shorter side of a face box in pixels (default: %(default)s)",
     )
     parser.add_argument(
         "--device", default="auto", help="device of the model: auto, cpu, cuda or cuda:N (default: %(default)s)"
@@ -73,12 +77,36 @@ def checkpoint_of(options: argparse.Namespace, kind: str) -> str:
     from faceprior import tiny
 
     quiet_libraries()
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image has its own limit
     folder = tiny.resolve(options.checkpoint, kind)
     about = tiny.info(folder)
     if about is not None:
         state = "trained" if about["trained"] else "UNTRAINED: its results mean nothing"
         print(f"{folder}: {tiny.NOTICE} ({state})", file=sys.stderr)
     return folder
+
+
+def load_checkpoint(model_class: type, checkpoint: str, dtype: "torch.dtype") -> Any:
+    """Load a model by its `from_pretrained`; an error of a library's own class becomes a ValueError of one line."""
+    try:
+        return model_class.from_pretrained(checkpoint, dtype=dtype)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise ValueError(
+            f"the checkpoint {checkpoint} does not load ({kind}: {first_line(error)}): copy or download it again"
+        ) from error
+
+
+def fingerprint(*models: "torch.nn.Module") -> str:
+    """Hash the first numbers of every tensor: a folder may hold other weights than last time."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            # through bfloat16, so that the same weights give the same hash in every dtype
+            digest.update(name.encode() + tensor.flatten()[:4096].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def dtype_of(options: argparse.Namespace) -> "torch.dtype":

@@ -1,25 +1,60 @@
 """`faceprior restore`: restore the faces of images and paste them back."""
 
 import argparse
-import os
+import dataclasses
+import hashlib
+import json
 import sys
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from tqdm.auto import tqdm
 
 import faceprior
-from faceprior.cli.options import add_common_options, checkpoint_of, device_of, dtype_of
-from faceprior.images import common_folder, find_images, load_image, relative_stem, save_image
+from faceprior.cli.inputs import find_inputs
+from faceprior.cli.options import (
+    add_common_options,
+    checkpoint_of,
+    device_of,
+    dtype_of,
+    fingerprint,
+    load_checkpoint,
+)
+from faceprior.cli.outputs import (
+    COMPARISON,
+    COPY,
+    RESTORED,
+    RESULT,
+    RestoreRecord,
+    own_trees,
+    plan_outputs,
+    require_no_inputs,
+)
+from faceprior.cli.results import reason, say, show
+from faceprior.images import ImageError, SourceImage, copy_file, count_frames, load_image, read_source, save_image
 from faceprior.models import RESTORER_ID
+
+if TYPE_CHECKING:
+    from faceprior.restorer import AuthFaceRestorer, RestoredImage
 
 HELP = "restore the faces and paste them back"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_common_options(parser, RESTORER_ID, "image, folder or glob")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for restored images")
+    add_common_options(parser, RESTORER_ID, "image, folder, glob, or `-` for a list on stdin with one path per line")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for restored images, PNG in the same tree; an image without a face is copied as it is; images that"
+        " an earlier run with the same settings restored to DIR are not restored again, and no other file in it is"
+        " overwritten",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="restore again what an earlier run wrote to DIR")
     parser.add_argument("--compare", action="store_true", help="also write before | after as DIR/NAME_compare.png")
     parser.add_argument("--steps", type=int, help="number of sampling steps (default: the checkpoint's own)")
     parser.add_argument("--seed", type=int, help="seed of the noise of every face (default: the checkpoint's own)")
@@ -33,60 +68,145 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--color-fix",
         choices=("wavelet", "adain", "none"),
         default="wavelet",
-        help="method that gives the restored face the colours of the degraded one (default: %(default)s)",
+        help="method that gives the restored face the colours of the degraded one; grey and toned faces keep their tone"
+        " with each (default: %(default)s)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Restore every image into the output folder; those that fail are named at the end."""
-    paths = find_images(*options.images)
-    targets = _targets(paths, options.images, options.output)
+    # ---- images to restore, files to write
+    folder = options.output
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"-o {folder} is a file: give a folder")
+    inputs = find_inputs(options.images, [folder])
+    record = RestoreRecord(folder, options.overwrite)
+    patterns = RESTORED if options.compare else {kind: RESTORED[kind] for kind in (RESULT, COPY)}
+    bases = record.bases(inputs.files)
+    names = plan_outputs(own_trees(inputs.files, inputs.folders), patterns, bases, record.taken(inputs.files))
+    targets = [name for planned in names.values() for name in planned.values()]
+    require_no_inputs((folder / name for name in targets), inputs.files, f"-o {folder}")
+    record.require_free(targets)
 
+    # ---- the restorer, and the settings that decide what comes out
     checkpoint = checkpoint_of(options, "restorer")
-    restorer = faceprior.AuthFaceRestorer.from_pretrained(checkpoint, dtype=dtype_of(options)).to(device_of(options))
-    sampling = {key: getattr(options, key) for key in ("steps", "seed", "start") if getattr(options, key) is not None}
-    sampling["color_fix"] = options.color_fix
+    restorer = load_checkpoint(faceprior.AuthFaceRestorer, checkpoint, dtype_of(options)).to(device_of(options))
+    detector, sampling = _detector_of(options), _sampling_of(options)
+    settings = _digest(options, restorer, detector.name, sampling)
 
-    failed = {}
-    for path in tqdm(paths, unit="image", disable=None, file=sys.stderr):
-        try:
-            photograph = load_image(path)
-            result = restorer.restore(
-                photograph, options.detector, options.min_confidence, options.min_face_size, **sampling
-            )
-            if options.compare:
-                compared = targets[path].with_name(f"{targets[path].stem}_compare.png")
-                save_image(_side_by_side(photograph, result.image), compared)
-            save_image(result.image, targets[path])
-        except (ValueError, OSError) as error:
-            failed[path] = error
-            print(f"{path}: error", flush=True)
-            continue
-        count = len(result.faces)
-        done = f"{count} face{'s' * (count > 1)} restored" if count else "no face found, copied as it is"
-        print(f"{path}: {done} -> {targets[path]}", flush=True)
+    def restore(file: str) -> "RestoredImage":
+        limits = options.min_confidence, options.min_face_size
+        return restorer.restore(_read(file), detector, *limits, color_fix=options.color_fix, **sampling)
 
-    for path, error in failed.items():
-        print(f"{path}: {error}", file=sys.stderr)
-    if failed:
-        print(f"{len(failed)} of {len(paths)} images failed", file=sys.stderr)
+    # ---- restore
+    failed = {file: error for file, error in inputs.entries.items() if error}
+    try:
+        for file in tqdm(inputs.files, unit="image", disable=None, file=sys.stderr):
+            try:
+                line = _restored(file, names[file], record, settings, restore)
+            except Exception as error:  # whatever fails in one image, the others are restored
+                failed[file], line = reason(file, error), "error"
+            if file in failed:
+                _free_memory()
+            show(f"{file}: {line}")
+    finally:
+        for file, error in failed.items():
+            say(error if file in error else f"{file}: {error}")
+        if failed:
+            say(f"{len(failed)} of {len(inputs.entries)} images failed")
     return int(bool(failed))
 
 
-def _targets(paths: list[Path], given: list[str], output: Path) -> dict[Path, Path]:
-    """Map each image to `output`/<stem>.png, keeping the tree below a given folder.
+def _detector_of(options: argparse.Namespace) -> Any:
+    from faceprior.detect import resolve_detector
 
-    Images that differ in their suffix only keep it: `a.jpg.png`. If two given folders contain images of the same name,
-    the tree below the folder that contains both is kept.
-    """
-    stems = {path: relative_stem(path, *given) for path in paths}
-    if len({(stem, path.suffix) for path, stem in stems.items()}) < len(paths):
-        resolved = {path: Path(os.path.realpath(path)) for path in paths}
-        root = common_folder(list(resolved.values()))
-        stems = {path: whole.relative_to(root).with_suffix("") for path, whole in resolved.items()}
-    counts = Counter(stems.values())
-    names = {path: stem.name if counts[stem] == 1 else path.name for path, stem in stems.items()}
-    return {path: output / stem.parent / f"{names[path]}.png" for path, stem in stems.items()}
+    return resolve_detector(options.detector)
+
+
+def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    given = {key: getattr(options, key) for key in ("steps", "seed", "start")}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _digest(options: argparse.Namespace, restorer: "AuthFaceRestorer", detector: str, sampling: dict[str, Any]) -> str:
+    """Hash all that decides how an image is restored."""
+    pipeline = restorer.pipeline
+    parts = (pipeline.unet, pipeline.controlnet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    settings = {
+        **dataclasses.asdict(dataclasses.replace(restorer.settings, **sampling)),
+        "weights": fingerprint(*parts),
+        "detector": detector,
+        **{key: getattr(options, key) for key in ("dtype", "min_confidence", "min_face_size", "color_fix")},
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _restored(
+    file: str,
+    names: dict[str, str],
+    record: RestoreRecord,
+    settings: str,
+    restore: Callable[[str], "RestoredImage"],
+) -> str:
+    """Restore an image and write its outputs, unless an earlier run did; say what was done."""
+    needed = [kind for kind in names if kind == COMPARISON]
+    if done := record.finished(file, settings, needed):
+        return f"finished before -> {record.folder / _main_output(done)}"
+    result = restore(file)
+    names = {kind: name for kind, name in names.items() if kind != (COPY if result.faces else RESULT)}
+    record.claim(file, names)
+    _write(result, file, {kind: record.folder / name for kind, name in names.items()})
+    record.finish(file, names, settings)
+    return f"{_done(result)} -> {record.folder / _main_output(names)}"
+
+
+def _read(file: str) -> SourceImage:
+    frames = count_frames(file)
+    if frames > 1:
+        raise ImageError(
+            f"{file} holds {frames} frames or pages, but a result has one: extract them as images and restore those"
+        )
+    return read_source(file)
+
+
+def _write(result: "RestoredImage", file: str, targets: dict[str, Path]) -> None:
+    """Write the outputs of an image, the one that counts last."""
+    if COMPARISON in targets:
+        save_image(_side_by_side(result.source.rgb, load_image(result.image)), targets[COMPARISON])
+    if COPY in targets:
+        copy_file(file, targets[COPY])
+    else:
+        save_image(result.source.in_own_mode(result.image), targets[RESULT], result.source.metadata)
+
+
+def _main_output(names: dict[str, str]) -> str:
+    return names.get(RESULT) or names[COPY]
+
+
+def _done(result: "RestoredImage") -> str:
+    """Say what was done with the faces of an image, and what its result does not hold."""
+    restored, left = len(result.faces), len(result.left)
+    reasons = "; ".join(dict.fromkeys(face.reason for face in result.left))
+    if not restored:
+        return f"{f'no face restored ({reasons})' if left else 'no face found'}, copied as it is"
+    done = f"{_count(restored, 'face')} restored"
+    if left:
+        done += f", {left} left unchanged ({reasons})"
+    if result.source.lost:
+        done += f", not kept: {', '.join(result.source.lost)}"
+    return done
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _free_memory() -> None:
+    """Give the memory of a failed image back, for the next one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _side_by_side(before: Image.Image, after: Image.Image) -> Image.Image:

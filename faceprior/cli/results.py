@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from faceprior.models import first_line
+
 if TYPE_CHECKING:
     from faceprior.scorer import FaceScore
 
@@ -47,6 +49,15 @@ def best_first(results: Iterable[ImageScores]) -> list[ImageScores]:
     return sorted(results, key=lambda result: (result.error is not None, -result.best))
 
 
+def reason(file: str, error: Exception) -> str:
+    """Say in one line why an image failed: the error of an image by its text, that of a library with its file."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"{file}: out of memory: use `--dtype bfloat16`, `--device cpu`, or a smaller image"
+    if isinstance(error, (ValueError, OSError)):
+        return str(error) or type(error).__name__
+    return f"{file}: {type(error).__name__}: {first_line(error)}"
+
+
 # ---- text that any terminal takes
 
 
@@ -62,6 +73,12 @@ def printable(text: str, encoding: str | None = "utf-8") -> str:
 def say(text: str) -> None:
     """Print a line on stderr, beside the progress bar."""
     print(printable(text, sys.stderr.encoding), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a line on stdout, above the progress bar."""
+    tqdm.write(printable(text, sys.stdout.encoding), file=sys.stdout)
+    sys.stdout.flush()
 
 
 # ---- the listing on stdout
@@ -99,8 +116,7 @@ class Listing:
         else:
             lines += _table_rows(result, self.min_score)
         for line in lines:
-            tqdm.write(printable(line, sys.stdout.encoding), file=sys.stdout)  # over the bar
-        sys.stdout.flush()
+            show(line)
 
 
 def _one_face_each(results: Iterable[ImageScores]) -> list[ImageScores]:

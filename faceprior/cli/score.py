@@ -1,31 +1,37 @@
 """`faceprior score`: print the Face Score of every face in images, folders and globs."""
 
 import argparse
-import hashlib
 import os
 import sys
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 import faceprior
-from faceprior.cli.drawing import copy_best, draw_scores, drawing_paths, open_output_folder, without_outputs
-from faceprior.cli.options import add_common_options, checkpoint_of, count, device_of, dtype_of, number
-from faceprior.cli.results import ImageScores, Listing, print_summary, say
-from faceprior.cli.score_file import ScoreFile
-from faceprior.images import find_images
+from faceprior.cli.drawing import copy_best, draw_scores
+from faceprior.cli.inputs import Inputs, find_inputs
+from faceprior.cli.options import (
+    add_common_options,
+    checkpoint_of,
+    count,
+    device_of,
+    dtype_of,
+    fingerprint,
+    load_checkpoint,
+    number,
+)
+from faceprior.cli.outputs import common_tree, open_output_folder, plan_outputs, require_apart, require_no_inputs
+from faceprior.cli.results import ImageScores, Listing, print_summary, reason, say
+from faceprior.cli.score_file import ScoreFile, settings_file
+from faceprior.images import count_frames
 from faceprior.models import DEFAULT_PROMPT, SCORER_ID
 
 if TYPE_CHECKING:
     from faceprior.scorer import FaceScorer, ScoreSettings
 
 HELP = "print the Face Score of every face"
-SINGLE_IMAGES = "(single images)"  # in the summary, those that were not given by their folder
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -80,15 +86,13 @@ class _CopyBest(argparse.Action):
 
 def run(options: argparse.Namespace) -> int:
     """Score every image, printing results as they come; what cannot be read is named at the end."""
-    # ---- images to score, folders to write to
+    # ---- images to score, files to write
     folders = {"--draw": options.draw, "--copy-best": options.copy_best and options.copy_best[1]}
     folders = {option: folder for option, folder in folders.items() if folder}
-    inputs = _find_inputs(options.images, list(folders.values()))
-    if not inputs.files:
-        raise ValueError("\n".join(error for error in inputs.entries.values() if error) or "no paths on stdin")
+    inputs = find_inputs(options.images, list(folders.values()))
+    drawings = _plan_drawings(inputs, options)
     for option, folder in folders.items():
         open_output_folder(folder, inputs.files, option)
-    drawings = drawing_paths(inputs.files, inputs.roots, options.draw) if options.draw else {}
 
     # ---- the scorer, and what an earlier run scored
     scorer, settings = _load_scorer(options)
@@ -111,52 +115,23 @@ def run(options: argparse.Namespace) -> int:
         listing.close()
         print_summary(inputs.groups, results, len(inputs.entries))
 
+    failed = sum(result.error is not None for result in results.values())
     if options.copy_best:
-        copy_best([result.above(options.min_score) for result in results.values()], *options.copy_best)
-    return int(any(result.error is not None for result in results.values()))
+        failed += copy_best([result.above(options.min_score) for result in results.values()], *options.copy_best)
+    return int(failed > 0)
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """entries: {file: None, or why it cannot be found}, in order; groups: {folder given: its files}."""
-
-    entries: dict[str, str | None]
-    groups: dict[str, dict[str, None]]
-
-    @property
-    def files(self) -> list[str]:
-        return [name for name, error in self.entries.items() if error is None]
-
-    @property
-    def roots(self) -> list[Path]:
-        single = [Path(name).parent for name in self.groups.get(SINGLE_IMAGES, ())]
-        return [Path(name).expanduser() for name in self.groups if name != SINGLE_IMAGES] + single
-
-
-def _find_inputs(images: list[str], output_folders: list[Path]) -> _Inputs:
-    """Find the images; one that does not exist does not stop the others."""
-    entries, groups, first_names = {}, {}, {}
-    for argument in _arguments(images):
-        try:
-            found = without_outputs(argument, find_images(argument), output_folders)
-        except (ValueError, OSError) as error:
-            entries[str(Path(os.path.expanduser(argument)))] = str(error)  # the same name as where it is found
-            continue
-        names = [first_names.setdefault(os.path.realpath(path), str(path)) for path in found]
-        entries.update(dict.fromkeys(names))
-        group = argument if Path(argument).expanduser().is_dir() else SINGLE_IMAGES
-        groups.setdefault(group, {}).update(dict.fromkeys(names))
-    return _Inputs(entries, groups)
-
-
-def _arguments(images: list[str]) -> Iterator[str]:
-    """The arguments, with `-` replaced by the lines of stdin (read as bytes: a file name may not be valid text)."""
-    for argument in images:
-        if argument == "-":
-            lines = (line.rstrip(b"\r") for line in sys.stdin.buffer.read().split(b"\n"))
-            yield from (os.fsdecode(line) for line in lines if line)
-        else:
-            yield argument
+def _plan_drawings(inputs: Inputs, options: argparse.Namespace) -> dict[str, Path]:
+    """{image: its drawing}; ValueError if a file to write is an input, or has the name of another."""
+    drawings = {}
+    if options.draw:
+        planned = plan_outputs(common_tree(inputs.files, inputs.roots), {"drawing": "{base}.png"})
+        drawings = {image: options.draw / names["drawing"] for image, names in planned.items()}
+    if options.copy_best:
+        require_apart(drawings.values(), inputs.files, options.copy_best[1])
+    if options.csv:
+        require_no_inputs((options.csv, settings_file(options.csv)), inputs.files, "--csv")
+    return drawings
 
 
 def _load_scorer(options: argparse.Namespace) -> "tuple[FaceScorer, ScoreSettings]":
@@ -164,9 +139,8 @@ def _load_scorer(options: argparse.Namespace) -> "tuple[FaceScorer, ScoreSetting
     from faceprior.detect import resolve_detector
     from faceprior.scorer import ScoreSettings
 
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image has its own limit
     checkpoint, device = checkpoint_of(options, "scorer"), device_of(options)
-    scorer = faceprior.FaceScorer.from_pretrained(checkpoint, dtype=dtype_of(options)).to(device)
+    scorer = load_checkpoint(faceprior.FaceScorer, checkpoint, dtype_of(options)).to(device)
     scorer.score_crops([], options.batch_size, options.prompt)
     detector = resolve_detector(options.detector)
     limits = options.min_confidence, options.min_face_size
@@ -174,7 +148,7 @@ def _load_scorer(options: argparse.Namespace) -> "tuple[FaceScorer, ScoreSetting
 
 
 def _run_settings(
-    options: argparse.Namespace, inputs: _Inputs, scorer: "FaceScorer", settings: "ScoreSettings"
+    options: argparse.Namespace, inputs: Inputs, scorer: "FaceScorer", settings: "ScoreSettings"
 ) -> dict[str, Any]:
     """The settings that all rows of a CSV file share: scores under different ones cannot be compared.
 
@@ -188,19 +162,10 @@ def _run_settings(
         "min_confidence": settings.min_confidence,
         "min_face_size": settings.min_face_size,
         "detector": settings.detector.name,
-        "weights": _fingerprint(scorer),
+        "weights": fingerprint(scorer),
         "reference": reference,
         "directory": None if all(map(os.path.isabs, inputs.entries)) else os.getcwd(),
     }
-
-
-def _fingerprint(scorer: "FaceScorer") -> str:
-    """Hash the first numbers of every tensor: a folder may hold other weights than last time."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(scorer.state_dict().items()):
-        # through bfloat16, so that the same weights give the same hash in every dtype
-        digest.update(name.encode() + tensor.flatten()[:4096].bfloat16().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _scored_before(record: ScoreFile, files: list[str]) -> dict[str, ImageScores]:
@@ -212,7 +177,7 @@ def _scored_before(record: ScoreFile, files: list[str]) -> dict[str, ImageScores
 
 
 def _score(
-    inputs: _Inputs, known: dict[str, ImageScores], scorer: "FaceScorer", settings: "ScoreSettings"
+    inputs: Inputs, known: dict[str, ImageScores], scorer: "FaceScorer", settings: "ScoreSettings"
 ) -> Iterator[ImageScores]:
     """Yield the scores of every input, in order; those in `known` are not computed again."""
     unknown = [file for file in inputs.files if file not in known]
@@ -224,15 +189,16 @@ def _score(
                 continue
             faces = () if error else next(scored)
             if isinstance(faces, Exception):
-                error, faces = _reason(file, faces), ()
+                error, faces = reason(file, faces), ()
             bar.update()
+            _say_frames(file, error)
             yield ImageScores(file, tuple(faces), error)
 
 
-def _reason(file: str, error: Exception) -> str:
-    if isinstance(error, (ValueError, OSError)):
-        return str(error) or type(error).__name__
-    return f"{file}: {type(error).__name__}: {error}"  # a library's failure on one image of thousands
+def _say_frames(file: str, error: str | None) -> None:
+    frames = 1 if error else count_frames(file)
+    if frames > 1:
+        say(f"{file}: only the first of {frames} frames or pages is scored; extract the others to score them")
 
 
 def _draw(result: ImageScores, target: Path) -> ImageScores:
@@ -241,6 +207,6 @@ def _draw(result: ImageScores, target: Path) -> ImageScores:
         return result
     try:
         draw_scores(result, target)
-    except (ValueError, OSError) as error:
-        return ImageScores(result.file, error=f"scored, but not drawn: {error}")
+    except Exception as error:
+        return ImageScores(result.file, error=f"scored, but not drawn: {reason(result.file, error)}")
     return result

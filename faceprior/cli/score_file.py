@@ -31,14 +31,14 @@ class ScoreFile:
         self.path = Path(path)
         self.rows: dict[str, ImageScores] = {}
         self.dropped = 0
-        settings_file = self.path.with_name(f"{self.path.name}.json")
+        stored = settings_file(self.path)
         if self.path.exists() and not overwrite:
-            _require_same_settings(self.path, settings_file, settings)
+            _require_same_settings(self.path, stored, settings)
             self._resume()
             return
         # settings without rows are an empty start: a run that is killed anywhere here starts over
         Path(os.path.realpath(self.path)).unlink(missing_ok=True)
-        with atomic_write(settings_file, "w") as file:
+        with atomic_write(stored, "w") as file:
             file.write(json.dumps(settings, indent=2) + "\n")
         self._write({})
 
@@ -72,6 +72,11 @@ class ScoreFile:
     def _write(self, images: Mapping[str, ImageScores]) -> None:
         with atomic_write(self.path, "w") as file:
             file.write(_csv_text([COLUMNS, *(row for image in images.values() for row in _csv_rows(image))]))
+
+
+def settings_file(path: Path) -> Path:
+    """The file with the settings of a CSV file."""
+    return path.with_name(f"{path.name}.json")
 
 
 def _csv_text(rows: Iterable[Sequence[Any]]) -> str:
@@ -131,14 +136,14 @@ def _from_csv(file: str, rows: list[dict[str, str]]) -> ImageScores | None:
     return ImageScores(file, tuple(faces))
 
 
-def _require_same_settings(path: Path, settings_file: Path, settings: Mapping[str, Any]) -> None:
+def _require_same_settings(path: Path, file: Path, settings: Mapping[str, Any]) -> None:
     way_out = "give another file, or start over with --overwrite"
-    if not settings_file.is_file():
-        raise ValueError(f"{path} exists but {settings_file.name}, which holds its settings, does not: {way_out}")
+    if not file.is_file():
+        raise ValueError(f"{path} exists but {file.name}, which holds its settings, does not: {way_out}")
     try:
-        stored = dict(json.loads(settings_file.read_text(encoding="utf-8")))
+        stored = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{settings_file} is damaged ({error}): {way_out}") from error
+        raise ValueError(f"{file} is damaged ({error}): {way_out}") from error
     different = [
         f"{key} was {stored.get(key)!r} and is {settings.get(key)!r}"
         for key in dict.fromkeys([*settings, *stored])

@@ -1,0 +1,271 @@
+"""The files that the commands write: their names, what they may not overwrite, and the record of restored images."""
+
+import functools
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from faceprior.images import common_folder, relative_stem
+from faceprior.jsonl import append_row, read_rows, require_keys, resume_rows
+
+# marks a folder of drawings or copies, so that it is skipped when a folder above it is read
+OUTPUT_MARK = ".faceprior-output"
+OUTPUT_TEXT = "`faceprior score` wrote the images here; faceprior skips them when it reads a folder above.\n"
+# lists the images that `faceprior restore` wrote to the folder, which may hold others as well
+RECORD_FILE = ".faceprior-restored.jsonl"
+
+# what `faceprior restore` writes of an image: its result, or a copy of the file if no face of it was restored; and the
+# comparison
+RESULT, COPY, COMPARISON = "result", "copy", "comparison"
+RESTORED = {RESULT: "{base}.png", COPY: "{base}{suffix}", COMPARISON: "{base}_compare.png"}
+
+
+# ---- names
+
+
+def common_tree(images: Iterable[str], roots: Iterable[str | Path]) -> dict[str, Path]:
+    """Map each image to its path below the deepest folder that contains all `roots`."""
+    base = os.path.commonpath([os.path.abspath(root) for root in roots])
+    return {name: Path(os.path.relpath(os.path.abspath(name), base)) for name in images}
+
+
+def own_trees(images: Sequence[str], folders: Iterable[Path]) -> dict[str, Path]:
+    """Map each image to its path below the folder that it was given by, or to its bare name.
+
+    If that gives two images one path, it is the path below the folder that contains all images.
+    """
+    folders = list(folders)
+    inner = {name: relative_stem(name, *folders).with_name(Path(name).name) for name in images}
+    if len(set(inner.values())) == len(inner):
+        return inner
+    return common_tree(images, [common_folder([Path(os.path.abspath(name)) for name in images])])
+
+
+def plan_outputs(
+    inner: Mapping[str, Path],
+    kinds: Mapping[str, str],
+    known: Mapping[str, str] | None = None,
+    taken: Iterable[str] = (),
+) -> dict[str, dict[str, str]]:
+    """Name the outputs of all images, so that no two files have one name, on any file system.
+
+    inner: {image: its path below the output folder}. kinds: {kind: pattern}, with `{base}` and the image's `{suffix}`
+    in it, such as `{base}_compare.png`. known: {image: base} of an earlier run, which an image keeps. taken: names that
+    belong to other images.
+
+    Returns {image: {kind: path below the output folder}}. The base is the image's path without its suffix; with it,
+    `a.jpg`, where names would clash; and with a number, `a.jpg-2`, where they still would.
+    """
+    known = known or {}
+    levels = dict.fromkeys(inner, 0)
+    folders = {_key(parent) for path in inner.values() for parent in path.parents}
+    taken = {_key(name) for name in taken} | folders
+
+    def names(image: str) -> dict[str, str]:
+        base = _base(inner[image], levels[image], known.get(image))
+        return {kind: pattern.format(base=base, suffix=inner[image].suffix) for kind, pattern in kinds.items()}
+
+    while True:
+        owners: dict[str, dict[str, None]] = {}
+        for image in inner:
+            for name in names(image).values():
+                owners.setdefault(_key(name), {})[image] = None
+        clashes = [(key in taken, list(group)) for key, group in owners.items() if key in taken or len(group) > 1]
+        if not clashes:
+            return {image: names(image) for image in inner}
+        for image in {image for is_taken, group in clashes for image in _movers(group, is_taken, levels, known)}:
+            levels[image] += 1
+
+
+def _movers(group: list[str], is_taken: bool, levels: Mapping[str, int], known: Mapping[str, str]) -> list[str]:
+    """Of the images with one name, those that get another: new ones before known ones, all before numbers."""
+    if is_taken:
+        return group
+    free = [image for image in group if levels[image] > 0 or image not in known] or group
+    short = [image for image in free if levels[image] == 0]
+    return short or (free[1:] if len(free) == len(group) else free)
+
+
+def _base(path: Path, level: int, known: str | None) -> str:
+    if level == 0:
+        return known or path.with_suffix("").as_posix()
+    return path.as_posix() + (f"-{level}" if level > 1 else "")
+
+
+def _key(name: str | Path) -> str:
+    """The same for names that are one file on a file system that ignores case, or composes characters."""
+    return unicodedata.normalize("NFC", Path(name).as_posix()).casefold()
+
+
+# ---- what may not be overwritten
+
+
+def open_output_folder(folder: Path, images: Iterable[str], option: str) -> None:
+    """Create the folder for drawings or copies and mark it as such.
+
+    Raises:
+        ValueError: it contains images to score, or files that no earlier run wrote.
+    """
+    own = folder.resolve()
+    inside = next((name for name in images if Path(os.path.realpath(name)).is_relative_to(own)), None)
+    if inside is not None:
+        raise ValueError(f"{option} {folder} contains an image to score ({inside}): give a separate folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{option} {folder} is a file: give a folder")
+    if folder.exists() and not (folder / OUTPUT_MARK).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{option} {folder} has to be new, empty, or from an earlier run: give another folder")
+    require_no_inputs((path for path in folder.rglob("*") if path.is_file()), images, option)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OUTPUT_MARK).write_text(OUTPUT_TEXT, encoding="utf-8")
+
+
+def require_no_inputs(targets: Iterable[Path], images: Iterable[str], option: str) -> None:
+    """Raise ValueError if one of the files to write is one of the images, under any name (links, upper case)."""
+    inputs = {_identity(image): image for image in images}
+    inputs.pop(None, None)  # links that lead nowhere
+    for target in targets:
+        if (image := inputs.get(_identity(target))) is not None:
+            raise ValueError(
+                f"{option} would overwrite the input {image}, since {target} is that file: give another place"
+            )
+
+
+def require_apart(drawings: Iterable[Path], images: Iterable[str], folder: Path) -> None:
+    """Raise ValueError if a drawing may have the name of a copy, `folder`/RANK_NAME."""
+    names = {_key(Path(image).name) for image in images}
+    for drawing in drawings:
+        rank, _, name = drawing.name.partition("_")
+        if rank.isdecimal() and _key(name) in names and drawing.parent.resolve() == folder.resolve():
+            raise ValueError(f"--draw and --copy-best would both write {drawing}: give two folders")
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+# ---- the record of restored images
+
+
+class RestoreRecord:
+    """What `faceprior restore` wrote to a folder, in its RECORD_FILE.
+
+    Before the outputs of an image are written, a row claims their names; afterwards a second row says from what file
+    and by which settings they were made. So a killed run knows its files again, and no other file is overwritten.
+    """
+
+    def __init__(self, folder: Path, overwrite: bool = False):
+        """overwrite: nothing counts as finished, and rows that cannot be read are ignored."""
+        self.folder, self.path = folder, folder / RECORD_FILE
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._owned: dict[str, str] = {}  # {key of an output: the image that it was made from}
+        exists = self.path.is_file()
+        for row in (read_rows(self.path)[0] if overwrite else resume_rows(self.path)) if exists else ():
+            try:
+                require_keys(row, {"source": str, "outputs": dict})
+                if not row["outputs"].keys() & {RESULT, COPY}:
+                    raise ValueError("`outputs` names neither a result nor a copy")
+            except ValueError as error:
+                if overwrite:
+                    continue
+                raise ValueError(f"{self.path} is damaged ({error}): start over with --overwrite") from error
+            self._remember({**row, "settings": None} if overwrite else row)
+
+    def bases(self, images: Iterable[str]) -> dict[str, str]:
+        """{image: base} of the images that earlier runs wrote."""
+        rows = {image: self._rows.get(self._source(image)) for image in images}
+        return {image: _base_of(row["outputs"], Path(image).suffix) for image, row in rows.items() if row}
+
+    def taken(self, images: Iterable[str]) -> list[str]:
+        """The outputs of other images than these."""
+        own = {self._source(image) for image in images}
+        return [name for name, source in self._owned.items() if source not in own]
+
+    def require_free(self, names: Iterable[str]) -> None:
+        """Raise ValueError for an output that exists and that no earlier run wrote."""
+        for name in names:
+            if _key(name) not in self._owned and os.path.lexists(self.folder / name):
+                raise ValueError(
+                    f"{self.folder / name} exists, and no run of `faceprior restore` wrote it: "
+                    "move it away, or give another folder"
+                )
+
+    def finished(self, image: str, settings: str, kinds: Iterable[str]) -> dict[str, str] | None:
+        """Return the outputs of an image that was restored by these settings and has not changed since, else None.
+
+        kinds: those that are needed.
+        """
+        row = self._rows.get(self._source(image), {})
+        outputs = row.get("outputs", {})
+        if row.get("settings") != settings or not set(kinds) <= outputs.keys():
+            return None
+        if not all((self.folder / name).is_file() for name in outputs.values()):
+            return None
+        state = os.stat(image)
+        same = row.get("size") == state.st_size
+        same = same and (row.get("mtime_ns") == state.st_mtime_ns or row.get("sha256") == _hash(image))
+        return outputs if same else None
+
+    def claim(self, image: str, outputs: Mapping[str, str]) -> None:
+        """Record that these files are going to be written for an image."""
+        row = {"source": self._source(image), "outputs": dict(outputs)}
+        if any(self._owned.get(_key(name)) != row["source"] for name in outputs.values()):
+            append_row(self.path, row)
+        self._remember(row)
+
+    def finish(self, image: str, outputs: Mapping[str, str], settings: str) -> None:
+        """Record that the outputs of an image are whole."""
+        state = os.stat(image)
+        row = {"source": self._source(image), "outputs": dict(outputs), "settings": settings}
+        row |= {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": _hash(image)}
+        append_row(self.path, row)
+        self._remember(row)
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        self._rows[row["source"]] = row
+        self._owned.update({_key(name): row["source"] for name in row["outputs"].values()})
+
+    def _source(self, image: str) -> str:
+        """The image relative to the folder, so that both may be moved together."""
+        try:
+            return Path(os.path.relpath(image, self.folder)).as_posix()
+        except ValueError:  # on another drive
+            return os.path.abspath(image)
+
+
+def _base_of(outputs: Mapping[str, str], suffix: str) -> str:
+    return outputs[RESULT].removesuffix(".png") if RESULT in outputs else outputs[COPY].removesuffix(suffix)
+
+
+def _hash(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class RecordedFiles:
+    """The images that `faceprior restore` wrote, by the records of their folders, each of which is read once."""
+
+    def __init__(self) -> None:
+        self._names = functools.cache(_recorded_names)
+
+    def lists(self, path: Path, folders: Iterable[Path] | None = None) -> bool:
+        """Whether one of `folders` (by default all above it) has a record with this image."""
+        real = Path(os.path.realpath(path))
+        above = real.parents if folders is None else [folder for folder in folders if real.is_relative_to(folder)]
+        return any(_key(real.relative_to(folder)) in self._names(folder) for folder in above)
+
+
+def _recorded_names(folder: Path) -> frozenset[str]:
+    path = folder / RECORD_FILE
+    rows = read_rows(path)[0] if path.is_file() else []
+    outputs = [row["outputs"] for row in rows if isinstance(row.get("outputs"), dict)]
+    return frozenset(_key(str(name)) for found in outputs for name in found.values())
