@@ -42,9 +42,7 @@ CONFIG_FILE = "config.yaml"
 UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
 DONE_FILE = "done.json"
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
-RUN_KEYS = frozenset(
-    {"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every", "review"}
-)
+RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every"})
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
 

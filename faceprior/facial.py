@@ -14,6 +14,7 @@ The regions and the discriminators are here, the formulas in `faceprior.losses`,
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,10 +27,12 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 from tqdm.auto import tqdm
 
+from faceprior.errors import explain, is_disk_full
 from faceprior.images import common_folder, load_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.losses import discriminator_loss, generator_loss, style_distance
 
+logger = logging.getLogger(__name__)
 LANDMARKS_FILE = "landmarks.jsonl"
 EYE_BOX, MOUTH_BOX = 80 / 512, 120 / 512  # sides of the boxes over the image's width
 EYE_CELLS, MOUTH_CELLS = 10, 15  # sides of the cropped latents: the boxes' sides at 512 pixels and 8 pixels a cell
@@ -219,7 +222,14 @@ def find_landmarks(
     ]
     accelerator.wait_for_everyone()
     for name, path in tqdm(todo, desc="landmarks", unit="face", disable=not (todo and accelerator.is_main_process)):
-        append_row(output / _part(rank), {"image": name, "landmarks": _scaled(load_image(path), find, resolution)})
+        try:
+            landmarks = _scaled(load_image(path), find, resolution)
+        except Exception as error:  # of one image, which is trained as one without a face
+            if (reason := explain(error)) is None or is_disk_full(error):
+                raise
+            logger.warning("%s: no landmarks: %s", name, reason)
+            landmarks = None
+        append_row(output / _part(rank), {"image": name, "landmarks": landmarks})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _gather(output, names)

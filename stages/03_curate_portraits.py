@@ -65,6 +65,7 @@ class Config:
     seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
     overwrite: bool = False  # start over in an output folder that holds a run
 
+    FREE = frozenset({"review"})
     RENAMED = {"min_sharpness": "min_laplacian"}
 
 

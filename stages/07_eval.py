@@ -40,7 +40,7 @@ from faceprior.images import as_array, natural_key, save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.metrics import fid, landmark_error, lpips_distance, psnr, ssim
 from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
-from faceprior.photos import UNREADABLE, find_photographs, safe_name
+from faceprior.photos import UNREADABLE, decode_text, find_photographs, safe_name
 from faceprior.procedural import TEST_SEEDS, draw_portrait
 from faceprior.restorer import AuthFaceRestorer
 from faceprior.scorer import FaceScorer
@@ -180,9 +180,11 @@ def read_prompts(config: Config) -> list[str]:
         return [draw_portrait(TEST_SEEDS + i, 64).caption() for i in range(config.num_prompts)]
     if not Path(config.prompts).is_file():
         raise FileNotFoundError(f"no prompt file {config.prompts}: it holds one prompt a line")
-    prompts = [
-        line.strip() for line in Path(config.prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()
-    ]
+    try:
+        lines = decode_text(Path(config.prompts).read_bytes()).splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config.prompts} is not UTF-8 ({error}): save it as UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{config.prompts} holds no prompt")
     return prompts[: config.num_prompts]

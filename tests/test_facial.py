@@ -233,3 +233,16 @@ def test_landmarks_are_found_once_and_scaled(tmp_path):
     torch.testing.assert_close(
         find_landmarks(paths, output, 128, accelerator, Finder(break_at=0)), landmarks, equal_nan=True
     )
+
+
+def test_one_image_that_fails_is_named_and_the_rest_is_searched(tmp_path, caplog):
+    """A bug ends the search."""
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    paths[0].write_bytes(b"damaged")
+    Image.new("RGB", (32, 32)).save(paths[1])
+    accelerator = make_accelerator("cpu")
+    landmarks = find_landmarks(paths, tmp_path / "out", 128, accelerator, lambda image: torch.full((5, 2), 3.0))
+    assert landmarks[0].isnan().all() and landmarks[1].isfinite().all()
+    assert "0.png: no landmarks: " in caplog.text
+    with pytest.raises(IndexError):
+        find_landmarks(paths[1:], tmp_path / "bug", 128, accelerator, lambda image: [][0])

@@ -290,7 +290,7 @@ def test_text_goes_before_json(tmp_path):
     ("content", "message"),
     [
         (b"{", "is not JSON"),
-        (b"\xff", "is not JSON"),
+        (b"\xff", "is not UTF-8"),
         (b"3", "has to contain a string"),
         (b'{"text": "a"}', "has to contain"),
     ],

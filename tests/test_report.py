@@ -155,7 +155,8 @@ def root(tmp_path):
     }
     empty = {"part": "restoration", "metric": "LPIPS, restored", "value": None, "low": None, "high": None, "n": 0}
     note = {"note": "not measured: the weights of AlexNet are not here"}
-    objects(root / "results/results.json", {"rows": [{**measured, "note": ""}, {**empty, **note}]})
+    infinite = {**empty, "metric": "PSNR (dB), untouched", "note": "infinite: all equal the clean ones"}
+    objects(root / "results/results.json", {"rows": [{**measured, "note": ""}, {**empty, **note}, infinite]})
     make_photographs(root)
     command = ["/usr/bin/python3", "stages/01_make_pairs.py", "--output", f"{root}/data/pairs"]
     rows(root / "commands.jsonl", {"command": command, "seconds": 72.4})
@@ -187,6 +188,7 @@ def test_a_whole_run_has_every_part(root):
         "0.062 apart in the mean", "72.5%", "57.1% to 83.9%", "VAE: mine", "`--vae` names a VAE",
         CAPTION, "sharpness 1.6 (blurred: at least 4.0)", "197,184",
         "21.5", "20.25 to 22.75", "not measured", "the weights of AlexNet are not here",
+        "infinite", "all equal the clean ones",
         "python3 stages/01_make_pairs.py --output data/pairs", "1 min 12 s", "torch", "accelerate", "noise_factors",
     ):  # fmt: skip
         assert text in page.text, text

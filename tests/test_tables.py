@@ -12,6 +12,7 @@ from faceprior.tables import (
     mean_estimate,
     measure,
     number_text,
+    value_text,
 )
 
 
@@ -64,3 +65,11 @@ def test_texts_of_numbers():
 def test_no_cell_breaks_a_table():
     text = markdown_table(("a", "b"), [("x|y", "two\nlines"), ("", "1")])
     assert text == "| a | b |\n|---|---|\n| x\\|y | two lines |\n|  | 1 |\n"
+
+
+def test_an_infinite_value_is_told_in_words():
+    """JSON has no infinity: the row has no value, and a note from which tables read it."""
+    row = Estimate(math.inf, n=3, note="all alike").to_row()
+    assert row == {"value": None, "low": None, "high": None, "n": 3, "note": "infinite: all alike"}
+    assert value_text(row["value"], row["note"]) == "infinite"
+    assert value_text(None, "not measured: no weights") == "-" and value_text(0.5, "") == "0.5"
