@@ -71,11 +71,11 @@ def _check_pair(content: torch.Tensor, style: torch.Tensor) -> None:
 
 LUMINANCE = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # of R, G, B (ITU-R BT.601)
 _DEGREE = 4  # of the polynomial from luminance to chroma
-_CELLS = 8  # per side: residuals are averaged over so many cells
+_CELLS = 8  # per side: the residuals are averaged over so many cells
 _CLEAN = 0.25  # largest residual of the cells of a one-tone image, of 255: what rounding to 8 bits leaves
 _NOISY = 1.2  # the same below noise or JPEG artefacts,
 _NOISE = 0.45  # where it is at most this fraction of the pixels' residual: in colour photographs it is 0.5 to 0.9
-_GREY = 1.0  # a tone whose channels differ less from the luminance, of 255, is grey
+_GREY = 1.0  # a tone whose chroma is less, of 255, is grey
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,28 @@ class Tone:
     """The one colour that an image has at each luminance: grey, sepia, or another line or curve in colour space.
 
     chroma: (degree + 1, 3), coefficients in Legendre polynomials of the luminance over [0, 255]; R, G, B minus the
-    luminance. low, high: the range of luminance in the image; beyond it the chroma of its ends is taken.
+    luminance. low, high: the range of luminance in the image. slope: (3,), the change of the chroma per luminance
+    beyond that range.
     """
 
     chroma: torch.Tensor
     low: float
     high: float
+    slope: torch.Tensor
 
     def colors(self, luminance: torch.Tensor) -> torch.Tensor:
-        """Luminance (N,) in [0, 255] -> R, G, B (N, 3)."""
-        return luminance[:, None] + _legendre(luminance.clamp(self.low, self.high)) @ self.chroma
+        """Luminance (N,) in [0, 255] -> R, G, B (N, 3) in [0, 255], from the tone's black to its white."""
+        ramp = torch.linspace(0, 255, 1021, dtype=luminance.dtype)
+        colors = self._colors(ramp)
+        possible = ramp[((colors >= 0) & (colors <= 255)).all(1)]
+        if len(possible):
+            luminance = luminance.clamp(possible[0], possible[-1])
+        return self._colors(luminance).clamp(0, 255)
+
+    def _colors(self, luminance: torch.Tensor) -> torch.Tensor:
+        inside = luminance.clamp(self.low, self.high)
+        chroma = _legendre(inside) @ self.chroma + (luminance - inside)[:, None] * self.slope
+        return luminance[:, None] + chroma
 
 
 def find_tone(image: torch.Tensor) -> Tone | None:
@@ -102,19 +114,31 @@ def find_tone(image: torch.Tensor) -> Tone | None:
     but not in the average of many: the residuals of a smooth fit cancel out within a cell, whereas the colours of
     skin, hair and clothes do not, however pale they are.
     """
-    pixels = ((image.detach().double().cpu() + 1) * 127.5).flatten(1).T  # (HW, 3)
-    luminance = pixels @ LUMINANCE
-    chroma = pixels - luminance[:, None]
-    basis = _legendre(luminance)
-    damping = 1e-6 * len(basis) * torch.eye(_DEGREE + 1, dtype=basis.dtype)  # an image of one colour has no curve
-    tone = torch.linalg.solve(basis.T @ basis + damping, basis.T @ chroma)
+    pixels = (image.detach().double().cpu() + 1) * 127.5
+    luminance, chroma = _luminance_chroma(pixels)
+    tone, slope = _fit(_legendre(luminance), chroma), _fit(_legendre(luminance)[:, :2], chroma)[1] / 127.5
 
-    residual = (chroma - basis @ tone).T.reshape(image.shape)
+    fitted = _legendre(luminance) @ tone
+    residual = (chroma - fitted).T.reshape(image.shape)
     of_pixels, of_cells = _length(residual), _length(F.adaptive_avg_pool2d(residual, _CELLS))
     if of_cells > _CLEAN and (of_cells > _NOISY or of_cells > _NOISE * of_pixels):
         return None
-    tone = torch.zeros_like(tone) if (basis @ tone).abs().max() < _GREY else tone
-    return Tone(tone, float(luminance.min()), float(luminance.max()))
+    if _length(fitted.T) < _GREY:
+        tone, slope = torch.zeros_like(tone), torch.zeros_like(slope)
+    return Tone(tone, float(luminance.min()), float(luminance.max()), slope)
+
+
+def _luminance_chroma(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(3, H, W) in [0, 255] -> luminance (HW,) and what the channels differ from it (HW, 3)."""
+    pixels = pixels.flatten(1).T
+    luminance = pixels @ LUMINANCE
+    return luminance, pixels - luminance[:, None]
+
+
+def _fit(basis: torch.Tensor, chroma: torch.Tensor) -> torch.Tensor:
+    """Least squares, slightly damped: an image of one colour determines no curve."""
+    damping = 1e-6 * len(basis) * torch.eye(basis.shape[1], dtype=basis.dtype)
+    return torch.linalg.solve(basis.T @ basis + damping, basis.T @ chroma)
 
 
 def keep_tone(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
@@ -144,5 +168,5 @@ def _legendre(luminance: torch.Tensor) -> torch.Tensor:
 
 
 def _length(residual: torch.Tensor) -> float:
-    """The root mean square of the lengths of the colour vectors (3, H, W)."""
+    """The root mean square of the lengths of the colour vectors (3, ...)."""
     return float(residual.square().sum(0).mean().sqrt())

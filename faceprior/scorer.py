@@ -28,6 +28,7 @@ from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +54,7 @@ from faceprior.convert import (
 )
 from faceprior.detect import Detector, Face, detect_faces, resolve_detector
 from faceprior.images import atomic_write, load_image
-from faceprior.models import DEFAULT_PROMPT, HUB_OPTIONS
+from faceprior.models import DEFAULT_PROMPT, HUB_OPTIONS, first_line
 from faceprior.streams import in_background
 
 MAX_THREADS = 8  # that read images and search them for faces
@@ -322,7 +323,12 @@ class FaceScorer(ModelMixin, ConfigMixin):
 
     @classmethod
     def _from_own_folder(cls, folder: Path, **kwargs: Any) -> "FaceScorer":
-        found = cls.load_config(folder).get("_class_name")
+        try:
+            found = dict(cls.load_config(folder)).get("_class_name")
+        except Exception as error:
+            raise ValueError(
+                f"{folder / cls.config_name} is damaged ({first_line(error)}): copy or download it again"
+            ) from error
         if found != cls.__name__:
             raise ValueError(f"{folder} holds the configuration of {found or 'another model'}, not of a {cls.__name__}")
         if not any(folder.glob("diffusion_pytorch_model*")):
@@ -334,10 +340,10 @@ class FaceScorer(ModelMixin, ConfigMixin):
                 ignore_mismatched_sizes=True,  # all of them are reported below
                 **{"use_safetensors": True, **kwargs},
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"the weights in {folder} are truncated or no safetensors file: copy or train them again "
-                f"({str(error).splitlines()[0]})"
+                f"({first_line(error)})"
             ) from error
         misshapen = [
             f"{name} is {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]

@@ -1,5 +1,6 @@
 """The command line, called as a user calls it (in-process where nothing is launched)."""
 
+import contextlib
 import csv
 import io
 import json
@@ -22,7 +23,9 @@ import torch
 from PIL import Image
 
 from faceprior.cli import main, make_parser
+from faceprior.cli import restore as restore_command
 from faceprior.cli.drawing import COLOR
+from faceprior.cli.outputs import RestoreRecord, plan_outputs
 from faceprior.cli.results import ImageScores
 from faceprior.cli.score_file import ScoreFile
 from faceprior.images import save_image
@@ -628,6 +631,332 @@ def test_restore_keeps_the_tree_the_size_and_the_background(archive, tmp_path, r
     assert (np.asarray(Image.open(output / "coffee.png")) == skimage.data.coffee()).all()
     assert "coffee.png: no face found, copied as it is" in out
     assert "2 of 6 images failed" in err
+
+
+@pytest.fixture
+def restore(restorer, capsys):
+    """Run `faceprior restore`; give (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        code = main(["restore", *map(str, arguments), "--checkpoint", restorer, "--detector", "mtcnn"])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def landscape(brightness: int = 1, size: int = 48) -> np.ndarray:
+    """An image without a face, which is restored in no time."""
+    return skimage.data.coffee()[:size, :size] // brightness
+
+
+KINDS = {"result": "{base}.png", "copy": "{base}{suffix}", "comparison": "{base}_compare.png"}
+
+
+@pytest.mark.parametrize(
+    ("names", "bases"),
+    [
+        (["a.jpg", "b.png"], ["a", "b"]),
+        (["a.jpg", "a.png"], ["a.jpg", "a.png"]),
+        (["a.jpg", "a.png", "a.jpg.png"], ["a.jpg", "a.png", "a.jpg.png"]),
+        (["b.png", "b_compare.png"], ["b.png", "b_compare.png"]),
+        (["b.png", "b_compare.jpg", "b_compare_compare.gif"], ["b.png", "b_compare.jpg", "b_compare_compare.gif"]),
+        (["A.png", "a.png"], ["A.png", "a.png-2"]),
+        (["a/1.png", "b/1.png"], ["a/1", "b/1"]),
+        (["none", "none.png"], ["none-2", "none.png"]),
+        (["x.png", "x.png/y.jpg"], ["x.png", "x.png/y"]),
+    ],
+)
+def test_no_two_outputs_have_one_name(names, bases):
+    """By every file system's count: without regard to case, and of files and folders."""
+    planned = plan_outputs({name: Path(name) for name in names}, KINDS)
+    files = [file.casefold() for outputs in planned.values() for file in set(outputs.values())]
+    assert len(files) == len(set(files))
+    folders = {parent.as_posix().casefold() for file in files for parent in Path(file).parents}
+    assert not folders & set(files)
+    if names != ["none", "none.png"] and names[0] != "x.png":
+        assert [outputs["result"] for outputs in planned.values()] == [f"{base}.png" for base in bases]
+
+
+def test_names_of_earlier_runs_stay():
+    inner = {name: Path(name) for name in ("a.png", "a.jpg")}
+    planned = plan_outputs(inner, KINDS, known={"a.jpg": "a"}, taken=["b.png"])
+    assert planned["a.jpg"]["result"] == "a.png" and planned["a.png"]["result"] == "a.png.png"
+    assert plan_outputs({"b.jpg": Path("b.jpg")}, KINDS, taken=["B.png"])["b.jpg"]["result"] == "b.jpg.png"
+
+
+@pytest.mark.parametrize("link", [None, "symbolic", "hard", "folder"])
+def test_restore_never_overwrites_an_input(tmp_path, restore, link):
+    save_image(landscape(), tmp_path / "in/a.png")
+    (tmp_path / "out").mkdir()
+    if link == "symbolic":
+        (tmp_path / "out/a.png").symlink_to(tmp_path / "in/a.png")
+    elif link == "hard":
+        os.link(tmp_path / "in/a.png", tmp_path / "out/a.png")
+    elif link == "folder":
+        (tmp_path / "out").rmdir()
+        (tmp_path / "out").symlink_to(tmp_path / "in")
+    before = tree(tmp_path)
+    for images in (["in/a.png"], ["in/a.png", "--overwrite"], ["in", "--compare"]):
+        output = tmp_path / ("out" if link else "in")
+        code, out, err = restore(tmp_path / images[0], *images[1:], "-o", output)
+        assert code == 2 and not out and "would overwrite the input" in err and "give another place" in err
+        assert tree(tmp_path) == before
+
+
+def test_restore_overwrites_no_file_that_it_did_not_write(tmp_path, restore):
+    save_image(landscape(), tmp_path / "in/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").write_bytes(b"my own")
+    for options in ([], ["--overwrite"]):
+        code, _, err = restore(tmp_path / "in", "-o", tmp_path / "out", *options)
+        assert code == 2 and "no run of `faceprior restore` wrote it: move it away" in err
+    assert tree(tmp_path / "out") == {"a.png": b"my own"}
+    code, _, err = restore(tmp_path / "in", "-o", tmp_path / "in/a.png")
+    assert code == 2 and "is a file: give a folder" in err
+
+
+def test_restore_writes_every_result_and_comparison(tmp_path, restore):
+    for number, name in enumerate(("a.jpg", "a.png", "b.png", "b_compare.png"), 1):
+        save_image(landscape(number), tmp_path / "in" / name)
+    save_image(landscape(5), tmp_path / "in/a.jpg.png")
+    code, out, _ = restore(tmp_path / "in", "-o", tmp_path / "out", "--compare")
+    assert code == 0 and len(list((tmp_path / "out").glob("*_compare.png"))) == 5
+    assert len(list((tmp_path / "out").glob("[!.]*"))) == 10
+    targets = [line.split(" -> ")[1] for line in out.splitlines()]
+    sources = [line.split(": ")[0] for line in out.splitlines()]
+    assert [Path(target).read_bytes() for target in targets] == [Path(source).read_bytes() for source in sources]
+
+
+def test_restore_again(tmp_path, restore):
+    """Finished images are skipped while they and the settings are the same; outputs are no inputs."""
+    save_image(draw_portrait(3, 160).image, tmp_path / "in/face.png")
+    save_image(landscape(), tmp_path / "in/none.jpg")
+    output = tmp_path / "in/restored"
+    command = [tmp_path / "in", "-o", output]
+    code, out, _ = restore(*command)
+    assert code == 0 and "1 face restored" in out and "copied as it is" in out
+    first = tree(output)
+    assert {"face.png", "none.jpg"} < first.keys() and first["none.jpg"] == (tmp_path / "in/none.jpg").read_bytes()
+
+    os.utime(tmp_path / "in/face.png", (1, 1))  # the same content
+    code, out, err = restore(*command)
+    assert code == 0 and out.count("finished before") == 2 and "2 images skipped, which faceprior itself wrote" in err
+    assert tree(output) == first
+
+    code, out, _ = restore(*command, "--compare")  # which were not written yet
+    assert "finished before" not in out and (output / "face_compare.png").is_file()
+    assert (output / "face.png").read_bytes() == first["face.png"]
+    assert restore(*command, "--seed", 9)[1].count("finished before") == 0
+    assert (output / "face.png").read_bytes() != first["face.png"]
+
+    save_image(landscape(2), tmp_path / "in/none.jpg")
+    code, out, _ = restore(*command, "--seed", 9)
+    assert out.count("finished before") == 1 and "none.jpg: no face" in out
+    assert "finished before" not in restore(*command, "--seed", 9, "--overwrite")[1]
+
+    files = [path for path in (tmp_path / "in").rglob("*.png")]  # as a shell expands **/*.png
+    code, _, err = restore(*files, "-o", output, "--seed", 9)
+    assert code == 0 and err.count("1 image skipped, which faceprior itself wrote") == 3
+    code, _, err = restore(output / "face.png", "-o", output)
+    assert code == 2 and "no images besides those that faceprior itself wrote" in err
+
+
+def test_restored_images_of_several_runs_keep_apart(tmp_path, restore):
+    for name in ("x", "y"):
+        save_image(landscape(1 + (name == "y")), tmp_path / name / "1.png")
+        assert restore(tmp_path / name, "-o", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out/1.png").read_bytes() == (tmp_path / "x/1.png").read_bytes()
+    assert (tmp_path / "out/1.png.png").read_bytes() == (tmp_path / "y/1.png").read_bytes()
+    code, out, _ = restore(tmp_path / "x", tmp_path / "y", "-o", tmp_path / "out")
+    assert code == 0 and out.count("finished before") == 2
+    _, _, err = restore(tmp_path, "-o", tmp_path / "more")
+    assert "2 images skipped" in err
+    code, out, _ = restore(tmp_path / "out", "-o", tmp_path / "again")  # named itself, it is what is meant
+    assert code == 0 and len(out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("call", ["finish", "_write"])
+def test_a_killed_restore_resumes(tmp_path, restore, monkeypatch, call):
+    """Killed after or amid the writing of the second image; its files are known again, and the first stays."""
+    for number in (1, 2, 3):
+        save_image(landscape(number), tmp_path / f"in/{number}.png")
+    place = RestoreRecord if call == "finish" else restore_command
+    original, calls = getattr(place, call), iter(range(9))
+
+    def kill(*arguments):
+        if next(calls) == 1:
+            if call == "_write":
+                original(*arguments)
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(place, call, kill)
+        code, out, _ = restore(tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 130 and len(out.splitlines()) == 1 and (tmp_path / "out/2.png").exists()
+    with open(tmp_path / "out/.faceprior-restored.jsonl", "a") as file:
+        file.write('{"source": "../in/3.p')  # a torn row
+    code, out, _ = restore(tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 0 and out.count("finished before") == 1 and out.count("copied") == 2
+
+
+def test_a_damaged_record_is_named(tmp_path, restore):
+    save_image(landscape(), tmp_path / "in/a.png")
+    assert restore(tmp_path / "in", "-o", tmp_path / "out")[0] == 0
+    record = tmp_path / "out/.faceprior-restored.jsonl"
+    whole = record.read_text()
+    for row in ("foreign\n", '{"source": 3}\n', '{"source": "x", "outputs": {}}\n'):
+        record.write_text(row + whole)
+        code, _, err = restore(tmp_path / "in", "-o", tmp_path / "out")
+        assert code == 2 and "faceprior-restored.jsonl" in err and "--overwrite" in err
+        assert restore(tmp_path / "in", "-o", tmp_path / "out", "--overwrite")[0] == 0
+
+
+def test_what_a_file_holds_besides_rgb(tmp_path, restore):
+    """Transparency, EXIF, resolution, profile and grey stay; 16 bits are named; pages and frames are refused."""
+    portrait, folder = Image.fromarray(draw_portrait(3, 160).image), tmp_path / "in"
+    folder.mkdir()
+    cut = portrait.copy()
+    alpha = Image.new("L", portrait.size, 255)
+    alpha.paste(0, (0, 0, 160, 10))
+    cut.putalpha(alpha)
+    cut.save(folder / "cut.png")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0132] = 6, "1987:06:05 04:03:02"
+    portrait.rotate(90).save(folder / "phone.jpg", exif=exif, dpi=(300, 300), quality=95, icc_profile=b"profile")
+    grey = np.asarray(portrait.convert("L"))
+    Image.fromarray(grey).save(folder / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(landscape()[..., 0].astype(np.uint16) * 99).save(folder / "deep_scene.png")
+    portrait.save(folder / "moving.gif", save_all=True, append_images=[portrait.rotate(5)])
+    code, out, err = restore(folder, "-o", tmp_path / "out")
+    assert code == 1 and "moving.gif holds 2 frames or pages" in err and "1 of 6 images failed" in err
+    assert "deep.png: 1 face restored, not kept: 16 bits per channel" in out
+    assert (tmp_path / "out/deep_scene.png").read_bytes() == (folder / "deep_scene.png").read_bytes()
+    with Image.open(tmp_path / "out/cut.png") as result:
+        before, after = np.asarray(cut), np.asarray(result)
+    assert after.shape == before.shape and (after[..., 3] == before[..., 3]).all() and (after[:10] == before[:10]).all()
+    assert (after != before).any()
+    with Image.open(tmp_path / "out/phone.png") as result:
+        assert dict(result.getexif()) == {0x0112: 1, 0x0132: "1987:06:05 04:03:02"}
+        assert round(result.info["dpi"][0]) == 300 and result.info["icc_profile"] == b"profile"
+    for name in ("grey", "deep"):
+        assert Image.open(tmp_path / f"out/{name}.png").mode == "L"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error"), MemoryError(), torch.OutOfMemoryError("CUDA"), KeyError(3)]
+)
+def test_one_image_that_fails_does_not_end_the_batch(tmp_path, restore, monkeypatch, error):
+    for number in (1, 2, 3):
+        save_image(landscape(number), tmp_path / f"in/{number}.png")
+    original = AuthFaceRestorer.restore
+
+    def fail(restorer, image, *arguments, **options):
+        if np.asarray(image.rgb).max() == (landscape(2)).max():
+            raise error
+        return original(restorer, image, *arguments, **options)
+
+    monkeypatch.setattr(AuthFaceRestorer, "restore", fail)
+    code, out, err = restore(tmp_path / "in", tmp_path / "gone.png", "-o", tmp_path / "out")
+    assert code == 1 and out.count("copied as it is") == 2 and "2.png: error" in out
+    assert f"{tmp_path}/in/2.png: " in err and "no file or folder at" in err and "2 of 4 images failed" in err
+    if "Memory" in type(error).__name__:
+        assert "out of memory: use `--dtype bfloat16`" in err
+
+
+def test_one_batch_that_fails_does_not_end_the_scoring(portraits, score, monkeypatch):
+    """Its halves are tried, down to the face that fails alone."""
+    original = FaceScorer.forward
+
+    def forward(scorer, pixel_values, *arguments):
+        if len(pixel_values) > 1 or abs(float(pixel_values.mean()) - bad) < 1e-4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(scorer, pixel_values, *arguments)
+
+    means = []
+    monkeypatch.setattr(FaceScorer, "forward", lambda s, p, *a: means.append(float(p[0].mean())) or original(s, p, *a))
+    whole = rows_of(score(portraits / "a", "--json", "--batch-size", 1)[1])
+    bad = means[1]
+    monkeypatch.setattr(FaceScorer, "forward", forward)
+    code, out, err = score(portraits / "a", "--json")
+    first, second, third = rows_of(out)
+    assert code == 1 and "2.png: out of memory" in second["error"] and "1 of 3 images failed" in err
+    for row, expected in ((first, whole[0]), (third, whole[2])):
+        assert row["faces"][0]["score"] == pytest.approx(expected["faces"][0]["score"], rel=1e-4)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_names_that_the_console_cannot_show(tmp_path, restorer, encoding):
+    names = ["a.png", "祖母 100% [1].png", os.fsdecode(b"caf\xe9.png"), "z.png"]
+    for name in names:
+        try:
+            (tmp_path / "in").mkdir(exist_ok=True)
+            (tmp_path / "in" / name).write_bytes(save_image(landscape(), tmp_path / "one.png").read_bytes())
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    (tmp_path / "in/末.png").write_bytes(b"torn")
+    command = ["restore", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--checkpoint", restorer]
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        code = main(command)
+    out, err = (stream.detach().getvalue().decode(encoding) for stream in streams if stream.flush() is None)
+    assert code == 1 and out.count("copied as it is") == 4 and "1 of 5 images failed" in err
+    assert ("祖母" if encoding == "utf-8" else r"\u7956\u6bcd 100% [1].png") in out and r"caf\udce9.png" in out
+    assert len(list((tmp_path / "out").glob("[!.]*"))) == 4
+
+
+def test_score_never_overwrites_an_input(tmp_path, portraits, score):
+    shutil.copytree(portraits / "b", tmp_path / "in")
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn/.faceprior-output").touch()
+    (tmp_path / "drawn/1.png").symlink_to(tmp_path / "in/1.png")
+    before = tree(tmp_path)
+    for options in (
+        ["--draw", tmp_path / "drawn"],
+        ["--copy-best", 1, tmp_path / "drawn"],
+        ["--csv", tmp_path / "in/1.png", "--overwrite"],
+    ):
+        code, out, err = score(tmp_path / "in", *options)
+        assert code == 2 and not out and "would overwrite the input" in err
+        assert tree(tmp_path) == before
+
+
+def test_drawings_and_copies_of_one_name(tmp_path, portraits, score):
+    for name in ("a.jpg", "a.png", "b.png", "b_compare.png", "1_a.png"):
+        image = Image.open(portraits / "a/1.png")
+        image.save(tmp_path / name)
+    shutil.copy(tmp_path / "a.png", tmp_path / "a.jpg.png")
+    files = sorted(tmp_path.glob("*.*"))
+    assert score(*files, "--draw", tmp_path / "drawn")[0] == 0
+    assert len(list((tmp_path / "drawn").glob("[!.]*"))) == 6
+    code, out, err = score(*files, "--draw", tmp_path / "both", "--copy-best", 3, tmp_path / "both")
+    assert code == 2 and not out and "--draw and --copy-best would both write" in err
+
+
+def test_only_the_first_frame_is_scored_and_that_is_said(tmp_path, portraits, score):
+    image = Image.open(portraits / "a/1.png")
+    image.save(tmp_path / "moving.gif", save_all=True, append_images=[image.rotate(9)])
+    code, out, err = score(tmp_path / "moving.gif", "--json")
+    assert code == 0 and rows_of(out)[0]["faces"]
+    assert "moving.gif: only the first of 2 frames or pages is scored" in err
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"text"])
+def test_damaged_weights_of_a_restorer_end_with_one_line(tmp_path, restorer, capsys, part, content):
+    shutil.copytree(restorer, tmp_path / "copy")
+    (tmp_path / "copy" / part).write_bytes(content)
+    save_image(landscape(), tmp_path / "a.png")
+    command = ["restore", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "copy")]
+    assert main(command) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert re.match(r"faceprior: error: the \w+ in .* is damaged: .*: copy or download it again", last), last
+    assert not (tmp_path / "out").exists()
 
 
 def test_restore_keeps_folders_with_equal_names_apart(tmp_path, restorer):

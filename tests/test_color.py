@@ -1,8 +1,14 @@
+import io
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageFilter
 
-from faceprior.color import adain_color_fix, wavelet_color_fix, wavelet_decompose
+from faceprior.color import adain_color_fix, find_tone, keep_tone, wavelet_color_fix, wavelet_decompose
+from faceprior.images import to_pil, to_pixel_values
+from faceprior.procedural import draw_portrait
 
 
 def make_image(seed, size=96):
@@ -119,3 +125,82 @@ def test_shapes_have_to_agree():
             fix(make_image(0)[0], make_image(0)[0])
     with pytest.raises(ValueError, match="levels"):
         wavelet_decompose(make_image(0), levels=0)
+
+
+# ---- grey and toned images
+
+
+@pytest.fixture(scope="module")
+def portraits():
+    return [Image.fromarray(draw_portrait(seed, 128).image) for seed in range(6)]
+
+
+def toned(image, white=(255, 255, 255), black=(0, 0, 0), gamma=(1, 1, 1)):
+    """A portrait printed in one ink: each channel a curve of the grey value."""
+    grey = np.asarray(image.convert("L"))[..., None] / 255
+    return Image.fromarray(np.rint(black + (np.array(white) - black) * grey**gamma).astype(np.uint8))
+
+
+def jpeg(image, quality):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+TONES = {
+    "grey": {},
+    "sepia": {"white": (255, 232, 195)},
+    "blue": {"white": (200, 215, 255), "black": (0, 0, 20)},
+    "two inks": {"white": (255, 240, 200), "black": (20, 10, 60)},
+    "curve": {"gamma": (0.8, 1, 1.3)},
+}
+
+
+@pytest.mark.parametrize("tone", TONES)
+@pytest.mark.parametrize("quality", [None, 95])
+def test_a_toned_image_keeps_its_tone(portraits, tone, quality):
+    """Whatever is drawn: the colours of the result are those that the tone has at its luminance, to rounding."""
+    for image, other in zip(portraits, portraits[1:], strict=False):
+        style = toned(image, **TONES[tone])
+        style = style if quality is None else jpeg(style, quality)
+        (result,) = to_pil(keep_tone(to_pixel_values(other), to_pixel_values(style)))
+        found = np.asarray(result).astype(int)
+        if tone == "grey":
+            assert (found == np.asarray(other.convert("L"))[..., None]).mean() > 0.99 and not np.ptp(found, 2).any()
+            continue
+        weights = [0.299, 0.587, 0.114]
+        ramp = np.asarray(toned(Image.fromarray(np.arange(256, dtype=np.uint8)[None]), **TONES[tone]))[0].astype(int)
+        light, own = found @ weights, np.asarray(style) @ weights
+        known = (light > own.min() + 5) & (light < own.max() - 5)  # beyond it the tone is guessed
+        expected = ramp[np.abs(light[known][:, None] - ramp @ weights).argmin(1)]
+        assert known.mean() > 0.3 and np.abs(found[known] - expected).max() <= (4 if quality is None else 8)
+
+
+def test_images_in_colours_come_back_bit_for_bit(portraits):
+    """Pale, blurred, compressed or noisy ones, too, and beside grey ones in a batch."""
+    noise = np.random.default_rng(0).normal(0, 5, (128, 128, 3))
+    for image in portraits:
+        for saturation in (1, 0.3, 0.15):
+            pale = ImageEnhance.Color(image).enhance(saturation)
+            noisy = Image.fromarray(np.clip(np.asarray(pale) + noise * saturation, 0, 255).astype(np.uint8))
+            for style in (pale, pale.filter(ImageFilter.GaussianBlur(4)), jpeg(pale, 60), noisy):
+                assert find_tone(to_pixel_values(style)[0]) is None, saturation
+    content, style = make_image(1, 128), to_pixel_values([portraits[0], portraits[1].convert("L")])
+    result = keep_tone(content.expand(2, -1, -1, -1), style)
+    assert result.dtype == content.dtype
+    assert (result[0] == content[0]).all() and (result[1] == result[1, :1]).all()
+
+
+def test_grey_under_coloured_noise_is_grey(portraits):
+    noise = np.random.default_rng(0).normal(0, 6, (128, 128, 3))
+    for image in portraits:
+        grey = np.asarray(image.convert("L"))[..., None] + noise
+        style = to_pixel_values(Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)))
+        result = keep_tone(to_pixel_values(image), style)
+        assert (result == result[:, :1]).all()
+
+
+def test_an_image_of_one_colour_has_a_tone():
+    style = torch.tensor([0.5, 0.2, -0.3]).reshape(1, 3, 1, 1).expand(1, 3, 16, 16)
+    result = keep_tone(style + 0.1, style)
+    torch.testing.assert_close(result, style + 0.1, rtol=0, atol=2e-2)

@@ -9,17 +9,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, TiffImagePlugin
 
 from faceprior import images
 from faceprior.images import (
     ImageError,
+    Metadata,
     as_array,
     atomic_write,
+    copy_file,
+    count_frames,
     decode_image,
     find_images,
     load_image,
     natural_key,
+    read_source,
     relative_stem,
     save_image,
     to_pil,
@@ -255,6 +259,136 @@ def test_only_an_rgb_colour_profile_stays(tmp_path):
     for mode, kept in (("RGB", True), ("CMYK", False)):
         Image.new(mode, (8, 8)).save(tmp_path / "a.jpg", icc_profile=b"profile", comment=b"hello")
         assert load_image(tmp_path / "a.jpg").info == ({"icc_profile": b"profile"} if kept else {})
+
+
+# --- what RGB does not hold ---
+
+
+def with_alpha(mode="RGBA"):
+    """Random pixels, transparent on the left, half transparent in the middle, opaque on the right."""
+    image = Image.fromarray(checker(6, 9))
+    alpha = np.repeat(np.array([0, 128, 255], np.uint8), 3)[None].repeat(6, 0)
+    image.putalpha(Image.fromarray(alpha))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_kept_and_unedited_pixels_are_the_file_s(tmp_path, mode):
+    image = with_alpha() if mode != "P" else Image.fromarray(checker(6, 9)).quantize(16)
+    image = image.convert("LA") if mode == "LA" else image
+    image.save(tmp_path / "a.png", **({"transparency": 3} if mode == "P" else {}))
+    source = read_source(tmp_path / "a.png")
+    np.testing.assert_array_equal(source.rgb, load_image(tmp_path / "a.png"))
+    stored = np.asarray(Image.open(tmp_path / "a.png").convert("RGBA")).astype(int)
+    back = source.with_pixels(source.rgb)
+    assert back.mode == "RGBA" and (np.asarray(back) == stored).all()
+    edited = np.asarray(source.rgb).astype(int)
+    edited[2:4] = np.clip(edited[2:4] + 9, 0, 255)
+    result = np.asarray(source.with_pixels(Image.fromarray(edited.astype(np.uint8)))).astype(int)
+    untouched = np.ones((6, 9), bool)
+    untouched[2:4] = stored[2:4, :, 3] == 0
+    assert (result[untouched] == stored[untouched]).all() and (result[..., 3] == stored[..., 3]).all()
+    opaque = stored[..., 3] == 255
+    assert (result[opaque][:, :3] == edited[opaque]).all()
+    assert source.in_own_mode(back).mode == ("LA" if mode == "LA" else "RGBA")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "RGB", "P", "CMYK"])
+def test_a_result_has_the_file_s_kind_of_mode_and_profile(tmp_path, mode):
+    image = Image.new(mode, (5, 4))
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "1", "I;16") else "a.png")
+    image.save(path, icc_profile=b"profile")
+    source = read_source(path)
+    result = source.in_own_mode(source.with_pixels(source.rgb))
+    assert result.mode == ("L" if mode in ("1", "L", "I;16") else "RGB")
+    assert result.info == ({} if mode == "CMYK" else {"icc_profile": b"profile"})
+    lost = {"I;16": ("16 bits per channel",), "CMYK": ("CMYK colours", "the colour profile")}
+    assert source.lost == lost.get(mode, ())
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_per_colour_are_named(tmp_path, suffix):
+    """Pillow reads such files as RGB of 8 bits."""
+    images.cv2.imwrite(str(tmp_path / f"a{suffix}"), np.full((5, 4, 3), 300, np.uint16))
+    assert read_source(tmp_path / f"a{suffix}").lost == ("16 bits per channel",)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_metadata_go_from_file_to_file(tmp_path, suffix):
+    """Date, maker, place and resolution; the pixels are turned, so the orientation is 1 afterwards."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0132], exif[0x010F] = 6, "1987:06:05 04:03:02", "Camera"
+    exif[0x8769] = {0x9003: "1987:06:05 04:03:02"}
+    Image.fromarray(checker()).save(tmp_path / f"a{suffix}", exif=exif.tobytes(), dpi=(300, 300))
+    source = read_source(tmp_path / f"a{suffix}")
+    assert source.rgb.size == (6, 8)
+    for target in (".png", ".jpg", ".tif", ".webp"):
+        with Image.open(save_image(source.rgb, tmp_path / f"b{target}", source.metadata)) as saved:
+            found = saved.getexif()
+            assert (found.get(0x0112, 1), found[0x0132], found[0x010F]) == (1, "1987:06:05 04:03:02", "Camera")
+            assert found.get_ifd(0x8769)[0x9003] == "1987:06:05 04:03:02"
+            assert suffix == ".webp" or target == ".webp" or round(saved.info["dpi"][0]) == 300
+            assert saved.size == (6, 8)
+
+
+def test_texts_of_a_png_and_xmp_stay(tmp_path):
+    info = images.PngInfo()
+    info.add_text("parameters", "a portrait, Steps: 20")
+    Image.fromarray(checker()).save(tmp_path / "a.png", pnginfo=info)
+    xmp = b'<x tiff:Orientation="6" dc:title="Ana"/>'
+    Image.fromarray(checker()).save(tmp_path / "b.jpg", xmp=xmp)
+    for name, key, value in (
+        ("a.png", "parameters", "a portrait, Steps: 20"),
+        ("b.jpg", "XML:com.adobe.xmp", '<x tiff:Orientation="1" dc:title="Ana"/>'),
+    ):
+        source = read_source(tmp_path / name)
+        with Image.open(save_image(source.rgb, tmp_path / "out.png", source.metadata)) as saved:
+            assert saved.text == {key: value}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")
+def test_damaged_metadata_are_named_and_the_image_is_read(tmp_path):
+    Image.fromarray(checker()).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x0f")
+    source = read_source(tmp_path / "a.jpg")
+    assert source.rgb.size == (8, 6) and not source.metadata.exif
+    save_image(source.rgb, tmp_path / "b.png", source.metadata)
+
+
+def test_sources_that_are_no_files():
+    for source in (checker(), np.dstack([checker(), checker()[..., :1]]), checker()[..., 0], with_alpha("LA")):
+        found = read_source(source)
+        np.testing.assert_array_equal(found.rgb, load_image(source))
+        assert found.metadata == Metadata() and found.lost == ()
+    with pytest.raises(TypeError, match="Tensor"):
+        read_source(torch.zeros(3, 4, 5))
+    with pytest.raises(FileNotFoundError):
+        read_source("nowhere.png")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp", ".tif"])
+def test_frames_are_counted(tmp_path, suffix):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / f"one{suffix}")
+    assert count_frames(tmp_path / f"a{suffix}") == 3 and count_frames(tmp_path / f"one{suffix}") == 1
+
+
+def test_previews_are_no_frames(tmp_path):
+    """The second image that telephones put in a JPEG, and the smaller copy of a page in a TIFF file."""
+    large, small = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (10, 10), "red")
+    large.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[small])
+    assert count_frames(tmp_path / "phone.jpg") == 1
+    assert read_source(tmp_path / "phone.jpg").lost == ("1 further image in the file (MPO)",)
+    with TiffImagePlugin.AppendingTiffWriter(str(tmp_path / "scan.tif"), new=True) as pages:
+        for page, kind in ((large, 0), (small, 1)):
+            page.save(pages, format="TIFF", tiffinfo={254: kind})
+            pages.newFrame()
+    assert count_frames(tmp_path / "scan.tif") == 1
+
+
+def test_a_copied_file_is_the_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"any bytes")
+    assert copy_file(tmp_path / "a", tmp_path / "new/b").read_bytes() == b"any bytes"
 
 
 # --- pixel values ---

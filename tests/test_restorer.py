@@ -1,5 +1,6 @@
 """AuthFaceRestorer: sampling by hand, the photograph around the faces, and the folders that it reads."""
 
+import io
 import json
 import logging
 import shutil
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
-from PIL import Image
+from PIL import Image, ImageEnhance
 from skimage import data
 
 from faceprior import tiny
@@ -234,6 +235,62 @@ def test_only_the_faces_of_a_photograph_change(restorer, group):
         assert found.after.size == (64, 64) and difference(found.before, found.after).max() > 1
 
 
+def in_mode(image, mode):
+    """The photograph as a grey or toned one: file's mode, or the way that it came to its colours."""
+    grey = image.convert("L")
+    if mode == "sepia":
+        return Image.fromarray((np.asarray(grey)[..., None] / 255 * [255, 232, 195]).astype(np.uint8))
+    if mode == "JPEG":
+        buffer = io.BytesIO()
+        grey.convert("RGB").save(buffer, "JPEG", quality=60)
+        return Image.open(buffer)
+    if mode == "LA":
+        grey.putalpha(200)
+    return grey.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "I", "JPEG", "sepia"])
+@pytest.mark.parametrize("color_fix", ["wavelet", "none"])
+def test_a_grey_or_toned_photograph_stays_so(restorer, group, mode, color_fix):
+    """Whatever the network draws, which here is coloured noise."""
+    photograph = in_mode(group[0], mode)
+    if mode == "I":
+        photograph = Image.fromarray(np.asarray(photograph, np.int32) * 257)
+    result = restorer.restore(photograph, faces=group[1], color_fix=color_fix, steps=1)
+    pixels = np.asarray(result.image.convert("RGB")).astype(int)
+    assert result.image.mode == ("RGBA" if mode == "LA" else "RGB") and len(result.faces) == 2
+    assert difference(pixels, np.asarray(result.source.rgb)).max() > 5
+    if mode == "sepia":
+        red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+        off = np.maximum(np.abs(green - red * 232 / 255), np.abs(blue - red * 195 / 255))
+        assert (off < 2.5).mean() > 0.98  # but where the resampling of the noise overshoots white
+        assert (red >= green).all() and (green >= blue).all()
+    else:
+        assert not np.ptp(pixels, axis=2).any()
+
+
+def test_a_photograph_in_colours_is_not_toned(restorer, group, monkeypatch):
+    """A pale one, too: as if the tone was never looked at."""
+    pale = ImageEnhance.Color(group[0]).enhance(0.3)
+    found = restorer.restore(pale, faces=group[1], steps=1).image
+    monkeypatch.setattr("faceprior.restorer.keep_tone", lambda content, style: content)
+    assert restorer.restore(pale, faces=group[1], steps=1).image.tobytes() == found.tobytes()
+
+
+def test_transparency_stays(restorer, group):
+    photograph, faces = group
+    alpha = Image.new("L", photograph.size, 255)
+    alpha.paste(0, (0, 0, 20, 128))
+    alpha.paste(100, (20, 0, 50, 128))
+    cut = photograph.copy()
+    cut.putalpha(alpha)
+    result = restorer.restore(cut, faces=faces[:1], steps=1)
+    before, after = np.asarray(cut).astype(int), np.asarray(result.image).astype(int)
+    assert result.image.mode == "RGBA" and (after[..., 3] == before[..., 3]).all()
+    outside = ~inside_of(faces[0], photograph.size) | (before[..., 3] == 0)
+    assert (after[outside] == before[outside]).all() and (after != before).any()
+
+
 def test_several_faces_do_not_depend_on_the_batch(restorer, group):
     photograph, faces = group
     results = [restorer.restore(photograph, faces=faces, batch_size=size, **FAST) for size in (1, 2)]
@@ -275,6 +332,8 @@ def test_a_face_that_cannot_be_aligned_is_left_with_a_warning(restorer, group, c
     with caplog.at_level(logging.WARNING):
         result = restorer.restore(photograph, faces=[Face(other.box, None, 1.0), swapped, face], **FAST)
     assert [found.face for found in result.faces] == [face]
+    assert [left.face.landmarks is None for left in result.left] == [True, False]
+    assert result.left[0].reason == "it has no landmarks" and "contradict each other" in result.left[1].reason
     assert "has no landmarks" in caplog.text and "contradict each other" in caplog.text
     assert f"the face at ({other.box[0]:.0f}, " in caplog.text
 

@@ -55,7 +55,8 @@ def find_inputs(images: list[str], output_folders: Sequence[Path]) -> Inputs:
         groups.setdefault(group, {}).update(dict.fromkeys(names))
     inputs = Inputs(entries, groups)
     if not inputs.files:
-        raise ValueError("\n".join(error for error in entries.values() if error) or "no paths on stdin")
+        own = "no images besides those that faceprior itself wrote" if groups else "no paths on stdin"
+        raise ValueError("\n".join(error for error in entries.values() if error) or own)
     return inputs
 
 
@@ -74,7 +75,7 @@ def without_outputs(argument: str, found: Sequence[Path], folders: Iterable[Path
 
     These are the images in `folders`, in folders with OUTPUT_MARK, and those that a record lists (`RecordedFiles`). A
     file that is named itself is kept unless it is recorded in one of `folders`; all images of a folder that is
-    `argument` itself are kept, if faceprior wrote all of them. ValueError if nothing is left.
+    `argument` itself are kept, if faceprior wrote all of them. ValueError if nothing is left of a folder or glob.
     """
     root, own = Path(argument).expanduser(), {folder.resolve() for folder in folders}
     if root.is_file():
@@ -82,7 +83,7 @@ def without_outputs(argument: str, found: Sequence[Path], folders: Iterable[Path
         kept = [path for path in found if not recorded.lists(path, own)]
     else:
         kept = _without_outputs(_fixed_folder(root), found, own)
-    if not kept:
+    if not kept and not root.is_file():
         raise ValueError(f"no images in {argument} besides those that faceprior itself wrote")
     if len(kept) < len(found):
         left_out = len(found) - len(kept)

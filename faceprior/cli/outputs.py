@@ -128,9 +128,8 @@ def require_no_inputs(targets: Iterable[Path], images: Iterable[str], option: st
     inputs.pop(None, None)  # links that lead nowhere
     for target in targets:
         if (image := inputs.get(_identity(target))) is not None:
-            raise ValueError(
-                f"{option} would overwrite the input {image}, since {target} is that file: give another place"
-            )
+            link = "" if os.path.abspath(target) == os.path.abspath(image) else f" (as {target})"
+            raise ValueError(f"{option} would overwrite the input {image}{link}: give another place")
 
 
 def require_apart(drawings: Iterable[Path], images: Iterable[str], folder: Path) -> None:

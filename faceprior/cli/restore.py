@@ -134,6 +134,7 @@ def _digest(options: argparse.Namespace, restorer: "AuthFaceRestorer", detector:
     parts = (pipeline.unet, pipeline.controlnet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     settings = {
         **dataclasses.asdict(dataclasses.replace(restorer.settings, **sampling)),
+        "version": faceprior.__version__,
         "weights": fingerprint(*parts),
         "detector": detector,
         **{key: getattr(options, key) for key in ("dtype", "min_confidence", "min_face_size", "color_fix")},

@@ -12,6 +12,8 @@ import logging
 from importlib import import_module
 from pathlib import Path
 
+from faceprior.jsonl import require_keys
+
 logger = logging.getLogger(__name__)
 NAME = "tiny"
 KINDS = ("sd15", "sdxl", "reward", "scorer", "restorer")
@@ -69,7 +71,14 @@ def tiny_folder() -> Path:
 def info(folder: str | Path) -> dict | None:
     """Return the content of a model's `tiny.json` ({kind, seed, trained}), None if the model is not tiny."""
     path = Path(folder) / INFO_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        require_keys(found, {"trained": bool})
+        return found
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy the folder again") from error
 
 
 def copy_info(source: str, folder: str | Path, root: Path | None = None) -> None:
