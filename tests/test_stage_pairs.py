@@ -49,11 +49,16 @@ def test_every_filter_is_counted_in_its_round(stage):
 
 
 def test_pairs_are_counted_in_the_bin_of_their_area(stage):
-    """0.5% belongs to the first bin, 0.6% and 0.8% to the second, with a mean of (2 + 4) / 2; the rest is empty."""
-    pairs = [{"area_ratio": ratio, "difference": d} for ratio, d in ((0.005, 9.0), (0.006, 2.0), (0.008, 4.0))]
-    assert [(row["pairs"], row["difference"]) for row in stage.count_bins(stage.Config(), pairs)] == [
-        (1, 9.0), (2, 3.0), (0, 0.0), (0, 0.0)
-    ]  # fmt: skip
+    """0.5% belongs to the first bin, 0.6% and 0.8% to the second, with a mean of (2 + 4) / 2; the rest is empty.
+
+    The strengths are those of the pairs, (0.1 + 0.3) / 2 in the mean, and the settings' where there is no pair.
+    """
+    keys = ("area_ratio", "difference", "strength")
+    pairs = [dict(zip(keys, own, strict=True)) for own in ((0.005, 9.0, 0.2), (0.006, 2.0, 0.1), (0.008, 4.0, 0.3))]
+    bins = stage.count_bins(stage.Config(), pairs)
+    assert [(row["pairs"], row["difference"]) for row in bins] == [(1, 9.0), (2, 3.0), (0, 0.0), (0, 0.0)]
+    assert [row["strengths"] for row in bins] == [[0.2], [0.1, 0.3], [], []]
+    assert [row["noise_factor"] for row in bins] == [0.2, pytest.approx(0.2), 0.2, 0.4]
 
 
 def test_a_turned_photograph_makes_upright_pairs(stage, tmp_path):

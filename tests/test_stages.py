@@ -258,7 +258,7 @@ def test_every_filter_counts_what_it_rejects(tmp_path, monkeypatch, tiny_models,
 
     strict = {"max_hash_distance": -1, "min_sharpness": 0.0, "min_side": 1, "num_workers": 0}
     for name, value in {
-        "min_face_size": 100, "min_confidence": 1.0, "min_difference": 255.0, "drop_not_found": True, "drop_lost": True,
+        "min_face_size": 80, "min_confidence": 1.0, "min_difference": 255.0, "drop_not_found": True, "drop_lost": True,
     }.items():  # fmt: skip
         run(PAIRS, **few_steps(tiny_models) | strict | {"images": "p", "output": name, name: value})
         report = json.loads(Path(f"{name}/report.json").read_text())
