@@ -43,6 +43,7 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-image>=0.25", "matplotlib>=3.10"],  # they bring two real photographs
+        "heif": ["pillow-heif>=1.1"],  # photographs of phones
         "pages": ["gradio>=6.31,<7"],  # people rank faces on a local page
         "browser": ["gradio>=6.31,<7", "playwright>=1.65,<2"],  # the tests of the pages, with a Chromium of the system
         "dev": [
