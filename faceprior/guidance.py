@@ -261,6 +261,7 @@ class GuidanceTuner:
         unet, adam = accelerator.prepare(self.unet, adam)
         run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam})
         for batch in run.batches(pairs, batch_size, seed):
+            unet.train()
             with accelerator.accumulate(unet):
                 loss = self.loss(batch, run.generators(batch), unet)
                 accelerator.backward(loss)

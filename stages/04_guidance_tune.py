@@ -127,7 +127,7 @@ def main(config: Config) -> None:
             if config.objective == "denoising":
                 loss = tuner.denoising_loss(batch, generators, unet)
             else:
-                # Line 1: z_g and z_b, the latents of both sides
+                # Line 1: E(x_g) and E(x_b), the latents of both sides
                 good, bad = tuner.encode(torch.cat([batch["good"], batch["bad"]])).chunk(2)  # (B, 4, h, w) each
 
                 # Line 4: t ~ U[1, T_end], where details appear and not the layout; ONE noise for both sides
@@ -140,18 +140,18 @@ def main(config: Config) -> None:
                 # The prompt p, dropped for a fraction of the samples (section 6.1)
                 prompts = tuner.encode_prompts(batch["prompt"], size, generators)
 
-                # Line 6, Eq. 6 right: the target is the good side's x_0 as the ORIGINAL model predicts it
+                # Line 6, Eq. 6: z_g, the target, is the good side's x_0 as the ORIGINAL model predicts it
                 with torch.no_grad(), tuner.original_unet() as original:
                     target = tuner.predict_x0(original, noisy_good, timesteps, prompts)  # (B, 4, h, w)
 
-                # Line 7, Eq. 6 left: the bad side's x_0 as the trained model predicts it, with gradients
+                # Line 7, Eq. 6: z_b is the bad side's x_0 as the trained model predicts it, with gradients
                 prediction = tuner.predict_x0(unet, noisy_bad, timesteps, prompts)  # (B, 4, h, w)
 
                 # Line 8, Eq. 7: L_guidance = d(m o z_g, m o z_b), on the face only
                 mask = downsample_mask(batch["mask"], good.shape[-2:])  # (B, 1, h, w)
                 loss = guidance_loss(target, prediction, mask, tuner.distance)
 
-            # Line 9
+            # Line 9: one step down the gradient, after `accumulation` micro-batches
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)
