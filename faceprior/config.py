@@ -20,6 +20,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import logging
 import math
 import re
@@ -36,11 +37,13 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from faceprior.errors import explain, is_out_of_memory
+from faceprior.files import atomic_write
 
 T = TypeVar("T")
 CONFIG_FILE = "config.yaml"
 UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
 DONE_FILE = "done.json"
+METRICS_FILE = "metrics.jsonl"
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
 RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every"})
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
@@ -215,6 +218,12 @@ def save_config(config: Any, folder: str | Path) -> None:
 def is_complete(output: str | Path) -> bool:
     """Tell whether the stage that writes to `output` has finished."""
     return (Path(output) / DONE_FILE).is_file()
+
+
+def finish(output: str | Path, **summary) -> None:
+    """Write `done.json`, which tells the next call of the same command that the stage is complete."""
+    with atomic_write(Path(output) / DONE_FILE, "w") as file:
+        json.dump(summary, file, indent=1)
 
 
 def stage_name(config_class: type) -> str:

@@ -28,7 +28,8 @@ from torchvision.ops import roi_align
 from tqdm.auto import tqdm
 
 from faceprior.errors import explain, is_disk_full
-from faceprior.images import common_folder, load_image
+from faceprior.files import common_folder
+from faceprior.images import load_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.losses import discriminator_loss, generator_loss, style_distance
 

@@ -5,19 +5,12 @@ and float images to 8 bits, and raises an `ImageError` that names the file for w
 it together with what RGB does not hold, for those who write the image again.
 """
 
-import contextlib
-import glob
 import importlib
 import io
 import logging
 import os
 import re
-import shutil
-import struct
-import uuid
-import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +20,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from faceprior.files import DECODE_ERRORS, atomic_write, is_heif
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,26 +30,7 @@ logger = logging.getLogger(__name__)
 ImageSource = str | Path | Image.Image | np.ndarray
 
 MAX_PIXELS = 200_000_000
-# A file with such a suffix is an image, and an error if it cannot be read; of others, the content decides
-IMAGE_SUFFIXES = (
-    ".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
-    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-# Pillow's formats that are looked for in every file; others only where the suffix is theirs, since what marks them in
-# a file marks others, too. Films, plots and tables are no images, though Pillow has names for them.
-_SNIFFED_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "SGI", "TIFF", "WEBP")
-_OTHER_FORMATS = (None, "BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")
-# Of raw files, which are TIFF inside, Pillow reads a thumbnail only
-_RAW_SUFFIXES = (".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw")
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
-SIDECARS = (".txt", ".json", "_qwen.json")  # ends of the names of captions: NAME.txt belongs to the image NAME.jpg
 JPEG_QUALITY = 95
-
-# What Pillow's decoders and its reader and writer of EXIF raise for damaged files
-_DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
-    struct.error, zlib.error,
-)  # fmt: skip
 
 
 class ImageError(ValueError):
@@ -213,7 +189,7 @@ def _read_source(image: Image.Image, name: str, decoded_here: bool = False) -> S
     rgb = _to_rgb(image, name, MAX_PIXELS, decoded_here)
     try:
         rgba = ImageOps.exif_transpose(image).convert("RGBA") if image.has_transparency_data else None
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise _decode_error(name, error) from error
     metadata, damaged = _metadata(image)
     profile = image.info.get("icc_profile")
@@ -251,12 +227,12 @@ def _metadata(image: Image.Image) -> tuple[Metadata, tuple[str, ...]]:
         if ExifTags.Base.Orientation in exif:
             exif[ExifTags.Base.Orientation] = 1
         data = exif.tobytes() if len(exif) else b""
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         data, damaged = b"", ("damaged EXIF data",)
     dpi = image.info.get("dpi")
     try:
         dpi = tuple(map(float, dpi)) if dpi else None
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         dpi = None
     if dpi and not (len(dpi) == 2 and all(1 < value < 1e6 for value in dpi)):  # 1 stands for no unit
         dpi = None
@@ -291,7 +267,7 @@ def _count_frames(image: Image.Image, name: str) -> int:
             reduced += bool(image.tag_v2.get(_REDUCED, 0) & 1)
         image.seek(0)
         return max(1, count - reduced)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise _decode_error(name, error) from error
 
 
@@ -371,7 +347,7 @@ def _open(file: IO[bytes], path: Path) -> Image.Image:
         raise ImageError(
             f"{path} is beyond Pillow's own limit ({error}): shrink it or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise ImageError(f"{path} cannot be read: {error}") from error
 
 
@@ -381,7 +357,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int, decoded_here: bool =
         image.load()
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         upright = ImageOps.exif_transpose(image) if turned else image  # it would copy an upright image, too
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise _decode_error(name, error) from error
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
     info = {"icc_profile": profile} if profile else {}
@@ -407,7 +383,7 @@ def verify_image(path: str | Path) -> tuple[int, int]:
         _check_size(image.width, image.height, str(path), MAX_PIXELS)
         try:
             image.verify()
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise _decode_error(str(path), error) from error
         return image.size
 
@@ -489,13 +465,6 @@ def _image_from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
 
 
-def is_heif(file: IO[bytes]) -> bool:
-    """Whether an open file begins as a HEIC photograph does; the file is rewound."""
-    start = file.read(12)
-    file.seek(0)
-    return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
-
-
 def _register_heif(path: Path) -> None:
     """Let Pillow read HEIC, by the package pillow-heif; ImageError without it."""
     try:
@@ -503,176 +472,6 @@ def _register_heif(path: Path) -> None:
     except ImportError as error:
         raise ImageError(f"{path} is a HEIC image: `pip install pillow-heif`, or convert it to PNG or JPEG") from error
     heif.register_heif_opener()
-
-
-def find_images(*paths: str | Path, recursive: bool = True) -> list[Path]:
-    """Find the image files that `paths` name: files, folders and globs.
-
-    The arguments keep their order; the files of a folder or a glob come in natural order ("img2" before "img10"). A
-    file is listed once, however often it is named or linked to. In folders and globs, a file is an image if it has one
-    of the IMAGE_SUFFIXES or, whatever its suffix, begins as an image does; HEIC is listed even where pillow-heif is
-    missing, so that `load_image` names it. Hidden entries are skipped, as are captions beside an image (SIDECARS);
-    other files that are skipped are counted and named in the log. A file that is named itself is listed whatever it
-    is. Links that lead nowhere are listed, so that `load_image` names them. recursive: descend into sub-folders (links
-    are followed, loops are safe).
-
-    Raises FileNotFoundError for a path that does not exist, ValueError for a folder or glob without images.
-    """
-    if not paths:
-        raise ValueError("`find_images` needs at least one file, folder or glob")
-    found, skipped = {}, []
-    for path in paths:
-        for file in _expand(path, recursive, skipped):
-            found.setdefault(os.path.realpath(file), file)
-    if skipped:
-        logger.info("%s", _skipped_text(skipped))
-    return list(found.values())
-
-
-def _skipped_text(skipped: list[Path], most: int = 10) -> str:
-    number = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
-    names = ", ".join(str(path).encode(errors="backslashreplace").decode() for path in skipped[:most])
-    more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
-    return f"{number} skipped that {'is no image' if len(skipped) == 1 else 'are no images'}: {names}{more}"
-
-
-def _expand(path: str | Path, recursive: bool, skipped: list[Path]) -> list[Path]:
-    """Return the images that one argument names; what else is found there is appended to `skipped`."""
-    path = Path(path).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = list(_files_in(path, recursive))
-    elif glob.has_magic(str(path)):
-        files = _files_of_glob(path, recursive)
-    else:
-        raise FileNotFoundError(f"no file or folder at {path}")
-    images, others = _images_among(sorted(files, key=natural_key))
-    if not images:
-        text = f": {_skipped_text(others, most=3)}" if others else ""
-        raise ValueError(f"no images in {path}{text}")
-    skipped += others
-    return images
-
-
-def _files_of_glob(pattern: Path, recursive: bool) -> list[Path]:
-    matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
-    if not matches:
-        raise FileNotFoundError(f"nothing matches {pattern}")
-    files = [match for match in matches if _is_visible_file(match)]
-    if recursive:
-        files += [file for match in matches if match.is_dir() for file in _files_in(match, recursive)]
-    return list(dict.fromkeys(files))
-
-
-def _files_in(folder: Path, recursive: bool) -> Iterator[Path]:
-    seen = set()
-    for root, folders, files in os.walk(folder, onerror=_warn_skipped, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
-        yield from (Path(root, name) for name in files if _is_visible_file(Path(root, name)))
-
-
-def _warn_skipped(error: OSError) -> None:
-    logger.warning("skipped: %s", error)
-
-
-def _is_visible_file(path: Path) -> bool:
-    """A link that leads nowhere counts, too: its image is missing, and `load_image` says so."""
-    return not path.name.startswith(".") and (path.is_file() or (path.is_symlink() and not path.exists()))
-
-
-def _images_among(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Split files into images and others, without the captions of the images; both keep their order."""
-    images = {file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
-    rest = _without_sidecars([file for file in files if file not in images], images)  # only these are opened
-    images |= {file for file in rest if _begins_as_an_image(file)}
-    others = _without_sidecars([file for file in rest if file not in images], images)
-    return [file for file in files if file in images], others
-
-
-def _without_sidecars(files: list[Path], images: set[Path]) -> list[Path]:
-    owners = {str(image.with_suffix("")) for image in images}
-    return [
-        file
-        for file in files
-        if not any(file.name.endswith(end) and str(file).removesuffix(end) in owners for end in SIDECARS)
-    ]
-
-
-def _begins_as_an_image(path: Path) -> bool:
-    if path.suffix.lower() in _RAW_SUFFIXES:
-        return False
-    own = Image.registered_extensions().get(path.suffix.lower())
-    formats = _SNIFFED_FORMATS if own in _OTHER_FORMATS else (*_SNIFFED_FORMATS, own)
-    try:
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a large image: `load_image` has its own limit
-            if is_heif(file):
-                return True
-            with Image.open(file, formats=formats):
-                return True
-    except Image.DecompressionBombError:
-        return True
-    except _DECODE_ERRORS:
-        return False
-
-
-def natural_key(path: str | Path) -> list[Any]:
-    """The sort key that puts "img2" before "img10", folder by folder."""
-    parts = Path(path).parts
-    return [[_number_or_text(piece) for piece in re.split(r"(\d+)", part)] + [(2, 0, part)] for part in parts]
-
-
-def _number_or_text(piece: str) -> tuple[int, int, str]:
-    return (0, int(piece), "") if piece.isdecimal() else (1, 0, piece.casefold())
-
-
-def relative_stem(path: str | Path, *roots: str | Path) -> Path:
-    """`path` without its suffix, relative to the deepest folder of `roots` that contains it, else the bare stem.
-
-    For callers that mirror a folder tree: `out / relative_stem(file, "photos")` with a new suffix.
-    """
-    path = Path(path)
-    holders = [Path(root) for root in roots if path.is_relative_to(root) and path != Path(root)]
-    if not holders:
-        return Path(path.stem)
-    deepest = max(holders, key=lambda root: len(root.parts))
-    return path.relative_to(deepest).with_suffix("")
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open `path` for writing so that it appears whole or not at all.
-
-    The data go to a temporary file in the same folder (created if missing), which replaces `path` at the end; on an
-    error it is removed and an older `path` stays. mode: "wb", or "w" for UTF-8 text.
-    """
-    if mode not in ("wb", "w"):
-        raise ValueError(f'`mode` has to be "wb" or "w" but is {mode!r}')
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # a row that names the file must not outlive it in a power cut
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def copy_file(source: str | Path, path: str | Path) -> Path:
-    """Copy a file byte for byte, whole or not at all; returns the new path."""
-    with open(source, "rb") as original, atomic_write(path) as file:
-        shutil.copyfileobj(original, file)
-    return Path(path)
 
 
 def save_image(image: Image.Image | np.ndarray, path: str | Path, metadata: Metadata | None = None) -> Path:
@@ -717,8 +516,3 @@ def _metadata_options(image: Image.Image, metadata: Metadata, kind: str) -> dict
 
 def _is_grey(array: np.ndarray) -> bool:
     return array.ndim == 2 and array.dtype == np.uint8
-
-
-def common_folder(paths: list[Path]) -> Path:
-    """Return the deepest folder that contains all `paths`."""
-    return Path(os.path.commonpath([path.parent for path in paths]))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from faceprior.images import ImageSource, as_array, cv2, find_images, to_pixel_values
+from faceprior.files import find_images
+from faceprior.images import ImageSource, as_array, cv2, to_pixel_values
 
 if TYPE_CHECKING:
     import torch

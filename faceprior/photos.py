@@ -20,17 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from faceprior.images import (
-    IMAGE_SUFFIXES,
-    SIDECARS,
-    ImageError,
-    common_folder,
-    count_frames,
-    decode_image,
-    find_images,
-    load_image,
-    natural_key,
-)
+from faceprior.files import IMAGE_SUFFIXES, SIDECARS, common_folder, find_images, natural_key
+from faceprior.images import ImageError, count_frames, decode_image, load_image
 
 MEMBER_SUFFIXES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 CAPTION_SUFFIXES = ("txt", "json")  # the first one that exists counts

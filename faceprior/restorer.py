@@ -28,7 +28,8 @@ from faceprior.align import AlignedFace, align_face, paste_face
 from faceprior.color import adain_color_fix, keep_tone, wavelet_color_fix
 from faceprior.detect import Face, detect_faces
 from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_like, report_long_prompts
-from faceprior.images import ImageSource, SourceImage, atomic_write, read_source, to_pil, to_pixel_values
+from faceprior.files import atomic_write
+from faceprior.images import ImageSource, SourceImage, read_source, to_pil, to_pixel_values
 from faceprior.jsonl import require_keys
 from faceprior.models import MODEL_FILES, RESTORER_ID, load_part, resolve_model
 

@@ -53,7 +53,8 @@ from faceprior.convert import (
     require_same_tensors,
 )
 from faceprior.detect import Detector, Face, detect_faces, resolve_detector
-from faceprior.images import atomic_write, load_image
+from faceprior.files import atomic_write
+from faceprior.images import load_image
 from faceprior.models import DEFAULT_PROMPT, HUB_OPTIONS, first_line
 from faceprior.streams import in_background
 

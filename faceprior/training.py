@@ -44,12 +44,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from faceprior.config import DONE_FILE, is_complete, open_output, saved_settings
+from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, saved_settings
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.models import resolve_device
 
 logger = logging.getLogger(__name__)
-METRICS_FILE = "metrics.jsonl"
 RESUME_FOLDER, STATE_FILE = "resume", "state.json"
 TRACKER_PROJECT = "faceprior"
 
@@ -583,14 +582,6 @@ class GracefulStop:
     def __exit__(self, *exc):
         for number, handler in self._old.items():
             signal.signal(number, handler)
-
-
-def finish(output: str | Path, **summary) -> None:
-    """Write `done.json`, which tells the next call of the same command that the stage is complete."""
-    path = Path(output) / DONE_FILE
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    temporary.replace(path)
 
 
 def _size(folder: Path) -> int:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from faceprior import tiny
 from faceprior.bases import load_pipeline, require_base
-from faceprior.config import DONE_FILE, is_complete, open_output, print_problems, run_stage
+from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, print_problems, run_stage
 from faceprior.detect import (
     AREA_LIMITS,
     Detector,
@@ -34,7 +34,8 @@ from faceprior.detect import (
     search_orientations,
 )
 from faceprior.diffusion import report_long_prompts
-from faceprior.images import atomic_write, save_image
+from faceprior.files import atomic_write
+from faceprior.images import save_image
 from faceprior.inpaint import (
     STRENGTHS,
     Candidate,
@@ -53,7 +54,7 @@ from faceprior.photos import UNREADABLE, Photograph, find_photographs, pair_id, 
 from faceprior.procedural import draw_folder, draw_scenes
 from faceprior.quality import NearDuplicates, perceptual_hash, sharpness
 from faceprior.streams import in_background, in_groups
-from faceprior.training import METRICS_FILE, finish, stable_seed
+from faceprior.training import stable_seed
 
 PHOTOGRAPHS, REJECTED, REPORT = "photographs.jsonl", "rejected.jsonl", "report.json"
 # The "multiple rounds of data filtering" (8.4), in the order in which they run. The paper names small, blurry and

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from faceprior import tiny
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.degrade import degrade_alike
-from faceprior.images import atomic_write
+from faceprior.files import atomic_write
 from faceprior.jsonl import read_rows, rewrite_rows
 from faceprior.losses import pairwise_ranking_loss
 from faceprior.models import load_part, quiet_libraries

@@ -24,15 +24,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from faceprior.align import AlignmentError, align_face
-from faceprior.config import DONE_FILE, is_complete, open_output, print_problems, run_stage
+from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import DegradationConfig, degrade
 from faceprior.detect import Face, detect_faces
-from faceprior.images import as_array, atomic_write, load_image, save_image
+from faceprior.files import atomic_write
+from faceprior.images import as_array, load_image, save_image
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
 from faceprior.photos import UNREADABLE, Photograph, decode_text, find_photographs, safe_name
 from faceprior.portraits import Portrait, measure_quality, mentions_light, photographic_tags
 from faceprior.procedural import draw_folder
-from faceprior.training import METRICS_FILE, finish
 
 REJECTED = "rejected.jsonl"
 BY_HAND = "rejected by hand"

@@ -39,7 +39,8 @@ from faceprior.diffusion import (
     training_target,
 )
 from faceprior.facial import FacialDiscriminators, FacialFeatureLoss, find_landmarks, without_landmarks
-from faceprior.images import ImageError, as_array, find_images, load_image, save_image, to_pixel_values
+from faceprior.files import find_images
+from faceprior.images import ImageError, as_array, load_image, save_image, to_pixel_values
 from faceprior.jsonl import rewrite_rows
 from faceprior.losses import facial_loss, noise_loss, step_weights
 from faceprior.models import load_part, looks_like_path, quiet_libraries, weight_dtype

@@ -30,13 +30,14 @@ from tqdm.auto import tqdm
 from faceprior import tiny
 from faceprior.align import align_face
 from faceprior.bases import load_pipeline, require_base
-from faceprior.config import DONE_FILE, is_complete, open_output, print_problems, run_stage
+from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import PRESETS, degrade, scaled
 from faceprior.detect import Face, detect_faces, representative_face
 from faceprior.diffusion import make_sampler, report_long_prompts, sample_images
 from faceprior.errors import explain, is_disk_full, is_out_of_memory
+from faceprior.files import natural_key
 from faceprior.guidance import load_tuned
-from faceprior.images import as_array, natural_key, save_image
+from faceprior.images import as_array, save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.metrics import fid, landmark_error, lpips_distance, psnr, ssim
 from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
@@ -53,7 +54,6 @@ from faceprior.tables import (
     measure,
     value_text,
 )
-from faceprior.training import METRICS_FILE, finish
 
 ROWS, RESULTS, TABLE = "rows.jsonl", "results.json", "table.md"
 NO_FACE = "no face found in any image"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from faceprior.config import print_problems
-from faceprior.images import common_folder
+from faceprior.files import common_folder
 from faceprior.jsonl import (
     KeyedRows,
     append_row,

@@ -18,7 +18,7 @@ from accelerate.utils import LoggerType
 from torch.utils.data import Dataset
 
 from faceprior import training
-from faceprior.config import is_complete, saved_settings
+from faceprior.config import finish, is_complete, saved_settings
 from faceprior.errors import explain
 from faceprior.models import resolve_device, weight_dtype
 from faceprior.training import (
@@ -27,7 +27,6 @@ from faceprior.training import (
     TrainingRun,
     collate,
     drop_prompts,
-    finish,
     flatten_optimizer,
     learning_rate_factor,
     make_accelerator,

@@ -29,7 +29,7 @@ from checkpoints.tiny_models.figures_tuning import measure_ablation, measure_tun
 from checkpoints.tiny_models.readme import machine
 from checkpoints.tiny_models.table import make_row, markdown
 from faceprior.config import run_stage
-from faceprior.images import atomic_write
+from faceprior.files import atomic_write
 from faceprior.metrics import MetricUnavailable
 from faceprior.models import quiet_libraries
 from faceprior.tables import Estimate

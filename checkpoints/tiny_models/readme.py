@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from faceprior import tiny
+from faceprior.config import METRICS_FILE
 from faceprior.jsonl import append_row, resume_rows
-from faceprior.training import METRICS_FILE
 
 DURATIONS, RECORD = "durations.jsonl", "runs.json"
 PARTS = {

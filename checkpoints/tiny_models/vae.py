@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from checkpoints.tiny_models.data import Drawings, tidy_configs
 from faceprior import tiny
 from faceprior.diffusion import noise_like
-from faceprior.images import find_images, load_image, to_pixel_values
+from faceprior.files import find_images
+from faceprior.images import load_image, to_pixel_values
 from faceprior.metrics import psnr
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, seeded
 

@@ -8,7 +8,8 @@ from PIL import ImageDraw, ImageFont
 
 from faceprior.cli.outputs import OUTPUT_MARK
 from faceprior.cli.results import ImageScores, best_first, reason, say
-from faceprior.images import copy_file, load_image, save_image
+from faceprior.files import copy_file
+from faceprior.images import load_image, save_image
 
 if TYPE_CHECKING:
     from faceprior.scorer import FaceScore

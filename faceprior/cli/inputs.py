@@ -10,7 +10,7 @@ from pathlib import Path
 
 from faceprior.cli.outputs import OUTPUT_MARK, RecordedFiles
 from faceprior.cli.results import say
-from faceprior.images import find_images
+from faceprior.files import find_images
 
 SINGLE_IMAGES = "(single images)"  # the group of those that were not given by their folder
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from faceprior.images import common_folder, relative_stem
+from faceprior.files import common_folder, relative_stem
 from faceprior.jsonl import append_row, read_rows, require_keys, resume_rows
 
 # marks a folder of drawings or copies, so that it is skipped when a folder above it is read

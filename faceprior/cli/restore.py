@@ -33,7 +33,8 @@ from faceprior.cli.outputs import (
     require_no_inputs,
 )
 from faceprior.cli.results import reason, say, show
-from faceprior.images import ImageError, SourceImage, copy_file, count_frames, load_image, read_source, save_image
+from faceprior.files import copy_file
+from faceprior.images import ImageError, SourceImage, count_frames, load_image, read_source, save_image
 from faceprior.models import RESTORER_ID
 
 if TYPE_CHECKING:

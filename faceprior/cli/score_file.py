@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from faceprior.cli.results import ImageScores, printable
-from faceprior.images import atomic_write
+from faceprior.files import atomic_write
 
 EDGES = ("x0", "y0", "x1", "y1")
 COLUMNS = ("file", "face", "faces", "score", "percentile", "confidence", *EDGES, "error")

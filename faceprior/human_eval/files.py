@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from faceprior.detect import Face, representative_face
-from faceprior.images import IMAGE_SUFFIXES, atomic_write, natural_key
+from faceprior.files import IMAGE_SUFFIXES, atomic_write, natural_key
 from faceprior.jsonl import read_rows, require_keys
 
 RANKED_MODELS = 3

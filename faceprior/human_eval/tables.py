@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from faceprior.files import atomic_write
 from faceprior.human_eval.agreement import (
     LABELS,
     RESAMPLES,
@@ -31,7 +32,6 @@ from faceprior.human_eval.agreement import (
     win_rates,
 )
 from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
-from faceprior.images import atomic_write
 from faceprior.tables import EMPTY, markdown_table, number_text
 
 # The paper's metrics in its order, then others of today. LocalX is X on the face with the prompt "A face" (4.3).

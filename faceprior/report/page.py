@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from faceprior.images import atomic_write
+from faceprior.files import atomic_write
 from faceprior.report import evaluation, making, pairs, photographs, portraits, restoration, scorer, tuning
 from faceprior.report.run import BAD_INPUT, STAGES, Lost, Run
 

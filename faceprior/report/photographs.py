@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from faceprior.images import find_images
+from faceprior.files import find_images
 from faceprior.report.run import Run, number
 from faceprior.report.summary import format_number
 
