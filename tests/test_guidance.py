@@ -470,6 +470,21 @@ def test_a_lora_that_would_be_dropped_is_refused(tiny_models, tmp_path):
             load_tuned(tmp_path, base)
 
 
+def test_a_dora_keeps_its_magnitudes(tiny_models, tmp_path):
+    """peft's DoRA scales each row of a weight by a trained magnitude, which stock loaders of other formats drop."""
+    base = str(tiny_models / "sd15")
+    pipeline = load_pipeline(base)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["attn1.to_q"], use_dora=True))
+    without = draw(pipeline)
+    for name, parameter in pipeline.unet.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.5
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    settings = pipeline.unet.peft_config["default"].to_dict()
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=settings)
+    assert same_image(draw(load_tuned(tmp_path, base)), draw(pipeline)) and not same_image(draw(pipeline), without)
+
+
 def test_a_lora_of_sdxl(tiny_models, tmp_path):
     base = str(tiny_models / "sdxl")
     tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=2)
