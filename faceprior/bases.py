@@ -53,7 +53,8 @@ class BaseInfo:
     in_channels, out_channels: of the U-Net; latent_channels: of the VAE, 0 without one. sample_size: side of the
     latents that the U-Net is meant for, None if its config does not say. text_encoders: their classes.
     cross_attention_dim: width of the prompt embeddings that the U-Net reads; text_width: of those that the text
-    encoders give, 0 if unknown. variant: of the weights, such as fp16, where a part has no others; empty: none.
+    encoders give, 0 if unknown. has_latent_statistics: whether the VAE's config has `latents_mean`. variant: of the
+    weights, such as fp16, where a part has no others; empty: none.
     """
 
     name: str
@@ -67,6 +68,7 @@ class BaseInfo:
     text_encoders: tuple[str, ...]
     cross_attention_dim: int | None
     text_width: int
+    has_latent_statistics: bool = False
     variant: str = ""
 
     def __str__(self) -> str:
@@ -122,6 +124,7 @@ def _describe(name: str, parts: dict[str, _Part], prediction_type: str, variant:
         text_encoders=tuple(part.class_name for part in encoders.values()),
         cross_attention_dim=width if isinstance(width, int) else None,
         text_width=sum(part.config.get("hidden_size", 0) for part in encoders.values()),
+        has_latent_statistics=vae.get("latents_mean") is not None,
         variant=variant,
     )
 
@@ -317,6 +320,9 @@ def _problem(info: BaseInfo, method: str) -> str | None:
             f"its U-Net reads prompts of {info.cross_attention_dim} features, and its text encoders give "
             f"{info.text_width}: give a base whose parts belong together"
         )
+
+    if info.has_latent_statistics and info.architecture != SDXL:
+        return f"its VAE has `latents_mean`, which diffusers applies for SDXL only: {_VAE_HINT}"
 
     # ---- the channels
     inpaints = method == "inpaint" and info.in_channels == 2 * info.latent_channels + 1

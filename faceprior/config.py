@@ -37,7 +37,6 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from faceprior.errors import explain, is_out_of_memory
-from faceprior.files import atomic_write
 
 T = TypeVar("T")
 CONFIG_FILE = "config.yaml"
@@ -222,8 +221,10 @@ def is_complete(output: str | Path) -> bool:
 
 def finish(output: str | Path, **summary) -> None:
     """Write `done.json`, which tells the next call of the same command that the stage is complete."""
-    with atomic_write(Path(output) / DONE_FILE, "w") as file:
-        json.dump(summary, file, indent=1)
+    path = Path(output) / DONE_FILE
+    temporary = path.with_suffix(".part")  # always the same, so that what a kill leaves of it is replaced
+    temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    temporary.replace(path)
 
 
 def stage_name(config_class: type) -> str:

@@ -85,6 +85,9 @@ def main(config: Config) -> None:
     (output / DONE_FILE).unlink(missing_ok=True)
     if review is not None:  # rows of older runs without the portrait are judged again
         rejected.remove([i for i in forgiven(rejected, review) if "image" not in rejected[i]])
+    for source in sources or []:  # unreadable in an earlier run and fixed since: judged again
+        if rejected.get(safe_name(source.name), {}).get("unreadable") and source.is_readable():
+            rejected.remove([safe_name(source.name)])
     if sources is None:
         draw_folder(output / "drawn", range(config.num_drawn), 4 * config.resolution, change=Spoil(config.seed))
         sources = find_photographs(str(output / "drawn"))[0]
@@ -185,7 +188,8 @@ def judge(config: Config, output: Path, source: Photograph) -> dict:
         caption = make_caption(config, source, crop)
     except (Unfit, AlignmentError, *UNREADABLE) as error:
         thumbnail = save_thumbnail(photograph, output, identity) if photograph is not None else {}
-        return {**row, **thumbnail, "reason": str(error)}
+        unreadable = {"unreadable": True} if isinstance(error, UNREADABLE) else {}
+        return {**row, **thumbnail, **unreadable, "reason": str(error)}
 
     image = f"images/{identity}.png"
     with atomic_write((output / image).with_suffix(".txt"), "w") as file:

@@ -434,6 +434,12 @@ KINDS = {
     "flow": ("sdxl", flow, set(), r"noise is not DDPM's .*\(flow\)"),
     "refiner": ("sdxl", refiner, set(), "SDXL's refiner"),
     "sd3": ("sdxl", transformer, set(), "type but is Stable Diffusion 3"),
+    "latent mean": (
+        "sd15",
+        lambda f: change(f / "vae/config.json", latents_mean=[0.0] * 4, latents_std=[2.0] * 4),
+        set(),
+        "(latents_mean|SDXL type)",
+    ),  # fmt: skip
     "no VAE": ("sdxl", lambda f: change(f / "model_index.json", vae=[None, None]), set(), "no VAE: name one with"),
 }
 

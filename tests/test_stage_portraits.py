@@ -52,6 +52,19 @@ def test_a_folder_that_is_added_later_adds_its_own_rows_only(stage, photos):
     assert len(second) == 4 and all(row in second for row in first)
 
 
+def test_an_unreadable_photograph_is_tried_again(stage, photos):
+    """A truncated file and a caption that is no text; copied again, both are judged like all others."""
+    whole = (photos / "portrait_00000.png").read_bytes()
+    (photos / "portrait_00000.png").write_bytes(whole[:-2000])
+    (photos / "portrait_00001.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="none of 2 photographs passed"):
+        curate(stage)
+    (photos / "portrait_00000.png").write_bytes(whole)
+    (photos / "portrait_00001.txt").write_text("a cafe")
+    rows = curate(stage)
+    assert len(rows["manifest"]) == 2 and not rows["rejected"]
+
+
 def test_a_list_of_paths(stage, photos):
     Path("list.txt").write_text("photos/b/portrait_00001.png\nphotos/b/gone.png\n")
     rows = curate(stage, images="list.txt")
