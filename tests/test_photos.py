@@ -58,6 +58,17 @@ def test_a_folder(photos):
     assert (np.asarray(found[1].load()) == pixels(0)).all()
 
 
+def test_names_are_the_same_in_every_locale(tmp_path):
+    """Under an ASCII locale Python holds the bytes of other file names as lone surrogates."""
+    (tmp_path / "祖母.png").touch()
+    code = (
+        f"from faceprior.photos import find_photographs as f; print(ascii([p.name for p in f({str(tmp_path)!r})[0]]))"
+    )
+    for locale in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
+        run = subprocess.run([sys.executable, "-c", code], env=os.environ | locale, capture_output=True, text=True)
+        assert run.stdout.strip() == ascii(["祖母.png"]), run.stderr
+
+
 def test_names_stay_when_photographs_are_added_or_removed(photos):
     """They are relative to the folder that was named, not to the deepest one that holds all of the images."""
     (photos / "a/1.png").unlink()
