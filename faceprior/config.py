@@ -39,6 +39,8 @@ import yaml
 from faceprior.errors import explain, is_out_of_memory
 from faceprior.files import atomic_write
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 CONFIG_FILE = "config.yaml"
 UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
@@ -167,7 +169,7 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
 
     A folder that holds the results of other settings is refused with the differing keys named, unless
     `config.overwrite` is set, which deletes what is in it. Keys that may differ are RUN_KEYS, the `FREE` of the Config,
-    and `free`. A folder with anything else in it is never touched. Folders of other runs inside it (as `results/demo`
+    and `free`; all of them where the run failed before its first result, so that only its settings are there. A folder with anything else in it is never touched. Folders of other runs inside it (as `results/demo`
     in `results`) are left alone. Raises FileExistsError.
     """
     output, section = Path(config.output), stage_name(type(config))
@@ -177,7 +179,7 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
     if stored is not None:
         if config.overwrite:
             _empty(output)
-        else:
+        elif any(path.name != CONFIG_FILE for path in _entries(output)):
             free = RUN_KEYS | getattr(type(config), "FREE", frozenset()) | frozenset(free)
             _require_same_settings(output, stored, _plain(config), free)
     elif output.is_dir() and (found := _entries(output)):

@@ -659,7 +659,8 @@ def open_at(config, step=0, samples=4, done=False, **changes):
     ("state", "changes", "refused"),
     [
         ({}, {"batch_size": 7, "steps": 3, "num_samples": 0}, None),  # nothing was done yet
-        ({}, {"learning_rate": 0.1}, "learning_rate (0.05 there, 0.1 now)"),
+        ({}, {"learning_rate": 0.1, "schedule": "cosine"}, None),
+        ({"step": 2}, {"learning_rate": 0.1}, "learning_rate (0.05 there, 0.1 now)"),
         ({"step": 2}, {"batch_size": 4, "accumulation": 1}, None),
         ({"step": 2}, {"batch_size": 4}, "with 4 samples a step, but `batch_size` 4 x `accumulation` 2 x 1 process"),
         ({"step": 2, "samples": 8}, {}, "holds a run with 8 samples a step"),  # of two processes
