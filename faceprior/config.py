@@ -169,8 +169,9 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
 
     A folder that holds the results of other settings is refused with the differing keys named, unless
     `config.overwrite` is set, which deletes what is in it. Keys that may differ are RUN_KEYS, the `FREE` of the Config,
-    and `free`; all of them where the run failed before its first result, so that only its settings are there. A folder with anything else in it is never touched. Folders of other runs inside it (as `results/demo`
-    in `results`) are left alone. Raises FileExistsError.
+    `free`, and keys that this version does not know; all of them where only the settings are in the folder, of a run
+    that failed before its first result. A folder with anything else in it is never touched. Folders of other runs
+    inside it (as `results/demo` in `results`) are left alone. Raises FileExistsError.
     """
     output, section = Path(config.output), stage_name(type(config))
     if output.exists() and not output.is_dir():
@@ -356,11 +357,11 @@ def _check_range(key: str, value: Any, text: str) -> None:
 
 
 def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, Any], free: frozenset[str]) -> None:
-    removed = {key for key in stored.keys() - now.keys() if stored[key] == ""}  # an option that is gone and was empty
-    keys = sorted((stored.keys() | now.keys()) - free - removed)
-    keys = [key for key in keys if stored.get(key) != now.get(key)]
+    if removed := sorted(stored.keys() - now.keys()):
+        logger.info("%s has settings that this version does not know, ignored: %s", output, ", ".join(removed))
+    keys = [key for key in sorted(now.keys() - free) if stored.get(key) != now[key]]
     if keys:
-        changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now.get(key))} now)" for key in keys)
+        changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now[key])} now)" for key in keys)
         raise FileExistsError(
             f"{output} holds a run with other settings: {changes}. "
             "Give the same settings to resume it, another `output`, or `--overwrite` to start over"

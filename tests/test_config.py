@@ -451,6 +451,21 @@ def test_an_option_that_has_come_since_was_its_default_then(config):
     assert "rate: 0.001" in saved.read_text()
 
 
+def test_a_setting_that_this_version_does_not_know_is_ignored(config, caplog):
+    caplog.set_level("INFO", logger="faceprior")
+    saved = open_output(config) / "config.yaml"
+    (saved.parent / "row").write_text("kept")
+    saved.write_text(saved.read_text() + "  old_unknown_key: 3\n")
+    with pytest.raises(FileExistsError, match=r"other settings: rate \(0.001 there, 0.5 now\)\."):
+        open_output(dataclasses.replace(config, rate=0.5))
+    caplog.clear()
+    open_output(config)
+    assert caplog.messages == [
+        f"{config.output} has settings that this version does not know, ignored: old_unknown_key"
+    ]
+    assert "old_unknown_key" not in saved.read_text()
+
+
 def test_overwrite_starts_over(config):
     output = open_output(config)
     (output / "done.json").write_text("{}")
