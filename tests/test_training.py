@@ -689,6 +689,14 @@ def test_what_may_differ_when_a_run_is_resumed(tmp_path, state, changes, refused
         assert is_complete(tmp_path / "run") == (state.get("done", False) and "steps" not in changes)
 
 
+def test_steps_may_be_fewer_but_not_than_were_done(tmp_path):
+    config = Config(output=str(tmp_path / "run"), steps=400)
+    assert open_at(config, step=9, steps=11)["steps"] == 11
+    with pytest.raises(FileExistsError, match=r"steps \(11 there, 8 now\)"):
+        open_run(dataclasses.replace(config, steps=8), make_accelerator("cpu"))
+    assert open_at(config, steps=9)["steps"] == 9
+
+
 def test_the_steps_of_a_cosine_are_fixed_once_it_began(tmp_path):
     open_at(Config(output=str(tmp_path / "new"), schedule="cosine"), steps=20)
     with pytest.raises(FileExistsError, match=r"steps \(6 there, 20 now\)"):
