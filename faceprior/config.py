@@ -37,7 +37,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from faceprior.errors import explain, is_out_of_memory
-from faceprior.files import atomic_write
+from faceprior.files import atomic_write, printable
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] 
             raise
         if is_out_of_memory(error):
             message += "; " + (memory_advice(config) or "use a machine with more")
-        raise SystemExit(f"{stage.name}: error: {message}") from error
+        raise SystemExit(f"{stage.name}: error: {printable(message, sys.stderr.encoding)}") from error
 
 
 def memory_advice(config: Any) -> str:
@@ -415,7 +415,6 @@ def print_problems(problems: list[tuple[str, str]], kind: str = "input", most: i
     if problems:
         print(f"{len(problems)} {kind}{'s' if len(problems) > 1 else ''} skipped:")
     for name, reason in problems[:most]:
-        encoding = sys.stdout.encoding or "utf-8"  # of a terminal, which may lack letters of a file's name
-        print(f"  {name}: {reason}".encode(encoding, "backslashreplace").decode(encoding))
+        print(f"  {printable(f'{name}: {reason}', sys.stdout.encoding)}")
     if len(problems[:most]) < len(problems):
         print(f"  and {len(problems) - most} more")
