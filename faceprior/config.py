@@ -37,6 +37,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from faceprior.errors import explain, is_out_of_memory
+from faceprior.files import printable
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CONFIG_FILE = "config.yaml"
@@ -72,7 +75,7 @@ def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] 
             raise
         if is_out_of_memory(error):
             message += "; " + (memory_advice(config) or "use a machine with more")
-        raise SystemExit(f"{stage.name}: error: {message}") from error
+        raise SystemExit(f"{stage.name}: error: {printable(message, sys.stderr.encoding)}") from error
 
 
 def memory_advice(config: Any) -> str:
@@ -166,8 +169,9 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
 
     A folder that holds the results of other settings is refused with the differing keys named, unless
     `config.overwrite` is set, which deletes what is in it. Keys that may differ are RUN_KEYS, the `FREE` of the Config,
-    and `free`. A folder with anything else in it is never touched. Folders of other runs inside it (as `results/demo`
-    in `results`) are left alone. Raises FileExistsError.
+    `free`, and keys that this version does not know; all of them where only the settings are in the folder, of a run
+    that failed before its first result. A folder with anything else in it is never touched. Folders of other runs
+    inside it (as `results/demo` in `results`) are left alone. Raises FileExistsError.
     """
     output, section = Path(config.output), stage_name(type(config))
     if output.exists() and not output.is_dir():
@@ -176,7 +180,7 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
     if stored is not None:
         if config.overwrite:
             _empty(output)
-        else:
+        elif any(path.name != CONFIG_FILE for path in _entries(output)):
             free = RUN_KEYS | getattr(type(config), "FREE", frozenset()) | frozenset(free)
             _require_same_settings(output, stored, _plain(config), free)
     elif output.is_dir() and (found := _entries(output)):
@@ -355,11 +359,11 @@ def _check_range(key: str, value: Any, text: str) -> None:
 
 
 def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, Any], free: frozenset[str]) -> None:
-    removed = {key for key in stored.keys() - now.keys() if stored[key] == ""}  # an option that is gone and was empty
-    keys = sorted((stored.keys() | now.keys()) - free - removed)
-    keys = [key for key in keys if stored.get(key) != now.get(key)]
+    if removed := sorted(stored.keys() - now.keys()):
+        logger.info("%s has settings that this version does not know, ignored: %s", output, ", ".join(removed))
+    keys = [key for key in sorted(now.keys() - free) if stored.get(key) != now[key]]
     if keys:
-        changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now.get(key))} now)" for key in keys)
+        changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now[key])} now)" for key in keys)
         raise FileExistsError(
             f"{output} holds a run with other settings: {changes}. "
             "Give the same settings to resume it, another `output`, or `--overwrite` to start over"
@@ -413,7 +417,6 @@ def print_problems(problems: list[tuple[str, str]], kind: str = "input", most: i
     if problems:
         print(f"{len(problems)} {kind}{'s' if len(problems) > 1 else ''} skipped:")
     for name, reason in problems[:most]:
-        encoding = sys.stdout.encoding or "utf-8"  # of a terminal, which may lack letters of a file's name
-        print(f"  {name}: {reason}".encode(encoding, "backslashreplace").decode(encoding))
+        print(f"  {printable(f'{name}: {reason}', sys.stdout.encoding)}")
     if len(problems[:most]) < len(problems):
         print(f"  and {len(problems) - most} more")

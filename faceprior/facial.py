@@ -28,7 +28,7 @@ from torchvision.ops import roi_align
 from tqdm.auto import tqdm
 
 from faceprior.errors import explain, is_disk_full
-from faceprior.files import common_folder
+from faceprior.files import common_folder, printable
 from faceprior.images import load_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.losses import discriminator_loss, generator_loss, style_distance
@@ -228,7 +228,7 @@ def find_landmarks(
         except Exception as error:  # of one image, which is trained as one without a face
             if (reason := explain(error)) is None or is_disk_full(error):
                 raise
-            logger.warning("%s: no landmarks: %s", name, reason)
+            logger.warning("%s", printable(f"{name}: no landmarks: {reason}"))
             landmarks = None
         append_row(output / _part(rank), {"image": name, "landmarks": landmarks})
     accelerator.wait_for_everyone()

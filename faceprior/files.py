@@ -75,7 +75,7 @@ def find_images(*paths: str | Path, recursive: bool = True) -> list[Path]:
 
 def _skipped_text(skipped: list[Path], most: int = 10) -> str:
     number = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
-    names = ", ".join(str(path).encode(errors="backslashreplace").decode() for path in skipped[:most])
+    names = ", ".join(printable(str(path)) for path in skipped[:most])
     more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
     return f"{number} skipped that {'is no image' if len(skipped) == 1 else 'are no images'}: {names}{more}"
 
@@ -195,6 +195,15 @@ def relative_stem(path: str | Path, *roots: str | Path) -> Path:
 def common_folder(paths: list[Path]) -> Path:
     """Return the deepest folder that contains all `paths`."""
     return Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def printable(text: str, encoding: str | None = "utf-8") -> str:
+    """Turn `text` into one line that any terminal and UTF-8 file takes: what cannot be shown becomes an escape.
+
+    File names may contain line breaks, control codes, and bytes that are not valid text.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
 
 
 # ---- writing

@@ -205,6 +205,15 @@ _EMBEDDINGS = (
 )  # fmt: skip
 
 
+def check_strength(strength: float, steps: int) -> None:
+    """Raise ValueError when `strength` is out of (0, 1] or so small that none of the sampling steps is run."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"the strength has to be in (0, 1] but is {strength}")
+    if int(strength * steps) < 1:
+        least = math.ceil(1 / strength)
+        raise ValueError(f"strength {strength} x {steps} steps runs no step: give at least {least} steps")
+
+
 class FaceInpainter:
     """Inpaints masked faces with any Stable Diffusion base: SD1.5 type, nine-channel inpainting U-Net, or SDXL.
 
@@ -233,12 +242,8 @@ class FaceInpainter:
         return self.pipeline.vae_scale_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
 
     def check_strength(self, strength: float) -> None:
-        """Raise ValueError when `strength` is out of (0, 1] or so small that no step is run."""
-        if not 0 < strength <= 1:
-            raise ValueError(f"the strength has to be in (0, 1] but is {strength}")
-        if int(strength * self.steps) < 1:
-            least = math.ceil(1 / strength)
-            raise ValueError(f"strength {strength} x {self.steps} steps runs no step: give at least {least} steps")
+        """As the function `check_strength`."""
+        check_strength(strength, self.steps)
 
     def check_side(self, side: int) -> None:
         """Raise ValueError when this base cannot work on squares of `side` pixels."""

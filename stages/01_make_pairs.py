@@ -43,6 +43,7 @@ from faceprior.inpaint import (
     FacePlan,
     PairBatch,
     change_outside,
+    check_strength,
     masked_difference,
     plan_face,
     prepare_photograph,
@@ -139,8 +140,6 @@ def main(config: Config) -> None:
     inpainter = FaceInpainter(pipeline.to(device), config.steps, config.guidance_scale)
     if config.padded_crop:
         inpainter.check_side(config.resolution)
-    for strength in (*config.strengths, *(config.crop_strengths if config.padded_crop else ())):
-        inpainter.check_strength(strength)
     detector = resolve_detector(config.detector)  # loaded here, not by several threads at once
 
     # ---- From photographs to pairs. Every line takes its items one by one from the line before, and only when the loop
@@ -180,6 +179,8 @@ def check_settings(config: Config) -> None:
     for name in ("strengths", "crop_strengths"):
         if len(getattr(config, name)) != len(config.area_limits):
             raise ValueError(f"`{name}` needs one value for each of the {len(config.area_limits)} `area_limits`")
+    for strength in (*config.strengths, *(config.crop_strengths if config.padded_crop else ())):
+        check_strength(strength, config.steps)
     if list(config.area_limits) != sorted(set(config.area_limits)) or config.area_limits[-1] != 1:
         raise ValueError(f"`area_limits` have to rise and to end with 1 but are {config.area_limits}")
     if 0 < config.max_resolution < config.resolution:

@@ -12,6 +12,7 @@ The loss is Eq. 1, noise prediction with the empty prompt, and the time-aware la
 of eyes and mouth are trained in turn with the ControlNet. Table 2 is `--facial_loss` time_aware, constant and none.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from faceprior.diffusion import (
     training_target,
 )
 from faceprior.facial import FacialDiscriminators, FacialFeatureLoss, find_landmarks, without_landmarks
-from faceprior.files import find_images
+from faceprior.files import find_images, printable
 from faceprior.images import ImageError, as_array, load_image, save_image, to_pixel_values
 from faceprior.jsonl import rewrite_rows
 from faceprior.losses import facial_loss, noise_loss, step_weights
@@ -227,7 +228,8 @@ def main(config: Config) -> None:
         run.finish(trained_parameters=sum(p.numel() for p in controlnet.parameters()), faces=len(faces))
         print_problems(problems, "image")
         if facial and (missing := without_landmarks(paths, landmarks)):
-            print(f"trained with the noise loss only, no face found in {len(missing)}: {', '.join(missing)}")
+            names = printable(", ".join(missing), sys.stdout.encoding)
+            print(f"trained with the noise loss only, no face found in {len(missing)}: {names}")
         print(f"{output}: trained for {config.steps} steps; samples in {output / 'samples'}")
     accelerator.end_training()
 

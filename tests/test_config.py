@@ -330,6 +330,7 @@ def test_former_names_are_not_shown_in_the_help(stage, renamed, capsys):
 
 def test_a_run_that_was_saved_under_former_names_resumes_and_is_saved_under_the_current_ones(config, renamed):
     saved = open_output(config) / "config.yaml"
+    (saved.parent / "row").write_text("kept")
     saved.write_text(saved.read_text().replace("rate:", "speed:").replace("fast:", "quick:"))
     with pytest.raises(FileExistsError, match=r"rate \(0.001 there, 0.5 now\)"):
         open_output(dataclasses.replace(config, rate=0.5))
@@ -409,15 +410,30 @@ def test_other_settings_are_refused_with_their_keys(config):
     assert (Path(config.output) / "row").read_text() == "kept"
 
 
+@pytest.mark.parametrize("left", ["row", "drawn", None])
+def test_settings_that_made_nothing_yet_are_replaced(config, left):
+    """A run that failed before its first result can be corrected; a file or folder of its own is a result."""
+    output = open_output(config)
+    (output / "config.yaml.part").write_text("00_exa")
+    corrected = dataclasses.replace(config, rate=0.5)
+    if left is None:
+        open_output(corrected)
+    else:
+        (output / left).mkdir()
+        with pytest.raises(FileExistsError, match=r"rate \(0.001 there, 0.5 now\)"):
+            open_output(corrected)
+    assert saved_settings(config)["rate"] == (0.5 if left is None else 0.001)
+
+
 def test_where_and_how_fast_it_runs_may_differ(config):
-    open_output(config)
+    (open_output(config) / "row").write_text("kept")
     open_output(dataclasses.replace(config, device="cpu", num_workers=4))
 
 
 def test_settings_that_the_stage_declares_free_may_differ(config, stage, monkeypatch):
     """And those that the caller names; the saved settings follow."""
     monkeypatch.setattr(stage.Config, "FREE", frozenset({"steps"}), raising=False)
-    open_output(config)
+    (open_output(config) / "row").write_text("kept")
     open_output(dataclasses.replace(config, steps=20, rate=0.5), free=["rate"])
     assert saved_settings(config)["steps"] == 20 and saved_settings(config)["rate"] == 0.5
     with pytest.raises(FileExistsError, match=r"rate \(0.5 there, 0.25 now\)"):
@@ -427,11 +443,27 @@ def test_settings_that_the_stage_declares_free_may_differ(config, stage, monkeyp
 
 def test_an_option_that_has_come_since_was_its_default_then(config):
     saved = open_output(config) / "config.yaml"
+    (saved.parent / "row").write_text("kept")
     saved.write_text(saved.read_text().replace("  rate: 0.001\n", ""))
     with pytest.raises(FileExistsError, match=r"rate \(0.001 there, 0.5 now\)"):
         open_output(dataclasses.replace(config, rate=0.5))
     open_output(config)
     assert "rate: 0.001" in saved.read_text()
+
+
+def test_a_setting_that_this_version_does_not_know_is_ignored(config, caplog):
+    caplog.set_level("INFO", logger="faceprior")
+    saved = open_output(config) / "config.yaml"
+    (saved.parent / "row").write_text("kept")
+    saved.write_text(saved.read_text() + "  old_unknown_key: 3\n")
+    with pytest.raises(FileExistsError, match=r"other settings: rate \(0.001 there, 0.5 now\)\."):
+        open_output(dataclasses.replace(config, rate=0.5))
+    caplog.clear()
+    open_output(config)
+    assert caplog.messages == [
+        f"{config.output} has settings that this version does not know, ignored: old_unknown_key"
+    ]
+    assert "old_unknown_key" not in saved.read_text()
 
 
 def test_overwrite_starts_over(config):

@@ -310,6 +310,11 @@ def test_problems_are_printed(capsys):
     )
 
 
+def test_control_characters_in_a_name_are_printed_as_escapes(capsys):
+    print_problems([("new\nline\x1b[31m.png", "bild é\r")])
+    assert capsys.readouterr().out == "1 input skipped:\n  new\\nline\\x1b[31m.png: bild é\\r\n"
+
+
 def test_of_many_problems_some_are_printed(capsys):
     problems = [(f"{number}.png", "truncated") for number in range(5)]
     print_problems(problems, most=2)

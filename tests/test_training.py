@@ -659,7 +659,8 @@ def open_at(config, step=0, samples=4, done=False, **changes):
     ("state", "changes", "refused"),
     [
         ({}, {"batch_size": 7, "steps": 3, "num_samples": 0}, None),  # nothing was done yet
-        ({}, {"learning_rate": 0.1}, "learning_rate (0.05 there, 0.1 now)"),
+        ({}, {"learning_rate": 0.1, "schedule": "cosine"}, None),
+        ({"step": 2}, {"learning_rate": 0.1}, "learning_rate (0.05 there, 0.1 now)"),
         ({"step": 2}, {"batch_size": 4, "accumulation": 1}, None),
         ({"step": 2}, {"batch_size": 4}, "with 4 samples a step, but `batch_size` 4 x `accumulation` 2 x 1 process"),
         ({"step": 2, "samples": 8}, {}, "holds a run with 8 samples a step"),  # of two processes
@@ -686,6 +687,14 @@ def test_what_may_differ_when_a_run_is_resumed(tmp_path, state, changes, refused
         saved = open_at(config, **state, **changes)
         assert {key: saved[key] for key in changes} == changes
         assert is_complete(tmp_path / "run") == (state.get("done", False) and "steps" not in changes)
+
+
+def test_steps_may_be_fewer_but_not_than_were_done(tmp_path):
+    config = Config(output=str(tmp_path / "run"), steps=400)
+    assert open_at(config, step=9, steps=11)["steps"] == 11
+    with pytest.raises(FileExistsError, match=r"steps \(11 there, 8 now\)"):
+        open_run(dataclasses.replace(config, steps=8), make_accelerator("cpu"))
+    assert open_at(config, steps=9)["steps"] == 9
 
 
 def test_the_steps_of_a_cosine_are_fixed_once_it_began(tmp_path):

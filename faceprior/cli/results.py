@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from faceprior.files import printable
 from faceprior.models import first_line
 
 if TYPE_CHECKING:
@@ -59,15 +60,6 @@ def reason(file: str, error: Exception) -> str:
 
 
 # ---- text that any terminal takes
-
-
-def printable(text: str, encoding: str | None = "utf-8") -> str:
-    """Turn `text` into one line that any terminal and UTF-8 file takes: what cannot be shown becomes an escape.
-
-    File names may contain line breaks, control codes, and bytes that are not valid text.
-    """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
 
 
 def say(text: str) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from faceprior.cli.results import ImageScores, printable
-from faceprior.files import atomic_write
+from faceprior.cli.results import ImageScores
+from faceprior.files import atomic_write, printable
 
 EDGES = ("x0", "y0", "x1", "y1")
 COLUMNS = ("file", "face", "faces", "score", "percentile", "confidence", *EDGES, "error")
