@@ -241,10 +241,6 @@ class FaceInpainter:
         """The number of pixels that an image's sides must be a multiple of."""
         return self.pipeline.vae_scale_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
 
-    def check_strength(self, strength: float) -> None:
-        """As the function `check_strength`."""
-        check_strength(strength, self.steps)
-
     def check_side(self, side: int) -> None:
         """Raise ValueError when this base cannot work on squares of `side` pixels."""
         if side % self.multiple:
@@ -263,7 +259,7 @@ class FaceInpainter:
 
         images: RGB, sides a multiple of `multiple`; masks: L, 255 is inpainted and 0 kept.
         """
-        self.check_strength(strength)
+        check_strength(strength, self.steps)
         self._check_sizes(images, masks)
 
         # ---- Encode; an inpainting U-Net of nine channels also sees the latents of the image without the face

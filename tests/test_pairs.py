@@ -21,6 +21,7 @@ from faceprior.inpaint import (
     FaceInpainter,
     PairBatch,
     change_outside,
+    check_strength,
     cut_out,
     masked_difference,
     plan_face,
@@ -260,7 +261,7 @@ def test_a_strength_that_runs_no_step(pipelines, faces, strength, message):
     inpainter = FaceInpainter(pipelines["sd15"], steps=10)
     with pytest.raises(ValueError, match=message):
         inpainter([faces[0][0]], [faces[0][1]], strength, [""], [0])
-    FaceInpainter(pipelines["sd15"], steps=17).check_strength(0.06)
+    check_strength(0.06, steps=17)
 
 
 @pytest.mark.parametrize("kind", TYPES)
