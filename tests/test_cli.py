@@ -688,23 +688,50 @@ def test_names_of_earlier_runs_stay():
     assert plan_outputs({"b.jpg": Path("b.jpg")}, KINDS, taken=["B.png"])["b.jpg"]["result"] == "b.jpg.png"
 
 
-@pytest.mark.parametrize("link", [None, "symbolic", "hard", "folder"])
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
 def test_restore_never_overwrites_an_input(tmp_path, restore, link):
     save_image(landscape(), tmp_path / "in/a.png")
     (tmp_path / "out").mkdir()
     if link == "symbolic":
         (tmp_path / "out/a.png").symlink_to(tmp_path / "in/a.png")
-    elif link == "hard":
+    else:
         os.link(tmp_path / "in/a.png", tmp_path / "out/a.png")
-    elif link == "folder":
-        (tmp_path / "out").rmdir()
-        (tmp_path / "out").symlink_to(tmp_path / "in")
     before = tree(tmp_path)
     for images in (["in/a.png"], ["in/a.png", "--overwrite"], ["in", "--compare"]):
-        output = tmp_path / ("out" if link else "in")
-        code, out, err = restore(tmp_path / images[0], *images[1:], "-o", output)
+        code, out, err = restore(tmp_path / images[0], *images[1:], "-o", tmp_path / "out")
         assert code == 2 and not out and "would overwrite the input" in err and "give another place" in err
         assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["in", "link"])
+def test_restore_into_the_folder_of_the_input(tmp_path, restore, output):
+    save_image(landscape(), tmp_path / "in/a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    photograph = (tmp_path / "in/a.png").read_bytes()
+    for done in ("copied as it is", "finished before"):
+        code, out, _ = restore(tmp_path / "in", "-o", tmp_path / output)
+        assert code == 0 and done in out
+        assert {name: data for name, data in tree(tmp_path / "in").items() if name.endswith(".png")} == {
+            "a.png": photograph,
+            "a.png.png": photograph,
+        }
+
+
+def test_photographs_in_the_output_folder_are_restored(tmp_path, restore):
+    """Only what the record of the folder lists is skipped."""
+    save_image(landscape(1), tmp_path / "in/x.png")
+    save_image(landscape(2), tmp_path / "in/y.png")
+    save_image(landscape(3), tmp_path / "in/sub/y.png")
+    photographs = tree(tmp_path / "in")
+    code, out, err = restore(tmp_path / "in", "-o", tmp_path / "in/sub")
+    assert code == 0 and out.count("copied as it is") == 3 and "skipped" not in err
+    found = tree(tmp_path / "in")
+    assert photographs.items() < found.items()
+    for name, source in (("x.png", "x.png"), ("y.png.png", "y.png"), ("sub/y.png", "sub/y.png")):
+        assert found[f"sub/{name}"] == photographs[source]
+    code, out, err = restore(tmp_path / "in", "-o", tmp_path / "in/sub")
+    assert code == 0 and out.count("finished before") == 3 and "3 images skipped, which faceprior itself wrote" in err
+    assert tree(tmp_path / "in") == found
 
 
 def test_restore_overwrites_no_file_that_it_did_not_write(tmp_path, restore):

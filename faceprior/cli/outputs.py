@@ -80,6 +80,16 @@ def plan_outputs(
             levels[image] += 1
 
 
+def names_inside(folder: Path, images: Sequence[str]) -> list[str]:
+    """The paths below `folder` of those images that it contains, by their own path or through links."""
+    found = []
+    for resolve in (os.path.abspath, os.path.realpath):
+        root = resolve(folder)
+        paths = (Path(resolve(image)) for image in images)
+        found += [path.relative_to(root).as_posix() for path in paths if path.is_relative_to(root)]
+    return found
+
+
 def _movers(group: list[str], is_taken: bool, levels: Mapping[str, int], known: Mapping[str, str]) -> list[str]:
     """Of the images with one name, those that get another: new ones before known ones, all before numbers."""
     if is_taken:
