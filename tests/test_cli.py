@@ -792,6 +792,23 @@ def test_restore_again(tmp_path, restore):
     assert code == 2 and "no images besides those that faceprior itself wrote" in err
 
 
+def test_a_name_that_is_too_long_fails_before_the_work(tmp_path, restore, monkeypatch):
+    """Its bytes count; the other images are restored, and it is, too, where its names are short enough."""
+    long = "é" * 120 + ".jpg"  # 244 bytes; its comparison has 252
+    save_image(landscape(), tmp_path / "in/a.jpg")
+    shutil.copy(tmp_path / "in/a.jpg", tmp_path / "in" / long)
+    shutil.copy(tmp_path / "in/a.jpg", tmp_path / "in" / f"{'x' * 251}.jpg")
+    calls, original = [], AuthFaceRestorer.restore
+    with monkeypatch.context() as counted:
+        counted.setattr(AuthFaceRestorer, "restore", lambda *a, **k: calls.append(1) or original(*a, **k))
+        code, out, err = restore(tmp_path / "in", "-o", tmp_path / "out", "--compare")
+    assert code == 1 and len(calls) == 2 and "a.jpg: no face found" in out and "1 of 3 images failed" in err
+    assert f"{'x' * 251}.jpg: the name of its comparison would have 263 bytes" in err
+    assert "rename the image, or restore it without --compare" in err
+    code, out, err = restore(tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 0 and len(list((tmp_path / "out").glob("[!.]*.jpg"))) == 3
+
+
 def test_restored_images_of_several_runs_keep_apart(tmp_path, restore):
     for name in ("x", "y"):
         save_image(landscape(1 + (name == "y")), tmp_path / name / "1.png")

@@ -17,6 +17,8 @@ OUTPUT_TEXT = "`faceprior score` wrote the images here; faceprior skips them whe
 # lists the images that `faceprior restore` wrote to the folder, which may hold others as well
 RECORD_FILE = ".faceprior-restored.jsonl"
 
+MAX_NAME_BYTES = 255  # of a file or folder, on most file systems
+
 # what `faceprior restore` writes of an image: its result, or a copy of the file if no face of it was restored; and the
 # comparison
 RESULT, COPY, COMPARISON = "result", "copy", "comparison"
@@ -78,6 +80,17 @@ def plan_outputs(
             return {image: names(image) for image in inner}
         for image in {image for is_taken, group in clashes for image in _movers(group, is_taken, levels, known)}:
             levels[image] += 1
+
+
+def require_short(image: str, outputs: Mapping[str, str]) -> None:
+    """Raise ValueError if a file system does not take the name of an output of the image."""
+    for kind, name in outputs.items():
+        if (length := max(len(os.fsencode(part)) for part in Path(name).parts)) > MAX_NAME_BYTES:
+            way_out = "rename the image" + (", or restore it without --compare" if kind == COMPARISON else "")
+            raise ValueError(
+                f"{image}: the name of its {kind} would have {length} bytes, more than the {MAX_NAME_BYTES} that a"
+                f" file system takes: {way_out}"
+            )
 
 
 def names_inside(folder: Path, images: Sequence[str]) -> list[str]:

@@ -32,6 +32,7 @@ from faceprior.cli.outputs import (
     own_trees,
     plan_outputs,
     require_no_inputs,
+    require_short,
 )
 from faceprior.cli.results import reason, say, show
 from faceprior.files import copy_file
@@ -156,6 +157,7 @@ def _restored(
     needed = [kind for kind in names if kind == COMPARISON]
     if done := record.finished(file, settings, needed):
         return f"finished before -> {record.folder / _main_output(done)}"
+    require_short(file, names)
     result = restore(file)
     names = {kind: name for kind, name in names.items() if kind != (COPY if result.faces else RESULT)}
     record.claim(file, names)
