@@ -787,7 +787,7 @@ def test_restore_again(tmp_path, restore):
 
     files = [path for path in (tmp_path / "in").rglob("*.png")]  # as a shell expands **/*.png
     code, _, err = restore(*files, "-o", output, "--seed", 9)
-    assert code == 0 and err.count("1 image skipped, which faceprior itself wrote") == 3
+    assert code == 0 and err.count("1 image skipped, which faceprior itself wrote") == 1  # comparisons were removed
     code, _, err = restore(output / "face.png", "-o", output)
     assert code == 2 and "no images besides those that faceprior itself wrote" in err
 
@@ -807,6 +807,32 @@ def test_a_name_that_is_too_long_fails_before_the_work(tmp_path, restore, monkey
     assert "rename the image, or restore it without --compare" in err
     code, out, err = restore(tmp_path / "in", "-o", tmp_path / "out")
     assert code == 0 and len(list((tmp_path / "out").glob("[!.]*.jpg"))) == 3
+
+
+def test_no_stale_output_stays(tmp_path, restore):
+    """An image that loses its face, and gets it back; then it is restored without a comparison."""
+    image, output = tmp_path / "in/x.png", tmp_path / "out"
+    command = [tmp_path / "in", "-o", output, "--compare"]
+    face, scene = draw_portrait(3, 160).image, landscape()
+
+    def run(pixels: np.ndarray, *arguments) -> set[str]:
+        save_image(pixels, image)
+        image.replace(tmp_path / "in/x.jpg")  # a PNG file, whose copy has another name than its result
+        assert restore(*arguments)[0] == 0
+        return {path.name for path in output.glob("[!.]*")}
+
+    assert run(face, *command) == {"x.png", "x_compare.png"}
+    assert run(scene, *command) == {"x.jpg", "x_compare.png"}
+    (output / "x.png").write_bytes(b"my own")  # which no longer is the result
+    save_image(face, image)
+    image.replace(tmp_path / "in/x.jpg")
+    code, _, err = restore(*command)
+    assert code == 2 and "x.png exists, and no run of `faceprior restore` wrote it" in err
+    assert (output / "x.png").read_bytes() == b"my own"
+    (output / "x.png").unlink()
+    assert run(face, *command) == {"x.png", "x_compare.png"}
+    assert run(face, *command[:-1]) == {"x.png", "x_compare.png"}  # which still holds
+    assert run(scene, *command[:-1]) == {"x.jpg"}
 
 
 def test_restored_images_of_several_runs_keep_apart(tmp_path, restore):

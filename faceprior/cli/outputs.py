@@ -179,18 +179,19 @@ class RestoreRecord:
     """What `faceprior restore` wrote to a folder, in its RECORD_FILE.
 
     Before the outputs of an image are written, a row claims their names; afterwards a second row says from what file
-    and by which settings they were made. So a killed run knows its files again, and no other file is overwritten.
+    and by which settings they were made, and which older outputs of the image were removed. So a killed run knows its
+    files again, and no other file is overwritten.
     """
 
     def __init__(self, folder: Path, overwrite: bool = False):
         """overwrite: nothing counts as finished, and rows that cannot be read are ignored."""
         self.folder, self.path = folder, folder / RECORD_FILE
         self._rows: dict[str, dict[str, Any]] = {}
-        self._owned: dict[str, str] = {}  # {key of an output: the image that it was made from}
+        self._owned: dict[str, tuple[str, str]] = {}  # {key of an output: (the image that it was made from, name)}
         exists = self.path.is_file()
         for row in (read_rows(self.path)[0] if overwrite else resume_rows(self.path)) if exists else ():
             try:
-                require_keys(row, {"source": str, "outputs": dict})
+                require_keys({"removed": [], **row}, {"source": str, "outputs": dict, "removed": list})
                 if not row["outputs"].keys() & {RESULT, COPY}:
                     raise ValueError("`outputs` names neither a result nor a copy")
             except ValueError as error:
@@ -207,7 +208,7 @@ class RestoreRecord:
     def taken(self, images: Iterable[str]) -> list[str]:
         """The outputs of other images than these."""
         own = {self._source(image) for image in images}
-        return [name for name, source in self._owned.items() if source not in own]
+        return [name for name, (source, _) in self._owned.items() if source not in own]
 
     def require_free(self, names: Iterable[str]) -> None:
         """Raise ValueError for an output that exists and that no earlier run wrote."""
@@ -237,21 +238,35 @@ class RestoreRecord:
     def claim(self, image: str, outputs: Mapping[str, str]) -> None:
         """Record that these files are going to be written for an image."""
         row = {"source": self._source(image), "outputs": dict(outputs)}
-        if any(self._owned.get(_key(name)) != row["source"] for name in outputs.values()):
+        if any(self._owned.get(_key(name), ("", ""))[0] != row["source"] for name in outputs.values()):
             append_row(self.path, row)
         self._remember(row)
 
     def finish(self, image: str, outputs: Mapping[str, str], settings: str) -> None:
-        """Record that the outputs of an image are whole."""
+        """Remove the older outputs of an image that were not written again; record that the others are whole."""
         state = os.stat(image)
         row = {"source": self._source(image), "outputs": dict(outputs), "settings": settings}
         row |= {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": _hash(image)}
+        if stale := self._stale(row["source"], outputs):
+            for name in stale:
+                (self.folder / name).unlink(missing_ok=True)
+            row["removed"] = stale
         append_row(self.path, row)
         self._remember(row)
 
+    def _stale(self, source: str, outputs: Mapping[str, str]) -> list[str]:
+        """The files in the folder that earlier runs wrote for the image, without its `outputs`."""
+        current = {_key(name) for name in outputs.values()}
+        older = [name for key, (owner, name) in self._owned.items() if owner == source and key not in current]
+        return [name for name in older if not Path(name).is_absolute() and ".." not in Path(name).parts]
+
     def _remember(self, row: dict[str, Any]) -> None:
-        self._rows[row["source"]] = row
-        self._owned.update({_key(name): row["source"] for name in row["outputs"].values()})
+        source = row["source"]
+        self._rows[source] = row
+        for key in map(_key, row.get("removed", ())):
+            if self._owned.get(key, ("", ""))[0] == source:
+                del self._owned[key]
+        self._owned.update({_key(name): (source, name) for name in row["outputs"].values()})
 
     def _source(self, image: str) -> str:
         """The image relative to the folder, so that both may be moved together."""
@@ -289,5 +304,10 @@ class RecordedFiles:
 def _recorded_names(folder: Path) -> frozenset[str]:
     path = folder / RECORD_FILE
     rows = read_rows(path)[0] if path.is_file() else []
-    outputs = [row["outputs"] for row in rows if isinstance(row.get("outputs"), dict)]
-    return frozenset(_key(str(name)) for found in outputs for name in found.values())
+    names = set()
+    for row in rows:
+        if isinstance(row.get("removed"), list):
+            names -= {_key(str(name)) for name in row["removed"]}
+        if isinstance(row.get("outputs"), dict):
+            names |= {_key(str(name)) for name in row["outputs"].values()}
+    return frozenset(names)
