@@ -746,6 +746,21 @@ def test_restore_overwrites_no_file_that_it_did_not_write(tmp_path, restore):
     assert code == 2 and "is a file: give a folder" in err
 
 
+def test_all_files_in_the_way_are_named_at_once(tmp_path, restore):
+    for number in range(13):
+        save_image(landscape(), tmp_path / f"in/{number}.png")
+    (tmp_path / "out").mkdir()
+    for count in (2, 12):
+        for number in range(count):
+            (tmp_path / f"out/{number}.png").write_bytes(b"my own")
+        code, out, err = restore(tmp_path / "in", "-o", tmp_path / "out")
+        listed = ", ".join(str(tmp_path / f"out/{number}.png") for number in range(min(count, 10)))
+        more = " and 2 more" if count == 12 else ""
+        assert code == 2 and not out
+        assert f"{listed}{more} exist, and no run of `faceprior restore` wrote them: move them away" in err
+        assert len(tree(tmp_path / "out")) == count
+
+
 def test_restore_writes_every_result_and_comparison(tmp_path, restore):
     for number, name in enumerate(("a.jpg", "a.png", "b.png", "b_compare.png"), 1):
         save_image(landscape(number), tmp_path / "in" / name)

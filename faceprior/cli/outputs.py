@@ -211,13 +211,17 @@ class RestoreRecord:
         return [name for name, (source, _) in self._owned.items() if source not in own]
 
     def require_free(self, names: Iterable[str]) -> None:
-        """Raise ValueError for an output that exists and that no earlier run wrote."""
-        for name in names:
-            if _key(name) not in self._owned and os.path.lexists(self.folder / name):
-                raise ValueError(
-                    f"{self.folder / name} exists, and no run of `faceprior restore` wrote it: "
-                    "move it away, or give another folder"
-                )
+        """Raise ValueError that names the outputs that exist and that no earlier run wrote."""
+        most = 10
+        unowned = [name for name in dict.fromkeys(names) if _key(name) not in self._owned]
+        found = [str(self.folder / name) for name in unowned if os.path.lexists(self.folder / name)]
+        if found:
+            more = f" and {len(found) - most} more" if len(found) > most else ""
+            exist, them = ("exists", "it") if len(found) == 1 else ("exist", "them")
+            raise ValueError(
+                f"{', '.join(found[:most])}{more} {exist}, and no run of `faceprior restore` wrote {them}: "
+                f"move {them} away, or give another folder"
+            )
 
     def finished(self, image: str, settings: str, kinds: Iterable[str]) -> dict[str, str] | None:
         """Return the outputs of an image that was restored by these settings and has not changed since, else None.
