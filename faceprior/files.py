@@ -220,7 +220,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise ValueError(f'`mode` has to be "wb" or "w" but is {mode!r}')
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".faceprior-{uuid.uuid4().hex}.tmp")  # short, however long `path` is
     try:
         with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -688,23 +688,50 @@ def test_names_of_earlier_runs_stay():
     assert plan_outputs({"b.jpg": Path("b.jpg")}, KINDS, taken=["B.png"])["b.jpg"]["result"] == "b.jpg.png"
 
 
-@pytest.mark.parametrize("link", [None, "symbolic", "hard", "folder"])
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
 def test_restore_never_overwrites_an_input(tmp_path, restore, link):
     save_image(landscape(), tmp_path / "in/a.png")
     (tmp_path / "out").mkdir()
     if link == "symbolic":
         (tmp_path / "out/a.png").symlink_to(tmp_path / "in/a.png")
-    elif link == "hard":
+    else:
         os.link(tmp_path / "in/a.png", tmp_path / "out/a.png")
-    elif link == "folder":
-        (tmp_path / "out").rmdir()
-        (tmp_path / "out").symlink_to(tmp_path / "in")
     before = tree(tmp_path)
     for images in (["in/a.png"], ["in/a.png", "--overwrite"], ["in", "--compare"]):
-        output = tmp_path / ("out" if link else "in")
-        code, out, err = restore(tmp_path / images[0], *images[1:], "-o", output)
+        code, out, err = restore(tmp_path / images[0], *images[1:], "-o", tmp_path / "out")
         assert code == 2 and not out and "would overwrite the input" in err and "give another place" in err
         assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["in", "link"])
+def test_restore_into_the_folder_of_the_input(tmp_path, restore, output):
+    save_image(landscape(), tmp_path / "in/a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    photograph = (tmp_path / "in/a.png").read_bytes()
+    for done in ("copied as it is", "finished before"):
+        code, out, _ = restore(tmp_path / "in", "-o", tmp_path / output)
+        assert code == 0 and done in out
+        assert {name: data for name, data in tree(tmp_path / "in").items() if name.endswith(".png")} == {
+            "a.png": photograph,
+            "a.png.png": photograph,
+        }
+
+
+def test_photographs_in_the_output_folder_are_restored(tmp_path, restore):
+    """Only what the record of the folder lists is skipped."""
+    save_image(landscape(1), tmp_path / "in/x.png")
+    save_image(landscape(2), tmp_path / "in/y.png")
+    save_image(landscape(3), tmp_path / "in/sub/y.png")
+    photographs = tree(tmp_path / "in")
+    code, out, err = restore(tmp_path / "in", "-o", tmp_path / "in/sub")
+    assert code == 0 and out.count("copied as it is") == 3 and "skipped" not in err
+    found = tree(tmp_path / "in")
+    assert photographs.items() < found.items()
+    for name, source in (("x.png", "x.png"), ("y.png.png", "y.png"), ("sub/y.png", "sub/y.png")):
+        assert found[f"sub/{name}"] == photographs[source]
+    code, out, err = restore(tmp_path / "in", "-o", tmp_path / "in/sub")
+    assert code == 0 and out.count("finished before") == 3 and "3 images skipped, which faceprior itself wrote" in err
+    assert tree(tmp_path / "in") == found
 
 
 def test_restore_overwrites_no_file_that_it_did_not_write(tmp_path, restore):
@@ -717,6 +744,21 @@ def test_restore_overwrites_no_file_that_it_did_not_write(tmp_path, restore):
     assert tree(tmp_path / "out") == {"a.png": b"my own"}
     code, _, err = restore(tmp_path / "in", "-o", tmp_path / "in/a.png")
     assert code == 2 and "is a file: give a folder" in err
+
+
+def test_all_files_in_the_way_are_named_at_once(tmp_path, restore):
+    for number in range(13):
+        save_image(landscape(), tmp_path / f"in/{number}.png")
+    (tmp_path / "out").mkdir()
+    for count in (2, 12):
+        for number in range(count):
+            (tmp_path / f"out/{number}.png").write_bytes(b"my own")
+        code, out, err = restore(tmp_path / "in", "-o", tmp_path / "out")
+        listed = ", ".join(str(tmp_path / f"out/{number}.png") for number in range(min(count, 10)))
+        more = " and 2 more" if count == 12 else ""
+        assert code == 2 and not out
+        assert f"{listed}{more} exist, and no run of `faceprior restore` wrote them: move them away" in err
+        assert len(tree(tmp_path / "out")) == count
 
 
 def test_restore_writes_every_result_and_comparison(tmp_path, restore):
@@ -760,9 +802,52 @@ def test_restore_again(tmp_path, restore):
 
     files = [path for path in (tmp_path / "in").rglob("*.png")]  # as a shell expands **/*.png
     code, _, err = restore(*files, "-o", output, "--seed", 9)
-    assert code == 0 and err.count("1 image skipped, which faceprior itself wrote") == 3
+    assert code == 0 and err.count("1 image skipped, which faceprior itself wrote") == 1  # comparisons were removed
     code, _, err = restore(output / "face.png", "-o", output)
     assert code == 2 and "no images besides those that faceprior itself wrote" in err
+
+
+def test_a_name_that_is_too_long_fails_before_the_work(tmp_path, restore, monkeypatch):
+    """Its bytes count; the other images are restored, and it is, too, where its names are short enough."""
+    long = "é" * 120 + ".jpg"  # 244 bytes; its comparison has 252
+    save_image(landscape(), tmp_path / "in/a.jpg")
+    shutil.copy(tmp_path / "in/a.jpg", tmp_path / "in" / long)
+    shutil.copy(tmp_path / "in/a.jpg", tmp_path / "in" / f"{'x' * 251}.jpg")
+    calls, original = [], AuthFaceRestorer.restore
+    with monkeypatch.context() as counted:
+        counted.setattr(AuthFaceRestorer, "restore", lambda *a, **k: calls.append(1) or original(*a, **k))
+        code, out, err = restore(tmp_path / "in", "-o", tmp_path / "out", "--compare")
+    assert code == 1 and len(calls) == 2 and "a.jpg: no face found" in out and "1 of 3 images failed" in err
+    assert f"{'x' * 251}.jpg: the name of its comparison would have 263 bytes" in err
+    assert "rename the image, or restore it without --compare" in err
+    code, out, err = restore(tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 0 and len(list((tmp_path / "out").glob("[!.]*.jpg"))) == 3
+
+
+def test_no_stale_output_stays(tmp_path, restore):
+    """An image that loses its face, and gets it back; then it is restored without a comparison."""
+    image, output = tmp_path / "in/x.png", tmp_path / "out"
+    command = [tmp_path / "in", "-o", output, "--compare"]
+    face, scene = draw_portrait(3, 160).image, landscape()
+
+    def run(pixels: np.ndarray, *arguments) -> set[str]:
+        save_image(pixels, image)
+        image.replace(tmp_path / "in/x.jpg")  # a PNG file, whose copy has another name than its result
+        assert restore(*arguments)[0] == 0
+        return {path.name for path in output.glob("[!.]*")}
+
+    assert run(face, *command) == {"x.png", "x_compare.png"}
+    assert run(scene, *command) == {"x.jpg", "x_compare.png"}
+    (output / "x.png").write_bytes(b"my own")  # which no longer is the result
+    save_image(face, image)
+    image.replace(tmp_path / "in/x.jpg")
+    code, _, err = restore(*command)
+    assert code == 2 and "x.png exists, and no run of `faceprior restore` wrote it" in err
+    assert (output / "x.png").read_bytes() == b"my own"
+    (output / "x.png").unlink()
+    assert run(face, *command) == {"x.png", "x_compare.png"}
+    assert run(face, *command[:-1]) == {"x.png", "x_compare.png"}  # which still holds
+    assert run(scene, *command[:-1]) == {"x.jpg"}
 
 
 def test_restored_images_of_several_runs_keep_apart(tmp_path, restore):

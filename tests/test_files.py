@@ -161,6 +161,14 @@ def test_atomic_write_makes_folders_and_leaves_no_trace(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127 + "x", "祖" * 85], ids=["ascii", "latin", "han"])
+def test_atomic_write_takes_the_longest_names(tmp_path, name):
+    """A name has 255 bytes at most."""
+    with atomic_write(tmp_path / name) as file:
+        file.write(b"x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")

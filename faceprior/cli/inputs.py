@@ -37,15 +37,16 @@ class Inputs:
         return self.folders + [Path(name).parent for name in self.groups.get(SINGLE_IMAGES, ())]
 
 
-def find_inputs(images: list[str], output_folders: Sequence[Path]) -> Inputs:
+def find_inputs(images: list[str], output_folders: Sequence[Path] = (), record_folders: Sequence[Path] = ()) -> Inputs:
     """Find the images; one that does not exist does not stop the others.
 
-    output_folders: those that the command writes to; what is in them is no input. ValueError if nothing is found.
+    output_folders: those that the command alone writes to; no file in them is an input. record_folders: those that it
+    writes to beside files of others; what their record lists is no input. ValueError if nothing is found.
     """
     entries, groups, first_names = {}, {}, {}
     for argument in _arguments(images):
         try:
-            found = without_outputs(argument, find_images(argument), output_folders)
+            found = without_outputs(argument, find_images(argument), output_folders, record_folders)
         except (ValueError, OSError) as error:
             entries[str(Path(os.path.expanduser(argument)))] = str(error)  # the same name as where it is found
             continue
@@ -70,19 +71,23 @@ def _arguments(images: list[str]) -> Iterator[str]:
             yield argument
 
 
-def without_outputs(argument: str, found: Sequence[Path], folders: Iterable[Path] = ()) -> list[Path]:
+def without_outputs(
+    argument: str, found: Sequence[Path], folders: Iterable[Path] = (), record_folders: Iterable[Path] = ()
+) -> list[Path]:
     """Leave out what faceprior wrote among the images of an argument: drawings, copies and restored images.
 
     These are the images in `folders`, in folders with OUTPUT_MARK, and those that a record lists (`RecordedFiles`). A
-    file that is named itself is kept unless it is recorded in one of `folders`; all images of a folder that is
-    `argument` itself are kept, if faceprior wrote all of them. ValueError if nothing is left of a folder or glob.
+    file that is named itself is kept unless it is recorded in one of `folders` or `record_folders`; all images of a
+    folder that is `argument` itself are kept, if faceprior wrote all of them and it is none of `record_folders`.
+    ValueError if nothing is left of a folder or glob.
     """
     root, own = Path(argument).expanduser(), {folder.resolve() for folder in folders}
+    own_records = {folder.resolve() for folder in record_folders}
     if root.is_file():
         recorded = RecordedFiles()
-        kept = [path for path in found if not recorded.lists(path, own)]
+        kept = [path for path in found if not recorded.lists(path, own | own_records)]
     else:
-        kept = _without_outputs(_fixed_folder(root), found, own)
+        kept = _without_outputs(_fixed_folder(root), found, own, own_records)
     if not kept and not root.is_file():
         raise ValueError(f"no images in {argument} besides those that faceprior itself wrote")
     if len(kept) < len(found):
@@ -98,7 +103,7 @@ def _fixed_folder(root: Path) -> Path:
     return root
 
 
-def _without_outputs(root: Path, found: Sequence[Path], own: set[Path]) -> list[Path]:
+def _without_outputs(root: Path, found: Sequence[Path], own: set[Path], own_records: set[Path]) -> list[Path]:
     @functools.cache
     def is_output(folder: Path) -> bool:
         if folder in (root, folder.parent):
@@ -106,7 +111,7 @@ def _without_outputs(root: Path, found: Sequence[Path], own: set[Path]) -> list[
         return folder.resolve() in own or (folder / OUTPUT_MARK).is_file() or is_output(folder.parent)
 
     recorded, real = RecordedFiles(), root.resolve()
-    kept = [path for path in found if not is_output(path.parent)]
+    kept = [path for path in found if not is_output(path.parent) and not recorded.lists(path, own_records)]
     fresh = [path for path in kept if not recorded.lists(path)]
     if fresh:
         return fresh

@@ -17,6 +17,8 @@ OUTPUT_TEXT = "`faceprior score` wrote the images here; faceprior skips them whe
 # lists the images that `faceprior restore` wrote to the folder, which may hold others as well
 RECORD_FILE = ".faceprior-restored.jsonl"
 
+MAX_NAME_BYTES = 255  # of a file or folder, on most file systems
+
 # what `faceprior restore` writes of an image: its result, or a copy of the file if no face of it was restored; and the
 # comparison
 RESULT, COPY, COMPARISON = "result", "copy", "comparison"
@@ -78,6 +80,27 @@ def plan_outputs(
             return {image: names(image) for image in inner}
         for image in {image for is_taken, group in clashes for image in _movers(group, is_taken, levels, known)}:
             levels[image] += 1
+
+
+def require_short(image: str, outputs: Mapping[str, str]) -> None:
+    """Raise ValueError if a file system does not take the name of an output of the image."""
+    for kind, name in outputs.items():
+        if (length := max(len(os.fsencode(part)) for part in Path(name).parts)) > MAX_NAME_BYTES:
+            way_out = "rename the image" + (", or restore it without --compare" if kind == COMPARISON else "")
+            raise ValueError(
+                f"{image}: the name of its {kind} would have {length} bytes, more than the {MAX_NAME_BYTES} that a"
+                f" file system takes: {way_out}"
+            )
+
+
+def names_inside(folder: Path, images: Sequence[str]) -> list[str]:
+    """The paths below `folder` of those images that it contains, by their own path or through links."""
+    found = []
+    for resolve in (os.path.abspath, os.path.realpath):
+        root = resolve(folder)
+        paths = (Path(resolve(image)) for image in images)
+        found += [path.relative_to(root).as_posix() for path in paths if path.is_relative_to(root)]
+    return found
 
 
 def _movers(group: list[str], is_taken: bool, levels: Mapping[str, int], known: Mapping[str, str]) -> list[str]:
@@ -156,18 +179,19 @@ class RestoreRecord:
     """What `faceprior restore` wrote to a folder, in its RECORD_FILE.
 
     Before the outputs of an image are written, a row claims their names; afterwards a second row says from what file
-    and by which settings they were made. So a killed run knows its files again, and no other file is overwritten.
+    and by which settings they were made, and which older outputs of the image were removed. So a killed run knows its
+    files again, and no other file is overwritten.
     """
 
     def __init__(self, folder: Path, overwrite: bool = False):
         """overwrite: nothing counts as finished, and rows that cannot be read are ignored."""
         self.folder, self.path = folder, folder / RECORD_FILE
         self._rows: dict[str, dict[str, Any]] = {}
-        self._owned: dict[str, str] = {}  # {key of an output: the image that it was made from}
+        self._owned: dict[str, tuple[str, str]] = {}  # {key of an output: (the image that it was made from, name)}
         exists = self.path.is_file()
         for row in (read_rows(self.path)[0] if overwrite else resume_rows(self.path)) if exists else ():
             try:
-                require_keys(row, {"source": str, "outputs": dict})
+                require_keys({"removed": [], **row}, {"source": str, "outputs": dict, "removed": list})
                 if not row["outputs"].keys() & {RESULT, COPY}:
                     raise ValueError("`outputs` names neither a result nor a copy")
             except ValueError as error:
@@ -184,16 +208,20 @@ class RestoreRecord:
     def taken(self, images: Iterable[str]) -> list[str]:
         """The outputs of other images than these."""
         own = {self._source(image) for image in images}
-        return [name for name, source in self._owned.items() if source not in own]
+        return [name for name, (source, _) in self._owned.items() if source not in own]
 
     def require_free(self, names: Iterable[str]) -> None:
-        """Raise ValueError for an output that exists and that no earlier run wrote."""
-        for name in names:
-            if _key(name) not in self._owned and os.path.lexists(self.folder / name):
-                raise ValueError(
-                    f"{self.folder / name} exists, and no run of `faceprior restore` wrote it: "
-                    "move it away, or give another folder"
-                )
+        """Raise ValueError that names the outputs that exist and that no earlier run wrote."""
+        most = 10
+        unowned = [name for name in dict.fromkeys(names) if _key(name) not in self._owned]
+        found = [str(self.folder / name) for name in unowned if os.path.lexists(self.folder / name)]
+        if found:
+            more = f" and {len(found) - most} more" if len(found) > most else ""
+            exist, them = ("exists", "it") if len(found) == 1 else ("exist", "them")
+            raise ValueError(
+                f"{', '.join(found[:most])}{more} {exist}, and no run of `faceprior restore` wrote {them}: "
+                f"move {them} away, or give another folder"
+            )
 
     def finished(self, image: str, settings: str, kinds: Iterable[str]) -> dict[str, str] | None:
         """Return the outputs of an image that was restored by these settings and has not changed since, else None.
@@ -214,21 +242,35 @@ class RestoreRecord:
     def claim(self, image: str, outputs: Mapping[str, str]) -> None:
         """Record that these files are going to be written for an image."""
         row = {"source": self._source(image), "outputs": dict(outputs)}
-        if any(self._owned.get(_key(name)) != row["source"] for name in outputs.values()):
+        if any(self._owned.get(_key(name), ("", ""))[0] != row["source"] for name in outputs.values()):
             append_row(self.path, row)
         self._remember(row)
 
     def finish(self, image: str, outputs: Mapping[str, str], settings: str) -> None:
-        """Record that the outputs of an image are whole."""
+        """Remove the older outputs of an image that were not written again; record that the others are whole."""
         state = os.stat(image)
         row = {"source": self._source(image), "outputs": dict(outputs), "settings": settings}
         row |= {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": _hash(image)}
+        if stale := self._stale(row["source"], outputs):
+            for name in stale:
+                (self.folder / name).unlink(missing_ok=True)
+            row["removed"] = stale
         append_row(self.path, row)
         self._remember(row)
 
+    def _stale(self, source: str, outputs: Mapping[str, str]) -> list[str]:
+        """The files in the folder that earlier runs wrote for the image, without its `outputs`."""
+        current = {_key(name) for name in outputs.values()}
+        older = [name for key, (owner, name) in self._owned.items() if owner == source and key not in current]
+        return [name for name in older if not Path(name).is_absolute() and ".." not in Path(name).parts]
+
     def _remember(self, row: dict[str, Any]) -> None:
-        self._rows[row["source"]] = row
-        self._owned.update({_key(name): row["source"] for name in row["outputs"].values()})
+        source = row["source"]
+        self._rows[source] = row
+        for key in map(_key, row.get("removed", ())):
+            if self._owned.get(key, ("", ""))[0] == source:
+                del self._owned[key]
+        self._owned.update({_key(name): (source, name) for name in row["outputs"].values()})
 
     def _source(self, image: str) -> str:
         """The image relative to the folder, so that both may be moved together."""
@@ -266,5 +308,10 @@ class RecordedFiles:
 def _recorded_names(folder: Path) -> frozenset[str]:
     path = folder / RECORD_FILE
     rows = read_rows(path)[0] if path.is_file() else []
-    outputs = [row["outputs"] for row in rows if isinstance(row.get("outputs"), dict)]
-    return frozenset(_key(str(name)) for found in outputs for name in found.values())
+    names = set()
+    for row in rows:
+        if isinstance(row.get("removed"), list):
+            names -= {_key(str(name)) for name in row["removed"]}
+        if isinstance(row.get("outputs"), dict):
+            names |= {_key(str(name)) for name in row["outputs"].values()}
+    return frozenset(names)

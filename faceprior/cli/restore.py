@@ -28,9 +28,11 @@ from faceprior.cli.outputs import (
     RESTORED,
     RESULT,
     RestoreRecord,
+    names_inside,
     own_trees,
     plan_outputs,
     require_no_inputs,
+    require_short,
 )
 from faceprior.cli.results import reason, say, show
 from faceprior.files import copy_file
@@ -80,11 +82,12 @@ def run(options: argparse.Namespace) -> int:
     folder = options.output
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"-o {folder} is a file: give a folder")
-    inputs = find_inputs(options.images, [folder])
+    inputs = find_inputs(options.images, record_folders=[folder])
     record = RestoreRecord(folder, options.overwrite)
     patterns = RESTORED if options.compare else {kind: RESTORED[kind] for kind in (RESULT, COPY)}
     bases = record.bases(inputs.files)
-    names = plan_outputs(own_trees(inputs.files, inputs.folders), patterns, bases, record.taken(inputs.files))
+    taken = record.taken(inputs.files) + names_inside(folder, inputs.files)
+    names = plan_outputs(own_trees(inputs.files, inputs.folders), patterns, bases, taken)
     targets = [name for planned in names.values() for name in planned.values()]
     require_no_inputs((folder / name for name in targets), inputs.files, f"-o {folder}")
     record.require_free(targets)
@@ -154,6 +157,7 @@ def _restored(
     needed = [kind for kind in names if kind == COMPARISON]
     if done := record.finished(file, settings, needed):
         return f"finished before -> {record.folder / _main_output(done)}"
+    require_short(file, names)
     result = restore(file)
     names = {kind: name for kind, name in names.items() if kind != (COPY if result.faces else RESULT)}
     record.claim(file, names)
