@@ -192,6 +192,11 @@ def relative_stem(path: str | Path, *roots: str | Path) -> Path:
     return path.relative_to(deepest).with_suffix("")
 
 
+def utf8_text(name: str) -> str:
+    """A file name as UTF-8 text, the same in every locale: an ASCII one has lone surrogates for other characters."""
+    return name.encode(errors="surrogateescape").decode(errors="surrogateescape")
+
+
 def common_folder(paths: list[Path]) -> Path:
     """Return the deepest folder that contains all `paths`."""
     return Path(os.path.commonpath([path.parent for path in paths]))

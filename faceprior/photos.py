@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from faceprior.files import IMAGE_SUFFIXES, SIDECARS, common_folder, find_images, natural_key
+from faceprior.files import IMAGE_SUFFIXES, SIDECARS, common_folder, find_images, natural_key, utf8_text
 from faceprior.images import ImageError, count_frames, decode_image, load_image
 
 MEMBER_SUFFIXES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -106,18 +106,13 @@ def find_photographs(images: str, exclude: Sequence[Path] = ()) -> tuple[list[Ph
         found, problems = _in_list(paths[0]), []
     else:
         root = common_folder([_fixed_part(path) / "any" for path in paths])
-        found = [Photograph(_text(path.relative_to(root)), path) for path in find_images(*paths)]
+        found = [Photograph(utf8_text(path.relative_to(root).as_posix()), path) for path in find_images(*paths)]
         problems = []
     excluded = [folder.resolve() for folder in exclude]
     kept = [item for item in found if not any(item.path.resolve().is_relative_to(folder) for folder in excluded)]
     if not kept:
         raise ValueError(f"no photographs in {images} besides the images in {', '.join(map(str, exclude))}")
     return sorted(kept, key=lambda photograph: photograph.name), problems
-
-
-def _text(path: Path) -> str:
-    """Return a path as UTF-8 text, so that a photograph has one name in every locale."""
-    return os.fsencode(path.as_posix()).decode(errors="surrogateescape")
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -151,7 +146,7 @@ def _in_list(path: Path) -> list[Photograph]:
         raise ValueError(f"{path} lists no photograph: it has to contain one path per line")
     inside = [file.is_relative_to(path.parent) for file in listed]
     names = [(file.relative_to(path.parent) if kept else file) for file, kept in zip(listed, inside, strict=True)]
-    return [Photograph(_text(name), file) for name, file in zip(names, listed, strict=True)]
+    return [Photograph(utf8_text(name.as_posix()), file) for name, file in zip(names, listed, strict=True)]
 
 
 # ---- shards

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faceprior.files import atomic_write, copy_file, find_images, natural_key, relative_stem
+from faceprior.files import atomic_write, copy_file, find_images, natural_key, relative_stem, utf8_text
 from faceprior.images import ImageError, load_image
 
 
@@ -195,3 +195,9 @@ def test_atomic_write_follows_links_and_the_umask(tmp_path):
 def test_a_copied_file_is_the_file(tmp_path):
     (tmp_path / "a").write_bytes(b"any bytes")
     assert copy_file(tmp_path / "a", tmp_path / "new/b").read_bytes() == b"any bytes"
+
+
+def test_a_name_is_the_same_text_in_every_locale():
+    for name in ("祖母 100%.png", b"caf\xe9.png".decode(errors="surrogateescape")):
+        under_ascii = name.encode(errors="surrogateescape").decode("ascii", "surrogateescape")
+        assert utf8_text(name) == utf8_text(under_ascii) == name

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from faceprior.files import common_folder, relative_stem
+from faceprior.files import common_folder, relative_stem, utf8_text
 from faceprior.jsonl import append_row, read_rows, require_keys, resume_rows
 
 # marks a folder of drawings or copies, so that it is skipped when a folder above it is read
@@ -93,16 +93,6 @@ def require_short(image: str, outputs: Mapping[str, str]) -> None:
             )
 
 
-def names_inside(folder: Path, images: Sequence[str]) -> list[str]:
-    """The paths below `folder` of those images that it contains, by their own path or through links."""
-    found = []
-    for resolve in (os.path.abspath, os.path.realpath):
-        root = resolve(folder)
-        paths = (Path(resolve(image)) for image in images)
-        found += [path.relative_to(root).as_posix() for path in paths if path.is_relative_to(root)]
-    return found
-
-
 def _movers(group: list[str], is_taken: bool, levels: Mapping[str, int], known: Mapping[str, str]) -> list[str]:
     """Of the images with one name, those that get another: new ones before known ones, all before numbers."""
     if is_taken:
@@ -120,7 +110,7 @@ def _base(path: Path, level: int, known: str | None) -> str:
 
 def _key(name: str | Path) -> str:
     """The same for names that are one file on a file system that ignores case, or composes characters."""
-    return unicodedata.normalize("NFC", Path(name).as_posix()).casefold()
+    return unicodedata.normalize("NFC", utf8_text(Path(name).as_posix())).casefold()
 
 
 # ---- what may not be overwritten
@@ -275,9 +265,9 @@ class RestoreRecord:
     def _source(self, image: str) -> str:
         """The image relative to the folder, so that both may be moved together."""
         try:
-            return Path(os.path.relpath(image, self.folder)).as_posix()
+            return utf8_text(Path(os.path.relpath(image, self.folder)).as_posix())
         except ValueError:  # on another drive
-            return os.path.abspath(image)
+            return utf8_text(os.path.abspath(image))
 
 
 def _base_of(outputs: Mapping[str, str], suffix: str) -> str:

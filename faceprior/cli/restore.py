@@ -28,7 +28,6 @@ from faceprior.cli.outputs import (
     RESTORED,
     RESULT,
     RestoreRecord,
-    names_inside,
     own_trees,
     plan_outputs,
     require_no_inputs,
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     record = RestoreRecord(folder, options.overwrite)
     patterns = RESTORED if options.compare else {kind: RESTORED[kind] for kind in (RESULT, COPY)}
     bases = record.bases(inputs.files)
-    taken = record.taken(inputs.files) + names_inside(folder, inputs.files)
+    taken = record.taken(inputs.files)
     names = plan_outputs(own_trees(inputs.files, inputs.folders), patterns, bases, taken)
     targets = [name for planned in names.values() for name in planned.values()]
     require_no_inputs((folder / name for name in targets), inputs.files, f"-o {folder}")
