@@ -119,7 +119,8 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
 
     - `batch_size` and `accumulation`, where their product with the number of processes stays the same;
     - `steps`, where no step done depends on it, as under the constant schedule: also to train a finished run further;
-    - what is used after the training only, which the Config names in `AFTER_TRAINING`, until the run is finished;
+    - what is used after the training only, which the Config names in `AFTER_TRAINING`: a finished run whose checkpoint
+      exists makes its samples again;
     - all of these before the first checkpoint.
 
     Raises FileExistsError, which names what differs.
@@ -135,7 +136,10 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
     finished, checkpoint = is_complete(output), _checkpoint_state(output)
     progress = _read_json(output / DONE_FILE) if finished else checkpoint
     step = stored["steps"] if finished else progress.get("step", 0)
-    goes_on = config.steps > step and config.schedule == stored["schedule"] == "constant"
+    is_constant = config.schedule == stored["schedule"] == "constant"
+    goes_on = config.steps > step and is_constant
+    after = getattr(type(config), "AFTER_TRAINING", frozenset())
+    samples_again = checkpoint and config.steps == step and any(stored.get(k) != getattr(config, k) for k in after)
 
     # ---- The samples of a step
     parts = config.batch_size, config.accumulation, accelerator.num_processes
@@ -145,8 +149,8 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
     free = {"batch_size", "accumulation"}
 
     # ---- The number of steps, and what follows them
-    if not finished or goes_on:
-        free |= getattr(type(config), "AFTER_TRAINING", frozenset())
+    if not finished or goes_on or samples_again:
+        free |= after
     if not step or goes_on or (not finished and config.schedule == "constant" and config.steps >= step):
         free.add("steps")
     if finished and goes_on and not checkpoint:
@@ -155,7 +159,7 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
             "cannot be trained further: choose another `output`, or `--overwrite` to start over"
         )
     open_output(config, free)
-    if finished and goes_on:
+    if finished and (goes_on or samples_again):
         (output / DONE_FILE).unlink()
     return output
 

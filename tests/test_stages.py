@@ -993,6 +993,10 @@ def test_a_tuned_model_is_sampled_and_tuned_further(workplace, tiny_models):
     run(PRIOR, **longer, output="whole")
     files = [{k: v for k, v in snapshot(Path(f)).items() if k != "config.yaml"} for f in ("parts", "whole")]
     assert files[0] == files[1]
+    run(PRIOR, **longer | {"sampler": "base"}, output="parts")  # the same weights, other samples
+    weights, sample = "unet/diffusion_pytorch_model.safetensors", "samples/000_after.png"
+    sampled = snapshot(Path("parts"))
+    assert sampled[weights] == files[0][weights] and sampled[sample] != files[0][sample] and "done.json" in sampled
 
 
 def test_weight_decay_reaches_the_optimizer(workplace, tiny_models):

@@ -670,7 +670,8 @@ def open_at(config, step=0, samples=4, done=False, **changes):
         ({"step": 2}, {"steps": 1}, "steps (6 there, 1 now)"),
         ({"step": 2}, {"schedule": "cosine", "steps": 20}, "schedule (constant there, cosine now), steps (6 there"),
         ({"step": 6, "done": True}, {"steps": 20, "num_samples": 9}, None),  # trained further
-        ({"step": 6, "done": True}, {"num_samples": 9}, "num_samples (4 there, 9 now)"),
+        ({"step": 6, "done": True}, {"num_samples": 9}, None),  # sampled again
+        ({"done": True}, {"num_samples": 9}, "num_samples (4 there, 9 now)"),  # without a checkpoint
         ({"step": 6, "done": True}, {"batch_size": 1, "accumulation": 4}, None),
         ({"done": True}, {"steps": 20}, "was trained for 6 steps and its checkpoint"),
     ],
@@ -686,7 +687,8 @@ def test_what_may_differ_when_a_run_is_resumed(tmp_path, state, changes, refused
     else:
         saved = open_at(config, **state, **changes)
         assert {key: saved[key] for key in changes} == changes
-        assert is_complete(tmp_path / "run") == (state.get("done", False) and "steps" not in changes)
+        goes_on = {"steps", "num_samples"} & changes.keys()
+        assert is_complete(tmp_path / "run") == (state.get("done", False) and not goes_on)
 
 
 def test_steps_may_be_fewer_but_not_than_were_done(tmp_path):
