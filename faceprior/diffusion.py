@@ -1,27 +1,41 @@
-"""What the methods need of a base model, in the order of the data: prompt embeddings, latents, noise, x_0.
+"""What the methods need of a base model, in the order of the data: prompt embeddings, latents, noise, prediction, x_0.
 
-Stable Diffusion 1.5 and SDXL architectures go through the same functions; `bases` loads them.
+The U-Nets of Stable Diffusion 1, 2 and SDXL and the flow matching transformers of Stable Diffusion 3 and FLUX go
+through the same functions: `encode_prompts`, `encode_latents`, `add_noise`, `predict`, `pred_original_sample`.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FluxTransformer2DModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from faceprior.images import to_pil
 
 logger = logging.getLogger(__name__)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+# ---- the network
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """Return the network that is trained: the pipeline's U-Net or transformer."""
+    return getattr(pipeline, "unet", None) or pipeline.transformer
+
+
+def is_xl(pipeline: DiffusionPipeline) -> bool:
+    """Tell whether the pipeline is of SDXL type: a U-Net with two text encoders."""
+    return hasattr(pipeline, "unet") and getattr(pipeline, "text_encoder_2", None) is not None
 
 
 # ---- the training scheduler
@@ -41,9 +55,26 @@ def make_noise_scheduler(pipeline: DiffusionPipeline):
     return DDPMScheduler.from_config(scheduler.config)
 
 
-def is_xl(pipeline: DiffusionPipeline) -> bool:
-    """Tell whether the pipeline has SDXL's two text encoders."""
-    return getattr(pipeline, "text_encoder_2", None) is not None
+def timesteps_below(noise_scheduler, t_end: float = 1.0) -> Tensor:
+    """Return the scheduler's timesteps of the first fraction t_end of the schedule, (N,), from little noise to much.
+
+    t_end is a fraction of Stable Diffusion's schedule, (0, 1]. For a flow matching scheduler it means the same level of
+    noise, s = sigma / (alpha + sigma): 0.25, 0.5 and 0.75 are s = 0.41, 0.62 and 0.80; 1 is all of its timesteps.
+    """
+    if prediction_type(noise_scheduler) != "flow_prediction":
+        return torch.arange(max(1, int(t_end * noise_scheduler.config.num_train_timesteps)))
+    timesteps, sigmas = (
+        noise_scheduler.timesteps.flip(0),
+        noise_scheduler.sigmas.flip(0)[-len(noise_scheduler.timesteps) :],
+    )
+    if t_end >= 1:
+        return timesteps
+    alpha_bar = DDPMScheduler(**_STABLE_DIFFUSION).alphas_cumprod[max(0, int(t_end * 1000) - 1)]
+    level = (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
+    return timesteps[: max(1, int((sigmas <= level).sum()))]
+
+
+_STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 # ---- prompts
@@ -51,7 +82,7 @@ def is_xl(pipeline: DiffusionPipeline) -> bool:
 
 @dataclass
 class PromptEmbeddings:
-    """A batch of encoded prompts: prompt_embeds (B, L, D), and for SDXL pooled_prompt_embeds (B, P)."""
+    """A batch of encoded prompts: prompt_embeds (B, L, D), and for all but Stable Diffusion 1 and 2 pooled (B, P)."""
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor | None = None
@@ -74,8 +105,12 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str | None]) -> Pr
     options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     if is_xl(pipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(unique, **options)
-    else:
+    elif hasattr(pipeline, "unet"):
         embeds, pooled = pipeline.encode_prompt(unique, **options)[0], None
+    elif _is_flux(pipeline):
+        embeds, pooled, _ = pipeline.encode_prompt(unique, None, device=device)
+    else:
+        embeds, _, pooled, _ = pipeline.encode_prompt(unique, None, None, **options)
     index = torch.tensor([unique.index(text) for text in texts], device=embeds.device)
     embeddings = PromptEmbeddings(embeds, pooled)[index]  # (B, L, D) and (B, P)
     if pooled is not None and pipeline.config.get("force_zeros_for_empty_prompt", False):
@@ -167,6 +202,14 @@ def noise_like(latents: Tensor, generator) -> Tensor:
     return torch.cat([n.to(latents.device) for n in noise]).to(latents.dtype)
 
 
+def add_noise(noise_scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return the noisy latents z_t: sqrt(a) z_0 + sqrt(1 - a) e (DDPM, Eq. 4), of flow matching (1 - s) z_0 + s e."""
+    if prediction_type(noise_scheduler) == "flow_prediction":
+        sigmas = _flow_sigmas(noise_scheduler, timesteps, latents)
+        return (1 - sigmas) * latents + sigmas * noise
+    return noise_scheduler.add_noise(latents, noise, timesteps)
+
+
 def prediction_type(noise_scheduler) -> str:
     """Return what the network predicts, one of PREDICTION_TYPES; `flow_prediction` for flow matching schedulers."""
     if "FlowMatch" in type(noise_scheduler).__name__:
@@ -183,6 +226,50 @@ def training_target(noise_scheduler, latents: Tensor, noise: Tensor, timesteps: 
     if kind == "v_prediction":
         return noise_scheduler.get_velocity(latents, noise, timesteps)
     return {"epsilon": noise, "sample": latents, "flow_prediction": noise - latents}[kind]
+
+
+def predict(
+    pipeline: DiffusionPipeline,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    embeddings: PromptEmbeddings,
+    denoiser: Callable | None = None,
+) -> Tensor:
+    """Run a base's network once, whatever its kind -> what it predicts, (B, C, h, w).
+
+    noisy_latents: (B, C, h, w), scaled; timesteps: (B,), the training scheduler's; denoiser: the network in another
+    form (prepared for several processes, with other weights), by default the pipeline's own.
+    """
+    denoiser = denoiser or denoiser_of(pipeline)
+    prompt_embeds, pooled = embeddings.prompt_embeds, embeddings.pooled_prompt_embeds
+    if hasattr(pipeline, "unet"):
+        height, width = (side * pipeline.vae_scale_factor for side in noisy_latents.shape[-2:])
+        conditions = added_conditions(embeddings, height, width) if is_xl(pipeline) else None
+        return denoiser(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample
+    given = {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled}
+    if not _is_flux(pipeline):
+        return denoiser(noisy_latents, timestep=timesteps, **given).sample
+
+    # ---- FLUX: patches of 2 x 2 latents as tokens, and timesteps from 0 to 1; -dev is trained at guidance 1
+    (count, channels, height, width), ids = (
+        noisy_latents.shape,
+        {"device": noisy_latents.device, "dtype": torch.float32},
+    )
+    tokens = pipeline._pack_latents(noisy_latents, count, channels, height, width)  # (B, h w / 4, 4 C)
+    model_pred = denoiser(
+        tokens,
+        timestep=timesteps / 1000,
+        guidance=torch.ones(count, **ids) if pipeline.transformer.config.guidance_embeds else None,
+        img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **ids),
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, **ids),
+        **given,
+    ).sample
+    factor = pipeline.vae_scale_factor
+    return pipeline._unpack_latents(model_pred, height * factor, width * factor, factor)
+
+
+def _is_flux(pipeline: DiffusionPipeline) -> bool:
+    return isinstance(getattr(pipeline, "transformer", None), FluxTransformer2DModel)
 
 
 # ---- x_0

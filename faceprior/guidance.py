@@ -7,51 +7,52 @@ tuner.save_pretrained("checkpoints/guided")     # a LoRA that any diffusers pipe
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from faceprior.bases import load_pipeline, require_base
 from faceprior.diffusion import (
-    added_conditions,
+    PromptEmbeddings,
+    add_noise,
     decode_latents,
+    denoiser_of,
     downsample_mask,
     encode_latents,
     encode_prompts,
     make_noise_scheduler,
     noise_like,
     pred_original_sample,
+    predict,
     report_long_prompts,
+    timesteps_below,
     training_target,
 )
 from faceprior.features import FeatureNetwork
+from faceprior.lora import LORA_FILE, find_lora, load_lora, save_lora
 from faceprior.losses import guidance_loss, noise_loss
-from faceprior.models import as_safetensors, first_line
 from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
 
 logger = logging.getLogger(__name__)
 TRAIN = ("self_attention", "lora", "full")
-LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_INFO = "faceprior_lora"  # key in the file's metadata: rank and alpha as they were trained
-SELF_ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+OBJECTIVES = ("guidance", "denoising")
+# Names of layers that a LoRA is put on, by the kind of network: self-attention, which is joint with the text's in a
+# transformer (its image side).
+LORA_TARGETS = {
+    "unet": {"self_attention": "attn1"},
+    "transformer": {"self_attention": "attn"},
+}
 
 
 class GuidanceTuner:
@@ -69,7 +70,7 @@ class GuidanceTuner:
     The trained weights are float32. With a base in half precision every call of the U-Net, also by the pipeline, runs
     under autocast and returns float32.
 
-    `loss` is Algorithm 1 on the parts `encode`, `sample_timesteps`, `encode_prompts`, `original_unet` and `predict_x0`;
+    `loss` is Algorithm 1 on the parts `encode`, `sample_timesteps`, `encode_prompts`, `original` and `predict_x0`;
     stage 4 calls the same parts in its loop. Another objective is a method like it, such as `denoising_loss`.
     """
 
@@ -97,8 +98,8 @@ class GuidanceTuner:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False)
-        if self.unet.dtype != torch.float32:
-            _run_under_autocast(self.unet, self.unet.dtype)
+        if self.denoiser.dtype != torch.float32:
+            _run_under_autocast(self.denoiser, self.denoiser.dtype)
         self._original: dict[str, Tensor] = {}
         with seeded(seed, "lora"):
             self._select_trained(rank, rank if alpha is None else alpha)
@@ -116,13 +117,14 @@ class GuidanceTuner:
         return cls(load_pipeline(base, dtype, vae, prediction_type), **options)
 
     @property
-    def unet(self) -> nn.Module:
-        return self._pipeline.unet
+    def denoiser(self) -> nn.Module:
+        """The network that is trained: the pipeline's U-Net or transformer."""
+        return denoiser_of(self._pipeline)
 
     @property
     def resolution(self) -> int | None:
         """The base's native image size in pixels; None if its U-Net's config does not say."""
-        size = self.unet.config.sample_size
+        size = self.denoiser.config.sample_size
         return size * self._pipeline.vae_scale_factor if isinstance(size, int) else None
 
     def to(self, device: torch.device | str) -> GuidanceTuner:
@@ -141,41 +143,46 @@ class GuidanceTuner:
         """Return the scaled latents z_0 = E(x): (B, 3, H, W) in [-1, 1] -> (B, C, h, w), the posterior's mean."""
         return encode_latents(self._pipeline.vae, pixel_values)
 
+    def encode_pairs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return both sides' latents E(x_g) and E(x_b), (B, C, h, w) each, and the mask on their grid, (B, 1, h, w)."""
+        good, bad = self.encode(torch.cat([batch["good"], batch["bad"]])).chunk(2)
+        return good, bad, downsample_mask(batch["mask"].to(good.device), good.shape[-2:])
+
     def sample_timesteps(self, generators: list[torch.Generator], t_end: float = 1.0) -> Tensor:
-        """Draw one timestep per generator from the first fraction t_end of the schedule -> (B,) int64.
+        """Draw one timestep per generator from the first fraction t_end of the schedule -> (B,): int64, of a flow float.
 
-        Algorithm 1 draws from [0, 0.5 T), section 5 writes [1, 0.5 T]: the same for steps that are counted from 0.
+        Algorithm 1 draws from [0, 0.5 T), section 5 writes [1, 0.5 T]: the same for steps that are counted from 0. For
+        a flow matching base t_end means the same level of noise (see `timesteps_below`).
         """
-        last = max(1, int(t_end * self.noise_scheduler.config.num_train_timesteps))
-        return sample_timesteps(generators, 0, last, self.unet.device)
+        timesteps = timesteps_below(self.noise_scheduler, t_end)
+        return timesteps[sample_timesteps(generators, 0, len(timesteps))].to(self.denoiser.device)
 
-    def encode_prompts(
-        self, prompts: list[str], size: tuple[int, int], generators: list[torch.Generator]
-    ) -> dict[str, Any]:
-        """Return the U-Net's arguments for B prompts, of which the fraction `prompt_drop` is replaced by the empty one.
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the noisy latents z_t, by the base's own schedule: (B, C, h, w)."""
+        return add_noise(self.noise_scheduler, latents, noise, timesteps)
 
-        size: (H, W) of the training images in pixels, which an SDXL base is conditioned on.
+    def encode_prompts(self, batch: dict[str, Any], generators: list[torch.Generator]) -> PromptEmbeddings:
+        """Encode the batch's B prompts, of which the fraction `prompt_drop` is replaced by the empty one."""
+        return encode_prompts(self._pipeline, drop_prompts(batch["prompt"], self.prompt_drop, generators))
+
+    def predict_x0(
+        self, denoiser: Callable | None, noisy_latents: Tensor, timesteps: Tensor, prompts: PromptEmbeddings
+    ) -> Tensor:
+        """Predict x_0 from x_t by one pass of `denoiser` (Face Score, Eqs. 4 and 6) -> (B, C, h, w), float32.
+
+        denoiser: the prepared network, or what `original` gives; None: the tuner's own.
         """
-        embeddings = encode_prompts(self._pipeline, drop_prompts(prompts, self.prompt_drop, generators))
-        conditions = added_conditions(embeddings, *size)
-        return {"encoder_hidden_states": embeddings.prompt_embeds, "added_cond_kwargs": conditions}
-
-    def predict_x0(self, unet: Callable, noisy_latents: Tensor, timesteps: Tensor, prompts: dict[str, Any]) -> Tensor:
-        """Predict x_0 from x_t by one pass of `unet` (Face Score, Eqs. 4 and 6) -> (B, C, h, w), float32.
-
-        prompts: what `encode_prompts` returned.
-        """
-        model_pred = unet(noisy_latents, timesteps, **prompts).sample
+        model_pred = predict(self._pipeline, noisy_latents, timesteps, prompts, denoiser)
         return pred_original_sample(self.noise_scheduler, model_pred, timesteps, noisy_latents)
 
     @contextmanager
-    def original_unet(self) -> Iterator[Callable]:
-        """Give the U-Net with the original weights, to call without gradients."""
+    def original(self) -> Iterator[Callable]:
+        """Give the network with the original weights, to call without gradients."""
         if self.train == "lora":
             with self._adapters_off():
-                yield self.unet
+                yield self.denoiser
         else:
-            yield lambda *a, **k: torch.func.functional_call(self.unet, self._original, a, k)
+            yield lambda *a, **k: torch.func.functional_call(self.denoiser, self._original, a, k)
 
     # ---- objectives
 
@@ -183,31 +190,30 @@ class GuidanceTuner:
         self,
         batch: dict[str, Any],
         generator: torch.Generator | list[torch.Generator] | None = None,
-        unet: nn.Module | None = None,
+        denoiser: nn.Module | None = None,
     ) -> Tensor:
         """Return the guidance loss of a batch (Face Score, Eqs. 6 and 7, Algorithm 1), with gradients.
 
         batch: good, bad (B, 3, H, W) in [-1, 1]; mask (B, 1, H, W) in {0, 1}; prompt, B texts. generator: draws
-        timesteps, noise and dropped prompts; a list has one per sample. unet: the prepared network (DDP), by default
-        the tuner's own.
+        timesteps, noise and dropped prompts; a list has one per sample. denoiser: the prepared network (DDP), by
+        default the tuner's own.
         """
         generators = _one_per_sample(generator, len(batch["good"]))
-        good, bad = self.encode(torch.cat([batch["good"], batch["bad"]])).chunk(2)
+        good, bad, mask = self.encode_pairs(batch)
         timesteps = self.sample_timesteps(generators, self.t_end)
         noise = noise_like(good, generators)  # shared by both sides, as the timesteps are
-        noisy_good, noisy_bad = (self.noise_scheduler.add_noise(z, noise, timesteps) for z in (good, bad))
-        prompts = self.encode_prompts(batch["prompt"], batch["good"].shape[-2:], generators)
-        with torch.no_grad(), self.original_unet() as original:
+        noisy_good, noisy_bad = (self.add_noise(z, noise, timesteps) for z in (good, bad))
+        prompts = self.encode_prompts(batch, generators)
+        with torch.no_grad(), self.original() as original:
             target = self.predict_x0(original, noisy_good, timesteps, prompts)
-        prediction = self.predict_x0(unet or self.unet, noisy_bad, timesteps, prompts)
-        mask = downsample_mask(batch["mask"].to(good.device), good.shape[-2:])
+        prediction = self.predict_x0(denoiser, noisy_bad, timesteps, prompts)
         return guidance_loss(target, prediction, mask, self.distance)
 
     def denoising_loss(
         self,
         batch: dict[str, Any],
         generator: torch.Generator | list[torch.Generator] | None = None,
-        unet: nn.Module | None = None,
+        denoiser: nn.Module | None = None,
     ) -> Tensor:
         """Return the usual noise prediction loss on the good images, whole and at all timesteps; arguments as `loss`.
 
@@ -217,9 +223,9 @@ class GuidanceTuner:
         latents = self.encode(batch["good"])
         timesteps = self.sample_timesteps(generators)
         noise = noise_like(latents, generators)
-        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        prompts = self.encode_prompts(batch["prompt"], batch["good"].shape[-2:], generators)
-        model_pred = (unet or self.unet)(noisy_latents, timesteps, **prompts).sample
+        noisy_latents = self.add_noise(latents, noise, timesteps)
+        prompts = self.encode_prompts(batch, generators)
+        model_pred = predict(self._pipeline, noisy_latents, timesteps, prompts, denoiser)
         return noise_loss(model_pred, training_target(self.noise_scheduler, latents, noise, timesteps))
 
     # ---- training, sampling and files
@@ -258,7 +264,7 @@ class GuidanceTuner:
         accelerator = make_accelerator(device, mixed_precision, accumulation)
         self.to(accelerator.device)
         adam = make_optimizer(self.trainable_parameters(), optimizer, learning_rate)
-        unet, adam = accelerator.prepare(self.unet, adam)
+        unet, adam = accelerator.prepare(self.denoiser, adam)
         run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam})
         for batch in run.batches(pairs, batch_size, seed):
             unet.train()
@@ -274,7 +280,7 @@ class GuidanceTuner:
 
     def pipeline(self) -> DiffusionPipeline:
         """Return the pipeline with the tuned weights, for sampling."""
-        self.unet.eval()
+        self.denoiser.eval()
         return self._pipeline
 
     @contextmanager
@@ -292,54 +298,39 @@ class GuidanceTuner:
             self._copy(tuned)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a LoRA file for `load_lora_weights`; else a whole pipeline folder.
-
-        The scale alpha / rank is folded into the LoRA's weights, and its metadata say alpha = rank, so that a loader
-        that reads tensors only draws the same images. The trained alpha is in the file's metadata under LORA_INFO.
-        """
+        """Write a LoRA file for `load_lora_weights` (see `lora.save_lora`); else a whole pipeline folder."""
         if self.train != "lora":
             self._pipeline.save_pretrained(folder)
             return
-        layers, config = fold_lora(self.unet)
-        trained = self.unet.peft_config["default"]
-        info = {"rank": trained.r, "alpha": trained.lora_alpha, "rank_stabilized": trained.use_rslora}
-        metadata = {
-            "format": "pt",
-            LORA_ADAPTER_METADATA_KEY: json.dumps({f"unet.{key}": value for key, value in config.items()}),
-            LORA_INFO: json.dumps(info),
-        }
-        self._pipeline.save_lora_weights(
-            save_directory=folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(layers),
-            save_function=partial(save_file, metadata=metadata),
-        )
+        save_lora(self._pipeline, folder)
 
     def _select_trained(self, rank: int, alpha: int) -> None:
         if self.train == "lora":
-            targets = [f"attn1.{layer}" for layer in SELF_ATTENTION_LAYERS]
-            self.unet.add_adapter(
-                LoraConfig(r=rank, target_modules=targets, lora_alpha=alpha, init_lora_weights="gaussian")
-            )
+            kind = "unet" if hasattr(self._pipeline, "unet") else "transformer"
+            block = LORA_TARGETS[kind]["self_attention"]
+            targets = [f"{block}.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+            config = LoraConfig(r=rank, target_modules=targets, lora_alpha=alpha, init_lora_weights="gaussian")
+            self.denoiser.add_adapter(config)
         else:
             self._original = {name: parameter.detach().clone() for name, parameter in self._trained()}
         for parameter in self.trainable_parameters():
             parameter.requires_grad_(True)
         if not self.trainable_parameters():
             raise ValueError("the base's U-Net has no self-attention layers (attn1) to train")
-        cast_training_params(self.unet, torch.float32)
+        cast_training_params(self.denoiser, torch.float32)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         # by name, not by requires_grad: peft turns the flag off while an adapter is disabled
         part = {"self_attention": ".attn1.", "lora": "lora_", "full": ""}[self.train]
-        return [(name, parameter) for name, parameter in self.unet.named_parameters() if part in name]
+        return [(name, parameter) for name, parameter in self.denoiser.named_parameters() if part in name]
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
-        self.unet.disable_adapters()
+        self.denoiser.disable_adapters()
         try:
             yield
         finally:
-            self.unet.enable_adapters()
+            self.denoiser.enable_adapters()
 
     @torch.no_grad()
     def _copy(self, tensors: dict[str, Tensor]) -> None:
@@ -366,22 +357,6 @@ def dino_distance(vae: AutoencoderKL, network: FeatureNetwork) -> Callable[[Tens
     return distance
 
 
-# ---- LoRA files
-
-
-def fold_lora(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the LoRA of a U-Net with its scale folded into lora_B, and its config with alpha = rank.
-
-    The scale is alpha / rank, or alpha / sqrt(rank) of a rank-stabilized LoRA. The U-Net is not changed.
-    """
-    layers, config = get_peft_model_state_dict(unet), unet.peft_config["default"].to_dict()
-    for name, module in unet.named_modules():
-        if isinstance(module, LoraLayer):
-            layers[f"{name}.lora_B.weight"] = layers[f"{name}.lora_B.weight"] * module.scaling["default"]
-    config |= {"lora_alpha": config["r"], "alpha_pattern": config["rank_pattern"], "use_rslora": False}
-    return layers, {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-
-
 def load_tuned(
     folder: str | Path,
     base: str,
@@ -404,62 +379,15 @@ def load_tuned(
     return pipeline
 
 
-def find_lora(path: Path) -> Path | None:
-    """Return the LoRA file at `path` or in this folder, LORA_FILE or the only one that holds a LoRA; None without one.
+def _run_under_autocast(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Let a network of mixed dtypes run in `dtype` and return float32, as accelerate's `prepare` does."""
+    forward = denoiser.forward
 
-    Raises ValueError if there are several.
-    """
-    if path.is_file() or (path / LORA_FILE).is_file():
-        return path if path.is_file() else path / LORA_FILE
-    found = [p for p in sorted(path.glob("*")) if p.suffix.lower() == ".safetensors" and _is_lora(p)]
-    if len(found) > 1:
-        raise ValueError(f"{path} has {len(found)} LoRAs, {', '.join(p.name for p in found)}: give the file itself")
-    return found[0] if found else None
+    def forward_under_autocast(*args, **kwargs):
+        with torch.autocast(denoiser.device.type, dtype):
+            return forward(*args, **kwargs)
 
-
-def load_lora(pipeline: DiffusionPipeline, file: Path) -> None:
-    """Load a LoRA into a pipeline; ValueError if it does not fit, or if a part of it would be dropped."""
-    if any("dora_scale" in name for name in _tensor_names(file)):
-        raise ValueError(
-            f"{file} is a DoRA, whose `dora_scale` diffusers would drop: merge it into its base where it was trained"
-        )
-    try:
-        with as_safetensors(file) as path:
-            given = {"weight_name": path.name, "unet_config": pipeline.unet.config}
-            tensors = pipeline.lora_state_dict(path.parent, **given)[0]
-            pipeline.load_lora_weights(path.parent, weight_name=path.name)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"the LoRA {file} does not fit the base: give one of the kind that it was trained on ({first_line(error)})"
-        ) from error
-    given = sum(name.startswith("unet.") for name in tensors)
-    config = getattr(pipeline.unet, "peft_config", {})
-    loaded = sum(len(get_peft_model_state_dict(pipeline.unet, adapter_name=name)) for name in config)
-    if loaded != given or not given:
-        raise ValueError(f"the LoRA {file} does not fit the base: of its {given} tensors for the U-Net {loaded} do")
-
-
-def _is_lora(file: Path) -> bool:
-    return any("lora_" in name or ".lora." in name for name in _tensor_names(file))
-
-
-def _tensor_names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, "pt") as opened:
-            return list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
-
-
-def _run_under_autocast(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Let a U-Net of mixed dtypes run in `dtype` and return float32, as accelerate's `prepare` does."""
-    forward = unet.forward
-
-    def forward_under_autocast(sample: Tensor, *args, **kwargs):
-        with torch.autocast(sample.device.type, dtype):
-            return forward(sample.to(dtype), *args, **kwargs)
-
-    unet.forward = convert_outputs_to_fp32(forward_under_autocast)
+    denoiser.forward = convert_outputs_to_fp32(forward_under_autocast)
 
 
 def _one_per_sample(generator, count: int) -> list[torch.Generator]:

@@ -19,7 +19,7 @@ import torch
 from faceprior import tiny
 from faceprior.bases import require_base
 from faceprior.config import is_complete, print_problems, run_stage
-from faceprior.diffusion import downsample_mask, noise_like, report_long_prompts, sample_images, sampled_with
+from faceprior.diffusion import noise_like, report_long_prompts, sample_images, sampled_with
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
@@ -105,50 +105,48 @@ def main(config: Config) -> None:
     if config.distance == "dino":
         tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network))
     if config.gradient_checkpointing:
-        tuner.unet.enable_gradient_checkpointing()
+        tuner.denoiser.enable_gradient_checkpointing()
 
     # ---- Optimizer, and the run with its checkpoints
     trained = tuner.trainable_parameters()
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
-    unet, optimizer = accelerator.prepare(tuner.unet, optimizer)
+    denoiser, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
-    run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
+    run = TrainingRun(output, config.steps, accelerator, {"unet": denoiser}, {"unet": optimizer}, *schedule)
     dataset = PairDataset(pairs, config.resolution)
     if accelerator.is_main_process:
         report_long_prompts(tuner.pipeline(), (pair.prompt for pair in pairs))
-    size = (config.resolution, config.resolution)
-    add_noise = tuner.noise_scheduler.add_noise
 
     # ---- Training: Algorithm 1 of the paper, or in its place another objective of the tuner's
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
-        unet.train()
+        denoiser.train()
         generators = run.generators(batch)
-        with accelerator.accumulate(unet):
+        with accelerator.accumulate(denoiser):
             if config.objective == "denoising":
-                loss = tuner.denoising_loss(batch, generators, unet)
+                loss = tuner.denoising_loss(batch, generators, denoiser)
             else:
-                # Line 1: E(x_g) and E(x_b), the latents of both sides
-                good, bad = tuner.encode(torch.cat([batch["good"], batch["bad"]])).chunk(2)  # (B, 4, h, w) each
+                # Line 1: E(x_g) and E(x_b), the latents of both sides, and the face's mask m on their grid
+                good, bad, mask = tuner.encode_pairs(batch)  # (B, C, h, w) twice, (B, 1, h, w)
 
                 # Line 4: t ~ U[1, T_end], where details appear and not the layout; ONE noise for both sides
                 timesteps = tuner.sample_timesteps(generators, config.t_end)  # (B,)
-                noise = noise_like(good, generators)  # (B, 4, h, w)
+                noise = noise_like(good, generators)  # (B, C, h, w)
 
                 # Line 5: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e
-                noisy_good, noisy_bad = add_noise(good, noise, timesteps), add_noise(bad, noise, timesteps)
+                noisy_good = tuner.add_noise(good, noise, timesteps)  # (B, C, h, w)
+                noisy_bad = tuner.add_noise(bad, noise, timesteps)  # (B, C, h, w)
 
                 # The prompt p, dropped for a fraction of the samples (section 6.1)
-                prompts = tuner.encode_prompts(batch["prompt"], size, generators)
+                prompts = tuner.encode_prompts(batch, generators)
 
                 # Line 6, Eq. 6: z_g, the target, is the good side's x_0 as the ORIGINAL model predicts it
-                with torch.no_grad(), tuner.original_unet() as original:
-                    target = tuner.predict_x0(original, noisy_good, timesteps, prompts)  # (B, 4, h, w)
+                with torch.no_grad(), tuner.original() as original:
+                    target = tuner.predict_x0(original, noisy_good, timesteps, prompts)  # (B, C, h, w)
 
                 # Line 7, Eq. 6: z_b is the bad side's x_0 as the trained model predicts it, with gradients
-                prediction = tuner.predict_x0(unet, noisy_bad, timesteps, prompts)  # (B, 4, h, w)
+                prediction = tuner.predict_x0(denoiser, noisy_bad, timesteps, prompts)  # (B, C, h, w)
 
                 # Line 8, Eq. 7: L_guidance = d(m o z_g, m o z_b), on the face only
-                mask = downsample_mask(batch["mask"], good.shape[-2:])  # (B, 1, h, w)
                 loss = guidance_loss(target, prediction, mask, tuner.distance)
 
             # Line 9: one step down the gradient, after `accumulation` micro-batches

@@ -21,11 +21,11 @@ from faceprior import tiny
 from faceprior.bases import load_pipeline, require_base
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.diffusion import (
-    added_conditions,
     encode_latents,
     encode_prompts,
     make_noise_scheduler,
     noise_like,
+    predict,
     report_long_prompts,
     sample_images,
     sampled_with,
@@ -132,7 +132,6 @@ def main(config: Config) -> None:
                 latents = encode_latents(pipeline.vae, batch["pixel_values"], generators)  # (B, 4, h, w)
                 captions = drop_prompts(batch["caption"], config.prompt_drop, generators)
                 embeddings = encode_prompts(pipeline, captions)  # (B, L, D), pooled (B, P)
-            conditions = added_conditions(embeddings, config.resolution, config.resolution)
 
             # z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e, at any timestep
             noise = noise_like(latents, generators)  # (B, 4, h, w)
@@ -140,7 +139,7 @@ def main(config: Config) -> None:
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
 
             # Eq. 1 without the control condition c: L_noise = ||e - e_theta(z_t, t, caption)||^2
-            model_pred = unet(noisy_latents, timesteps, embeddings.prompt_embeds, added_cond_kwargs=conditions).sample
+            model_pred = predict(pipeline, noisy_latents, timesteps, embeddings, unet)  # (B, 4, h, w)
             loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
 
             accelerator.backward(loss)

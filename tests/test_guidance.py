@@ -20,8 +20,9 @@ from faceprior import tiny
 from faceprior.bases import load_pipeline
 from faceprior.detect import box_mask
 from faceprior.features import FeatureNetwork
-from faceprior.guidance import TRAIN, GuidanceTuner, dino_distance, fold_lora, load_tuned
+from faceprior.guidance import TRAIN, GuidanceTuner, dino_distance, load_tuned
 from faceprior.images import save_image
+from faceprior.lora import fold_lora
 from faceprior.models import quiet_libraries
 from faceprior.pairs import FacePair
 from faceprior.procedural import draw_portrait
@@ -134,7 +135,7 @@ def test_the_loss_by_hand(bases, batch, kind, train):
     perturb(tuner, 0.02)
     loss = tuner.loss(batch, generator())
     with torch.no_grad():
-        expected, target, prediction, mask = loss_by_hand(base.unet, tuner.unet, base, batch)
+        expected, target, prediction, mask = loss_by_hand(base.unet, tuner.denoiser, base, batch)
     assert (target - prediction).abs().max() > 0.1  # the two sides do differ
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(seen[0][0], mask * target, rtol=1e-4, atol=1e-4)
@@ -248,7 +249,7 @@ def test_the_target_does_not_depend_on_the_trained_weights(bases, batch, train):
 def test_gradients_reach_what_is_trained_and_nothing_else(bases, batch, train):
     """self_attention: attn1 of the base; lora: new weights beside attn1; full: the U-Net. A step changes no others."""
     tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), train, rank=4)
-    parts = {"unet": tuner.unet, "vae": tuner.pipeline().vae, "text_encoder": tuner.pipeline().text_encoder}
+    parts = {"unet": tuner.denoiser, "vae": tuner.pipeline().vae, "text_encoder": tuner.pipeline().text_encoder}
     parameters = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
     expected = {
         "self_attention": {name for name in parameters if name.startswith("unet.") and ".attn1." in name},
@@ -275,7 +276,7 @@ def test_what_is_trained_stays_so_after_the_original_was_used(bases, batch, trai
         pass
     tuner.loss(batch, generator())
     assert all(p.requires_grad and p.dtype == torch.float32 for p in tuner.trainable_parameters())
-    assert len(tuner.trainable_parameters()) == sum(p.requires_grad for p in tuner.unet.parameters())
+    assert len(tuner.trainable_parameters()) == sum(p.requires_grad for p in tuner.denoiser.parameters())
 
 
 @pytest.mark.parametrize(("t_end", "low", "high"), [(0.02, 0, 20), (0.5, 400, 500), (1.0, 900, 1000), (1e-6, 0, 1)])
@@ -283,7 +284,7 @@ def test_timesteps_come_from_the_first_fraction_of_the_schedule(bases, t_end, lo
     """Of 64 draws from [0, 1000 t_end) the largest is in the last tenth but for 0.9^64 = .1% of the seeds."""
     tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), t_end=t_end)
     drawn = []
-    hook = tuner.unet.register_forward_pre_hook(lambda _, args: drawn.append(args[1]))
+    hook = tuner.denoiser.register_forward_pre_hook(lambda _, args: drawn.append(args[1]))
     batch = {key: value[:1].expand(64, *value.shape[1:]) for key, value in make_batch(16).items() if key != "prompt"}
     tuner.loss({**batch, "prompt": [""] * 64}, generator())
     hook.remove()
@@ -295,9 +296,7 @@ def test_timesteps_come_from_the_first_fraction_of_the_schedule(bases, t_end, lo
 def test_dropped_prompts(bases, batch, prompt_drop, kept):
     tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), prompt_drop=prompt_drop)
     seen = []
-    hook = tuner.unet.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
-    )
+    hook = tuner.denoiser.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[2]), with_kwargs=True)
     tuner.loss(batch, generator())
     hook.remove()
     prompts = batch["prompt"] if kept else ["", ""]
@@ -379,7 +378,7 @@ def test_the_strength_of_a_lora_is_in_its_tensors(tiny_models, tmp_path, rank, a
     base = str(tiny_models / "sd15")
     tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=rank, alpha=alpha)
     perturb(tuner)
-    layers = {n: m for n, m in tuner.unet.named_modules() if hasattr(m, "lora_A")}
+    layers = {n: m for n, m in tuner.denoiser.named_modules() if hasattr(m, "lora_A")}
     expected = {
         f"unet.{n}": alpha / rank * m.lora_B["default"].weight.detach() @ m.lora_A["default"].weight.detach()
         for n, m in layers.items()
@@ -426,8 +425,8 @@ def test_a_lora_of_an_earlier_version_keeps_its_strength(tiny_models, tmp_path):
     perturb(tuner)
     tuner.pipeline().save_lora_weights(
         tmp_path,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(tuner.unet)),
-        unet_lora_adapter_metadata=tuner.unet.peft_config["default"].to_dict(),
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(tuner.denoiser)),
+        unet_lora_adapter_metadata=tuner.denoiser.peft_config["default"].to_dict(),
     )
     assert same_image(draw(load_tuned(tmp_path, base)), draw(tuner.pipeline()))
 
@@ -495,7 +494,7 @@ def test_a_lora_of_sdxl(tiny_models, tmp_path):
 
 def test_the_first_weights_of_a_lora_come_from_its_seed(bases):
     tuners = [GuidanceTuner(copy.deepcopy(bases["sd15"]), "lora", rank=6, seed=seed) for seed in (0, 0, 1)]
-    assert tuners[0].unet.peft_config["default"].lora_alpha == 6  # the rank, by default
+    assert tuners[0].denoiser.peft_config["default"].lora_alpha == 6  # the rank, by default
     same, again, other = (torch.cat([p.flatten() for p in t.trainable_parameters()]) for t in tuners)
     assert torch.equal(same, again) and not torch.equal(same, other)
 
@@ -585,7 +584,7 @@ def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path, caplog):
     tuner = GuidanceTuner.from_pretrained(str(tiny_models / "sd15"), train="lora", rank=2)
     assert tuner.resolution == 128
     sizes = []
-    hook = tuner.unet.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
+    hook = tuner.denoiser.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
     tuner.fit(tmp_path, steps=1, batch_size=1, device="cpu").save_pretrained(tmp_path / "tuned")
     hook.remove()
     assert set(sizes) == {(1, 4, 32, 32)}
@@ -606,7 +605,7 @@ def test_a_base_in_bfloat16(tiny_models, batch, kind, train):
     base = str(tiny_models / kind)
     tuner = GuidanceTuner.from_pretrained(base, torch.bfloat16, train=train)
     trained = {id(p) for p in tuner.trainable_parameters()}
-    for parameter in tuner.unet.parameters():
+    for parameter in tuner.denoiser.parameters():
         assert parameter.dtype == (torch.float32 if id(parameter) in trained else torch.bfloat16)
     loss = tuner.loss(batch, generator())
     assert loss.dtype == torch.float32
@@ -632,9 +631,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(bases, batch):
     for enabled in (False, True):
         tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), "lora", rank=2)
         perturb(tuner)
-        tuner.unet.train()
+        tuner.denoiser.train()
         if enabled:
-            tuner.unet.enable_gradient_checkpointing()
+            tuner.denoiser.enable_gradient_checkpointing()
         tuner.loss(batch, generator()).backward()
         gradients.append([p.grad for p in tuner.trainable_parameters()])
     for one, other in zip(*gradients, strict=True):
