@@ -149,7 +149,7 @@ class GuidanceTuner:
         return good, bad, downsample_mask(batch["mask"].to(good.device), good.shape[-2:])
 
     def sample_timesteps(self, generators: list[torch.Generator], t_end: float = 1.0) -> Tensor:
-        """Draw one timestep per generator from the first fraction t_end of the schedule -> (B,): int64, of a flow float.
+        """Draw one timestep per generator from the first fraction t_end of the schedule -> (B,), int64 or float.
 
         Algorithm 1 draws from [0, 0.5 T), section 5 writes [1, 0.5 T]: the same for steps that are counted from 0. For
         a flow matching base t_end means the same level of noise (see `timesteps_below`).

@@ -1,0 +1,49 @@
+"""Base models: what one is, by its configs alone; whether a method can use it; how it is loaded.
+
+A folder, a single `.safetensors` file and a hub id go through the same functions: `describe_base` and `require_base`,
+which read no weights, so that a base that a method cannot use is refused before any work, and `load_pipeline`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from faceprior.bases.describe import METHODS, BaseInfo, describe_base, require_base
+from faceprior.bases.folder import find_folder, load_folder
+from faceprior.bases.parts import BETAS
+from faceprior.bases.single_file import load_single_file, set_schedule
+from faceprior.models import load_part
+
+__all__ = ["METHODS", "BaseInfo", "describe_base", "find_folder", "load_pipeline", "require_base"]
+
+
+def load_pipeline(
+    base: str | Path, dtype: torch.dtype = torch.float32, vae: str | None = None, prediction_type: str = "auto"
+) -> DiffusionPipeline:
+    """Load a text-to-image pipeline from a diffusers folder, a single `.safetensors` file or a hub id.
+
+    A single file holds weights only: its configs are taken from `model_index.json` and its sub-folders beside the file
+    if they exist, else from the hub. `vae`: folder or hub id of a VAE that replaces the base's own (Realistic Vision is
+    published without one). prediction_type: `epsilon` or `v_prediction` where the files do not say which, or wrongly;
+    `auto` takes what they say. Whatever class a folder names, Stable Diffusion and SDXL are loaded as text-to-image.
+    Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's overflows in float16); the safety checker is not
+    loaded.
+
+    Raises FileNotFoundError if there is no such model on disk or on the hub, ValueError if its files are damaged or of
+    another kind.
+    """
+    if prediction_type not in ("auto", "epsilon", "v_prediction"):
+        raise ValueError(f"`prediction_type` has to be auto, epsilon or v_prediction but is {prediction_type!r}")
+    parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae else {}
+    path = Path(base).expanduser()
+    if path.is_file():
+        pipeline = load_single_file(path, dtype, parts, prediction_type)
+    else:
+        pipeline = load_folder(find_folder(base, vae), dtype, parts)
+    if prediction_type != "auto" and BETAS & pipeline.scheduler.config.keys():
+        set_schedule(pipeline, {"prediction_type": prediction_type})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
