@@ -46,6 +46,7 @@ CONFIG_FILE = "config.yaml"
 UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
 DONE_FILE = "done.json"
 METRICS_FILE = "metrics.jsonl"
+EXTENDS = "extends"  # key of a preset
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
 RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every"})
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
@@ -138,30 +139,54 @@ def make_config(config_class: type[T], values: dict[str, Any]) -> T:
 def load_section(path: str | Path, section: str, config_class: type) -> dict[str, Any]:
     """Return the settings of `section` in a preset, which must have it (empty: the defaults).
 
-    The names of all its sections are checked against the stages, the keys against the fields of `config_class`.
+    A preset may begin with `extends: OTHER.yaml`, or a list of such files, which lie beside it: their settings come
+    first, and its own go over them, key by key. The names of all sections are checked against the stages, the keys
+    against the fields of `config_class`.
     """
-    path = Path(path)
+    chain = _read_presets(Path(path))
+    stages = {p.stem for p in Path(inspect.getfile(config_class)).parent.glob("*.py")}
+    hints, values, found = typing.get_type_hints(config_class), {}, []
+    for file, preset in chain.items():
+        for name in preset:
+            if name not in stages:
+                raise ValueError(_unknown(name, f"in {file}", stages, "section"))
+        own = _current_names(config_class, preset.get(section) or {})
+        for key in own:
+            if key not in hints:
+                raise ValueError(_unknown(key, f"in section {section} of {file}", hints))
+        values |= own
+        found += preset
+    if section not in found:
+        names = ", ".join(dict.fromkeys(found))
+        raise ValueError(f"{path} has no section {section} but {names}: add it, or leave out `--config`")
+    return values
+
+
+def _read_presets(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[Path, dict[str, Any]]:
+    """Read a preset and those that it extends -> the sections of each file, in the order in which they apply."""
+    # ---- The file itself
     if not path.is_file():
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml")))
-        raise FileNotFoundError(f"no preset {path}" + (f": {path.parent} has {near}" if near else ""))
+        source = f" ({extended_by[-1]} extends it)" if extended_by else ""
+        raise FileNotFoundError(f"no preset {path}{source}" + (f": {path.parent} has {near}" if near else ""))
+    if path.resolve() in {other.resolve() for other in extended_by}:
+        raise ValueError(f"{path} extends itself, by way of {', '.join(map(str, extended_by))}")
     try:
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
+    extends = preset.pop(EXTENDS, []) if isinstance(preset, dict) else []
+    names = extends if isinstance(extends, list) else [extends]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`{EXTENDS}` in {path} has to be the name of a preset, or a list of names, but is {extends}")
     if not isinstance(preset, dict) or not all(isinstance(v, dict | None) for v in preset.values()):
         raise ValueError(f"{path} has to hold one section per stage, each with `key: value` lines")
-    stages = {p.stem for p in Path(inspect.getfile(config_class)).parent.glob("*.py")}
-    for name in preset:
-        if name not in stages:
-            raise ValueError(_unknown(name, f"in {path}", stages, "section"))
-    if section not in preset:
-        raise ValueError(f"{path} has no section {section} but {', '.join(preset)}: add it, or leave out `--config`")
-    values = _current_names(config_class, preset[section] or {})
-    hints = typing.get_type_hints(config_class)
-    for key in values:
-        if key not in hints:
-            raise ValueError(_unknown(key, f"in section {section} of {path}", hints))
-    return values
+
+    # ---- What it extends comes first
+    chain: dict[Path, dict[str, Any]] = {}
+    for name in names:
+        chain |= _read_presets(path.parent / name, (*extended_by, path))
+    return {**chain, path: preset}
 
 
 def open_output(config: Any, free: Iterable[str] = ()) -> Path:

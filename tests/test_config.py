@@ -629,11 +629,42 @@ def test_names_are_printed_under_an_ascii_locale(stage, tmp_path):
     assert (tmp_path / "résultats/config.yaml").is_file()
 
 
+# presets that extend others
+
+
+def test_a_preset_extends_others_key_by_key(stage, tmp_path):
+    """Files beside it, in their order; its own values last; sections that it does not name are theirs."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/base.yaml").write_text("00_example: {steps: 20, rate: 0.5, seed: 3}")
+    (tmp_path / "second.yaml").write_text("00_example: {rate: 0.25}")
+    (tmp_path / "own.yaml").write_text("extends: [more/base.yaml, second.yaml]\n00_example: {seed: 4}")
+    (tmp_path / "none.yaml").write_text("extends: own.yaml")
+    for name in ("own", "none"):
+        config = parse_config(stage.Config, ["--config", str(tmp_path / f"{name}.yaml"), "--steps", "7"])
+        assert (config.steps, config.rate, config.seed) == (7, 0.25, 4)
+
+
+def test_what_is_wrong_with_an_extended_preset_is_named_with_its_file(stage, capsys, tmp_path):
+    own = tmp_path / "own.yaml"
+
+    def refused(text, other=""):
+        own.write_text(text)
+        (tmp_path / "other.yaml").write_text(other)
+        return refusal(stage, capsys, "--config", str(own))
+
+    assert f"no preset {tmp_path}/nowhere.yaml ({own} extends it)" in refused("extends: nowhere.yaml")
+    assert "own.yaml extends itself, by way of" in refused("extends: other.yaml", "extends: own.yaml")
+    assert "`extends` in " in refused("extends: {a: 3}") and "but is {'a': 3}" in refused("extends: {a: 3}")
+    text = refused("extends: other.yaml\n00_example: {steps: 3}", "00_example: {stepps: 3}")
+    assert "unknown key `stepps` in section 00_example of" in text and "other.yaml" in text
+    assert "has no section 00_example but 01_other" in refused("extends: other.yaml", "01_other: {a: 3}")
+
+
 # the project's own stages and presets
 
 
 NUMBERED = sorted(path.stem for path in STAGES.glob("0*.py"))
-PRESETS = sorted((STAGES / "presets").glob("*.yaml"))
+PRESETS = sorted((STAGES / "presets").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", NUMBERED)
@@ -657,12 +688,48 @@ def test_defaults_of_a_stage_are_in_their_ranges(name):
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_section_of_a_preset_parses(path):
     sections = yaml.safe_load(path.read_text())
-    assert set(sections) <= set(NUMBERED)
+    sections.pop("extends", None)
+    assert sections and set(sections) <= set(NUMBERED)
     for name in sections:
         config_class = load_stage(name).Config
         assert stage_name(config_class) == name
         config = parse_config(config_class, ["--config", str(path)])
-        assert config == make_config(config_class, sections[name])
+        own = make_config(config_class, sections[name])
+        assert all(getattr(config, key) == getattr(own, key) for key in sections[name])
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_no_preset_repeats_what_it_extends(path):
+    preset = yaml.safe_load(path.read_text())
+    extended = preset.pop("extends", [])
+    for file in [extended] if isinstance(extended, str) else extended:
+        for name, values in preset.items():
+            try:
+                before = load_section(path.parent / file, name, load_stage(name).Config)
+            except ValueError:
+                continue  # it has no such section
+            assert not {key for key in values if key in before and before[key] == values[key]}
+
+
+def test_the_rows_of_a_table_differ_in_what_the_paper_compares():
+    """Table 5 in the distance, Table 6 in the timesteps and the trained weights, Table 7 in the timesteps."""
+    config_class = load_stage("04_guidance_tune").Config
+
+    def settings(name):
+        return dataclasses.asdict(parse_config(config_class, ["--config", str(STAGES / "presets" / f"{name}.yaml")]))
+
+    dino = settings("face_score_table5_rv51_dino")
+    expected = {
+        "face_score_table5_rv51_l2": {"distance": "l2"},
+        "face_score_table6_all_timesteps": {"t_end": 1.0},
+        "face_score_table6_full": {"train": "full"},
+        "face_score_table7_t_end_250": {"t_end": 0.25},
+        "face_score_table7_t_end_750": {"t_end": 0.75},
+    }
+    for name, difference in expected.items():
+        row = settings(name)
+        assert {key: value for key, value in row.items() if dino[key] != value and key != "output"} == difference
+    assert dino["train"] == "self_attention" and (dino["t_end"], dino["learning_rate"]) == (0.5, 1e-6)
 
 
 def test_stage_1_reads_the_former_names_of_its_strengths():
