@@ -109,7 +109,7 @@ class Metadata:
     """What a file says about its image, for `save_image`.
 
     exif: EXIF data with orientation 1, empty without any. dpi: pixels per inch along x and y. text: the texts of a PNG
-    file, and XMP under "XML:com.adobe.xmp".
+    file, XMP under "XML:com.adobe.xmp", and the comment of a JPEG or GIF file under "Comment".
     """
 
     exif: bytes = b""
@@ -165,7 +165,8 @@ _REDUCED = 254  # TIFF tag NewSubfileType: bit 0 marks a smaller copy of another
 _DESCRIBING_TAGS = frozenset(
     (270, 271, 272, 274, 282, 283, 296, 305, 306, 315, 316, 33432, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 )
-_XMP = "XML:com.adobe.xmp"
+_XMP, _COMMENT = "XML:com.adobe.xmp", "Comment"  # keys of a PNG file's texts
+_COMMENT_BYTES = 65533  # a JPEG segment holds no more
 
 
 def read_source(source: ImageSource) -> SourceImage:
@@ -240,6 +241,9 @@ def _metadata(image: Image.Image) -> tuple[Metadata, tuple[str, ...]]:
     xmp = image.info.get("xmp")
     if isinstance(xmp, bytes):
         text.setdefault(_XMP, xmp.decode("utf-8", "replace"))
+    comment = image.info.get("comment")  # of a JPEG or GIF file
+    if isinstance(comment, bytes) and comment.strip(b"\0 "):
+        text.setdefault(_COMMENT, comment.rstrip(b"\0").decode("utf-8", "replace"))
     if _XMP in text:
         text[_XMP] = re.sub(r'(tiff:Orientation(?:="|>))\d', r"\g<1>1", text[_XMP])
     return Metadata(data, dpi, text), damaged
@@ -479,7 +483,8 @@ def save_image(image: Image.Image | np.ndarray, path: str | Path, metadata: Meta
 
     image: a PIL image, kept in its mode, or an array as `load_image` takes it ((H, W) uint8 stays grey). JPEG
     and WebP are written at quality 95; an ICC profile in `image.info` is written too. metadata: written to JPEG, PNG,
-    WebP and TIFF files as far as the format holds it: texts to PNG files only, the resolution not to WebP.
+    WebP and TIFF files as far as the format holds it: texts to PNG files (the comment to JPEG files, too), the
+    resolution not to WebP.
     """
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
@@ -511,6 +516,8 @@ def _metadata_options(image: Image.Image, metadata: Metadata, kind: str) -> dict
         options["pnginfo"] = PngInfo()
         for key, value in metadata.text.items():
             options["pnginfo"].add_itxt(key, value)
+    if kind == "JPEG" and _COMMENT in metadata.text:
+        options["comment"] = metadata.text[_COMMENT].encode()[:_COMMENT_BYTES]
     return options
 
 

@@ -338,6 +338,16 @@ def test_texts_of_a_png_and_xmp_stay(tmp_path):
             assert saved.text == {key: value}
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".gif"])
+def test_the_comment_of_a_file_stays(suffix, tmp_path):
+    Image.fromarray(checker()).save(tmp_path / f"a{suffix}", comment="Grandmother, 1931, \u00c9vian".encode())
+    source = read_source(tmp_path / f"a{suffix}")
+    for target, where in (("b.png", "Comment"), ("b.jpg", "comment")):
+        with Image.open(save_image(source.rgb, tmp_path / target, source.metadata)) as saved:
+            found = saved.info[where]
+            assert (found.decode() if isinstance(found, bytes) else found) == "Grandmother, 1931, \u00c9vian"
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")
 def test_damaged_metadata_are_named_and_the_image_is_read(tmp_path):
     Image.fromarray(checker()).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x0f")
