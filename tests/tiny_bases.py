@@ -6,7 +6,6 @@ Images have 32 pixels; their latents 4 x 8 x 8 for the U-Nets, and 16 x 16 x 16 
 from collections.abc import Callable
 from functools import cache
 
-import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
