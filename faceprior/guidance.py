@@ -99,7 +99,7 @@ class GuidanceTuner:
         self.noise_scheduler = make_noise_scheduler(pipeline)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
-                part.requires_grad_(False)
+                part.requires_grad_(False).eval()  # built by hand it may train: T5 has dropout
         if self.denoiser.dtype != torch.float32:
             _run_under_autocast(self.denoiser, self.denoiser.dtype)
         self._original: dict[str, Tensor] = {}
