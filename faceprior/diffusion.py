@@ -41,6 +41,7 @@ def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
 
 
 def is_flux(pipeline: DiffusionPipeline) -> bool:
+    """Tell whether the pipeline is of FLUX.1 type, whose transformer takes latents as tokens and timesteps as s."""
     return isinstance(getattr(pipeline, "transformer", None), FluxTransformer2DModel)
 
 

@@ -495,6 +495,32 @@ def test_stage_4_is_killed_and_resumed(folders, pairs, tmp_path, monkeypatch, ki
             assert np.abs(np.asarray(drawn, int) - np.asarray(saved, int)).max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["sd3-no-t5", "flux-schnell"])
+def test_a_lora_of_stage_4_in_stage_7(folders, pairs, tmp_path, kind):
+    """Both in bfloat16, with checkpointing: stage 7 draws what `load_tuned` does, and not what the base does."""
+    four, seven = load_stage("04_guidance_tune"), load_stage("07_eval")
+    values = {"mixed_precision": "bf16", "gradient_checkpointing": True, "resolution": 64, "num_samples": 0}
+    four.main(four.Config(**settings(folders(kind), pairs, tmp_path / "guided", **values)))
+    (tmp_path / "prompts.txt").write_text("a man")
+    config = seven.Config(
+        scorer="", restorer="", base=folders(kind), guided=str(tmp_path / "guided"), output=str(tmp_path / "results"),
+        prompts=str(tmp_path / "prompts.txt"), generation_resolution=64, sample_steps=2, mixed_precision="bf16",
+        detector="mtcnn", device="cpu",
+    )  # fmt: skip
+    seven.main(config)
+    pipelines = {
+        "base": load_pipeline(folders(kind), torch.bfloat16),
+        "tuned": load_tuned(tmp_path / "guided", folders(kind), torch.bfloat16),
+    }
+    pictures = {}
+    for name, pipeline in pipelines.items():
+        (drawn,) = sample_images(pipeline, ["a man"], [0], 64, steps=2, guidance_scale=2.5)
+        with Image.open(tmp_path / f"results/pictures/{name}/00000.png") as saved:
+            pictures[name] = np.asarray(saved, int)
+        assert np.abs(np.asarray(drawn, int) - pictures[name]).max() <= 1
+    assert (pictures["base"] != pictures["tuned"]).any()
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
