@@ -322,7 +322,7 @@ def test_every_kind_is_tuned_by_a_lora(batch, kind):
     assert np.abs(draw(tuner.pipeline()) - before).max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["sd2-v", "sdxl-v-ztsnr", "sd3.5", "flux-dev"])
+@pytest.mark.parametrize("kind", [pytest.param("sd2-v", marks=pytest.mark.slow), "sdxl-v-ztsnr", "sd3.5", "flux-dev"])
 def test_fit_lowers_the_loss(kind):
     """Grey images with brighter bad sides, at timesteps and noise that training did not draw.
 
@@ -383,7 +383,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(folders, batch, kind, d
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "sd2" else k for k in KINDS])
 def test_a_lora_draws_the_tuned_image_in_stock_diffusers(folders, tmp_path, kind):
     """By its file's tensors and metadata, where alpha / rank = 2.5; and by `load_tuned`, as stage 7 loads it."""
     tuner = GuidanceTuner.from_pretrained(folders(kind), train="lora", rank=4, alpha=10)
@@ -495,7 +495,7 @@ def test_stage_4_is_killed_and_resumed(folders, pairs, tmp_path, monkeypatch, ki
             assert np.abs(np.asarray(drawn, int) - np.asarray(saved, int)).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["sd3-no-t5", "flux-schnell"])
+@pytest.mark.parametrize("kind", [pytest.param("sd3-no-t5", marks=pytest.mark.slow), "flux-schnell"])
 def test_a_lora_of_stage_4_in_stage_7(folders, pairs, tmp_path, kind):
     """Both in bfloat16, with checkpointing: stage 7 draws what `load_tuned` does, and not what the base does."""
     four, seven = load_stage("04_guidance_tune"), load_stage("07_eval")

@@ -195,7 +195,8 @@ def _problem(info: BaseInfo, method: str, train: str | None) -> str | None:
     if info.architecture == REFINER:
         return "it is SDXL's refiner, without the first text encoder: give the SDXL base itself"
     if info.architecture not in taken:
-        return f"it has to be of {' or '.join(taken)} type but is {info.architecture}"
+        others = f"{', '.join(taken[:-1])} or " if len(taken) > 1 else ""
+        return f"it has to be of {others}{taken[-1]} type but is {info.architecture}"
     if problem := class_problem(info.pipeline_class, info.architecture):
         return problem
     if info.architecture in TRANSFORMERS and train not in (None, "lora"):
