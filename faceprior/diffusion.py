@@ -15,9 +15,16 @@ from dataclasses import dataclass
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+)
 from PIL import Image
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 from faceprior.images import to_pil
 
@@ -33,9 +40,21 @@ def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
     return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
+def is_flux(pipeline: DiffusionPipeline) -> bool:
+    """Tell whether the pipeline is of FLUX.1 type, whose transformer takes latents as tokens and timesteps as s."""
+    return isinstance(getattr(pipeline, "transformer", None), FluxTransformer2DModel)
+
+
 def is_xl(pipeline: DiffusionPipeline) -> bool:
     """Tell whether the pipeline is of SDXL type: a U-Net with two text encoders."""
     return hasattr(pipeline, "unet") and getattr(pipeline, "text_encoder_2", None) is not None
+
+
+def require_side(pipeline: DiffusionPipeline, side: int) -> None:
+    """Raise ValueError where a base cannot make squares of `side` pixels: its VAE's factor, doubled by 2 x 2 tokens."""
+    multiple = pipeline.vae_scale_factor * (1 if hasattr(pipeline, "unet") else 2)
+    if side % multiple:
+        raise ValueError(f"`resolution` has to be a multiple of {multiple} for this base but is {side}")
 
 
 # ---- the training scheduler
@@ -44,29 +63,33 @@ def is_xl(pipeline: DiffusionPipeline) -> bool:
 def make_noise_scheduler(pipeline: DiffusionPipeline):
     """Return the training scheduler that belongs to the pipeline's own: DDPM with its betas and prediction type.
 
-    For a flow matching pipeline it is a copy of the pipeline's own. Raises ValueError for any other without betas, such
-    as EDM's, whose noise is not DDPM's.
+    For a flow matching pipeline it is FlowMatchEulerDiscreteScheduler with its shift: its 1000 timesteps are the noise
+    levels s = shift u / (1 + (shift - 1) u) of u = 1/1000 ... 1, times 1000. Stable Diffusion 3 has shift 3, FLUX.1
+    schnell 1. FLUX.1 dev shifts by the image's size as it samples, and is trained at s = u, unshifted; drawn uniformly,
+    that is what diffusers' training scripts draw for both (`weighting_scheme` none).
+
+    Raises ValueError for any other without betas, such as EDM's, whose noise is not DDPM's.
     """
     scheduler = pipeline.scheduler
     if prediction_type(scheduler) == "flow_prediction":
-        return type(scheduler).from_config(scheduler.config)
+        shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))  # multistep solvers' name
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, shift=shift)
     if not hasattr(scheduler, "betas"):
         raise ValueError(f"{type(scheduler).__name__} has other noise than DDPM: no method here trains with it")
     return DDPMScheduler.from_config(scheduler.config)
 
 
 def timesteps_below(noise_scheduler, t_end: float = 1.0) -> Tensor:
-    """Return the scheduler's timesteps of the first fraction t_end of the schedule, (N,), from little noise to much.
+    """Return the training scheduler's timesteps up to t_end, (N,), from little noise to much.
 
-    t_end is a fraction of Stable Diffusion's schedule, (0, 1]. For a flow matching scheduler it means the same level of
-    noise, s = sigma / (alpha + sigma): 0.25, 0.5 and 0.75 are s = 0.41, 0.62 and 0.80; 1 is all of its timesteps.
+    t_end: (0, 1], the first fraction of a DDPM schedule's timesteps. For flow matching it is a level of noise, that
+    of Stable Diffusion's schedule there, as s = sigma / (alpha + sigma): 0.25, 0.5 and 0.75 are s = 0.41, 0.62 and
+    0.80, just below 1 it is 0.94, and 1 is all timesteps.
     """
     if prediction_type(noise_scheduler) != "flow_prediction":
         return torch.arange(max(1, int(t_end * noise_scheduler.config.num_train_timesteps)))
-    timesteps, sigmas = (
-        noise_scheduler.timesteps.flip(0),
-        noise_scheduler.sigmas.flip(0)[-len(noise_scheduler.timesteps) :],
-    )
+    timesteps = noise_scheduler.timesteps.flip(0)
+    sigmas = noise_scheduler.sigmas[: len(timesteps)].flip(0)
     if t_end >= 1:
         return timesteps
     alpha_bar = DDPMScheduler(**_STABLE_DIFFUSION).alphas_cumprod[max(0, int(t_end * 1000) - 1)]
@@ -97,7 +120,8 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str | None]) -> Pr
     """Encode `prompts` with the pipeline's text encoder(s); equal prompts are encoded once.
 
     None is a dropped prompt: what classifier-free guidance samples without a negative prompt, which is zeros for an
-    SDXL base with `force_zeros_for_empty_prompt`, and the encoding of the empty prompt for others.
+    SDXL base with `force_zeros_for_empty_prompt`, and the encoding of the empty prompt for others. (FLUX.1 has its
+    guidance distilled and is sampled with the prompt alone: there a dropped prompt only regularizes.)
     """
     texts = [prompt or "" for prompt in prompts]
     unique = sorted(set(texts))
@@ -107,9 +131,10 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str | None]) -> Pr
         embeds, _, pooled, _ = pipeline.encode_prompt(unique, **options)
     elif hasattr(pipeline, "unet"):
         embeds, pooled = pipeline.encode_prompt(unique, **options)[0], None
-    elif _is_flux(pipeline):
-        embeds, pooled, _ = pipeline.encode_prompt(unique, None, device=device)
+    elif is_flux(pipeline):
+        embeds, pooled, _ = pipeline.encode_prompt(unique, None, device, max_sequence_length=t5_length(pipeline))
     else:
+        options["max_sequence_length"] = t5_length(pipeline)
         embeds, _, pooled, _ = pipeline.encode_prompt(unique, None, None, **options)
     index = torch.tensor([unique.index(text) for text in texts], device=embeds.device)
     embeddings = PromptEmbeddings(embeds, pooled)[index]  # (B, L, D) and (B, P)
@@ -120,17 +145,40 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str | None]) -> Pr
     return embeddings
 
 
+def t5_length(pipeline: DiffusionPipeline) -> int:
+    """Return how many tokens T5 reads: 512 for FLUX.1 dev, 256 for schnell and Stable Diffusion 3, as in their code."""
+    return 512 if is_flux(pipeline) and pipeline.transformer.config.guidance_embeds else 256
+
+
 def report_long_prompts(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> None:
-    """Log how many of the distinct prompts CLIP cuts, with the first of them; nothing if it reads all to their end."""
-    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
-    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    """Log how many of the distinct prompts are cut, with the first of them; nothing if all are read to their end.
+
+    CLIP reads 77 tokens. Where a base has T5, too (Stable Diffusion 3, FLUX), T5 reads on, see `t5_length`.
+    """
     prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt]
-    lengths = [[len(ids) for ids in t(prompts, verbose=False).input_ids] for t in tokenizers] if prompts else []
-    long = [prompt for prompt, *counts in zip(prompts, *lengths, strict=True) if max(counts) > limit]
+    clip, t5 = [], []
+    for suffix in ("", "_2", "_3"):
+        encoder, tokenizer = (getattr(pipeline, name + suffix, None) for name in ("text_encoder", "tokenizer"))
+        if encoder is not None and tokenizer is not None:
+            (t5 if isinstance(encoder, T5EncoderModel) else clip).append(tokenizer)
+    limit = min(tokenizer.model_max_length for tokenizer in clip)
+    long = _longer(prompts, clip, limit)
+    if t5 and long:
+        shortened = f"{len(long)} of {len(prompts)} prompts are longer than the {limit} tokens that CLIP reads"
+        limit = t5_length(pipeline)
+        logger.info("%s: T5 reads up to %d", shortened, limit)
+        long = _longer(prompts, t5, limit)
     if long:
         count, first = f"{len(long)} of {len(prompts)} prompts", long[0][:_SHOWN] + "..." * (len(long[0]) > _SHOWN)
         logger.warning('%s are longer than %d tokens and were cut: "%s"', count, limit, first)
+
+
+def _longer(prompts: list[str], tokenizers: list, limit: int) -> list[str]:
+    """Return the prompts of which one of the tokenizers makes more than `limit` tokens."""
+    if not prompts:
+        return []
+    lengths = [[len(ids) for ids in t(prompts, verbose=False).input_ids] for t in tokenizers]
+    return [prompt for prompt, *counts in zip(prompts, *lengths, strict=True) if max(counts) > limit]
 
 
 _SHOWN = 80  # characters of a long prompt
@@ -247,29 +295,30 @@ def predict(
         conditions = added_conditions(embeddings, height, width) if is_xl(pipeline) else None
         return denoiser(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample
     given = {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled}
-    if not _is_flux(pipeline):
+    if not is_flux(pipeline):
         return denoiser(noisy_latents, timestep=timesteps, **given).sample
 
-    # ---- FLUX: patches of 2 x 2 latents as tokens, and timesteps from 0 to 1; -dev is trained at guidance 1
-    (count, channels, height, width), ids = (
-        noisy_latents.shape,
-        {"device": noisy_latents.device, "dtype": torch.float32},
-    )
-    tokens = pipeline._pack_latents(noisy_latents, count, channels, height, width)  # (B, h w / 4, 4 C)
+    # ---- FLUX: 2 x 2 latents are a token, which knows its place; timesteps are s; -dev is trained at guidance 1
+    height, width = (side // 2 for side in noisy_latents.shape[-2:])
     model_pred = denoiser(
-        tokens,
+        pack_latents(noisy_latents),
         timestep=timesteps / 1000,
-        guidance=torch.ones(count, **ids) if pipeline.transformer.config.guidance_embeds else None,
-        img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **ids),
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, **ids),
+        guidance=torch.ones_like(timesteps) if pipeline.transformer.config.guidance_embeds else None,
+        img_ids=torch.cartesian_prod(*map(torch.arange, (1, height, width))).to(noisy_latents),  # (h w / 4, 3)
+        txt_ids=noisy_latents.new_zeros(prompt_embeds.shape[1], 3),
         **given,
     ).sample
-    factor = pipeline.vae_scale_factor
-    return pipeline._unpack_latents(model_pred, height * factor, width * factor, factor)
+    return unpack_latents(model_pred, height, width)
 
 
-def _is_flux(pipeline: DiffusionPipeline) -> bool:
-    return isinstance(getattr(pipeline, "transformer", None), FluxTransformer2DModel)
+def pack_latents(latents: Tensor) -> Tensor:
+    """Make FLUX's tokens of 2 x 2 latents: (B, C, h, w) -> (B, h w / 4, 4 C)."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Undo `pack_latents`, of `height` x `width` tokens: (B, height width, 4 C) -> (B, C, 2 height, 2 width)."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2)
 
 
 # ---- x_0
@@ -321,7 +370,8 @@ def sample_images(
 ) -> list[Image.Image]:
     """Sample one size x size image per prompt, each from the noise of its own seed.
 
-    The latents are decoded here and not by the pipeline, whose networks may run in another dtype than the VAE.
+    guidance_scale: of classifier-free guidance, or that FLUX.1 dev was distilled with; FLUX.1 schnell has none. The
+    latents are decoded here and not by the pipeline, whose networks may run in another dtype than the VAE.
     """
     latents = pipeline(
         prompts,
@@ -331,7 +381,11 @@ def sample_images(
         guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
+        **({} if hasattr(pipeline, "unet") else {"max_sequence_length": t5_length(pipeline)}),
     ).images
+    if is_flux(pipeline):
+        side = size // (2 * pipeline.vae_scale_factor)
+        latents = unpack_latents(latents, side, side)
     return to_pil(decode_latents(pipeline.vae, latents.float()))
 
 
@@ -359,7 +413,7 @@ def make_sampler(name: str, scheduler):
     own, sampler_class = type(scheduler).__name__, getattr(diffusers, class_name)
     known = inspect.signature(sampler_class.__init__).parameters
     needs_snr = scheduler.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known
-    if "FlowMatch" in own or "EDM" in own or needs_snr:
+    if prediction_type(scheduler) == "flow_prediction" or "EDM" in own or needs_snr:
         reason = "zero terminal SNR" if needs_snr else own
         raise ValueError(f"`sampler` is {name}, which cannot sample a base with {reason}: use base")
     return sampler_class.from_config(scheduler.config, **options)

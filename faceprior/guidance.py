@@ -21,7 +21,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from faceprior.bases import load_pipeline, require_base
+from faceprior.bases import describe_base, load_pipeline, require_base
 from faceprior.diffusion import (
     PromptEmbeddings,
     add_noise,
@@ -35,6 +35,7 @@ from faceprior.diffusion import (
     pred_original_sample,
     predict,
     report_long_prompts,
+    require_side,
     timesteps_below,
     training_target,
 )
@@ -56,11 +57,12 @@ LORA_TARGETS = {
 
 
 class GuidanceTuner:
-    """A base model, the part of its U-Net that is trained, and the guidance loss.
+    """A base model, the part of its network that is trained, and the guidance loss.
 
-    pipeline: a Stable Diffusion or SDXL pipeline; train: the U-Net's `self_attention` layers (the paper's choice), a
-    `lora` on the same layers, or the `full` U-Net (the paper's ablation); rank, alpha: of the LoRA (alpha: rank by
-    default); t_end: timesteps are drawn from the first fraction t_end of the schedule, (0, 1], the paper's is 0.5;
+    pipeline: a Stable Diffusion 1, 2, 3, SDXL or FLUX.1 pipeline; train: the U-Net's `self_attention` layers (the
+    paper's choice), a `lora` on the same layers, or the `full` U-Net (the paper's ablation), of the transformers of
+    Stable Diffusion 3 and FLUX.1 a `lora` only; rank, alpha: of the LoRA (alpha: rank by default); t_end: timesteps are
+    drawn from the first fraction t_end of the schedule, (0, 1], the paper's is 0.5; see `sample_timesteps`;
     prompt_drop: fraction of the samples whose prompt is dropped, [0, 1], the paper's is 0.2; distance: between the
     masked predictions, l2 by default; seed: of the LoRA's first weights.
 
@@ -91,13 +93,13 @@ class GuidanceTuner:
             raise ValueError(f"`t_end` has to be in (0, 1] but is {t_end}")
         if not 0 <= prompt_drop <= 1:
             raise ValueError(f"`prompt_drop` has to be in [0, 1] but is {prompt_drop}")
-        require_base(pipeline, "tune")
+        require_base(pipeline, "tune", train=train)
         self._pipeline, self.train = pipeline, train
         self.t_end, self.prompt_drop, self.distance = t_end, prompt_drop, distance
         self.noise_scheduler = make_noise_scheduler(pipeline)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
-                part.requires_grad_(False)
+                part.requires_grad_(False).eval()  # built by hand it may train: T5 has dropout
         if self.denoiser.dtype != torch.float32:
             _run_under_autocast(self.denoiser, self.denoiser.dtype)
         self._original: dict[str, Tensor] = {}
@@ -114,6 +116,7 @@ class GuidanceTuner:
         **options,
     ):
         """Load `base` (diffusers folder, single `.safetensors` file or hub id); `options` are the constructor's."""
+        describe_base(base, vae, prediction_type).require("tune", options.get("train", TRAIN[0]))
         return cls(load_pipeline(base, dtype, vae, prediction_type), **options)
 
     @property
@@ -124,7 +127,7 @@ class GuidanceTuner:
     @property
     def resolution(self) -> int | None:
         """The base's native image size in pixels; None if its U-Net's config does not say."""
-        size = self.denoiser.config.sample_size
+        size = self.denoiser.config.get("sample_size", getattr(self._pipeline, "default_sample_size", None))
         return size * self._pipeline.vae_scale_factor if isinstance(size, int) else None
 
     def to(self, device: torch.device | str) -> GuidanceTuner:
@@ -254,6 +257,7 @@ class GuidanceTuner:
             resolution = resolution or self.resolution
             if resolution is None:
                 raise ValueError("the config of the base's U-Net has no `sample_size`: give `resolution`, in pixels")
+            require_side(self._pipeline, resolution)
             usable, problems = gather_pairs(pairs)
             for place, reason in problems:
                 logger.warning("%s is skipped: %s", place, reason)

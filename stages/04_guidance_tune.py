@@ -19,7 +19,14 @@ import torch
 from faceprior import tiny
 from faceprior.bases import require_base
 from faceprior.config import is_complete, print_problems, run_stage
-from faceprior.diffusion import noise_like, report_long_prompts, sample_images, sampled_with
+from faceprior.diffusion import (
+    make_sampler,
+    noise_like,
+    report_long_prompts,
+    require_side,
+    sample_images,
+    sampled_with,
+)
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
@@ -43,7 +50,10 @@ class Config:
     rank: int = 16  # rank of the LoRA, [1, 1024]
     alpha: int = 16  # alpha of the LoRA, whose weight is alpha / rank, [1, 4096]
     objective: Literal["guidance", "denoising"] = "guidance"  # loss; denoising: plain fine-tuning on good, a baseline
-    t_end: float = 0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]
+    t_end: float = (
+        0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]; with flow matching
+        # (Stable Diffusion 3, FLUX) it is the level of noise where Stable Diffusion's schedule is then: 0.5 is s = 0.62
+    )
     distance: Literal["l2", "dino"] = "l2"  # distance of guidance: of masked latents, or of decoded features (Eq. 7)
     feature_network: str = "tiny"  # network of the dino distance: folder or hub id (facebook/dino-vits8), or tiny
     prompt_drop: float = 0.2  # fraction of the samples whose prompt is dropped, [0, 1]
@@ -84,7 +94,7 @@ def main(config: Config) -> None:
     with accelerator.main_process_first():
         base = tiny.resolve(config.base, "sd15")
         if config.overwrite or not is_complete(config.output):
-            require_base(base, "tune", config.vae, config.prediction_type)
+            require_base(base, "tune", config.vae, config.prediction_type, config.train)
         output = open_run(config, accelerator)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
@@ -102,6 +112,8 @@ def main(config: Config) -> None:
         t_end=config.t_end,
         prompt_drop=config.prompt_drop,
     ).to(accelerator.device)
+    require_side(tuner.pipeline(), config.resolution)
+    make_sampler(config.sampler, tuner.pipeline().scheduler)  # one that does not fit is found now, not at the end
     if config.distance == "dino":
         tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network))
     if config.gradient_checkpointing:

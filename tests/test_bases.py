@@ -4,22 +4,29 @@ import json
 import logging
 import re
 import shutil
+from functools import cache
 
 import huggingface_hub
 import pytest
+import tiny_bases
 import torch
 from conftest import load_stage
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.pipelines import auto_pipeline
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from tiny_bases import build
 
 from faceprior.bases import BaseInfo, describe_base, load_pipeline, require_base
+from faceprior.bases.parts import class_problem
 from faceprior.diffusion import make_noise_scheduler, pred_original_sample
 from faceprior.tiny import tiny_sd15, tiny_sdxl
 
@@ -414,7 +421,11 @@ def flow(folder):
 
 def transformer(folder):
     (folder / "unet").rename(folder / "transformer")
-    change(folder / "model_index.json", unet=[None, None], transformer=["diffusers", "SD3Transformer2DModel"])
+    change(folder / "model_index.json", unet=[None, None], transformer=["diffusers", "PixArtTransformer2DModel"])
+
+
+def predicts(kind):
+    return lambda folder: change(folder / "scheduler/scheduler_config.json", prediction_type=kind)
 
 
 def unet(**values):
@@ -433,7 +444,20 @@ KINDS = {
     "edm": ("sdxl", edm, set(), r"noise is not DDPM's .*\(EDMDPMSolverMultistepScheduler\)"),
     "flow": ("sdxl", flow, set(), r"noise is not DDPM's .*\(flow\)"),
     "refiner": ("sdxl", refiner, set(), "SDXL's refiner"),
-    "sd3": ("sdxl", transformer, set(), "type but is Stable Diffusion 3"),
+    "pixart": ("sdxl", transformer, set(), "type but is PixArtTransformer2DModel"),
+    "pixart's class": (
+        "sd15",
+        lambda folder: change(folder / "model_index.json", _class_name="PixArtAlphaPipeline"),
+        set(),
+        "(pipeline is PixArtAlphaPipeline, which is not known as one of Stable Diffusion 1|has to be of SDXL type)",
+    ),
+    "sample": (
+        "sdxl",
+        predicts("sample"),
+        set(),
+        "`prediction_type` is sample, .*: give `--prediction_type` epsilon or v",
+    ),
+    "unknown": ("sdxl", predicts("noise"), set(), "`prediction_type` is noise"),
     "latent mean": (
         "sd15",
         lambda f: change(f / "vae/config.json", latents_mean=[0.0] * 4, latents_std=[2.0] * 4),
@@ -487,6 +511,182 @@ def test_other_pipeline_classes_load_as_text_to_image(kind, name, expected, sd15
     folder = shutil.copytree({"sd15": sd15_folder, "sdxl": sdxl_folder}[kind], tmp_path / "base")
     change(folder / "model_index.json", _class_name=name)
     assert type(load_pipeline(folder)) is expected
+
+
+@pytest.mark.parametrize("name", ["PixArtAlphaPipeline", "FluxPipeline", "StableDiffusionXLPipeline", "MyPipeline"])
+def test_a_pipeline_of_another_family_is_not_loaded_as_what_its_parts_are(name, copy):
+    """By its class in model_index.json, or its file of code; the option that says what it predicts is no way around."""
+    change(copy / "model_index.json", _class_name=name)
+    reason = f"its pipeline is {name}, .* name StableDiffusionPipeline in its model_index.json if it is one"
+    with pytest.raises(ValueError, match=f"the pipeline in .* cannot be loaded: {reason}"):
+        load_pipeline(copy, prediction_type="epsilon")
+    with pytest.raises(ValueError, match=f"cannot be tuned with the guidance loss: {reason}"):
+        require_base(copy, "tune", prediction_type="epsilon")
+    change(copy / "model_index.json", _class_name=["my_code", name])
+    with pytest.raises(ValueError, match=f"its pipeline is my_code.{name}"):
+        load_pipeline(copy)
+
+
+def test_known_classes_are_those_of_diffusers_tasks():
+    """Every class that diffusers lists for text-to-image, image-to-image and inpainting, by its family there.
+
+    FLUX's control and Kontext models read other latents; the union ControlNets and PAG share the parts.
+    """
+    families = {"stable-diffusion": "Stable Diffusion 1", "stable-diffusion-xl": "SDXL", "lcm": "Stable Diffusion 1"}
+    families |= {"stable-diffusion-3": "Stable Diffusion 3", "flux": "FLUX"}
+    tasks = [getattr(auto_pipeline, f"AUTO_{t}_PIPELINES_MAPPING") for t in ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT")]
+    found = {cls.__name__: key for task in tasks for key, cls in task.items()}
+    for name, key in found.items():
+        family = families.get(re.sub("(-controlnet(-union)?)?(-pag)?$", "", key))
+        for architecture in families.values():
+            assert (class_problem(name, architecture) is None) == (architecture == family), name
+    assert (
+        len(found) > 60 and class_problem("FluxKontextPipeline", "FLUX") and class_problem("FluxFillPipeline", "FLUX")
+    )
+
+
+class MyOwnPipeline(StableDiffusionPipeline):
+    """A class of a user's, which diffusers does not know."""
+
+
+def test_a_pipeline_of_a_users_own_class_is_what_it_derives_from(sd15):
+    assert require_base(MyOwnPipeline(**sd15.components, requires_safety_checker=False), "tune").in_channels == 4
+
+
+# ---- Stable Diffusion 3 and FLUX
+
+
+LINES = {
+    "sd1": "Stable Diffusion 1, epsilon, DDPM noise, 4 channels",
+    "sd2": "Stable Diffusion 2, epsilon, DDPM noise, 4 channels",
+    "sd2-v": "Stable Diffusion 2, v_prediction, DDPM noise, 4 channels",
+    "sdxl": "SDXL, epsilon, DDPM noise, 4 channels",
+    "sdxl-v-ztsnr": "SDXL, v_prediction, DDPM noise to zero SNR, 4 channels",
+    "sd3": "Stable Diffusion 3, flow matching, 16 channels",
+    "sd3-no-t5": "Stable Diffusion 3, flow matching, 16 channels, without T5",
+    "sd3.5": "Stable Diffusion 3, flow matching, 16 channels",
+    "flux-dev": "FLUX, flow matching, 16 channels",
+    "flux-schnell": "FLUX, flow matching, 16 channels",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_folders(tmp_path_factory):
+    @cache
+    def folder(kind):
+        path = tmp_path_factory.mktemp("kinds") / kind
+        build(kind).save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.mark.parametrize("kind", tiny_bases.KINDS)
+def test_every_kind_is_described_and_loaded(kind, tiny_folders):
+    """All its weights as they were saved, but the VAE's in `dtype`, and its tokenizers."""
+    folder, saved = tiny_folders(kind), build(kind)
+    info = require_base(folder, "tune", train="lora")
+    assert str(info) == f"{folder}: {LINES[kind]}"
+    loaded = load_pipeline(folder, torch.bfloat16)
+    assert type(loaded) is type(saved)
+    again = describe_base(loaded)
+    assert {**vars(info), "name": ""} == {**vars(again), "name": ""}
+    for name, part in saved.components.items():
+        mine = loaded.components[name]
+        if isinstance(part, torch.nn.Module):
+            dtype = torch.float32 if name == "vae" else torch.bfloat16
+            assert mine.dtype == dtype and same_weights(mine, part.to(dtype))
+        elif "tokenizer" in name and part is not None:
+            assert mine("a face, foo").input_ids == part("a face, foo").input_ids
+    for method in ("inpaint", "prior", "restore"):
+        if kind in tiny_bases.TRANSFORMERS:
+            with pytest.raises(ValueError, match=rf"has to be of .*SDXL type but is {info.architecture}$"):
+                require_base(folder, method)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"])
+def test_stable_diffusion_3_loads_as_text_to_image(name, tiny_folders, tmp_path):
+    folder = shutil.copytree(tiny_folders("sd3"), tmp_path / "base")
+    change(folder / "model_index.json", _class_name=name)
+    assert type(load_pipeline(folder)) is StableDiffusion3Pipeline
+
+
+@pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"])
+def test_flux_loads_as_text_to_image(name, tiny_folders, tmp_path):
+    folder = shutil.copytree(tiny_folders("flux-dev"), tmp_path / "base")
+    change(folder / "model_index.json", _class_name=name)
+    assert type(load_pipeline(folder)) is FluxPipeline
+
+
+def network(**values):
+    return lambda folder: change(folder / "transformer/config.json", **values)
+
+
+def ddim(folder):
+    DDIMScheduler().save_pretrained(folder / "scheduler")
+    change(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+
+
+def without(*names):
+    return lambda folder: change(folder / "model_index.json", **{name: [None, None] for name in names})
+
+
+def named(class_name):
+    return lambda folder: change(folder / "model_index.json", _class_name=class_name)
+
+
+# (base, change, reason): what is no base of its kind
+MISFITS = {
+    "Fill": ("flux-dev", network(in_channels=384, out_channels=64), "transformer has 96 input channels .*96: Fill"),
+    "Fill's class": ("flux-dev", named("FluxFillPipeline"), "pipeline is FluxFillPipeline"),
+    "Depth": ("flux-dev", network(in_channels=128, out_channels=64), "transformer has 32 input channels"),
+    "Control's class": ("flux-dev", named("FluxControlPipeline"), "pipeline is FluxControlPipeline"),
+    "Kontext's class": ("flux-dev", named("FluxKontextPipeline"), "pipeline is FluxKontextPipeline"),
+    "out": ("sd3", network(out_channels=32), "transformer has 32 output channels, and the latents have 16"),
+    "SD3's latents": ("sd3", lambda f: change(f / "vae/config.json", latent_channels=4), "16 input .* latents have 4"),
+    "SD3's T5": ("sd3", network(joint_attention_dim=4096), "reads prompts of 4096 features, .* give 64"),
+    "FLUX's T5": ("flux-dev", network(joint_attention_dim=4096), "reads prompts of 4096 features, .* give 64"),
+    "SD3's CLIP": ("sd3", network(pooled_projection_dim=2048), "reads pooled prompts of 2048 features, .* give 48"),
+    "FLUX's CLIP": ("flux-dev", network(pooled_projection_dim=768), "reads pooled prompts of 768 features, .* give 16"),
+    "no T5": ("flux-dev", without("text_encoder_2", "tokenizer_2"), "text encoders have to be CLIP's and T5's but are"),
+    "one CLIP": ("sd3", without("text_encoder_2", "tokenizer_2"), "to be CLIP's twice and T5's, which may be missing"),
+    "no VAE": ("sd3", without("vae"), "no VAE: name one with"),
+    "DDIM": ("sd3", ddim, "trained with flow matching, and its noise is given as ddpm, predicted by epsilon: give the"),
+    "FLUX's DDIM": ("flux-dev", ddim, "trained with flow matching"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_transformers_that_do_not_fit_are_refused_in_one_sentence(misfit, tiny_folders, tmp_path):
+    kind, alter, reason = MISFITS[misfit]
+    folder = shutil.copytree(tiny_folders(kind), tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    alter(folder)
+    with pytest.raises(ValueError, match=f"^the base .* cannot be tuned with the guidance loss: .*{reason}") as error:
+        require_base(folder, "tune", train="lora")
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_flow_base_predicts_is_no_option(tiny_folders):
+    with pytest.raises(ValueError, match="trained with flow matching, .* leave `prediction_type` at auto"):
+        require_base(tiny_folders("sd3"), "tune", prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
+def test_a_t5_tokenizer_without_words_is_refused(kind, tiny_folders, tmp_path):
+    """transformers would make one of its special tokens."""
+    folder = shutil.copytree(tiny_folders(kind), tmp_path / "base")
+    name = "tokenizer_3" if kind == "sd3" else "tokenizer_2"
+    for file in (folder / name).iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=f"is damaged: .*{name} has no vocabulary"):
+        load_pipeline(folder)
+
+
+def test_t5_without_its_tokenizer_is_refused(tiny_folders, tmp_path):
+    folder = shutil.copytree(tiny_folders("sd3"), tmp_path / "base")
+    without("tokenizer_3")(folder)
+    with pytest.raises(ValueError, match="is damaged: .*tokenizer_3"):
+        load_pipeline(folder)
 
 
 # ---- variants of weights

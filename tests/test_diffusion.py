@@ -1,8 +1,17 @@
 """What the methods need of a base: prompts, latents and noise; x_0 against the schedulers' own steps."""
 
+import logging
+
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from tiny_bases import build
 
 from faceprior.diffusion import (
     added_conditions,
@@ -17,6 +26,7 @@ from faceprior.diffusion import (
     pred_original_sample,
     prediction_type,
     report_long_prompts,
+    require_side,
     sampled_with,
     training_target,
 )
@@ -277,6 +287,49 @@ def test_prompts_that_are_cut_are_counted_and_the_first_is_named(sd15, sdxl, cap
         assert not caplog.messages
 
 
+@pytest.mark.parametrize(
+    ("kind", "read"), [("sd3", 256), ("sd3.5", 256), ("flux-schnell", 256), ("flux-dev", 512), ("sd3-no-t5", None)]
+)
+def test_what_t5_reads_of_long_prompts(kind, read, caplog):
+    """Each word is a token of both; CLIP adds a start and an end, T5 an end, so it reads `read` - 1 words.
+
+    Without T5 a prompt is cut where CLIP cuts it.
+    """
+    caplog.set_level(logging.INFO, "faceprior")
+    short, long = "face " * 74 + "man", "face " * 75 + "man"
+    report_long_prompts(build(kind), [short, "", "a man"])
+    assert not caplog.messages
+    if read is None:
+        report_long_prompts(build(kind), [short, long])
+        shown = "face " * 16 + "..."
+        assert caplog.messages == [f'1 of 2 prompts are longer than 77 tokens and were cut: "{shown}"']
+        return
+    read_whole, cut = "face " * (read - 2) + "man", "red " * (read - 1) + "man"
+    said = f"prompts are longer than the 77 tokens that CLIP reads: T5 reads up to {read}"
+    report_long_prompts(build(kind), [short, long, read_whole])
+    assert caplog.messages == [f"2 of 3 {said}"]
+    caplog.clear()
+    report_long_prompts(build(kind), [short, read_whole, cut])
+    shown = "red " * 20 + "..."
+    assert caplog.messages == [
+        f"2 of 3 {said}",
+        f'1 of 3 prompts are longer than {read} tokens and were cut: "{shown}"',
+    ]
+    # the reader agrees: one word more before the end changes nothing
+    embeddings = encode_prompts(build(kind), [cut, cut.replace("man", "woman"), read_whole, read_whole[:-4]])
+    t5 = embeddings.prompt_embeds[:, -read:]
+    assert torch.equal(t5[0], t5[1]) and not torch.equal(t5[2], t5[3])
+
+
+@pytest.mark.parametrize(("kind", "multiple"), [("sd1", 4), ("sdxl", 4), ("sd3", 4), ("flux-dev", 4)])
+def test_sides_that_a_base_cannot_make(kind, multiple):
+    """The U-Nets' tiny VAE halves twice, the transformers' once, and they join 2 x 2 latents."""
+    pipeline = build(kind)
+    require_side(pipeline, 32 + multiple)
+    with pytest.raises(ValueError, match=f"`resolution` has to be a multiple of {multiple} for this base but is 34"):
+        require_side(pipeline, 34)
+
+
 def test_the_vae_keeps_its_dtype_under_autocast(sd15):
     pixel_values = normal(1, 3, 64, 64).clamp(-1, 1)
     latents = encode_latents(sd15.vae, pixel_values)
@@ -310,8 +363,11 @@ def test_samplers_that_do_not_fit_are_refused():
     ):
         make_sampler("pndm", own)
     assert make_sampler("euler", own).config.rescale_betas_zero_snr
-    with pytest.raises(ValueError, match="cannot sample a base with FlowMatchEulerDiscreteScheduler"):
-        make_sampler("ddim", FlowMatchEulerDiscreteScheduler())
+    multistep = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    for flow in (FlowMatchEulerDiscreteScheduler(), multistep):
+        with pytest.raises(ValueError, match=f"cannot sample a base with {type(flow).__name__}: use base"):
+            make_sampler("ddim", flow)
+        assert make_sampler("base", flow) is flow
     with pytest.raises(ValueError, match="`sampler` has to be base or one of pndm, .* but is 'heun'"):
         make_sampler("heun", own)
 

@@ -325,7 +325,7 @@ def test_a_base_of_another_kind(bases):
     unet = UNet2DModel(
         32, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
     )
-    with pytest.raises(ValueError, match="has to be of Stable Diffusion 1 .* or SDXL type but is UNet2DModel"):
+    with pytest.raises(ValueError, match="has to be of Stable Diffusion 1, .* or FLUX type but is UNet2DModel"):
         GuidanceTuner(DDPMPipeline(unet, DDPMScheduler()))
 
 

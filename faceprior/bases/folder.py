@@ -12,10 +12,13 @@ from diffusers import DiffusionPipeline
 from faceprior.bases.parts import (
     LOADING_ERRORS,
     NO_CHECKER,
+    SD3,
     TEXT_TO_IMAGE,
     VAE_HINT,
     architecture_of,
+    class_problem,
     parts_of_folder,
+    pipeline_class_of_folder,
     require_complete,
 )
 from faceprior.models import first_line, load_part, resolve_model, weights_variant
@@ -44,13 +47,18 @@ def _download(name: str, without_vae: bool, **options) -> str:
 
 def load_folder(path: Path, dtype: torch.dtype, parts: dict) -> DiffusionPipeline:
     described = parts_of_folder(path, replaced=tuple(parts))
-    pipeline_class = TEXT_TO_IMAGE.get(architecture_of(described), DiffusionPipeline)
+    architecture = architecture_of(described)
+    pipeline_class = TEXT_TO_IMAGE.get(architecture, DiffusionPipeline)
+    if problem := class_problem(pipeline_class_of_folder(path), architecture):
+        raise ValueError(f"the pipeline in {path} cannot be loaded: {problem}")
     try:
         config = DiffusionPipeline.load_config(path)
         if "safety_checker" in config:
             parts = {**parts, **NO_CHECKER}
         if "vae" not in parts and "vae" not in described:
             raise ValueError(f"it has no VAE: {VAE_HINT}")
+        if architecture == SD3 and "text_encoder_3" not in described:
+            parts = {**parts, "text_encoder_3": None, "tokenizer_3": None}  # T5, which takes 9 GB, may be left out
 
         # ---- parts that are there in a variant only
         for name, part in described.items():

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
 from faceprior.models import first_line, require_weights
 
 SD1, SD2, SDXL, REFINER = "Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "SDXL refiner"
+SD3, FLUX = "Stable Diffusion 3", "FLUX"  # transformers with flow matching; 3 is 3 and 3.5
 # It weighs 1.2 GB and blanks images: research scripts load without it.
 NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
 # What diffusers and transformers raise for missing, truncated and foreign files.
@@ -23,6 +31,8 @@ TEXT_TO_IMAGE = {
     SD2: StableDiffusionPipeline,
     SDXL: StableDiffusionXLPipeline,
     REFINER: StableDiffusionXLPipeline,
+    SD3: StableDiffusion3Pipeline,
+    FLUX: FluxPipeline,
 }
 VAE_HINT = "name one with `--vae`, such as stabilityai/sd-vae-ft-mse for Stable Diffusion 1.5"
 
@@ -37,11 +47,38 @@ class Part(NamedTuple):
 def architecture_of(parts: dict[str, Part]) -> str:
     network = parts.get("unet") or parts.get("transformer") or Part("pipeline without U-Net", {})
     if network.class_name != "UNet2DConditionModel":
-        known = {"SD3Transformer2DModel": "Stable Diffusion 3", "FluxTransformer2DModel": "FLUX"}
+        known = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
         return known.get(network.class_name, network.class_name)
     if "text_encoder_2" in parts:
         return SDXL if "text_encoder" in parts else REFINER
     return SD2 if network.config.get("cross_attention_dim") == 1024 else SD1
+
+
+def class_problem(class_name: str, architecture: str) -> str | None:
+    """Return why a pipeline of this class is no base of the architecture that its parts have; None if it is one.
+
+    Its parts are loaded as text-to-image whatever its class is, so only classes are taken whose parts are those of
+    text-to-image: that itself, image-to-image, inpainting, ControlNet, T2I adapters, PAG and LCM. Others share parts
+    but not their meaning: FLUX.1 Kontext and PixArt, to which a U-Net of Stable Diffusion would be foreign.
+    """
+    known = _CLASSES.get(architecture)
+    if not class_name or known is None or re.fullmatch(known, class_name):
+        return None
+    right = TEXT_TO_IMAGE[architecture].__name__
+    return (
+        f"its pipeline is {class_name}, which is not known as one of {architecture}, the type of its parts: give a "
+        f"text-to-image base, or name {right} in its model_index.json if it is one"
+    )
+
+
+_TASK = "(PAG)?(Img2Img|Inpaint|Inpainting)?Pipeline"
+_CLASSES = {
+    SD1: rf"StableDiffusion(ControlNet|ControlNetXS|Adapter)?{_TASK}|LatentConsistencyModel(Img2Img)?Pipeline",
+    SDXL: rf"StableDiffusionXL(ControlNet|ControlNetUnion|ControlNetXS|Adapter)?{_TASK}",
+    SD3: rf"StableDiffusion3(ControlNet)?{_TASK}",
+    FLUX: rf"Flux(ControlNet)?{_TASK}",
+}
+_CLASSES |= {SD2: _CLASSES[SD1], REFINER: _CLASSES[SDXL]}
 
 
 def noise_of(scheduler: Part) -> str:
@@ -79,6 +116,12 @@ def parts_of_folder(folder: Path, replaced: tuple[str, ...] = ()) -> dict[str, P
     return parts
 
 
+def pipeline_class_of_folder(folder: Path) -> str:
+    """Return the name of the class in a folder's model_index.json; a class of its own code is listed with its file."""
+    name = read_json(folder / "model_index.json").get("_class_name", "")
+    return name if isinstance(name, str) else ".".join(map(str, name))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -91,5 +134,5 @@ def require_complete(path: Path, pipeline: DiffusionPipeline) -> None:
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             require_weights(name, part)
-        if "tokenizer" in name and part is not None and len(part) <= len(part.all_special_ids):
+        if "tokenizer" in name and part is not None and len(part) <= len(part.all_special_ids) + 1:  # T5: and a space
             raise ValueError(f"{path / name} has no vocabulary")
