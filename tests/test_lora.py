@@ -61,7 +61,7 @@ def bases():
     return get
 
 
-def perturb(parameters, scale=0.2):
+def perturb(parameters, scale=0.1):
     """Move weights, as training would."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def draw(pipeline, size=32):
 
 def same_image(one, other):
     """To the rounding of sums, which the place of loaded weights in memory decides; pixels lie in [0, 1]."""
-    return np.abs(one - other).max() < 2e-4
+    return np.abs(one - other).max() < 2e-5
 
 
 def metadata_of(file):
@@ -189,8 +189,7 @@ def test_a_saved_lora_draws_the_tuned_image(bases, tmp_path, kind, targets, vari
     assert same_image(draw(ours), image)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "flux-dev"])
-@pytest.mark.parametrize("variant", ["plain", "dora"])
+@pytest.mark.parametrize(("kind", "variant"), [("sdxl", "dora"), ("flux-dev", "plain")])
 def test_the_tensors_alone_draw_the_tuned_image(bases, tmp_path, kind, variant):
     """For a loader that does not read metadata: the strength is in B, also where DoRA divides by its length."""
     tuned = with_lora(bases(kind), "all", variant)
@@ -371,8 +370,7 @@ def test_unchanged_weights_lose_nothing():
         extract_lora(before, before, 0)
 
 
-@pytest.mark.parametrize("lora_format", LORA_FORMATS)
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("kind", "lora_format"), [("sd1", "kohya"), ("sdxl", "diffusers")])
 def test_a_lora_of_trained_self_attention_draws_its_image(bases, tmp_path, kind, lora_format):
     """Of rank 32, the layers' sides, and without the biases: exact. Then with biases moved, and of rank 1: stated."""
     tuner = GuidanceTuner(bases(kind))
