@@ -8,7 +8,7 @@ tuner.save_pretrained("checkpoints/guided")     # a LoRA that any diffusers pipe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 from torch import Tensor, nn
 
-from faceprior.bases import describe_base, load_pipeline, require_base
+from faceprior.bases import describe_base, load_pipeline, require_base, save_single_file
 from faceprior.diffusion import (
     PromptEmbeddings,
     add_noise,
@@ -40,7 +39,7 @@ from faceprior.diffusion import (
     training_target,
 )
 from faceprior.features import FeatureNetwork
-from faceprior.lora import LORA_FILE, find_lora, load_lora, save_lora
+from faceprior.lora import LORA_FILE, Lora, add_lora, extract_lora, find_lora, load_lora, save_lora, trained_lora
 from faceprior.losses import guidance_loss, noise_loss
 from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
@@ -48,23 +47,17 @@ from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make
 logger = logging.getLogger(__name__)
 TRAIN = ("self_attention", "lora", "full")
 OBJECTIVES = ("guidance", "denoising")
-# Names of layers that a LoRA is put on, by the kind of network: self-attention, which is joint with the text's in a
-# transformer (its image side).
-LORA_TARGETS = {
-    "unet": {"self_attention": "attn1"},
-    "transformer": {"self_attention": "attn"},
-}
 
 
 class GuidanceTuner:
     """A base model, the part of its network that is trained, and the guidance loss.
 
     pipeline: a Stable Diffusion 1, 2, 3, SDXL or FLUX.1 pipeline; train: the U-Net's `self_attention` layers (the
-    paper's choice), a `lora` on the same layers, or the `full` U-Net (the paper's ablation), of the transformers of
-    Stable Diffusion 3 and FLUX.1 a `lora` only; rank, alpha: of the LoRA (alpha: rank by default); t_end: timesteps are
-    drawn from the first fraction t_end of the schedule, (0, 1], the paper's is 0.5; see `sample_timesteps`;
-    prompt_drop: fraction of the samples whose prompt is dropped, [0, 1], the paper's is 0.2; distance: between the
-    masked predictions, l2 by default; seed: of the LoRA's first weights.
+    paper's choice), a `lora`, or the `full` U-Net (the paper's ablation), of the transformers of Stable Diffusion 3 and
+    FLUX.1 a `lora` only; rank, alpha (rank by default), lora_targets, lora_variant: of the LoRA (see `lora.add_lora`),
+    ignored without one; t_end: timesteps are drawn from the first fraction t_end of the schedule, (0, 1], the paper's
+    is 0.5; see `sample_timesteps`; prompt_drop: fraction of the samples whose prompt is dropped, [0, 1], the paper's is
+    0.2; distance: between the masked predictions, l2 by default; seed: of the LoRA's first weights.
 
     The original model, which predicts the targets, is the same network with its LoRA off, or with its original weights
     in place of the trained ones. So a second U-Net takes the memory of the trained part only, and none with a LoRA.
@@ -82,6 +75,8 @@ class GuidanceTuner:
         train: Literal["self_attention", "lora", "full"] = "self_attention",
         rank: int = 16,
         alpha: int | None = None,
+        lora_targets: str | Sequence[str] = "self_attention",
+        lora_variant: Literal["plain", "rslora", "dora"] = "plain",
         t_end: float = 0.5,
         prompt_drop: float = 0.2,
         distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
@@ -104,7 +99,7 @@ class GuidanceTuner:
             _run_under_autocast(self.denoiser, self.denoiser.dtype)
         self._original: dict[str, Tensor] = {}
         with seeded(seed, "lora"):
-            self._select_trained(rank, rank if alpha is None else alpha)
+            self._select_trained(rank, rank if alpha is None else alpha, lora_targets, lora_variant)
 
     @classmethod
     def from_pretrained(
@@ -302,19 +297,42 @@ class GuidanceTuner:
             self._copy(tuned)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a LoRA file for `load_lora_weights` (see `lora.save_lora`); else a whole pipeline folder."""
-        if self.train != "lora":
-            self._pipeline.save_pretrained(folder)
-            return
-        save_lora(self._pipeline, folder)
-
-    def _select_trained(self, rank: int, alpha: int) -> None:
+        """Write a LoRA file for `load_lora_weights` (see `save_lora`); else a whole pipeline folder."""
         if self.train == "lora":
-            kind = "unet" if hasattr(self._pipeline, "unet") else "transformer"
-            block = LORA_TARGETS[kind]["self_attention"]
-            targets = [f"{block}.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")]
-            config = LoraConfig(r=rank, target_modules=targets, lora_alpha=alpha, init_lora_weights="gaussian")
-            self.denoiser.add_adapter(config)
+            self.save_lora(folder)
+        else:
+            self._pipeline.save_pretrained(folder)
+
+    def save_lora(
+        self, folder: str | Path, lora_format: Literal["diffusers", "kohya"] = "diffusers", rank: int | None = None
+    ) -> Lora:
+        """Write a LoRA file, also of a tuner that trained the self-attention itself; return what was written.
+
+        lora_format: see `lora.save_lora`. rank: of the LoRA that is extracted from trained self-attention, whose loss
+        is in `.info` and in the file's metadata (see `lora.extract_lora`); a trained LoRA has its own.
+
+        Raises ValueError for a full U-Net, and for what the format loses.
+        """
+        if self.train == "full":
+            raise ValueError("`train` is full, and a LoRA of a whole U-Net would lose most of it: save the pipeline")
+        if self.train == "lora" and rank is not None:
+            raise ValueError("`rank` is of a LoRA that is extracted, and this one was trained: leave `rank` out")
+        if self.train == "self_attention" and rank is None:
+            raise ValueError("`train` is self_attention, of which a LoRA is extracted: give its `rank`")
+        if rank is None:
+            lora = trained_lora(self.denoiser)
+        else:
+            lora = extract_lora(self._original, dict(self._trained()), rank)
+        save_lora(self._pipeline, lora, folder, lora_format)
+        return lora
+
+    def save_single_file(self, file: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write a whole checkpoint for the web UIs (see `bases.save_single_file`); ValueError with a LoRA."""
+        save_single_file(self._pipeline, file, dtype)
+
+    def _select_trained(self, rank: int, alpha: int, lora_targets: str | Sequence[str], lora_variant: str) -> None:
+        if self.train == "lora":
+            add_lora(self._pipeline, rank, alpha, lora_targets, lora_variant)
         else:
             self._original = {name: parameter.detach().clone() for name, parameter in self._trained()}
         for parameter in self.trainable_parameters():

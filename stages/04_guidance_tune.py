@@ -6,8 +6,9 @@ Stage 4: tune a Stable Diffusion checkpoint with the guidance loss on face pairs
     accelerate launch stages/04_guidance_tune.py --config stages/presets/sd15.yaml
 
 Reads   data/pairs/ (stage 1)
-Writes  checkpoints/guided/: a diffusers pipeline, or with --train lora a LoRA file; samples/ before and after at the
-        same seeds, samples.jsonl, metrics.jsonl, config.yaml
+Writes  checkpoints/guided/: a diffusers pipeline, or with --train lora a LoRA file; with --extract_lora lora/, and
+        with --single_file guided.safetensors; samples/ before and after at the same seeds, samples.jsonl,
+        metrics.jsonl, config.yaml
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import Literal
 import torch
 
 from faceprior import tiny
-from faceprior.bases import require_base
+from faceprior.bases import BaseInfo, require_base, require_single_file
+from faceprior.bases.parts import SD1, SD2, SDXL
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.diffusion import (
     make_sampler,
@@ -31,12 +33,15 @@ from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
 from faceprior.jsonl import rewrite_rows
+from faceprior.lora import LORA_FORMATS, require_lora_format
 from faceprior.losses import guidance_loss
 from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
 
 SAMPLES = "samples.jsonl"
+EXTRACTED, SINGLE_FILE = "lora", "guided.safetensors"
+FILES = ("lora_format", "extract_lora", "single_file")  # the settings that say what is written
 
 
 @dataclass
@@ -49,6 +54,11 @@ class Config:
     train: Literal["self_attention", "lora", "full"] = "self_attention"  # trained weights; the paper: self_attention
     rank: int = 16  # rank of the LoRA, [1, 1024]
     alpha: int = 16  # alpha of the LoRA, whose weight is alpha / rank, [1, 4096]
+    lora_targets: str = "self_attention"  # layers of the LoRA: self_attention, attention, all, or names, by commas
+    lora_variant: Literal["plain", "rslora", "dora"] = "plain"  # kind of LoRA; rslora: its weight is alpha / sqrt(rank)
+    lora_format: Literal["diffusers", "kohya"] = "diffusers"  # format of the LoRA file; kohya: for the web UIs
+    extract_lora: int = 0  # rank of a LoRA that is extracted from trained self-attention; 0: none, [0, 1024]
+    single_file: Literal["none", "fp16", "fp32"] = "none"  # dtype of a single-file checkpoint beside the pipeline
     objective: Literal["guidance", "denoising"] = "guidance"  # loss; denoising: plain fine-tuning on good, a baseline
     t_end: float = (
         0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]; with flow matching
@@ -80,7 +90,7 @@ class Config:
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # start over in an output folder that holds a run
 
-    AFTER_TRAINING = frozenset({"num_samples", "sample_steps", "sampler", "guidance_scale"})
+    AFTER_TRAINING = frozenset({"num_samples", "sample_steps", "sampler", "guidance_scale", *FILES})
 
 
 def main(config: Config) -> None:
@@ -94,7 +104,7 @@ def main(config: Config) -> None:
     with accelerator.main_process_first():
         base = tiny.resolve(config.base, "sd15")
         if config.overwrite or not is_complete(config.output):
-            require_base(base, "tune", config.vae, config.prediction_type, config.train)
+            require_files(config, require_base(base, "tune", config.vae, config.prediction_type, config.train))
         output = open_run(config, accelerator)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
@@ -109,6 +119,8 @@ def main(config: Config) -> None:
         train=config.train,
         rank=config.rank,
         alpha=config.alpha,
+        lora_targets=config.lora_targets,
+        lora_variant=config.lora_variant,
         t_end=config.t_end,
         prompt_drop=config.prompt_drop,
     ).to(accelerator.device)
@@ -172,7 +184,7 @@ def main(config: Config) -> None:
     # ---- The tuned model, samples before and after, and the summary
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        tuner.save_pretrained(output)
+        save_tuned(config, output, tuner)
         tiny.copy_info(config.base, output)
         largest_first = sorted(pairs, key=lambda pair: (-pair.area_ratio, pair.id))
         draw_samples(config, output, tuner, [pair.prompt for pair in largest_first])
@@ -180,6 +192,40 @@ def main(config: Config) -> None:
         print_problems(problems, "pair")
         print(f"{output}: tuned for {config.steps} steps; samples before and after in {output / 'samples'}")
     accelerator.end_training()
+
+
+def require_files(config: Config, base: BaseInfo) -> None:
+    """Raise ValueError, before anything is trained, for files that could not be written of what is trained."""
+    if config.train == "lora":
+        require_lora_format(config.lora_format, config.lora_variant, is_unet=base.architecture in (SD1, SD2, SDXL))
+    if config.extract_lora and config.train != "self_attention":
+        raise ValueError(f"`extract_lora` is of trained self-attention, but `train` is {config.train}: give 0")
+    if config.single_file != "none":
+        if config.train == "lora":
+            raise ValueError(
+                "`single_file` is a whole checkpoint, but `train` is lora, whose file is the LoRA: give none"
+            )
+        require_single_file(base.architecture)
+
+
+def save_tuned(config: Config, output: Path, tuner: GuidanceTuner) -> None:
+    """Write the tuned weights in the forms that are asked for; what an earlier end of this run wrote besides, goes."""
+    written = set()
+    if config.train == "lora":
+        tuner.save_lora(output, config.lora_format)
+        written.add(output / LORA_FORMATS[config.lora_format])
+    else:
+        tuner.save_pretrained(output)
+    if config.extract_lora:
+        lora = tuner.save_lora(output / EXTRACTED, config.lora_format, config.extract_lora)
+        written.add(output / EXTRACTED / LORA_FORMATS[config.lora_format])
+        print(f"{output / EXTRACTED}: {lora.loss()}")
+    if config.single_file != "none":
+        tuner.save_single_file(output / SINGLE_FILE, {"fp16": torch.float16, "fp32": torch.float32}[config.single_file])
+        written.add(output / SINGLE_FILE)
+    files = [folder / file for folder in (output, output / EXTRACTED) for file in LORA_FORMATS.values()]
+    for old in {*files, output / SINGLE_FILE} - written:
+        old.unlink(missing_ok=True)
 
 
 def load_features(name: str) -> FeatureNetwork:

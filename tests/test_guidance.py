@@ -2,19 +2,15 @@
 
 import copy
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_stage
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from faceprior import tiny
 from faceprior.bases import load_pipeline
@@ -22,7 +18,6 @@ from faceprior.detect import box_mask
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import TRAIN, GuidanceTuner, dino_distance, load_tuned
 from faceprior.images import save_image
-from faceprior.lora import fold_lora
 from faceprior.models import quiet_libraries
 from faceprior.pairs import FacePair
 from faceprior.procedural import draw_portrait
@@ -344,152 +339,6 @@ def test_untuned_gives_the_bases_image_and_puts_the_weights_back(bases, train):
     with pytest.raises(KeyboardInterrupt), tuner.untuned():
         raise KeyboardInterrupt
     assert (draw(tuner.pipeline()) == tuned).all()
-
-
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 10)])
-def test_a_lora_draws_the_tuned_image_in_stock_diffusers(tiny_models, tmp_path, rank, alpha):
-    """alpha / rank = 2.5 has to survive the file."""
-    base = str(tiny_models / "sd15")
-    tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=rank, alpha=alpha)
-    perturb(tuner)
-    tuner.save_pretrained(tmp_path)
-    tuned = draw(tuner.pipeline())
-    stock = StableDiffusionPipeline.from_pretrained(base)
-    assert np.abs(draw(stock) - tuned).max() > 0.01
-    stock.load_lora_weights(tmp_path)
-    assert same_image(draw(stock), tuned)
-    assert same_image(draw(load_tuned(tmp_path, base)), tuned)
-    stock.unload_lora_weights()
-    with tuner.untuned() as original:
-        assert same_image(draw(stock), draw(original))
-
-
-def tensors_only(folder):
-    """A LoRA's tensors by the factors of their layers: a loader without metadata adds up @ down."""
-    tensors = load_file(folder / "pytorch_lora_weights.safetensors")
-    names = [name.removesuffix(".lora.down.weight") for name in tensors if name.endswith(".lora.down.weight")]
-    assert len(names) * 2 == len(tensors)
-    return {name: tensors[f"{name}.lora.up.weight"] @ tensors[f"{name}.lora.down.weight"] for name in names}
-
-
-@pytest.mark.parametrize(("rank", "alpha"), [(8, 2), (16, 4), (4, 10)])
-def test_the_strength_of_a_lora_is_in_its_tensors(tiny_models, tmp_path, rank, alpha):
-    """Folded: the product of the saved factors is alpha / rank B A; the trained weights themselves do not change."""
-    base = str(tiny_models / "sd15")
-    tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=rank, alpha=alpha)
-    perturb(tuner)
-    layers = {n: m for n, m in tuner.denoiser.named_modules() if hasattr(m, "lora_A")}
-    expected = {
-        f"unet.{n}": alpha / rank * m.lora_B["default"].weight.detach() @ m.lora_A["default"].weight.detach()
-        for n, m in layers.items()
-    }
-    tuner.save_pretrained(tmp_path)
-    torch.testing.assert_close(tensors_only(tmp_path), expected)
-
-    # ---- by tensors alone in stock diffusers, too
-    stock = StableDiffusionPipeline.from_pretrained(base)
-    stock.load_lora_weights(load_file(tmp_path / "pytorch_lora_weights.safetensors"))
-    assert same_image(draw(stock), draw(tuner.pipeline()))
-
-    # ---- the metadata: alpha = rank, and the trained alpha under our key
-    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
-        metadata = file.metadata()
-    config = json.loads(metadata["lora_adapter_metadata"])
-    assert config["unet.lora_alpha"] == config["unet.r"] == rank
-    assert json.loads(metadata["faceprior_lora"]) == {"rank": rank, "alpha": alpha, "rank_stabilized": False}
-
-
-def test_a_rank_stabilized_lora_is_folded_by_the_root_of_its_rank(bases):
-    """alpha 8 and rank 4 give 8 / sqrt(4) = 4, and a layer of another rank and alpha, 2 / sqrt(1) = 2."""
-    unet = copy.deepcopy(bases["sd15"].unet)
-    own = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    unet.add_adapter(
-        LoraConfig(
-            r=4, lora_alpha=8, use_rslora=True, target_modules=["attn1.to_q"], init_lora_weights=False,
-            rank_pattern={own: 1}, alpha_pattern={own: 2},
-        )
-    )  # fmt: skip
-    layers, config = fold_lora(unet)
-    for name, module in unet.named_modules():
-        if hasattr(module, "lora_B"):
-            torch.testing.assert_close(
-                layers[f"{name}.lora_B.weight"], (2 if name == own else 4) * module.lora_B["default"].weight
-            )
-    assert (config["lora_alpha"], config["alpha_pattern"], config["use_rslora"]) == (4, {own: 1}, False)
-
-
-def test_a_lora_of_an_earlier_version_keeps_its_strength(tiny_models, tmp_path):
-    """Its tensors are not folded, and its metadata say alpha and rank."""
-    base = str(tiny_models / "sd15")
-    tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=8, alpha=2)
-    perturb(tuner)
-    tuner.pipeline().save_lora_weights(
-        tmp_path,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(tuner.denoiser)),
-        unet_lora_adapter_metadata=tuner.denoiser.peft_config["default"].to_dict(),
-    )
-    assert same_image(draw(load_tuned(tmp_path, base)), draw(tuner.pipeline()))
-
-
-@pytest.mark.parametrize("name", ["my_faces.safetensors", "FACES.SAFETENSORS"])
-def test_a_lora_under_another_name_is_found(tiny_models, tmp_path, name):
-    """The only file that holds one; also by the file's own path."""
-    base = str(tiny_models / "sd15")
-    tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=2)
-    perturb(tuner)
-    tuner.save_pretrained(tmp_path)
-    (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / name)
-    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    for place in (tmp_path, tmp_path / name):
-        assert same_image(draw(load_tuned(place, base)), draw(tuner.pipeline()))
-    shutil.copy(tmp_path / name, tmp_path / "second.safetensors")
-    with pytest.raises(ValueError, match="has 2 LoRAs, .*: give the file itself"):
-        load_tuned(tmp_path, base)
-
-
-def test_a_lora_that_would_be_dropped_is_refused(tiny_models, tmp_path):
-    """DoRA's scales, layers that the base does not have, another base's sizes."""
-    base = str(tiny_models / "sd15")
-    tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=2)
-    tuner.save_pretrained(tmp_path)
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    tensors = load_file(file)
-    first = next(iter(tensors))
-    cases = {
-        "is a DoRA": tensors | {first.replace("lora.down.weight", "dora_scale"): torch.ones(8)},
-        "does not fit the base: of its": tensors | {first.replace("blocks.1", "blocks.9"): tensors[first].clone()},
-        "does not fit the base": {name: torch.zeros(3, 5) for name in tensors},
-        "does not fit the base: give": {
-            f"text_encoder.{name}.lora.down.weight": torch.zeros(2, 64) for name in ("a", "b")
-        },
-    }
-    for reason, changed in cases.items():
-        save_file(changed, file, {"format": "pt"})
-        with pytest.raises(ValueError, match=reason):
-            load_tuned(tmp_path, base)
-
-
-def test_a_dora_keeps_its_magnitudes(tiny_models, tmp_path):
-    """peft's DoRA scales each row of a weight by a trained magnitude, which stock loaders of other formats drop."""
-    base = str(tiny_models / "sd15")
-    pipeline = load_pipeline(base)
-    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["attn1.to_q"], use_dora=True))
-    without = draw(pipeline)
-    for name, parameter in pipeline.unet.named_parameters():
-        if "magnitude" in name:
-            parameter.data *= 1.5
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    settings = pipeline.unet.peft_config["default"].to_dict()
-    pipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=settings)
-    assert same_image(draw(load_tuned(tmp_path, base)), draw(pipeline)) and not same_image(draw(pipeline), without)
-
-
-def test_a_lora_of_sdxl(tiny_models, tmp_path):
-    base = str(tiny_models / "sdxl")
-    tuner = GuidanceTuner.from_pretrained(base, train="lora", rank=2)
-    perturb(tuner)
-    tuner.save_pretrained(tmp_path)
-    assert same_image(draw(load_tuned(tmp_path, base)), draw(tuner.pipeline()))
 
 
 def test_the_first_weights_of_a_lora_come_from_its_seed(bases):

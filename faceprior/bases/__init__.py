@@ -12,12 +12,22 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from faceprior.bases.describe import METHODS, BaseInfo, describe_base, require_base
+from faceprior.bases.export import require_single_file, save_single_file
 from faceprior.bases.folder import find_folder, load_folder
 from faceprior.bases.parts import BETAS
 from faceprior.bases.single_file import load_single_file, set_schedule
 from faceprior.models import load_part
 
-__all__ = ["METHODS", "BaseInfo", "describe_base", "find_folder", "load_pipeline", "require_base"]
+__all__ = [
+    "METHODS",
+    "BaseInfo",
+    "describe_base",
+    "find_folder",
+    "load_pipeline",
+    "require_base",
+    "require_single_file",
+    "save_single_file",
+]
 
 
 def load_pipeline(
