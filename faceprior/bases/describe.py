@@ -77,7 +77,7 @@ def describe_base(
     if isinstance(base, DiffusionPipeline):
         name, parts = base.name_or_path or type(base).__name__, parts_of_pipeline(base)
     elif (path := Path(base).expanduser()).is_file():
-        name, parts = str(base), parts_of_file(path)
+        name, parts = str(base), parts_of_file(path, prediction_type)
     else:
         folder = find_folder(base, vae)
         name, parts = str(base), parts_of_folder(folder, replaced=("vae",) if vae else ())
