@@ -15,8 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
 from safetensors import SafetensorError, safe_open
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -95,8 +100,8 @@ def _read_tensors(path: Path) -> _Tensors:
     for block, architecture in (("joint_blocks.", "Stable Diffusion 3"), ("double_blocks.", "FLUX")):
         if any(block in name for name in tensors.shapes):
             raise ValueError(
-                f"{path} is a {architecture} checkpoint: those are loaded from a diffusers folder or a hub id, not from "
-                "one file, which can be of Stable Diffusion 1, 2 or SDXL"
+                f"{path} is a {architecture} checkpoint: give its diffusers folder or hub id; one file can be of "
+                "Stable Diffusion 1, 2 or SDXL"
             )
     if tensors.layout("unet") is None:
         raise ValueError(f"{path} has no U-Net (`{_UNET}`): a whole checkpoint is needed, not a LoRA or a VAE alone")
@@ -201,14 +206,14 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: dict, prediction_typ
         for name in [name for name in _LAYOUTS if name in described and name not in parts]:
             kept = torch.float32 if name == "vae" else dtype
             if tensors.layout(name):
-                parts[name] = _load_part(path, tensors, name, described[name], folder, kept)
+                parts[name] = _load_part(path, tensors, name, described[name], kept)
             else:
                 logger.info("%s: not in %s, taken from %s", name, path, folder)
                 part_class = {"vae": AutoencoderKL}.get(name) or getattr(transformers, described[name].class_name)
                 parts[name] = load_part(part_class, folder / name, name, kept)
         if folder.parent == CONFIGS:
             for name in [name for name in described if name.startswith("tokenizer")]:
-                parts[name] = _make_tokenizer(read_json(folder / name / "tokenizer_config.json"))
+                parts[name] = make_tokenizer(folder / name)
 
         # ---- the pipeline, with the scheduler of the configs
         if "safety_checker" in read_json(folder / "model_index.json"):
@@ -235,38 +240,51 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: dict, prediction_typ
     return pipeline
 
 
-def _load_part(
-    path: Path, tensors: _Tensors, name: str, part: Part, folder: Path, dtype: torch.dtype
-) -> torch.nn.Module:
-    """Load one part from a checkpoint; the names of its tensors are translated by diffusers."""
-    start, first = tensors.layout(name)
-    with safe_open(path, "pt") as file:  # mapped: a tensor is read when it is used
-        held = {key.removeprefix(start): file.get_tensor(key) for key in tensors.shapes if key.startswith(start)}
+def _load_part(path: Path, tensors: _Tensors, name: str, part: Part, dtype: torch.dtype) -> torch.nn.Module:
+    """Load one part from a checkpoint, on the CPU.
 
+    ValueError if tensors are missing, of other shapes, or (of the U-Net) of no use.
+    """
+    # ---- the model without weights, and the weights by its names
+    with init_empty_weights():
+        if name in ("unet", "vae"):
+            model = (UNet2DConditionModel if name == "unet" else AutoencoderKL).from_config(part.config)
+        else:
+            model_class = getattr(transformers, part.class_name)
+            model = model_class(model_class.config_class(**part.config))
+    start, _ = tensors.layout(name)
+    with safe_open(path, "pt") as file:  # mapped: a tensor is read when it is used
+        held = {key: file.get_tensor(key) for key in tensors.shapes if key.startswith(start)}
+    state = _translate(name, held, start, model)
+
+    # ---- nothing is missing, of another shape, or dropped
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    if missing := sorted(shapes.keys() - state.keys()):
+        raise ValueError(f"the weights of {name} lack {', '.join(missing[:3])} ({len(missing)} in all)")
+    if other := next((key for key, shape in shapes.items() if state[key].shape != shape), None):
+        raise ValueError(f"{other} of {name} has the shape {tuple(state[other].shape)}, not {tuple(shapes[other])}")
+    used = {id(state[key]) for key in shapes}
+    if name == "unet" and (idle := [key for key, tensor in held.items() if id(tensor) not in used]):
+        raise ValueError(f"its U-Net has no place for {', '.join(idle[:3])} ({len(idle)} in all)")
+    model.load_state_dict({key: state[key].to(dtype) for key in shapes}, assign=True)
+    return model.eval()
+
+
+def _translate(name: str, held: dict[str, torch.Tensor], start: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a part's tensors by the names of diffusers and transformers; `start`: how those in the file start."""
+    inner = {key.removeprefix(start): tensor for key, tensor in held.items()}
     if name == "unet":
-        if start == _UNET:
-            held = {_UNET + key: tensor for key, tensor in held.items()}
-        sizes = {key: part.config[key] for key in ("in_channels", "out_channels", "sample_size") if key in part.config}
-        unet = UNet2DConditionModel.from_single_file(
-            held, config=str(folder), subfolder=name, dtype=dtype, local_files_only=True, **sizes
-        )
-        if len(held) > (needed := len(unet.state_dict())):
-            raise ValueError(f"its U-Net has {len(held)} tensors and theirs {needed}")
-        return unet
+        return convert_ldm_unet_checkpoint(held, model.config) if start == _UNET else inner
     if name == "vae":
-        return AutoencoderKL.from_single_file(
-            held, config=str(folder), subfolder=name, dtype=dtype, local_files_only=True
-        )
-    if first == "token_embedding.weight":  # OpenCLIP's names
-        held = {start + key: tensor for key, tensor in held.items()}
-    else:
-        inner = ("text_model.", "text_projection.")
-        held = {key if key.startswith(inner) else f"text_model.{key}": tensor for key, tensor in held.items()}
-        held = {f"cond_stage_model.transformer.{key}": tensor for key, tensor in held.items()}
-    part_class = getattr(transformers, part.class_name)
-    return create_diffusers_clip_model_from_ldm(
-        part_class, held, subfolder=name, config=str(folder), torch_dtype=dtype, local_files_only=True
-    )
+        own = "decoder.up_blocks.0.resnets.0.conv1.weight" in inner
+        return inner if own else convert_ldm_vae_checkpoint(inner, model.config)
+
+    # ---- text encoders: transformers has `text_model.` before the names where there is a projection, as older files do
+    if "token_embedding.weight" in inner:
+        inner = convert_open_clip_checkpoint(model, held, prefix=start)
+    wrapper = "text_model." if hasattr(model, "text_model") else ""
+    inner = {key.removeprefix("text_model."): tensor for key, tensor in inner.items()}
+    return {key if key.startswith("text_projection.") else wrapper + key: tensor for key, tensor in inner.items()}
 
 
 def set_schedule(pipeline: DiffusionPipeline, settings: dict[str, Any]) -> None:
@@ -281,10 +299,14 @@ def set_schedule(pipeline: DiffusionPipeline, settings: dict[str, Any]) -> None:
 # ---- CLIP's tokenizers
 
 
-def _make_tokenizer(config: dict[str, Any]) -> CLIPTokenizer:
-    """Build a tokenizer of CLIP's vocabulary; OpenCLIP's pads with "!", id 0, as its training did."""
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Build a tokenizer of CLIP's vocabulary with the config in `folder`.
+
+    OpenCLIP's pads with "!", id 0, as its training did; transformers then also reads every "!" of a prompt as this
+    token, alike for the folders on the hub.
+    """
     vocab, merges = _read_vocabulary()
-    return CLIPTokenizer(vocab=vocab, merges=merges, **config)
+    return CLIPTokenizer(vocab=vocab, merges=merges, **read_json(folder / "tokenizer_config.json"))
 
 
 @cache
