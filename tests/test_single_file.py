@@ -181,7 +181,7 @@ def test_a_checkpoint_of_full_size_loads_without_a_hub(kind, tmp_path, caplog):
 
 def test_the_512_base_of_stable_diffusion_2(tmp_path, caplog):
     """It has the shapes of the 768 model, and predicts epsilon: by the option, or by its trainer's metadata."""
-    tensors = {name: tensor for name, tensor in original_tensors(full_size("sd21"), openclip=True).items()}
+    tensors = original_tensors(full_size("sd21"), openclip=True)
     write_zeros(tmp_path / "base.safetensors", tensors)
     info = require_base(tmp_path / "base.safetensors", "tune", prediction_type="epsilon")
     loaded = load_pipeline(tmp_path / "base.safetensors", torch.float16, prediction_type="epsilon")
@@ -404,48 +404,25 @@ def test_the_weights_of_a_file_bit_for_bit(base, stored, dtype):
             assert found[key].dtype == kept and torch.equal(found[key], tensor.to(stored).to(kept)), (name, key)
 
 
-def test_training_a_mapped_file_never_changes_it(base):
-    path = base.folder / "model.safetensors"
-    save_file(base.tensors, path)
-    before = path.read_bytes()
-    loaded = load_pipeline(path)
-    with torch.no_grad():
-        for parameter in loaded.unet.parameters():
-            parameter.add_(1)
-    assert path.read_bytes() == before
-
-
-def test_averaged_weights_in_the_file_are_not_taken_and_it_is_said(base, caplog):
-    caplog.set_level(logging.INFO, "faceprior")
-    start = "model.diffusion_model."
-    averaged = {
-        "model_ema." + name.removeprefix("model.").replace(".", ""): tensor + 1
-        for name, tensor in base.tensors.items()
-        if name.startswith(start)
-    }
-    save_file({**base.tensors, **averaged}, base.folder / "model.safetensors")
-    assert same_weights(load_pipeline(base.folder / "model.safetensors").unet, base.pipeline.unet)
-    assert "holds averaged weights too (model_ema): the plain ones are used" in caplog.text
-
-
 def own_names(pipeline):
     """Return a pipeline's weights by diffusers' names, each part with its own before them."""
     return {f"{name}.{k}": v for name, part in models_of(pipeline).items() for k, v in part.state_dict().items()}
 
 
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
 def test_a_file_with_diffusers_names(base):
     """transformers wrote `text_model.` before all names of a text encoder, and reads them so."""
     tensors = {name: tensor for name, tensor in own_names(base.pipeline).items() if not name.startswith("text_")}
     for name in ("text_encoder", "text_encoder_2"):
-        if hasattr(base.pipeline, name):
-            encoder = clip_tensors(getattr(base.pipeline, name), f"{name}.")
-            tensors |= {key.replace("text_model.text_projection", "text_projection"): encoder[key] for key in encoder}
+        encoder = clip_tensors(getattr(base.pipeline, name), f"{name}.")
+        tensors |= {key.replace("text_model.text_projection", "text_projection"): encoder[key] for key in encoder}
     save_file(tensors, base.folder / "model.safetensors")
     loaded = load_pipeline(base.folder / "model.safetensors")
     for name, model in models_of(base.pipeline).items():
         assert same_weights(getattr(loaded, name), model)
 
 
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
 def test_a_unet_alone_takes_the_other_parts_from_the_folder_that_it_lies_in(base, tmp_path, caplog):
     caplog.set_level(logging.INFO, "faceprior")
     base.pipeline.save_pretrained(tmp_path)
@@ -462,6 +439,7 @@ def test_a_unet_alone_takes_the_other_parts_from_the_folder_that_it_lies_in(base
         assert f"text_encoder: not in {path}, taken from {tmp_path}" in caplog.messages
 
 
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
 def test_a_unet_alone_without_a_folder_says_what_is_missing(base):
     unet = {name: tensor for name, tensor in base.tensors.items() if name.startswith("model.")}
     save_file(unet, base.folder / "unet.safetensors")
@@ -470,19 +448,10 @@ def test_a_unet_alone_without_a_folder_says_what_is_missing(base):
             ValueError, match=r"no text encoder \(`text_encoder`.*: give the whole checkpoint, or put it"
         ):
             attempt(base.folder / "unet.safetensors")
-    if base.kind == "sdxl":
-        first = {name: t for name, t in base.tensors.items() if not name.startswith("conditioner.embedders.1.")}
-        save_file(first, base.folder / "unet.safetensors")
-        with pytest.raises(ValueError, match=r"no text encoder \(`text_encoder_2`"):
-            load_pipeline(base.folder / "unet.safetensors")
-
-
-def test_tensors_that_a_unet_has_no_place_for_are_not_dropped(base):
-    """Such as the scales of 8-bit weights, without which they would be wrong."""
-    scale = {"model.diffusion_model.input_blocks.1.0.in_layers.2.scale_weight": torch.ones(1)}
-    save_file({**base.tensors, **scale}, base.folder / "scaled.safetensors")
-    with pytest.raises(ValueError, match=r"does not fit .*: its U-Net has no place for .*2.scale_weight \(1 in all\)"):
-        load_pipeline(base.folder / "scaled.safetensors")
+    first = {name: t for name, t in base.tensors.items() if not name.startswith("conditioner.embedders.1.")}
+    save_file(first, base.folder / "unet.safetensors")
+    with pytest.raises(ValueError, match=r"no text encoder \(`text_encoder_2`"):
+        load_pipeline(base.folder / "unet.safetensors")
 
 
 # ---- beside the configs of its architecture
@@ -566,6 +535,37 @@ def test_an_old_file_names_the_text_encoder_without_text_model(sd15, beside):
     assert same_weights(load_pipeline(path).text_encoder, sd15.text_encoder)
 
 
+def test_training_never_changes_the_file(beside):
+    """Its weights are mapped into memory."""
+    path = beside()
+    before, loaded = path.read_bytes(), load_pipeline(path)
+    with torch.no_grad():
+        for parameter in loaded.unet.parameters():
+            parameter.add_(1)
+    assert path.read_bytes() == before
+
+
+def test_averaged_weights_in_the_file_are_not_taken_and_it_is_said(sd15, beside, caplog):
+    caplog.set_level(logging.INFO, "faceprior")
+    path, start = beside(), "model.diffusion_model."
+    tensors = load_file(path)
+    averaged = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): tensor + 1
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }
+    save_file({**tensors, **averaged}, path)
+    assert same_weights(load_pipeline(path).unet, sd15.unet)
+    assert f"{path} holds averaged weights too (model_ema): the plain ones are used" in caplog.text
+
+
+def test_tensors_that_a_unet_has_no_place_for_are_not_dropped(beside):
+    """Such as the scales of 8-bit weights, without which they would be wrong."""
+    path = beside(add=("model.diffusion_model.input_blocks.1.0.in_layers.2.scale_weight",))
+    with pytest.raises(ValueError, match=r"does not fit .*: its U-Net has no place for .*2.scale_weight \(1 in all\)"):
+        load_pipeline(path)
+
+
 def test_truncated_single_file(single_file, tmp_path):
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(single_file.read_bytes()[:-100])
@@ -642,6 +642,14 @@ def test_marks_of_a_single_file_and_the_option(beside, marks, option, kind, zero
         assert torch.equal(pred_original_sample(scheduler, velocity, last, sample), -velocity)
         pipeline.scheduler.set_timesteps(4)
         assert pipeline.scheduler.timesteps[0] == 999
+
+
+def test_an_inpainting_unet_of_stable_diffusion_2_predicts_epsilon(tmp_path):
+    tensors = original_tensors(full_size("sd21"), openclip=True)
+    few = {name: torch.zeros(tensors[name].shape) for name in FEW}
+    save_file({**few, FEW[0]: torch.zeros(320, 9, 3, 3)}, tmp_path / "inpaint.safetensors")
+    info = require_base(tmp_path / "inpaint.safetensors", "inpaint")
+    assert (info.in_channels, info.prediction_type, info.sample_size) == (9, "epsilon", 64)
 
 
 def test_epsilon_at_zero_snr_is_refused(beside):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
 from faceprior.models import first_line, require_weights
@@ -17,7 +16,7 @@ SD1, SD2, SDXL, REFINER = "Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "S
 # It weighs 1.2 GB and blanks images: research scripts load without it.
 NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
 # What diffusers and transformers raise for missing, truncated and foreign files.
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 TEXT_TO_IMAGE = {
     SD1: StableDiffusionPipeline,
     SD2: StableDiffusionPipeline,

@@ -62,6 +62,7 @@ _LAYOUTS = {
         ("text_encoder_2.", "text_model.embeddings.token_embedding.weight"),
     ),
 }
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 _LENDER = "put it into the diffusers folder of a base of its architecture, beside the model_index.json"
 
 
@@ -149,7 +150,7 @@ def parts_of_file(path: Path, prediction_type: str = "auto") -> dict[str, Part]:
     marks = _marks(tensors)
     for name in _LAYOUTS:
         if layout := tensors.layout(name):
-            class_name, config = parts.get(name, Part("CLIPTextModel", {}))
+            class_name, config = parts.get(name, Part(_CLASSES.get(name, "CLIPTextModel"), {}))
             parts[name] = Part(class_name, {**config, **_sizes(name, tensors, *layout)})
     scheduler = parts.get("scheduler", Part("no scheduler", {}))
     parts["scheduler"] = Part(scheduler.class_name, {**scheduler.config, **marks})
@@ -177,8 +178,8 @@ def _marks(tensors: _Tensors) -> dict[str, Any]:
     stated = tensors.metadata.get("modelspec.prediction_type")
     if tensors.has("v_pred") or stated in ("v", "v_prediction"):
         marks["prediction_type"] = "v_prediction"
-    elif stated == "epsilon":
-        marks["prediction_type"] = "epsilon"
+    elif stated == "epsilon" or _sizes("unet", tensors, *tensors.layout("unet"))["in_channels"] == 9:
+        marks["prediction_type"] = "epsilon"  # as all inpainting models do, Stable Diffusion 2's too
     if tensors.has("ztsnr"):
         marks |= _ZERO_SNR
     return marks
@@ -201,7 +202,7 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: dict, prediction_typ
         logger.info("%s holds averaged weights too (model_ema): the plain ones are used, to be trained on", path)
 
     # ---- the parts that are not given: from the file, or from the folder that it lies in
-    parts, architecture = dict(parts), architecture_of(described)
+    parts, architecture, shipped = dict(parts), architecture_of(described), folder.parent == CONFIGS
     try:
         for name in [name for name in _LAYOUTS if name in described and name not in parts]:
             kept = torch.float32 if name == "vae" else dtype
@@ -209,9 +210,9 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: dict, prediction_typ
                 parts[name] = _load_part(path, tensors, name, described[name], kept)
             else:
                 logger.info("%s: not in %s, taken from %s", name, path, folder)
-                part_class = {"vae": AutoencoderKL}.get(name) or getattr(transformers, described[name].class_name)
+                part_class = AutoencoderKL if name == "vae" else getattr(transformers, described[name].class_name)
                 parts[name] = load_part(part_class, folder / name, name, kept)
-        if folder.parent == CONFIGS:
+        if shipped:
             for name in [name for name in described if name.startswith("tokenizer")]:
                 parts[name] = make_tokenizer(folder / name)
 
@@ -221,20 +222,15 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: dict, prediction_typ
         pipeline = TEXT_TO_IMAGE[architecture].from_pretrained(folder, dtype=dtype, **parts)
         require_complete(path.parent, pipeline)
     except LOADING_ERRORS as error:
-        kind = architecture if folder.parent == CONFIGS else folder
-        raise ValueError(f"{path} does not fit the configs of {kind}: {first_line(error)}") from error
+        kind, way_out = (architecture, f": {_LENDER}") if shipped else (folder, "")
+        raise ValueError(f"{path} does not fit the configs of {kind}: {first_line(error)}{way_out}") from error
     pipeline.register_to_config(_name_or_path=str(path))
 
     # ---- what it predicts: the file's marks, else the configs', which nobody has stated if they are the package's
     marks = _marks(tensors)
     if marks:
         set_schedule(pipeline, marks)
-    if (
-        architecture == SD2
-        and folder.parent == CONFIGS
-        and prediction_type == "auto"
-        and "prediction_type" not in marks
-    ):
+    if shipped and architecture == SD2 and "prediction_type" not in marks and prediction_type == "auto":
         guess = pipeline.scheduler.config.prediction_type
         logger.warning("%s does not say what it predicts: %s is a guess, `--prediction_type` states it", path, guess)
     return pipeline
