@@ -16,7 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["faceprior", "faceprior.*"]),
-    package_data={"faceprior.report": ["templates/*.html"]},
+    package_data={
+        "faceprior.bases": ["configs/**/*.json", "configs/clip/*"],  # clip: the vocabulary with its licence
+        "faceprior.report": ["templates/*.html"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.14,<3",

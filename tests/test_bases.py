@@ -1,8 +1,7 @@
-"""Base models: described and refused by their configs, loaded from folders, single files and the hub's cache."""
+"""Base models: described and refused by their configs, loaded from folders and the hub's cache."""
 
 import json
 import logging
-import re
 import shutil
 from functools import cache
 
@@ -12,7 +11,6 @@ import tiny_bases
 import torch
 from conftest import load_stage
 from diffusers import (
-    DDIMScheduler,
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     FluxPipeline,
@@ -27,7 +25,7 @@ from tiny_bases import build
 
 from faceprior.bases import BaseInfo, describe_base, load_pipeline, require_base
 from faceprior.bases.parts import class_problem
-from faceprior.diffusion import make_noise_scheduler, pred_original_sample
+from faceprior.diffusion import make_noise_scheduler
 from faceprior.tiny import tiny_sd15, tiny_sdxl
 
 
@@ -161,240 +159,13 @@ def test_hub_ids_are_served_from_the_cache_without_a_network(sd15, sd15_folder, 
     assert same_weights(load_pipeline("faceprior/cached").unet, sd15.unet)
 
 
-# ---- single files in the original (CompVis) layout
-
-
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
-
-def original_unet_name(name, last=1):
-    """The name of a U-Net tensor in the original layout: blocks in one row, `last` + 1 of them on each level."""
-    stem, end = name.rsplit(".", 1)
-    if stem in UNET_ENDS:
-        return f"{UNET_ENDS[stem]}.{end}"
-    side, rest = re.fullmatch(r"(down_blocks\.\d|up_blocks\.\d|mid_block)\.(.+)", name).groups()
-    part, layer, inner = re.fullmatch(r"(\w+)\.(\d)\.(.+)", rest).groups()
-    if part == "resnets":
-        stem, end = inner.rsplit(".", 1)
-        inner = f"{RESNET[stem]}.{end}"
-    if side == "mid_block":
-        return f"middle_block.{2 * int(layer) if part == 'resnets' else 1}.{inner}"
-    level = int(side[-1])
-    if part == "downsamplers":
-        return f"input_blocks.{1 + level * (last + 1) + last}.0.{inner.replace('conv', 'op')}"
-    if part == "upsamplers":
-        return f"output_blocks.{level * (last + 1) + last}.2.{inner}"
-    first = 1 if side.startswith("down") else 0
-    blocks = "input_blocks" if first else "output_blocks"
-    return f"{blocks}.{first + level * (last + 1) + int(layer)}.{0 if part == 'resnets' else 1}.{inner}"
-
-
-def original_vae_name(name, levels=3):
-    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-    name = re.sub(r"up_blocks\.(\d)", lambda m: f"up.{levels - 1 - int(m[1])}", name.replace("down_blocks", "down"))
-    name = name.replace("resnets", "block").replace("downsamplers.0", "downsample")
-    return name.replace("upsamplers.0", "upsample")
-
-
-@pytest.fixture(scope="module")
-def single_file(sd15, tmp_path_factory):
-    """The tiny pipeline's weights in one file, as checkpoints are traded."""
-    tensors = {f"model.diffusion_model.{original_unet_name(k)}": v for k, v in sd15.unet.state_dict().items()}
-    tensors |= {f"first_stage_model.{original_vae_name(k)}": v for k, v in sd15.vae.state_dict().items()}
-    prefix = "cond_stage_model.transformer.text_model."
-    tensors |= {prefix + k.removeprefix("text_model."): v for k, v in sd15.text_encoder.state_dict().items()}
-    path = tmp_path_factory.mktemp("single") / "model.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    return path
-
-
-def test_single_file_beside_the_configs_of_its_architecture(sd15, single_file, copy):
-    """The file's weights, not those of the folder, which only lends its configs and tokenizer."""
-    for weights in copy.glob("*/*.safetensors"):
-        weights.unlink()
-    shutil.copy(single_file, copy)
-    loaded = load_pipeline(str(copy / single_file.name), torch.float16)
-    assert loaded.vae.dtype == torch.float32 and same_weights(loaded.vae, sd15.vae)
-    assert loaded.unet.dtype == loaded.text_encoder.dtype == torch.float16
-    assert same_weights(loaded.unet.float(), tiny_sd15().unet.half().float())
-    assert same_weights(loaded.text_encoder.float(), tiny_sd15().text_encoder.half().float())
-    assert loaded.safety_checker is None
-
-
-def test_single_file_without_configs_or_network_says_what_to_do(single_file):
-    with pytest.raises(FileNotFoundError, match="weights only.*beside its model_index.json"):
-        load_pipeline(str(single_file))
-
-
-def test_single_file_of_another_architecture_is_named(sdxl, single_file, tmp_path):
-    sdxl.save_pretrained(tmp_path / "sdxl")
-    shutil.copy(single_file, tmp_path / "sdxl")
-    with pytest.raises(ValueError, match="model.safetensors does not fit .*sdxl"):
-        load_pipeline(str(tmp_path / "sdxl" / single_file.name))
-
-
-def test_truncated_single_file(single_file, tmp_path):
-    torn = tmp_path / "torn.safetensors"
-    torn.write_bytes(single_file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="torn.safetensors is truncated or no safetensors file"):
-        load_pipeline(str(torn))
-
-
-def test_a_pickle_is_not_loaded(tmp_path):
-    (tmp_path / "model.ckpt").write_bytes(b"anything")
-    with pytest.raises(ValueError, match="has to be a .safetensors file: a pickle can run code"):
-        load_pipeline(str(tmp_path / "model.ckpt"))
-
-
-def test_a_lora_is_no_base(tmp_path):
-    save_file({"lora_unet_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="lora.safetensors has no U-Net.*not a LoRA"):
-        load_pipeline(str(tmp_path / "lora.safetensors"))
-
-
-@pytest.fixture
-def beside(single_file, copy):
-    """A single file beside the configs of its architecture, and a function that writes another with changed tensors."""
-    for weights in copy.glob("*/*.safetensors"):
-        weights.unlink()
-    tensors = load_file(single_file)
-
-    def write(add=(), drop=(), metadata=None, name="model.safetensors"):
-        kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(drop or ("no tensor",))}
-        save_file({**kept, **{key: torch.zeros(1) for key in add}}, copy / name, metadata)
-        return copy / name
-
-    return write
-
-
-def test_a_suffix_in_upper_case_is_no_pickle(sd15, beside):
-    assert same_weights(load_pipeline(beside(name="model.SAFETENSORS")).unet, sd15.unet)
-
-
-def test_a_single_file_without_vae_names_the_option(sd15, beside, tmp_path):
-    path = beside(drop=("first_stage_model",))
-    with pytest.raises(ValueError, match="has no VAE .*: name one with `--vae`"):
-        load_pipeline(path)
-    with pytest.raises(ValueError, match="cannot inpaint faces: it has no VAE: name one with `--vae`"):
-        require_base(path, "inpaint")
-    sd15.vae.save_pretrained(tmp_path / "vae")
-    assert require_base(path, "inpaint", str(tmp_path / "vae")).latent_channels == 4
-    assert same_weights(load_pipeline(path, vae=str(tmp_path / "vae")).vae, sd15.vae)
-
-
-def test_a_single_file_without_text_encoder_says_what_supplies_it(beside):
-    path = beside(drop=("cond_stage_model",))
-    with pytest.raises(ValueError, match="no text encoder .*: give the whole checkpoint"):
-        load_pipeline(path)
-    with pytest.raises(ValueError, match="text encoder has to be CLIP's but is none: give a whole checkpoint"):
-        require_base(path, "tune")
-
-
 # ---- what a base predicts
-
-
-@pytest.mark.parametrize(
-    ("marks", "option", "kind", "zero_snr"),
-    [
-        ({"add": ("v_pred",)}, "auto", "v_prediction", False),
-        ({"add": ("v_pred", "ztsnr")}, "auto", "v_prediction", True),
-        ({"metadata": {"modelspec.prediction_type": "v"}}, "auto", "v_prediction", False),
-        ({}, "auto", "epsilon", False),
-        ({}, "v_prediction", "v_prediction", False),
-        ({"add": ("v_pred",)}, "epsilon", "epsilon", False),
-    ],
-)
-def test_marks_of_a_single_file_and_the_option(beside, marks, option, kind, zero_snr):
-    """At zero terminal SNR alpha_bar of the last timestep is 0, so that x_t is noise and x_0 = -v (DDPM's formula)."""
-    path = beside(**marks)
-    pipeline, info = load_pipeline(path, prediction_type=option), require_base(path, "tune", prediction_type=option)
-    assert info.prediction_type == kind and info.noise == ("zero_snr" if zero_snr else "ddpm")
-    assert pipeline.scheduler.config.prediction_type == kind
-    scheduler = make_noise_scheduler(pipeline)
-    assert scheduler.config.prediction_type == kind
-    assert (scheduler.alphas_cumprod[-1].item() == 0) == zero_snr
-    assert (pipeline.scheduler.config.get("timestep_spacing") == "trailing") == zero_snr
-    if zero_snr:
-        sample, velocity, last = torch.ones(1, 4, 2, 2), torch.full((1, 4, 2, 2), 0.5), torch.tensor([999])
-        assert torch.equal(pred_original_sample(scheduler, velocity, last, sample), -velocity)
-        pipeline.scheduler.set_timesteps(4)
-        assert pipeline.scheduler.timesteps[0] == 999
-
-
-def test_epsilon_at_zero_snr_is_refused(beside):
-    path = beside(add=("v_pred", "ztsnr"))
-    with pytest.raises(ValueError, match="zero terminal SNR.*give `--prediction_type v_prediction`"):
-        require_base(path, "tune", prediction_type="epsilon")
-
-
-def test_a_sampler_without_zero_snr_is_replaced(beside, copy):
-    """Stable Diffusion 1.5 comes with PNDM, which cannot end at pure noise."""
-    index, scheduler = copy / "model_index.json", copy / "scheduler/scheduler_config.json"
-    change(index, scheduler=["diffusers", "PNDMScheduler"])
-    change(scheduler, _class_name="PNDMScheduler", skip_prk_steps=True)
-    loaded = load_pipeline(beside(add=("v_pred", "ztsnr"))).scheduler
-    assert isinstance(loaded, DDIMScheduler) and loaded.alphas_cumprod[-1] == 0
 
 
 def test_the_option_of_a_folder(sdxl_folder):
     assert load_pipeline(sdxl_folder, prediction_type="v_prediction").scheduler.config.prediction_type == "v_prediction"
     with pytest.raises(ValueError, match="`prediction_type` has to be auto, epsilon or v_prediction but is 'v'"):
         load_pipeline(sdxl_folder, prediction_type="v")
-
-
-def test_a_file_of_stable_diffusion_2_is_described_by_its_tensors(tmp_path):
-    """768-v and the 512 base have equal shapes: without configs v is the guess, as diffusers has it."""
-    tensors = {
-        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3, dtype=torch.float16),
-        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 1024),
-        "first_stage_model.decoder.conv_in.weight": torch.zeros(8, 4, 3, 3),
-        "cond_stage_model.model.token_embedding.weight": torch.zeros(8, 1024),
-    }
-    save_file(tensors, tmp_path / "sd2.safetensors")
-    info = require_base(tmp_path / "sd2.safetensors", "tune")
-    assert (info.architecture, info.prediction_type) == ("Stable Diffusion 2", "v_prediction")
-    assert require_base(tmp_path / "sd2.safetensors", "tune", prediction_type="epsilon").prediction_type == "epsilon"
-
-
-@pytest.mark.parametrize(
-    ("names", "reason"),
-    [
-        (("edm_mean", "edm_std"), "noise is not DDPM's"),
-        (("model.diffusion_model.joint_blocks.0.x",), "Stable Diffusion 3 checkpoint without a U-Net"),
-        (("double_blocks.0.img_attn.norm.key_norm.scale",), "FLUX checkpoint without a U-Net"),
-    ],
-)
-def test_single_files_of_other_kinds_are_refused(beside, names, reason):
-    path = beside(add=names)
-    with pytest.raises(ValueError, match=reason):
-        require_base(path, "tune")
-    with pytest.raises(ValueError, match="EDM noise|without a U-Net"):
-        load_pipeline(path)
-
-
-def test_a_refiner_in_one_file_is_refused(tmp_path):
-    names = ("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight")
-    tensors = {name: torch.zeros(4, 4, 3, 3) for name in names}
-    tensors["conditioner.embedders.0.model.token_embedding.weight"] = torch.zeros(8, 1280)
-    save_file(tensors, tmp_path / "refiner.safetensors")
-    for attempt in (load_pipeline, lambda path: require_base(path, "prior")):
-        with pytest.raises(ValueError, match="SDXL's refiner, without the first text encoder"):
-            attempt(tmp_path / "refiner.safetensors")
 
 
 # ---- what a method can use

@@ -36,11 +36,13 @@ def load_pipeline(
     """Load a text-to-image pipeline from a diffusers folder, a single `.safetensors` file or a hub id.
 
     A single file holds weights only: its configs are taken from `model_index.json` and its sub-folders beside the file
-    if they exist, else from the hub. `vae`: folder or hub id of a VAE that replaces the base's own (Realistic Vision is
-    published without one). prediction_type: `epsilon` or `v_prediction` where the files do not say which, or wrongly;
-    `auto` takes what they say. Whatever class a folder names, Stable Diffusion and SDXL are loaded as text-to-image.
-    Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's overflows in float16); the safety checker is not
-    loaded.
+    if they exist, whose weights then stand in for parts that the file lacks; else they are the package's own, of Stable
+    Diffusion 1.5, 2.1 or SDXL by the U-Net's shapes, so that no hub is asked. Of a file with averaged weights
+    (`model_ema`) the plain ones are taken. `vae`: folder or hub id of a VAE that replaces the base's own (Realistic
+    Vision is published without one). prediction_type: `epsilon` or `v_prediction` where the files do not say which, or
+    wrongly; `auto` takes what they say. Whatever class a folder names, Stable Diffusion and SDXL are loaded as
+    text-to-image. Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's overflows in float16); the safety
+    checker is not loaded.
 
     Raises FileNotFoundError if there is no such model on disk or on the hub, ValueError if its files are damaged or of
     another kind.

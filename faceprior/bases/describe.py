@@ -101,7 +101,7 @@ def describe_base(
         own = (cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("diffusers."))
         pipeline_class = next(own, "")
     elif (path := Path(base).expanduser()).is_file():
-        name, parts = str(base), parts_of_file(path)
+        name, parts = str(base), parts_of_file(path, prediction_type)
     else:
         folder = find_folder(base, vae)
         name, parts = str(base), parts_of_folder(folder, replaced=("vae",) if vae else ())

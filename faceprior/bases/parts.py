@@ -15,7 +15,6 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
 from faceprior.models import first_line, require_weights
@@ -25,7 +24,7 @@ SD3, FLUX = "Stable Diffusion 3", "FLUX"  # transformers with flow matching; 3 i
 # It weighs 1.2 GB and blanks images: research scripts load without it.
 NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
 # What diffusers and transformers raise for missing, truncated and foreign files.
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 TEXT_TO_IMAGE = {
     SD1: StableDiffusionPipeline,
     SD2: StableDiffusionPipeline,
