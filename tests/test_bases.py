@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from functools import cache
 
@@ -11,6 +12,7 @@ import tiny_bases
 import torch
 from conftest import load_stage
 from diffusers import (
+    DDIMScheduler,
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     FluxPipeline,
