@@ -25,7 +25,7 @@ from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
 from faceprior.jsonl import rewrite_rows
 from faceprior.losses import guidance_loss
-from faceprior.models import quiet_libraries, weight_dtype
+from faceprior.models import quiet_libraries, require_trainable, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
 
@@ -42,6 +42,7 @@ class Config:
     train: Literal["self_attention", "lora", "full"] = "self_attention"  # trained weights; the paper: self_attention
     rank: int = 16  # rank of the LoRA, [1, 1024]
     alpha: int = 16  # alpha of the LoRA, whose weight is alpha / rank, [1, 4096]
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # quantization of the frozen network and text encoders; lora
     objective: Literal["guidance", "denoising"] = "guidance"  # loss; denoising: plain fine-tuning on good, a baseline
     t_end: float = 0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]
     distance: Literal["l2", "dino"] = "l2"  # distance of guidance: of masked latents, or of decoded features (Eq. 7)
@@ -77,6 +78,7 @@ def main(config: Config) -> None:
     quiet_libraries()
 
     # ---- Input and output
+    require_trainable(config.train, config.quantization)
     pairs, problems = gather_pairs(config.pairs)
     accelerator = make_accelerator(
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
@@ -96,6 +98,7 @@ def main(config: Config) -> None:
         weight_dtype(config.mixed_precision),
         config.vae,
         config.prediction_type,
+        config.quantization,
         train=config.train,
         rank=config.rank,
         alpha=config.alpha,
