@@ -247,33 +247,37 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def quantize(module: torch.nn.Module, quantization: str) -> torch.nn.Module:
-    """Freeze a network's linear layers in `8bit` or `nf4`, in place, one by one; `none` changes nothing.
+    """Freeze a network's `quantizable` layers in `8bit` or `nf4`, in place, one by one; `none` changes nothing.
 
-    quantization: `8bit` takes half of the memory of 16-bit weights, `nf4` a good quarter, to the byte what
-    `quantization.quantized_bytes` says. Like diffusers' own loader it takes every linear layer but those that the
-    network's class keeps in float32 (the `wo` of T5, which overflows); convolutions, norms and embeddings stay as they
-    are.
-
-    Nothing is trained in the quantized layers, but gradients pass through them, and peft puts a LoRA beside them. So
-    that the full weights need not fit on a GPU, quantize first and move then.
+    `8bit` takes half of the memory of 16-bit weights, `nf4` a good quarter: see `quantization.quantized_bytes`.
+    Gradients pass through the layers, and peft puts a LoRA beside them. So that the full weights need not fit on a GPU,
+    quantize first and move then.
     """
     require_quantization(quantization)
     if quantization == "none":
         return module
-    import torch
-
     from faceprior.quantization import quantized
 
-    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
-    for name, layer in list(module.named_modules()):
-        # not its subclasses, whose weights others read
-        if type(layer) is not torch.nn.Linear or set(kept) & set(name.split(".")):
-            continue
+    for name in quantizable(module):
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, quantized(layer, quantization))
+        setattr(module.get_submodule(parent), child, quantized(module.get_submodule(name), quantization))
     # by these peft and diffusers know such a network
     module.is_loaded_in_8bit, module.is_loaded_in_4bit = quantization == "8bit", quantization == "nf4"
     return module
+
+
+def quantizable(module: torch.nn.Module) -> list[str]:
+    """Return the names of the linear layers that `quantize` takes, which in the published networks are nearly all.
+
+    Left as they are: layers that the network's class keeps in float32 (the `wo` of T5, which overflows), those whose
+    number of inputs is no multiple of 64 (bitsandbytes' blocks, which its CPU code gets wrong across rows), and
+    subclasses, such as attention's, whose weights others read.
+    """
+    import torch
+
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    layers = ((name, layer) for name, layer in module.named_modules() if type(layer) is torch.nn.Linear)
+    return [name for name, layer in layers if layer.in_features % 64 == 0 and not kept & set(name.split("."))]
 
 
 def require_quantization(name: str) -> None:
