@@ -68,6 +68,16 @@ def test_nothing_imports_a_stage():
         }
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "stages").glob("*.py")), ids=lambda path: path.stem)
+def test_a_stage_imports_faceprior_before_what_loads_bitsandbytes(path):
+    """Else bitsandbytes warns on every start, before faceprior can silence it."""
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [getattr(node, "module", None) or node.names[0].name for node in nodes]
+    order = [name.partition(".")[0] for name in names]
+    assert "faceprior" in order
+    assert not {"diffusers", "peft", "bitsandbytes"} & set(order[: order.index("faceprior")])
+
+
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
             try:
                 line = _restored(file, names[file], record, settings, restore)
             except Exception as error:  # whatever fails in one image, the others are restored
-                failed[file], line = reason(file, error), "error"
+                failed[file], line = reason(file, error, "`--dtype bfloat16`, `--quantization nf4`"), "error"
             if file in failed:
                 _free_memory()
             show(f"{file}: {line}")
