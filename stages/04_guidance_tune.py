@@ -42,7 +42,7 @@ class Config:
     train: Literal["self_attention", "lora", "full"] = "self_attention"  # trained weights; the paper: self_attention
     rank: int = 16  # rank of the LoRA, [1, 1024]
     alpha: int = 16  # alpha of the LoRA, whose weight is alpha / rank, [1, 4096]
-    quantization: Literal["none", "8bit", "nf4"] = "none"  # quantization of the frozen network and text encoders; lora
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen weights; not none: train lora only
     objective: Literal["guidance", "denoising"] = "guidance"  # loss; denoising: plain fine-tuning on good, a baseline
     t_end: float = 0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]
     distance: Literal["l2", "dino"] = "l2"  # distance of guidance: of masked latents, or of decoded features (Eq. 7)

@@ -60,7 +60,7 @@ class Config:
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     output: str = "checkpoints/prior"  # folder for the prior
     train: Literal["full", "lora"] = "full"  # trained weights: the U-Net (the paper), or a LoRA on its attention, fused
-    quantization: Literal["none", "8bit", "nf4"] = "none"  # quantization of the frozen U-Net and text encoders; lora
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen weights; not none: train lora only
     rank: int = 64  # rank of the LoRA, [1, 1024]
     resolution: int = 128  # side of the training images in pixels, without multi-aspect buckets, [64, 2048]
     prompt_drop: float = 0.1  # fraction of the samples whose caption is dropped, [0, 1]

@@ -57,7 +57,7 @@ SAMPLES = "samples.jsonl"
 class Config:
     images: str = "data/portraits/images"  # folder of clean, aligned faces
     prior: str = "checkpoints/prior"  # portrait prior of stage 5: diffusers folder, .safetensors file or hub id
-    quantization: Literal["none", "8bit", "nf4"] = "none"  # quantization of the prior's frozen U-Net in the training
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen U-Net's weights in the training
     init: str = "tiny"  # restorer whose ControlNet is trained on: folder, hub id, or tiny; empty: the prior's encoder
     output: str = "checkpoints/restorer"  # folder for the restorer
     resolution: int = 128  # side of the training images in pixels, [64, 2048]
