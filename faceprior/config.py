@@ -30,7 +30,8 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -75,34 +76,73 @@ def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] 
         if message is None:
             raise
         if is_out_of_memory(error):
-            message += "; " + (memory_advice(config) or "use a machine with more")
+            message += f"; {memory_advice(config)}"
         raise SystemExit(f"{stage.name}: error: {printable(message, sys.stderr.encoding)}") from error
 
 
-def memory_advice(config: Any) -> str:
-    """Return the options with which a stage needs less memory; empty if its settings have none left.
+@contextmanager
+def advise_on_memory(settings: dict[str, Any]) -> Iterator[None]:
+    """Turn an error for lack of memory into a MemoryError that names the settings that need less."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"{explain(error)}; {memory_advice(settings)}") from error
 
-    Those come first with which the same run resumes.
+
+def memory_advice(settings: Any) -> str:
+    """Say with which options less memory is needed; those come first with which the same run resumes.
+
+    settings: a stage's Config, whose options are written as on the command line, or a dict of arguments in Python.
     """
-    value = dataclasses.asdict(config).get
+    in_python = isinstance(settings, dict)
+    values = settings if in_python else dataclasses.asdict(settings)
+    free = RUN_KEYS | {"batch_size", "accumulation"} | getattr(type(settings), "FREE", frozenset())
     same, other = [], []
+    for changes in memory_options(values):
+        resumes = bool(values.get("output")) and changes.keys() <= free
+        (same if resumes else other).append(_written(changes, in_python))
+    parts = [f"{' or '.join(same)} (the same run resumes)" if same else "", ", ".join(other)]
+    options = ", else, in a new run, ".join(filter(None, parts))
+    return f"less is needed with {options}" if options else "use a machine with more"
+
+
+def memory_options(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the changes of settings that need less memory, {option: value}, in the order of what they cost.
+
+    First what costs nothing but a place on the disk or time, then what changes the numbers a little, then what is
+    trained, at last the size of the images, whose value is None: smaller.
+    """
+    value, options = values.get, []
+    if value("cache") is False:
+        options.append({"cache": True})
     if (value("batch_size") or 1) > 1:
         size, micro_batches = value("batch_size"), value("accumulation")
         factor = 2 if size % 2 == 0 else size
-        rest = f" --accumulation {micro_batches * factor}" if micro_batches else ""
-        same.append(f"--batch_size {size // factor}{rest}")
+        rest = {"accumulation": micro_batches * factor} if micro_batches else {}
+        options.append({"batch_size": size // factor, **rest})
     if value("gradient_checkpointing") is False:
-        same.append("--gradient_checkpointing")
+        options.append({"gradient_checkpointing": True})
     if value("mixed_precision") == "no":
-        other.append("--mixed_precision bf16")
+        options.append({"mixed_precision": "bf16"})
     if value("optimizer") == "adamw":
-        other.append("--optimizer adamw8bit")
-    if value("train") not in (None, "lora"):
-        other.append("--train lora")
-    other += [f"a smaller --{name}" for name in field_help(type(config)) if name.endswith("resolution")]
-    parts = [f"{' or '.join(same)} (the same run resumes)" if same else "", ", ".join(other)]
-    options = ", else, in a new run, ".join(filter(None, parts))
-    return f"less is needed with {options}" if options else ""
+        options.append({"optimizer": "adamw8bit"})
+    lora = {} if value("train") in (None, "lora") else {"train": "lora"}
+    if lora:
+        options.append(lora)
+    if value("quantization") in ("none", "8bit"):
+        options.append({**lora, "quantization": "nf4"})
+    return options + [{name: None} for name in values if name.endswith("resolution")]
+
+
+def _written(changes: dict[str, Any], in_python: bool) -> str:
+    """Write options as arguments in Python, or as flags."""
+    if None in changes.values():
+        return f"a smaller {'' if in_python else '--'}{next(iter(changes))}"
+    if in_python:
+        return " with ".join(f"{name}={value!r}" for name, value in changes.items())
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
 
 
 def parse_config(config_class: type[T], argv: list[str] | None = None) -> T:

@@ -21,6 +21,7 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from faceprior.bases import describe_base, load_pipeline, require_base, save_single_file
+from faceprior.config import advise_on_memory
 from faceprior.diffusion import (
     PromptEmbeddings,
     add_noise,
@@ -41,6 +42,7 @@ from faceprior.diffusion import (
 from faceprior.features import FeatureNetwork
 from faceprior.lora import LORA_FILE, Lora, add_lora, extract_lora, find_lora, load_lora, save_lora, trained_lora
 from faceprior.losses import guidance_loss, noise_loss
+from faceprior.models import precision_of, quantization_of, require_trainable
 from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
 
@@ -89,6 +91,7 @@ class GuidanceTuner:
         if not 0 <= prompt_drop <= 1:
             raise ValueError(f"`prompt_drop` has to be in [0, 1] but is {prompt_drop}")
         require_base(pipeline, "tune", train=train)
+        require_trainable(train, quantization_of(denoiser_of(pipeline)))
         self._pipeline, self.train = pipeline, train
         self.t_end, self.prompt_drop, self.distance = t_end, prompt_drop, distance
         self.noise_scheduler = make_noise_scheduler(pipeline)
@@ -108,11 +111,18 @@ class GuidanceTuner:
         dtype: torch.dtype = torch.float32,
         vae: str | None = None,
         prediction_type: str = "auto",
+        quantization: str = "none",
         **options,
     ):
-        """Load `base` (diffusers folder, single `.safetensors` file or hub id); `options` are the constructor's."""
-        describe_base(base, vae, prediction_type).require("tune", options.get("train", TRAIN[0]))
-        return cls(load_pipeline(base, dtype, vae, prediction_type), **options)
+        """Load `base` (diffusers folder, single `.safetensors` file or hub id); `options` are the constructor's.
+
+        quantization: `none`, `8bit` or `nf4`: how the frozen network and text encoders are held (`models.quantize`);
+        only a LoRA can be trained beside them.
+        """
+        train = options.get("train", TRAIN[0])
+        require_trainable(train, quantization)
+        describe_base(base, vae, prediction_type).require("tune", train)
+        return cls(load_pipeline(base, dtype, vae, prediction_type, quantization), **options)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -236,15 +246,19 @@ class GuidanceTuner:
         batch_size: int = 2,
         accumulation: int = 1,
         optimizer: str = "adamw",
-        mixed_precision: str = "no",
+        mixed_precision: str | None = None,
         device: str = "auto",
         seed: int = 0,
         output: str | Path | None = None,
         resolution: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> GuidanceTuner:
         """Train on `pairs`: a folder that stage 1 made, several separated by commas, or a dataset.
 
-        resolution: side in pixels of the images of a folder, the base's own by default.
+        resolution: side in pixels of the images of a folder, the base's own by default. mixed_precision: `no`, `fp16`
+        or `bf16`, by default what the base's dtype says. optimizer: `adamw`, `adamw8bit` or `paged_adamw8bit`.
+        gradient_checkpointing: activations are computed again in the backward pass, for less memory. Where the memory
+        does not suffice, MemoryError names the options that need less.
         A dataset has the samples that `loss` takes in batches. With `output`, a folder for the log and checkpoints, the
         training stops and resumes like stage 4.
         """
@@ -260,21 +274,28 @@ class GuidanceTuner:
             pairs = PairDataset(usable, resolution)
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
+        mixed_precision = mixed_precision or precision_of(self.denoiser.dtype)
+        settings = {"batch_size": batch_size, "accumulation": accumulation, "mixed_precision": mixed_precision}
+        settings |= {"gradient_checkpointing": gradient_checkpointing, "optimizer": optimizer, "output": output}
+        settings |= {"train": self.train, "quantization": quantization_of(self.denoiser)}
         accelerator = make_accelerator(device, mixed_precision, accumulation)
-        self.to(accelerator.device)
-        adam = make_optimizer(self.trainable_parameters(), optimizer, learning_rate)
-        unet, adam = accelerator.prepare(self.denoiser, adam)
-        run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam})
-        for batch in run.batches(pairs, batch_size, seed):
-            unet.train()
-            with accelerator.accumulate(unet):
-                loss = self.loss(batch, run.generators(batch), unet)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.trainable_parameters(), 1.0)
-                adam.step()
-                adam.zero_grad()
-            run.log(loss=loss)
+        if gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        with advise_on_memory({**settings, **({"resolution": resolution} if resolution else {})}):
+            self.to(accelerator.device)
+            adam = make_optimizer(self.trainable_parameters(), optimizer, learning_rate)
+            unet, adam = accelerator.prepare(self.denoiser, adam)
+            run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam})
+            for batch in run.batches(pairs, batch_size, seed):
+                unet.train()
+                with accelerator.accumulate(unet):
+                    loss = self.loss(batch, run.generators(batch), unet)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(self.trainable_parameters(), 1.0)
+                    adam.step()
+                    adam.zero_grad()
+                run.log(loss=loss)
         return self
 
     def pipeline(self) -> DiffusionPipeline:

@@ -1,4 +1,4 @@
-"""Models by name: local path or hub id -> folder; the ids of the published models; device and dtype.
+"""Models by name: local path or hub id -> folder; the ids of the published models; device, dtype, quantization.
 
 The module imports no torch, diffusers, transformers or huggingface_hub before it needs them, so that a command line can
 name a default without loading a library.
@@ -39,6 +39,7 @@ _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _WEIGHT_FILE = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
 )
+QUANTIZATIONS = ("none", "8bit", "nf4")
 # The folders of the stages: a name in them is never a hub id.
 _OUTPUTS = ("checkpoints/", "data/", "results/")
 
@@ -235,3 +236,66 @@ def weight_dtype(mixed_precision: str) -> torch.dtype:
     import torch
 
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Return `no`, `fp16` or `bf16`, of which `weight_dtype` is this dtype."""
+    return next(name for name in ("no", "fp16", "bf16") if weight_dtype(name) == dtype)
+
+
+# ---- quantization
+
+
+def quantize(module: torch.nn.Module, quantization: str) -> torch.nn.Module:
+    """Freeze a network's `quantizable` layers in `8bit` or `nf4`, in place, one by one; `none` changes nothing.
+
+    `8bit` takes half of the memory of 16-bit weights, `nf4` a good quarter: see `quantization.quantized_bytes`.
+    Gradients pass through the layers, and peft puts a LoRA beside them. So that the full weights need not fit on a GPU,
+    quantize first and move then.
+    """
+    require_quantization(quantization)
+    if quantization == "none":
+        return module
+    from faceprior.quantization import quantized
+
+    for name in quantizable(module):
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, quantized(module.get_submodule(name), quantization))
+    # by these peft and diffusers know such a network
+    module.is_loaded_in_8bit, module.is_loaded_in_4bit = quantization == "8bit", quantization == "nf4"
+    return module
+
+
+def quantizable(module: torch.nn.Module) -> list[str]:
+    """Return the names of the linear layers that `quantize` takes, which in the published networks are nearly all.
+
+    Left as they are: layers that the network's class keeps in float32 (the `wo` of T5, which overflows), those whose
+    number of inputs is no multiple of 64 (bitsandbytes' blocks, which its CPU code gets wrong across rows), and
+    subclasses, such as attention's, whose weights others read.
+    """
+    import torch
+
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    layers = ((name, layer) for name, layer in module.named_modules() if type(layer) is torch.nn.Linear)
+    return [name for name, layer in layers if layer.in_features % 64 == 0 and not kept & set(name.split("."))]
+
+
+def require_quantization(name: str) -> None:
+    """Raise ValueError for a name that `quantize` does not know."""
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"`quantization` has to be one of {', '.join(QUANTIZATIONS)} but is {name!r}")
+
+
+def require_trainable(train: str, quantization: str) -> None:
+    """Raise ValueError if the weights that are to be trained are quantized."""
+    if quantization != "none" and train != "lora":
+        raise ValueError(
+            f"`train` is {train} and `quantization` {quantization}, but quantized weights cannot be trained: use lora, "
+            "or no quantization"
+        )
+
+
+def quantization_of(module: torch.nn.Module) -> str:
+    """Return how a network's layers are quantized, by `quantize` or by a loader of diffusers' or transformers'."""
+    loaded = {"8bit": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}
+    return next((name for name, flag in loaded.items() if getattr(module, flag, False)), "none")

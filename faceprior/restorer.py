@@ -31,7 +31,15 @@ from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_lik
 from faceprior.files import atomic_write
 from faceprior.images import ImageSource, SourceImage, read_source, to_pil, to_pixel_values
 from faceprior.jsonl import require_keys
-from faceprior.models import MODEL_FILES, RESTORER_ID, load_part, resolve_model
+from faceprior.models import (
+    MODEL_FILES,
+    RESTORER_ID,
+    load_part,
+    quantization_of,
+    quantize,
+    require_quantization,
+    resolve_model,
+)
 
 logger = logging.getLogger(__name__)
 SETTINGS_FILE = "restorer_config.json"
@@ -133,12 +141,16 @@ class AuthFaceRestorer:
         return cls(pipeline, settings)
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str = RESTORER_ID, dtype: torch.dtype = torch.float32) -> AuthFaceRestorer:
+    def from_pretrained(
+        cls, path_or_id: str = RESTORER_ID, dtype: torch.dtype = torch.float32, quantization: str = "none"
+    ) -> AuthFaceRestorer:
         """Load a folder that `save_pretrained` wrote, a folder of the official layout, or a hub id.
 
         Every part lies in its sub-folder (`unet/`, `controlnet/`, `vae/`, ...); a `model_index.json` is not needed. The
-        VAE is loaded in float32. Raises FileNotFoundError that names the missing part, ValueError for a damaged one.
+        VAE is loaded in float32. quantization: `none`, `8bit` or `nf4`, of all networks but the VAE, for less memory
+        (see `models.quantize`). Raises FileNotFoundError that names the missing part, ValueError for a damaged one.
         """
+        require_quantization(quantization)
         folder = resolve_model(
             path_or_id,
             "restorer",
@@ -150,6 +162,8 @@ class AuthFaceRestorer:
         for name, part_class in _PARTS.items():
             part_dtype = torch.float32 if name == "vae" else dtype
             parts[name] = load_part(part_class, folder, name, part_dtype, name, _CONFIGS.get(name, ("config.json",)))
+            if isinstance(parts[name], torch.nn.Module) and name != "vae":
+                quantize(parts[name], quantization)
         settings = folder / SETTINGS_FILE
         return cls(
             StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False),
@@ -158,6 +172,8 @@ class AuthFaceRestorer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write every part to its sub-folder (safetensors) and the sampling settings to `restorer_config.json`."""
+        if quantization_of(self.pipeline.unet) != "none":
+            raise ValueError("a quantized restorer cannot be saved: load it without `quantization`")
         self.pipeline.save_pretrained(folder)
         with atomic_write(Path(folder) / SETTINGS_FILE, "w") as file:
             json.dump(asdict(self.settings), file, indent=1)

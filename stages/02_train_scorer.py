@@ -18,12 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from faceprior import tiny  # first: it silences bitsandbytes, which diffusers loads
+
+# isort: split
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
-from faceprior import tiny
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.degrade import degrade_alike
 from faceprior.files import atomic_write

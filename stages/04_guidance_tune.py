@@ -35,7 +35,7 @@ from faceprior.images import save_image
 from faceprior.jsonl import rewrite_rows
 from faceprior.lora import LORA_FORMATS, require_lora_format
 from faceprior.losses import guidance_loss
-from faceprior.models import quiet_libraries, weight_dtype
+from faceprior.models import quiet_libraries, require_trainable, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
 
@@ -59,6 +59,7 @@ class Config:
     lora_format: Literal["diffusers", "kohya"] = "diffusers"  # format of the LoRA file; kohya: for the web UIs
     extract_lora: int = 0  # rank of a LoRA that is extracted from trained self-attention; 0: none, [0, 1024]
     single_file: Literal["none", "fp16", "fp32"] = "none"  # dtype of a single-file checkpoint beside the pipeline
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen weights; not none: train lora only
     objective: Literal["guidance", "denoising"] = "guidance"  # loss; denoising: plain fine-tuning on good, a baseline
     t_end: float = (
         0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]; with flow matching
@@ -97,6 +98,7 @@ def main(config: Config) -> None:
     quiet_libraries()
 
     # ---- Input and output
+    require_trainable(config.train, config.quantization)
     pairs, problems = gather_pairs(config.pairs)
     accelerator = make_accelerator(
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
@@ -116,6 +118,7 @@ def main(config: Config) -> None:
         weight_dtype(config.mixed_precision),
         config.vae,
         config.prediction_type,
+        config.quantization,
         train=config.train,
         rank=config.rank,
         alpha=config.alpha,

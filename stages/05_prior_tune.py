@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from faceprior import tiny  # first: it silences bitsandbytes, which diffusers loads
+
+# isort: split
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
-from faceprior import tiny
 from faceprior.bases import load_pipeline, require_base
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.diffusion import (
@@ -34,7 +36,7 @@ from faceprior.diffusion import (
 from faceprior.images import save_image
 from faceprior.jsonl import resume_rows, rewrite_rows
 from faceprior.losses import noise_loss
-from faceprior.models import quiet_libraries, weight_dtype
+from faceprior.models import quiet_libraries, require_trainable, weight_dtype
 from faceprior.portraits import PortraitDataset, read_portraits
 from faceprior.training import (
     TrainingRun,
@@ -58,6 +60,7 @@ class Config:
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     output: str = "checkpoints/prior"  # folder for the prior
     train: Literal["full", "lora"] = "full"  # trained weights: the U-Net (the paper), or a LoRA on its attention, fused
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen weights; not none: train lora only
     rank: int = 64  # rank of the LoRA, [1, 1024]
     resolution: int = 128  # side of the training images in pixels, without multi-aspect buckets, [64, 2048]
     prompt_drop: float = 0.1  # fraction of the samples whose caption is dropped, [0, 1]
@@ -90,6 +93,7 @@ def main(config: Config) -> None:
     quiet_libraries()
 
     # ---- Input and output
+    require_trainable(config.train, config.quantization)
     portraits, problems = read_portraits(config.portraits)
     accelerator = make_accelerator(
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
@@ -105,7 +109,8 @@ def main(config: Config) -> None:
 
     # ---- The base, its samples before the tuning, and which of its weights are trained
     dtype = weight_dtype(config.mixed_precision)
-    pipeline = load_pipeline(base, dtype, config.vae, config.prediction_type).to(accelerator.device)
+    source = (base, dtype, config.vae, config.prediction_type)
+    pipeline = load_pipeline(*source, config.quantization).to(accelerator.device)
     if accelerator.is_main_process:
         report_long_prompts(pipeline, (portrait.caption for portrait in portraits))
     prompts = sorted({portrait.caption for portrait in portraits})[: config.num_samples]
@@ -149,17 +154,18 @@ def main(config: Config) -> None:
             optimizer.zero_grad()
         run.log(loss=loss)
 
-    # ---- The prior (a LoRA is fused), samples after the tuning, and the summary
+    # ---- Samples after the tuning, the prior (a LoRA is fused), and the summary
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         pipeline.unet.eval()
+        if config.train == "full":
+            pipeline.unet.to(dtype)
+        draw_samples(config, output, pipeline, prompts, "after")
         if config.train == "lora":
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
-        pipeline.unet.to(dtype)
+            pipeline = fuse_lora(pipeline, load_pipeline(*source) if config.quantization != "none" else pipeline)
+            pipeline.unet.to(dtype)
         pipeline.save_pretrained(output)
         tiny.copy_info(config.base, output)
-        draw_samples(config, output, pipeline, prompts, "after")
         sides = ("before", "after")
         rows = [{"prompt": p, "seed": i, **{s: sample_file(i, s) for s in sides}} for i, p in enumerate(prompts)]
         rewrite_rows(output / SAMPLES, rows)
@@ -188,6 +194,16 @@ def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn
     for parameter in trained:
         parameter.data = parameter.data.float()
     return trained
+
+
+def fuse_lora(tuned: DiffusionPipeline, base: DiffusionPipeline) -> DiffusionPipeline:
+    """Return `base` with the LoRA of `tuned` in its weights: another pipeline where those of `tuned` are quantized."""
+    if base is not tuned:
+        base.unet.add_adapter(tuned.unet.peft_config["default"])
+        set_peft_model_state_dict(base.unet, get_peft_model_state_dict(tuned.unet))
+    base.fuse_lora()
+    base.unload_lora_weights()
+    return base
 
 
 def draw_before(config: Config, output: Path, pipeline: DiffusionPipeline, prompts: list[str]) -> None:

@@ -18,6 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from faceprior import tiny  # first: it silences bitsandbytes, which diffusers loads
+
+# isort: split
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -25,7 +28,6 @@ from diffusers import ControlNetModel, DiffusionPipeline
 from PIL import Image
 from torch.utils.data import Dataset
 
-from faceprior import tiny
 from faceprior.bases import load_pipeline, require_base
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.degrade import PRESETS, DegradationConfig, degrade, scaled
@@ -44,7 +46,7 @@ from faceprior.files import find_images, printable
 from faceprior.images import ImageError, as_array, load_image, save_image, to_pixel_values
 from faceprior.jsonl import rewrite_rows
 from faceprior.losses import facial_loss, noise_loss, step_weights
-from faceprior.models import load_part, looks_like_path, quiet_libraries, weight_dtype
+from faceprior.models import load_part, looks_like_path, quantize, quiet_libraries, weight_dtype
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run, sample_timesteps, seeded
 
@@ -55,6 +57,7 @@ SAMPLES = "samples.jsonl"
 class Config:
     images: str = "data/portraits/images"  # folder of clean, aligned faces
     prior: str = "checkpoints/prior"  # portrait prior of stage 5: diffusers folder, .safetensors file or hub id
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen U-Net's weights in the training
     init: str = "tiny"  # restorer whose ControlNet is trained on: folder, hub id, or tiny; empty: the prior's encoder
     output: str = "checkpoints/restorer"  # folder for the restorer
     resolution: int = 128  # side of the training images in pixels, [64, 2048]
@@ -149,8 +152,10 @@ def main(config: Config) -> None:
 
     # ---- The frozen prior with the null prompt, and the ControlNet, which is trained
     dtype = weight_dtype(config.mixed_precision)
-    prior = load_pipeline(config.prior, dtype).to(accelerator.device)
+    prior = load_pipeline(config.prior, dtype)
     controlnet = make_controlnet(config, prior).to(accelerator.device)
+    quantize(prior.unet, config.quantization)  # after the ControlNet was made, which may start from its encoder
+    prior.to(accelerator.device)
     noise_scheduler = make_noise_scheduler(prior)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     null_prompt = encode_prompts(prior, [""] * config.batch_size)
@@ -221,7 +226,10 @@ def main(config: Config) -> None:
     if accelerator.is_main_process:
         controlnet = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
         restorer = AuthFaceRestorer.from_prior(prior, controlnet, settings(config))
-        restorer.save_pretrained(output)
+        saved = restorer
+        if config.quantization != "none":  # the prior is saved with the weights that it came with
+            saved = AuthFaceRestorer.from_prior(load_pipeline(config.prior, dtype), controlnet, settings(config))
+        saved.save_pretrained(output)
         tiny.copy_info(config.prior, output)
         controlnet.to(dtype)  # saved in float32, sampled in the prior's dtype
         restore_samples(config, output, restorer, faces)

@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from faceprior import tiny  # first: it silences bitsandbytes, which diffusers loads
+
+# isort: split
 import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from faceprior import tiny
 from faceprior.align import align_face
 from faceprior.bases import load_pipeline, require_base
 from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, print_problems, run_stage

@@ -791,6 +791,9 @@ def test_restore_again(tmp_path, restore):
     assert (output / "face.png").read_bytes() == first["face.png"]
     assert restore(*command, "--seed", 9)[1].count("finished before") == 0
     assert (output / "face.png").read_bytes() != first["face.png"]
+    assert "finished before" not in restore(*command, "--quantization", "nf4")[1]
+    assert (output / "face.png").read_bytes() != first["face.png"]
+    assert restore(*command, "--seed", 9)[1].count("finished before") == 0
 
     save_image(landscape(2), tmp_path / "in/none.jpg")
     code, out, _ = restore(*command, "--seed", 9)
@@ -948,7 +951,7 @@ def test_one_image_that_fails_does_not_end_the_batch(tmp_path, restore, monkeypa
     assert code == 1 and out.count("copied as it is") == 2 and "2.png: error" in out
     assert f"{tmp_path}/in/2.png: " in err and "no file or folder at" in err and "2 of 4 images failed" in err
     if "Memory" in type(error).__name__:
-        assert "out of memory: use `--dtype bfloat16`" in err
+        assert "out of memory: use `--dtype bfloat16`, `--quantization nf4`, `--device cpu`" in err
 
 
 def test_one_batch_that_fails_does_not_end_the_scoring(portraits, score, monkeypatch):

@@ -16,11 +16,13 @@ import yaml
 from conftest import STAGES, load_stage
 
 from faceprior.config import (
+    advise_on_memory,
     field_help,
     is_complete,
     load_section,
     make_config,
     memory_advice,
+    memory_options,
     open_output,
     parse_config,
     run_stage,
@@ -575,12 +577,44 @@ def test_options_that_need_less_memory():
     config_class = load_stage("05_prior_tune").Config
     assert memory_advice(config_class(batch_size=4, accumulation=3)) == (
         "less is needed with --batch_size 2 --accumulation 6 or --gradient_checkpointing (the same run resumes), else, "
-        "in a new run, --mixed_precision bf16, --optimizer adamw8bit, --train lora, a smaller --resolution"
+        "in a new run, --mixed_precision bf16, --optimizer adamw8bit, --train lora, --train lora --quantization nf4, a "
+        "smaller --resolution"
     )
+    lora = config_class(batch_size=1, gradient_checkpointing=True, mixed_precision="bf16", train="lora")
+    last = ", --quantization nf4, a smaller --resolution"
+    assert memory_advice(lora) == f"less is needed with --optimizer adamw8bit{last}"
     spare = {"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw8bit", "train": "lora"}
+    spare |= {"quantization": "nf4"}
     assert memory_advice(config_class(batch_size=1, **spare)) == "less is needed with a smaller --resolution"
     assert "--batch_size 1 --accumulation 3 (the" in memory_advice(config_class(**{**spare, "batch_size": 3}))
     assert "a smaller --restoration_resolution" in memory_advice(load_stage("07_eval").Config())
+    restorer = memory_advice(load_stage("06_train_restorer").Config(batch_size=1))
+    assert "--gradient_checkpointing (the same run resumes), else, in a new run, " in restorer
+    assert restorer.endswith(last)
+    without = dataclasses.make_dataclass("Settings", [("seed", int, 0)])
+    assert memory_advice(without()) == "use a machine with more"
+
+
+def test_what_costs_least_comes_first():
+    """The cache before all else; 8 bits have a smaller form left; arguments in Python are written as such."""
+    values = {"cache": False, "batch_size": 3, "accumulation": 2, "gradient_checkpointing": False, "optimizer": "adamw"}
+    options = [{"cache": True}, {"batch_size": 1, "accumulation": 6}, {"gradient_checkpointing": True}]
+    options += [{"optimizer": "adamw8bit"}, {"quantization": "nf4"}, {"resolution": None}]
+    values |= {"train": "lora", "quantization": "8bit", "resolution": 64}
+    assert memory_options(values) == options
+    assert memory_options({"batch_size": 4}) == [{"batch_size": 2}]
+    assert memory_options({"batch_size": None, "train": "lora", "quantization": "nf4"}) == []
+    assert memory_advice({"batch_size": 4, "accumulation": 1, "resolution": 64}) == (
+        "less is needed with batch_size=2 with accumulation=2, a smaller resolution"
+    )
+
+
+def test_only_a_lack_of_memory_is_turned_into_advice():
+    with pytest.raises(ValueError, match="^another$"), advise_on_memory({"batch_size": 2}):
+        raise ValueError("another")
+    advice = "^out of memory: too much; less is needed with batch_size=1$"
+    with pytest.raises(MemoryError, match=advice), advise_on_memory({"batch_size": 2}):
+        raise MemoryError("too much")
 
 
 def test_interrupt_ends_with_its_exit_code(stage, capsys):

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "faceprior"
 # A floor imports lower floors only; a subpackage stands on one floor, and its own modules may import each other.
 FLOORS = {
-    0: "files errors losses models original_layout streams",
-    1: "images jsonl config",
+    0: "files errors losses original_layout quantization streams",
+    1: "images jsonl config models",
     2: "detect align degrade color quality metrics training diffusion photos procedural",
     3: "bases lora pairs portraits features facial blip convert tables",
     4: "inpaint scorer guidance restorer",
@@ -66,6 +66,16 @@ def test_nothing_imports_a_stage():
         assert "stages" not in {
             n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)
         }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "stages").glob("*.py")), ids=lambda path: path.stem)
+def test_a_stage_imports_faceprior_before_what_loads_bitsandbytes(path):
+    """Else bitsandbytes warns on every start, before faceprior can silence it."""
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [getattr(node, "module", None) or node.names[0].name for node in nodes]
+    order = [name.partition(".")[0] for name in names]
+    assert "faceprior" in order
+    assert not {"diffusers", "peft", "bitsandbytes"} & set(order[: order.index("faceprior")])
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -16,7 +16,7 @@ from faceprior.bases.export import require_single_file, save_single_file
 from faceprior.bases.folder import find_folder, load_folder
 from faceprior.bases.parts import BETAS
 from faceprior.bases.single_file import load_single_file, set_schedule
-from faceprior.models import load_part
+from faceprior.models import load_part, quantize, require_quantization
 
 __all__ = [
     "METHODS",
@@ -31,7 +31,11 @@ __all__ = [
 
 
 def load_pipeline(
-    base: str | Path, dtype: torch.dtype = torch.float32, vae: str | None = None, prediction_type: str = "auto"
+    base: str | Path,
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    prediction_type: str = "auto",
+    quantization: str = "none",
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline from a diffusers folder, a single `.safetensors` file or a hub id.
 
@@ -40,15 +44,17 @@ def load_pipeline(
     Diffusion 1.5, 2.1 or SDXL by the U-Net's shapes, so that no hub is asked. Of a file with averaged weights
     (`model_ema`) the plain ones are taken. `vae`: folder or hub id of a VAE that replaces the base's own (Realistic
     Vision is published without one). prediction_type: `epsilon` or `v_prediction` where the files do not say which, or
-    wrongly; `auto` takes what they say. Whatever class a folder names, Stable Diffusion and SDXL are loaded as
-    text-to-image. Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's overflows in float16); the safety
-    checker is not loaded.
+    wrongly; `auto` takes what they say. quantization: `none`, `8bit` or `nf4`, of the network and the text encoders,
+    which can neither be trained nor saved then; never of the VAE (see `models.quantize`). Whatever class a folder
+    names, a text-to-image pipeline is loaded. Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's
+    overflows in float16); the safety checker is not loaded.
 
     Raises FileNotFoundError if there is no such model on disk or on the hub, ValueError if its files are damaged or of
     another kind.
     """
     if prediction_type not in ("auto", "epsilon", "v_prediction"):
         raise ValueError(f"`prediction_type` has to be auto, epsilon or v_prediction but is {prediction_type!r}")
+    require_quantization(quantization)
     parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae else {}
     path = Path(base).expanduser()
     if path.is_file():
@@ -57,5 +63,8 @@ def load_pipeline(
         pipeline = load_folder(find_folder(base, vae), dtype, parts)
     if prediction_type != "auto" and BETAS & pipeline.scheduler.config.keys():
         set_schedule(pipeline, {"prediction_type": prediction_type})
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and name != "vae":
+            quantize(part, quantization)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

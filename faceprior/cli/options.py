@@ -86,10 +86,10 @@ def checkpoint_of(options: argparse.Namespace, kind: str) -> str:
     return folder
 
 
-def load_checkpoint(model_class: type, checkpoint: str, dtype: "torch.dtype") -> Any:
+def load_checkpoint(model_class: type, checkpoint: str, dtype: "torch.dtype", **options: Any) -> Any:
     """Load a model by its `from_pretrained`; an error of a library's own class becomes a ValueError of one line."""
     try:
-        return model_class.from_pretrained(checkpoint, dtype=dtype)
+        return model_class.from_pretrained(checkpoint, dtype=dtype, **options)
     except (ValueError, OSError, ImportError):
         raise
     except Exception as error:

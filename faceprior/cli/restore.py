@@ -36,7 +36,7 @@ from faceprior.cli.outputs import (
 from faceprior.cli.results import reason, say, show
 from faceprior.files import copy_file
 from faceprior.images import ImageError, SourceImage, count_frames, load_image, read_source, save_image
-from faceprior.models import RESTORER_ID
+from faceprior.models import QUANTIZATIONS, RESTORER_ID
 
 if TYPE_CHECKING:
     from faceprior.restorer import AuthFaceRestorer, RestoredImage
@@ -55,6 +55,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="folder for restored images, PNG in the same tree; an image without a face is copied as it is; images that"
         " an earlier run with the same settings restored to DIR are not restored again, and no other file in it is"
         " overwritten",
+    )
+    parser.add_argument(
+        "--quantization",
+        default="none",
+        choices=QUANTIZATIONS,
+        help="quantization of the networks, for less memory; 8bit takes half of 16 bits, nf4 a good quarter"
+        " (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="restore again what an earlier run wrote to DIR")
     parser.add_argument("--compare", action="store_true", help="also write before | after as DIR/NAME_compare.png")
@@ -93,7 +100,9 @@ def run(options: argparse.Namespace) -> int:
 
     # ---- the restorer, and the settings that decide what comes out
     checkpoint = checkpoint_of(options, "restorer")
-    restorer = load_checkpoint(faceprior.AuthFaceRestorer, checkpoint, dtype_of(options)).to(device_of(options))
+    dtype, quantization = dtype_of(options), options.quantization
+    restorer = load_checkpoint(faceprior.AuthFaceRestorer, checkpoint, dtype, quantization=quantization)
+    restorer.to(device_of(options))
     detector, sampling = _detector_of(options), _sampling_of(options)
     settings = _digest(options, restorer, detector.name, sampling)
 
@@ -108,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
             try:
                 line = _restored(file, names[file], record, settings, restore)
             except Exception as error:  # whatever fails in one image, the others are restored
-                failed[file], line = reason(file, error), "error"
+                failed[file], line = reason(file, error, "`--dtype bfloat16`, `--quantization nf4`"), "error"
             if file in failed:
                 _free_memory()
             show(f"{file}: {line}")

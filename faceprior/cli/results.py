@@ -50,10 +50,13 @@ def best_first(results: Iterable[ImageScores]) -> list[ImageScores]:
     return sorted(results, key=lambda result: (result.error is not None, -result.best))
 
 
-def reason(file: str, error: Exception) -> str:
-    """Say in one line why an image failed: the error of an image by its text, that of a library with its file."""
+def reason(file: str, error: Exception, spare: str = "`--dtype bfloat16`") -> str:
+    """Say in one line why an image failed: the error of an image by its text, that of a library with its file.
+
+    spare: the command's options that need less memory.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"{file}: out of memory: use `--dtype bfloat16`, `--device cpu`, or a smaller image"
+        return f"{file}: out of memory: use {spare}, `--device cpu`, or a smaller image"
     if isinstance(error, (ValueError, OSError)):
         return str(error) or type(error).__name__
     return f"{file}: {type(error).__name__}: {first_line(error)}"
