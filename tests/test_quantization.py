@@ -32,7 +32,7 @@ from faceprior.detect import box_mask
 from faceprior.diffusion import PromptEmbeddings, denoiser_of, predict
 from faceprior.guidance import GuidanceTuner
 from faceprior.images import save_image
-from faceprior.lora import save_lora
+from faceprior.lora import save_lora, trained_lora
 from faceprior.models import (
     QUANTIZATIONS,
     precision_of,
@@ -435,7 +435,7 @@ def test_a_lora_in_a_transformer_in_nf4(kind, tmp_path):
     tuned.transformer.disable_adapters()
     assert torch.equal(call(tuned), before) and (after - before).abs().max() > 1e-3
     tuned.transformer.enable_adapters()
-    save_lora(tuned, tmp_path)
+    save_lora(tuned, trained_lora(tuned), tmp_path)
     other.load_lora_weights(tmp_path)
     torch.testing.assert_close(call(other), after, rtol=1e-4, atol=1e-5)
 
