@@ -435,7 +435,7 @@ def test_a_lora_in_a_transformer_in_nf4(kind, tmp_path):
     tuned.transformer.disable_adapters()
     assert torch.equal(call(tuned), before) and (after - before).abs().max() > 1e-3
     tuned.transformer.enable_adapters()
-    save_lora(tuned, trained_lora(tuned), tmp_path)
+    save_lora(tuned, trained_lora(tuned.transformer), tmp_path)
     other.load_lora_weights(tmp_path)
     torch.testing.assert_close(call(other), after, rtol=1e-4, atol=1e-5)
 
