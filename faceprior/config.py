@@ -47,7 +47,7 @@ UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of i
 DONE_FILE = "done.json"
 METRICS_FILE = "metrics.jsonl"
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
-RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every"})
+RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every", "cache"})
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
 
@@ -92,6 +92,8 @@ def memory_advice(config: Any) -> str:
         same.append(f"--batch_size {size // factor}{rest}")
     if value("gradient_checkpointing") is False:
         same.append("--gradient_checkpointing")
+    if value("cache") == "":
+        same.append("--cache data/cache")
     if value("mixed_precision") == "no":
         other.append("--mixed_precision bf16")
     if value("optimizer") == "adamw":

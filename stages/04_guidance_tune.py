@@ -65,6 +65,7 @@ class Config:
     sample_steps: int = 25  # sampling steps of those images, [1, 1000]
     sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = "base"  # sampler; base: the base's own
     guidance_scale: float = 2.5  # classifier-free guidance scale of those images, [1, 30]
+    cache: str = ""  # folder of latents and prompt embeddings, computed once for all runs; empty: in every step
     num_workers: int = 0  # processes that load images, [0, 64]
     seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
@@ -101,11 +102,19 @@ def main(config: Config) -> None:
         alpha=config.alpha,
         t_end=config.t_end,
         prompt_drop=config.prompt_drop,
-    ).to(accelerator.device)
+    )
     if config.distance == "dino":
         tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network))
     if config.gradient_checkpointing:
         tuner.denoiser.enable_gradient_checkpointing()
+
+    # ---- The pairs; with a cache, the VAE and the text encoders are on the device only while they fill it
+    dataset = PairDataset(pairs, config.resolution)
+    if accelerator.is_main_process:
+        report_long_prompts(tuner.pipeline(), (pair.prompt for pair in pairs))
+    if config.cache:
+        dataset = tuner.cached(dataset, config.cache, accelerator, config.batch_size, config.num_workers)
+    tuner.to(accelerator.device, encoders=not config.cache)
 
     # ---- Optimizer, and the run with its checkpoints
     trained = tuner.trainable_parameters()
@@ -113,9 +122,6 @@ def main(config: Config) -> None:
     denoiser, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": denoiser}, {"unet": optimizer}, *schedule)
-    dataset = PairDataset(pairs, config.resolution)
-    if accelerator.is_main_process:
-        report_long_prompts(tuner.pipeline(), (pair.prompt for pair in pairs))
 
     # ---- Training: Algorithm 1 of the paper, or in its place another objective of the tuner's
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
