@@ -120,13 +120,14 @@ def cache_dataset(
             for text, row in zip(chunk, rows, strict=True):
                 yield {f"{DROPPED if text is None else ''}{name}": tensor for name, tensor in row.items()}
 
-    _fill({file: index for index, file in enumerate(samples)}, encode_samples, kind, accelerator, [pipeline.vae])
+    # the prompts first: they take the least time, and may take the most space
     _fill(dict(zip(prompts.values(), prompts, strict=True)), encode_texts, "prompts", accelerator, _encoders(pipeline))
+    _fill({file: index for index, file in enumerate(samples)}, encode_samples, kind, accelerator, [pipeline.vae])
 
     files = [(file, prompts[text], prompts[None]) for file, text in zip(samples, texts, strict=True)]
     size = sum(file.stat().st_size for file in {file for row in files for file in row})
     if accelerator.is_main_process:
-        logger.info("%s of %s are shared by all runs that need the same; it may be deleted", size_text(size), folder)
+        logger.info("%s holds %s for this run: it is kept for others, and may be deleted", folder, size_text(size))
     return CachedDataset([values for values, _ in sources], files)
 
 

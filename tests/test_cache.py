@@ -305,7 +305,7 @@ def in_child(*functions):
 
 
 def test_a_killed_process_is_resumed(tuner, pairs, tmp_path):
-    """Killed at the VAE's third pair: two entries are there, and the two that are missing are computed."""
+    """Killed at the VAE's third pair: the prompts and two pairs are there, and the other two are computed."""
 
     def fill_and_die():
         calls = []
@@ -319,10 +319,10 @@ def test_a_killed_process_is_resumed(tuner, pairs, tmp_path):
         cached(tuner, tmp_path / "cache", dataset(pairs))
 
     assert in_child(fill_and_die) == [-signal.SIGKILL]
-    assert len(entries(tmp_path / "cache")) == 2
+    assert len(entries(tmp_path / "cache")) == 4 + 2
     counts = encoded(tuner)
     stored = cached(tuner, tmp_path / "cache", dataset(pairs))
-    assert counts == {"images": 4, "prompts": 4}
+    assert counts == {"images": 4, "prompts": 0}
     fresh = cached(tuner, tmp_path / "other", dataset(pairs))
     for index in range(4):
         same(fresh[index], stored[index])
@@ -349,18 +349,18 @@ def test_damaged_entries_are_made_again(tuner, pairs, tmp_path, caplog):
 
 
 def test_a_disk_that_fills_up_is_said_and_what_was_written_stays(tuner, pairs, tmp_path):
-    """No file may be as large as an entry of embeddings, 77 x 32 floats; those of latents are smaller."""
+    """No file may be as large as a pair's, 9 x 24 x 24 floats; those of the prompts, 77 x 64 floats, are smaller."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20300, limit[1]))
     try:
-        with pytest.raises(OSError, match="the cache .*prompts-.* cannot be written .*File too large.*: free space"):
-            cached(tuner, tmp_path / "cache", dataset(pairs))
+        with pytest.raises(OSError, match="the cache .*pairs-.* cannot be written .*File too large.*: free space"):
+            cached(tuner, tmp_path / "cache", dataset(pairs, 96))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert len(entries(tmp_path / "cache")) == 4 and not list((tmp_path / "cache").rglob("*.tmp"))
     counts = encoded(tuner)
-    cached(tuner, tmp_path / "cache", dataset(pairs))
-    assert counts["images"] == 0
+    cached(tuner, tmp_path / "cache", dataset(pairs, 96))
+    assert counts == {"images": 8, "prompts": 0}
 
 
 def test_more_than_the_disk_has_is_refused_before_the_work(tmp_path):
@@ -395,7 +395,7 @@ def test_a_pair_that_does_not_fit_is_an_error_as_without_cache(tuner, pairs, tmp
     for use in (lambda: data[2], lambda: cached(tuner, tmp_path / "cache", data)):
         with pytest.raises(ValueError, match="pair 2: .* must be of one size"):
             use()
-    assert len(entries(tmp_path / "cache")) == 2  # those before it
+    assert len(list((tmp_path / "cache").glob("pairs-*/*/*"))) == 2  # those before it
 
 
 # ------------------------------------------------------------------------------- several processes
@@ -505,6 +505,4 @@ def test_stage_4_with_and_without_cache(pairs, tiny_models, tmp_path, caplog):
     assert (tmp_path / "cached/samples/000_after.png").is_file()
     said = [record.getMessage() for record in caplog.records]
     assert any(line.startswith(f"{cache}/pairs-") and line.endswith("are free") for line in said)
-    assert any(
-        line.endswith(f"of {cache} are shared by all runs that need the same; it may be deleted") for line in said
-    )
+    assert any(line.startswith(f"{cache} holds ") and line.endswith("may be deleted") for line in said)
