@@ -8,7 +8,7 @@ folder is a hash of the weights and the config of the VAE, or of the text encode
 runs that agree in all of this share theirs, and a folder of pairs or a model may be moved. Old entries stay until
 somebody deletes them: nothing refers to an entry but its name.
 
-Entries appear whole or not at all. What was killed while it filled a cache, goes on with the entries that are missing.
+Entries appear whole or not at all. After a kill the same command goes on with the entries that are missing.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def cache_dataset(
     depend on: numbers, texts and paths of files, whose contents count. Without it every sample is loaded, and its
     tensors count. A dataset that draws another sample each time cannot be cached.
 
-    Each sample of the result has those values, the tensors of `encode`, and `prompt_embeds` (L, D), `dropped_
-    prompt_embeds` (L, D) and, where the base has them, `pooled_prompt_embeds` and `dropped_pooled_prompt_embeds` (P,);
-    all in the dtype in which the models give them. See `cached_prompts`.
+    Each sample of the result has those values, the tensors of `encode`, and the prompt's embeddings: `prompt_embeds`
+    (L, D) and, where the base has them, `pooled_prompt_embeds` (P,); under the same names after `dropped_`, those of a
+    dropped prompt. All are in the dtype in which the models give them. See `cached_prompts`.
 
     The VAE and the text encoders are on the accelerator's device while they encode and come back afterwards. Its
     processes share the work. Raises OSError if the folder cannot be written or its disk is too small.
@@ -103,8 +103,8 @@ def cache_dataset(
     # ---- The entries, by what they depend on
     sources = [_source(dataset, index) for index in range(len(dataset))]
     texts = [values[prompt] for values, _ in sources]
-    names = _sample_names([identity for _, identity in sources])
-    samples = [_file(folder / f"{kind}-{fingerprint(pipeline.vae)}", name) for name in names]
+    place = folder / f"{kind}-{fingerprint(pipeline.vae)}"
+    samples = [_file(place, name) for name in _sample_names([identity for _, identity in sources])]
     prompts = _prompt_files(folder, pipeline, texts)
 
     # ---- Those that are missing
