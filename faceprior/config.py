@@ -49,7 +49,7 @@ DONE_FILE = "done.json"
 METRICS_FILE = "metrics.jsonl"
 EXTENDS = "extends"  # key of a preset
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
-RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every"})
+RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every", "cache"})
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
 
@@ -115,8 +115,8 @@ def memory_options(values: dict[str, Any]) -> list[dict[str, Any]]:
     trained, at last the size of the images, whose value is None: smaller.
     """
     value, options = values.get, []
-    if value("cache") is False:
-        options.append({"cache": True})
+    if value("cache") == "":
+        options.append({"cache": "data/cache"})
     if (value("batch_size") or 1) > 1:
         size, micro_batches = value("batch_size"), value("accumulation")
         factor = 2 if size % 2 == 0 else size

@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from faceprior.bases import describe_base, load_pipeline, require_base, save_single_file
+from faceprior.cache import CachedDataset, cache_dataset, cached_prompts
 from faceprior.config import advise_on_memory
 from faceprior.diffusion import (
     PromptEmbeddings,
@@ -135,8 +137,14 @@ class GuidanceTuner:
         size = self.denoiser.config.get("sample_size", getattr(self._pipeline, "default_sample_size", None))
         return size * self._pipeline.vae_scale_factor if isinstance(size, int) else None
 
-    def to(self, device: torch.device | str) -> GuidanceTuner:
-        self._pipeline.to(device)
+    def to(self, device: torch.device | str, encoders: bool = True) -> GuidanceTuner:
+        """Move the networks; `encoders`: also the VAE and the text encoders, else to the CPU.
+
+        Batches of `cached` need none of them. `pipeline`, and what decodes latents, bring back what they use.
+        """
+        for part in self._pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.to(device if encoders or part is self.denoiser else "cpu")
         self._original = {name: tensor.to(device) for name, tensor in self._original.items()}
         return self
 
@@ -151,8 +159,17 @@ class GuidanceTuner:
         """Return the scaled latents z_0 = E(x): (B, 3, H, W) in [-1, 1] -> (B, C, h, w), the posterior's mean."""
         return encode_latents(self._pipeline.vae, pixel_values)
 
+    def encode_good(self, batch: dict[str, Any]) -> Tensor:
+        """Return the good side's latents E(x_g), (B, C, h, w), of pixels or `cached`."""
+        return batch["good_latents"] if "good_latents" in batch else self.encode(batch["good"])
+
     def encode_pairs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return both sides' latents E(x_g) and E(x_b), (B, C, h, w) each, and the mask on their grid, (B, 1, h, w)."""
+        """Return both sides' latents E(x_g) and E(x_b), (B, C, h, w) each, and the mask on their grid, (B, 1, h, w).
+
+        batch: good, bad (B, 3, H, W) and mask (B, 1, H, W), or what stands for them in the batches of `cached`.
+        """
+        if "good_latents" in batch:
+            return batch["good_latents"], batch["bad_latents"], batch["latent_mask"]
         good, bad = self.encode(torch.cat([batch["good"], batch["bad"]])).chunk(2)
         return good, bad, downsample_mask(batch["mask"].to(good.device), good.shape[-2:])
 
@@ -171,7 +188,25 @@ class GuidanceTuner:
 
     def encode_prompts(self, batch: dict[str, Any], generators: list[torch.Generator]) -> PromptEmbeddings:
         """Encode the batch's B prompts, of which the fraction `prompt_drop` is replaced by the empty one."""
-        return encode_prompts(self._pipeline, drop_prompts(batch["prompt"], self.prompt_drop, generators))
+        prompts = drop_prompts(batch["prompt"], self.prompt_drop, generators)
+        return cached_prompts(batch, prompts) if "prompt_embeds" in batch else encode_prompts(self._pipeline, prompts)
+
+    def cached(
+        self, dataset, folder: str | Path, accelerator: Accelerator, batch_size: int = 1, num_workers: int = 0
+    ) -> CachedDataset:
+        """Return `dataset` with latents and prompt embeddings from the cache in `folder`, computed where missing.
+
+        Each sample: good_latents, bad_latents (C, h, w); latent_mask (1, h, w); prompt, and its embeddings (see
+        `cache.cache_dataset`). Training with it equals that with `dataset`; `to(device, encoders=False)` then leaves
+        the device to the trained network. batch_size: pairs encoded at once; num_workers: processes that load them.
+        """
+
+        def encode(batch: dict[str, Any]) -> dict[str, Tensor]:
+            return dict(zip(("good_latents", "bad_latents", "latent_mask"), self.encode_pairs(batch), strict=True))
+
+        return cache_dataset(
+            dataset, folder, "pairs", self._pipeline, encode, accelerator, batch_size, num_workers=num_workers
+        )
 
     def predict_x0(
         self, denoiser: Callable | None, noisy_latents: Tensor, timesteps: Tensor, prompts: PromptEmbeddings
@@ -202,11 +237,11 @@ class GuidanceTuner:
     ) -> Tensor:
         """Return the guidance loss of a batch (Face Score, Eqs. 6 and 7, Algorithm 1), with gradients.
 
-        batch: good, bad (B, 3, H, W) in [-1, 1]; mask (B, 1, H, W) in {0, 1}; prompt, B texts. generator: draws
-        timesteps, noise and dropped prompts; a list has one per sample. denoiser: the prepared network (DDP), by
-        default the tuner's own.
+        batch: good, bad (B, 3, H, W) in [-1, 1]; mask (B, 1, H, W) in {0, 1}; prompt, B texts; or a batch of
+        `cached`. generator: draws timesteps, noise and dropped prompts; a list has one per sample. denoiser: the
+        prepared network (DDP), by default the tuner's own.
         """
-        generators = _one_per_sample(generator, len(batch["good"]))
+        generators = _one_per_sample(generator, len(batch["prompt"]))
         good, bad, mask = self.encode_pairs(batch)
         timesteps = self.sample_timesteps(generators, self.t_end)
         noise = noise_like(good, generators)  # shared by both sides, as the timesteps are
@@ -227,8 +262,8 @@ class GuidanceTuner:
 
         Plain fine-tuning, a baseline to compare the guidance loss with; not in the paper.
         """
-        generators = _one_per_sample(generator, len(batch["good"]))
-        latents = self.encode(batch["good"])
+        generators = _one_per_sample(generator, len(batch["prompt"]))
+        latents = self.encode_good(batch)
         timesteps = self.sample_timesteps(generators)
         noise = noise_like(latents, generators)
         noisy_latents = self.add_noise(latents, noise, timesteps)
@@ -252,6 +287,7 @@ class GuidanceTuner:
         output: str | Path | None = None,
         resolution: int | None = None,
         gradient_checkpointing: bool = False,
+        cache: str | Path | None = None,
     ) -> GuidanceTuner:
         """Train on `pairs`: a folder that stage 1 made, several separated by commas, or a dataset.
 
@@ -260,7 +296,8 @@ class GuidanceTuner:
         gradient_checkpointing: activations are computed again in the backward pass, for less memory. Where the memory
         does not suffice, MemoryError names the options that need less.
         A dataset has the samples that `loss` takes in batches. With `output`, a folder for the log and checkpoints, the
-        training stops and resumes like stage 4.
+        training stops and resumes like stage 4. With `cache`, a folder, latents and prompt embeddings are computed once
+        (see `cached`); the VAE and the text encoders are on the CPU afterwards, until `pipeline` or `to` move them.
         """
         if isinstance(pairs, str | Path):
             resolution = resolution or self.resolution
@@ -279,10 +316,13 @@ class GuidanceTuner:
         settings |= {"gradient_checkpointing": gradient_checkpointing, "optimizer": optimizer, "output": output}
         settings |= {"train": self.train, "quantization": quantization_of(self.denoiser)}
         accelerator = make_accelerator(device, mixed_precision, accumulation)
+        settings |= {"cache": str(cache or "")}
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         with advise_on_memory({**settings, **({"resolution": resolution} if resolution else {})}):
-            self.to(accelerator.device)
+            if cache is not None:
+                pairs = self.cached(pairs, cache, accelerator, batch_size)
+            self.to(accelerator.device, encoders=cache is None)
             adam = make_optimizer(self.trainable_parameters(), optimizer, learning_rate)
             unet, adam = accelerator.prepare(self.denoiser, adam)
             run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam})
@@ -301,6 +341,7 @@ class GuidanceTuner:
     def pipeline(self) -> DiffusionPipeline:
         """Return the pipeline with the tuned weights, for sampling."""
         self.denoiser.eval()
+        self.to(self.denoiser.device)
         return self._pipeline
 
     @contextmanager
@@ -392,6 +433,7 @@ def dino_distance(vae: AutoencoderKL, network: FeatureNetwork) -> Callable[[Tens
 
     def distance(target: Tensor, prediction: Tensor) -> Tensor:
         network.to(prediction.device)
+        vae.to(prediction.device)
         with torch.no_grad():
             good = network.features(decode_latents(vae, target).float())
         bad = network.features(decode_latents(vae, prediction).float())

@@ -132,6 +132,12 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def source(self, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the sample's prompt, and what its tensors depend on, for `cache.cache_dataset`."""
+        pair = self.pairs[index]
+        files = {side: Path(getattr(pair, side)) for side in SIDES}
+        return {"prompt": pair.prompt}, {**files, "box": pair.box, "resolution": self.resolution}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
         good, bad, mask = (load_image(getattr(pair, side)) for side in SIDES)

@@ -419,7 +419,7 @@ class TrainingRun:
         if self.schedule != "constant":
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.is_dir():
-            logger.info("%s (%s) is kept: more `steps` train further from it", folder, _size_text(_size(folder)))
+            logger.info("%s (%s) is kept: more `steps` train further from it", folder, size_text(_size(folder)))
 
     def _set_learning_rates(self) -> None:
         factor = learning_rate_factor(self.step, self.steps, self.warmup_steps, self.schedule)
@@ -495,7 +495,7 @@ class TrainingRun:
         size += sum(t.nbytes for o in self.optimizers.values() for t in flatten_optimizer(o)[0].values())
         return (
             f"the checkpoint of step {self.step} in {self.output} could not be written ({' '.join(str(error).split())})"
-            f": it takes {_size_text(size)} beside the last one, and {_size_text(shutil.disk_usage(self.output).free)} "
+            f": it takes {size_text(size)} beside the last one, and {size_text(shutil.disk_usage(self.output).free)} "
             f"are free. Free space on the disk; the same command resumes at step {last}"
         )
 
@@ -592,7 +592,7 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def _size_text(size: float) -> str:
+def size_text(size: float) -> str:
     """Return a number of bytes as MB or GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 

@@ -86,6 +86,7 @@ class Config:
     sample_steps: int = 25  # sampling steps of those images, [1, 1000]
     sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = "base"  # sampler; base: the base's own
     guidance_scale: float = 2.5  # classifier-free guidance scale of those images, [1, 30]
+    cache: str = ""  # folder of latents and prompt embeddings, computed once for all runs; empty: in every step
     num_workers: int = 0  # processes that load images, [0, 64]
     seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
@@ -126,7 +127,7 @@ def main(config: Config) -> None:
         lora_variant=config.lora_variant,
         t_end=config.t_end,
         prompt_drop=config.prompt_drop,
-    ).to(accelerator.device)
+    )
     require_side(tuner.pipeline(), config.resolution)
     make_sampler(config.sampler, tuner.pipeline().scheduler)  # one that does not fit is found now, not at the end
     if config.distance == "dino":
@@ -134,15 +135,20 @@ def main(config: Config) -> None:
     if config.gradient_checkpointing:
         tuner.denoiser.enable_gradient_checkpointing()
 
+    # ---- The pairs; with a cache, the VAE and the text encoders are on the device only while they fill it
+    dataset = PairDataset(pairs, config.resolution)
+    if accelerator.is_main_process:
+        report_long_prompts(tuner.pipeline(), (pair.prompt for pair in pairs))
+    if config.cache:
+        dataset = tuner.cached(dataset, config.cache, accelerator, config.batch_size, config.num_workers)
+    tuner.to(accelerator.device, encoders=not config.cache)
+
     # ---- Optimizer, and the run with its checkpoints
     trained = tuner.trainable_parameters()
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
     denoiser, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": denoiser}, {"unet": optimizer}, *schedule)
-    dataset = PairDataset(pairs, config.resolution)
-    if accelerator.is_main_process:
-        report_long_prompts(tuner.pipeline(), (pair.prompt for pair in pairs))
 
     # ---- Training: Algorithm 1 of the paper, or in its place another objective of the tuner's
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):

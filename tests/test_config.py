@@ -586,6 +586,9 @@ def test_options_that_need_less_memory():
     spare = {"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw8bit", "train": "lora"}
     spare |= {"quantization": "nf4"}
     assert memory_advice(config_class(batch_size=1, **spare)) == "less is needed with a smaller --resolution"
+    guidance = load_stage("04_guidance_tune").Config
+    assert "--gradient_checkpointing or --cache data/cache (the same run" in memory_advice(guidance())
+    assert "--cache" not in memory_advice(guidance(cache="mine"))
     assert "--batch_size 1 --accumulation 3 (the" in memory_advice(config_class(**{**spare, "batch_size": 3}))
     assert "a smaller --restoration_resolution" in memory_advice(load_stage("07_eval").Config())
     restorer = memory_advice(load_stage("06_train_restorer").Config(batch_size=1))
