@@ -587,7 +587,7 @@ def test_options_that_need_less_memory():
     spare |= {"quantization": "nf4"}
     assert memory_advice(config_class(batch_size=1, **spare)) == "less is needed with a smaller --resolution"
     guidance = load_stage("04_guidance_tune").Config
-    assert "--gradient_checkpointing or --cache data/cache (the same run" in memory_advice(guidance())
+    assert "--cache data/cache or --batch_size" in memory_advice(guidance())
     assert "--cache" not in memory_advice(guidance(cache="mine"))
     assert "--batch_size 1 --accumulation 3 (the" in memory_advice(config_class(**{**spare, "batch_size": 3}))
     assert "a smaller --restoration_resolution" in memory_advice(load_stage("07_eval").Config())
@@ -600,8 +600,8 @@ def test_options_that_need_less_memory():
 
 def test_what_costs_least_comes_first():
     """The cache before all else; 8 bits have a smaller form left; arguments in Python are written as such."""
-    values = {"cache": False, "batch_size": 3, "accumulation": 2, "gradient_checkpointing": False, "optimizer": "adamw"}
-    options = [{"cache": True}, {"batch_size": 1, "accumulation": 6}, {"gradient_checkpointing": True}]
+    values = {"cache": "", "batch_size": 3, "accumulation": 2, "gradient_checkpointing": False, "optimizer": "adamw"}
+    options = [{"cache": "data/cache"}, {"batch_size": 1, "accumulation": 6}, {"gradient_checkpointing": True}]
     options += [{"optimizer": "adamw8bit"}, {"quantization": "nf4"}, {"resolution": None}]
     values |= {"train": "lora", "quantization": "8bit", "resolution": 64}
     assert memory_options(values) == options
