@@ -27,6 +27,8 @@ from faceprior.jsonl import rewrite_rows
 from faceprior.losses import guidance_loss
 from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
+from faceprior.reward_tuning import FaceReward
+from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
 
 SAMPLES = "samples.jsonl"
@@ -42,10 +44,20 @@ class Config:
     train: Literal["self_attention", "lora", "full"] = "self_attention"  # trained weights; the paper: self_attention
     rank: int = 16  # rank of the LoRA, [1, 1024]
     alpha: int = 16  # alpha of the LoRA, whose weight is alpha / rank, [1, 4096]
-    objective: Literal["guidance", "denoising"] = "guidance"  # loss; denoising: plain fine-tuning on good, a baseline
+    objective: Literal["guidance", "denoising", "dpo", "reward", "guidance_reward"] = (
+        "guidance"  # loss; denoising: plain fine-tuning on good; dpo: Diffusion-DPO on the pairs; reward: Face Score
+    )
     t_end: float = 0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]
     distance: Literal["l2", "dino"] = "l2"  # distance of guidance: of masked latents, or of decoded features (Eq. 7)
     feature_network: str = "tiny"  # network of the dino distance: folder or hub id (facebook/dino-vits8), or tiny
+    dpo_beta: float = 2000.0  # strength of dpo's pull to the base; its paper: 2000, for SDXL 5000, (0, inf)
+    scorer: str = "tiny"  # scorer of the reward: folder of stage 2, hub id (OPPOer/FaceScore), or tiny
+    reward_weight: float = 1.0  # weight of the reward in the loss, (0, inf)
+    reward_steps: int = 25  # sampling steps of an image that is rewarded, [1, 1000]
+    reward_last: int = 1  # last ones of these steps that the reward's gradient flows through, [1, 1000]
+    reward_guidance: float = 2.5  # classifier-free guidance scale of the images that are rewarded, [1, 30]
+    reward_watch: int = 10  # steps between two looks for reward hacking, at what the reward does not see, [1, inf)
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector of the reward; auto never downloads
     prompt_drop: float = 0.2  # fraction of the samples whose prompt is dropped, [0, 1]
     resolution: int = 128  # side of the training images in pixels, [64, 2048]
     steps: int = 60  # optimizer steps, [1, inf)
@@ -101,9 +113,12 @@ def main(config: Config) -> None:
         alpha=config.alpha,
         t_end=config.t_end,
         prompt_drop=config.prompt_drop,
+        dpo_beta=config.dpo_beta,
     ).to(accelerator.device)
     if config.distance == "dino":
         tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network))
+    if "reward" in config.objective:
+        tuner.reward = load_reward(config)
     if config.gradient_checkpointing:
         tuner.denoiser.enable_gradient_checkpointing()
 
@@ -122,8 +137,8 @@ def main(config: Config) -> None:
         denoiser.train()
         generators = run.generators(batch)
         with accelerator.accumulate(denoiser):
-            if config.objective == "denoising":
-                loss = tuner.denoising_loss(batch, generators, denoiser)
+            if config.objective != "guidance":
+                loss = tuner.objective_loss(config.objective, batch, generators, denoiser)
             else:
                 # Line 1: E(x_g) and E(x_b), the latents of both sides, and the face's mask m on their grid
                 good, bad, mask = tuner.encode_pairs(batch)  # (B, C, h, w) twice, (B, 1, h, w)
@@ -155,7 +170,12 @@ def main(config: Config) -> None:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        run.log(loss=loss)
+        run.log(loss=loss, **tuner.measures)
+
+        # From time to time: does the Face Score rise because of better faces?
+        if tuner.reward and run.every(config.reward_watch):
+            history = run.state.setdefault("reward_watch", [])
+            run.log(**tuner.watch_reward(batch, run.generators(batch, "watch"), history))
 
     # ---- The tuned model, samples before and after, and the summary
     accelerator.wait_for_everyone()
@@ -173,6 +193,12 @@ def main(config: Config) -> None:
 def load_features(name: str) -> FeatureNetwork:
     """Load the network of the dino distance; `tiny` is never built untrained, as its features would mean nothing."""
     return FeatureNetwork.from_pretrained(tiny.tiny_folder() / "features" if name == tiny.NAME else name)
+
+
+def load_reward(config: Config) -> FaceReward:
+    scorer = FaceScorer.from_pretrained(tiny.resolve(config.scorer, "scorer"))
+    steps, last = config.reward_steps, config.reward_last
+    return FaceReward(scorer, config.detector, steps, last, config.reward_guidance, config.reward_weight)
 
 
 def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:

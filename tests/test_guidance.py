@@ -23,6 +23,7 @@ from faceprior.features import FeatureNetwork
 from faceprior.guidance import TRAIN, GuidanceTuner, dino_distance, load_tuned
 from faceprior.images import save_image
 from faceprior.lora import fold_lora
+from faceprior.losses import masked_l2
 from faceprior.models import quiet_libraries
 from faceprior.pairs import FacePair
 from faceprior.procedural import draw_portrait
@@ -130,7 +131,7 @@ def test_the_loss_by_hand(bases, batch, kind, train):
     base = bases[kind]
     seen = []
     tuner = GuidanceTuner(
-        copy.deepcopy(base), train, prompt_drop=0, distance=lambda *a: seen.append(a) or F.mse_loss(*a)
+        copy.deepcopy(base), train, prompt_drop=0, distance=lambda *a: seen.append(a) or masked_l2(*a)
     )
     perturb(tuner, 0.02)
     loss = tuner.loss(batch, generator())
@@ -138,8 +139,7 @@ def test_the_loss_by_hand(bases, batch, kind, train):
         expected, target, prediction, mask = loss_by_hand(base.unet, tuner.denoiser, base, batch)
     assert (target - prediction).abs().max() > 0.1  # the two sides do differ
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(seen[0][0], mask * target, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(seen[0][1], mask * prediction, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[0], (target, prediction, mask), rtol=1e-4, atol=1e-4)
     assert not seen[0][0].requires_grad and seen[0][1].requires_grad
 
 
@@ -196,15 +196,35 @@ def features():
 
 
 def test_dino_distance_by_hand(bases, features):
-    """1 - cos of the [CLS] features of what diffusers' own VAE decodes, averaged over the batch."""
+    """1 - cos of the [CLS] features of the faces in what diffusers' own VAE decodes, averaged over the batch.
+
+    The face covers 4 x 6 cells of 4 pixels. The square around it is 1.5 times its longer side, 36 of 64 pixels, and is
+    centred on it, (24, 20), as far as it fits: from (6, 2), but for the second face, on the edge, from (0, 0).
+    """
     vae = copy.deepcopy(bases["sd15"].vae)
     vae.register_to_config(scaling_factor=0.5)
     good, bad = (4 * torch.randn(2, 4, 16, 16, generator=generator(seed)) for seed in (0, 1))
-    one, other = (features.features(vae.decode(latents / 0.5).sample) for latents in (good, bad))
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[0, :, 2:8, 4:8] = mask[1, :, 0:6, 0:4] = 1
+    decoded = [vae.decode(torch.where(mask > 0, side, good) / 0.5).sample for side in (good, bad)]
+    one, other = (
+        torch.cat([features.features(x[:1, :, 2:38, 6:42]), features.features(x[1:, :, :36, :36])]) for x in decoded
+    )
     expected = 1 - ((one * other).sum(dim=1) / one.norm(dim=1) / other.norm(dim=1)).mean()
     distance = dino_distance(vae, features)
-    torch.testing.assert_close(distance(good, bad), expected)
-    assert expected > 1e-4 and abs(distance(good, good).item()) < 1e-6
+    torch.testing.assert_close(distance(good, bad, mask), expected)
+    assert expected > 1e-4 and abs(distance(good, good, mask).item()) < 1e-6
+
+
+def test_the_dino_distance_sees_the_face_only(bases, features):
+    """Gradients reach the prediction where the mask is 1, and nothing where it is empty."""
+    distance = dino_distance(copy.deepcopy(bases["sd15"].vae), features)
+    target, prediction = (torch.randn(2, 4, 8, 8, generator=generator(seed)).requires_grad_() for seed in (0, 1))
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, 2:5, 3:5] = 1
+    distance(target.detach(), prediction, mask).backward()
+    assert torch.equal(prediction.grad.abs().sum(dim=1, keepdim=True) > 0, mask > 0)
+    assert target.grad is None
 
 
 def test_the_dino_distance_trains_the_unet_only(bases, batch, features):
@@ -237,7 +257,7 @@ def test_an_empty_mask_gives_no_loss(bases, batch):
 def test_the_target_does_not_depend_on_the_trained_weights(bases, batch, train):
     targets = []
     tuner = GuidanceTuner(
-        copy.deepcopy(bases["sd15"]), train, distance=lambda t, p: targets.append(t) or F.mse_loss(t, p)
+        copy.deepcopy(bases["sd15"]), train, distance=lambda t, p, m: targets.append(t) or masked_l2(t, p, m)
     )
     first = tuner.loss(batch, generator())
     perturb(tuner)
