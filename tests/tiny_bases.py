@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -41,6 +42,9 @@ def build(kind: str, seed: int = 0) -> DiffusionPipeline:
     """Build a pipeline of a kind of KINDS, float32 on the CPU, its weights drawn from `seed`."""
     with seeded(seed, kind):
         pipeline = _BUILDERS[kind]()
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()  # as `from_pretrained` does: T5 has dropout
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
