@@ -261,7 +261,7 @@ class GuidanceTuner:
         At all timesteps and on whole images: outside of the mask both sides are the same photograph, so that their
         errors cancel. Both sides share timestep and noise, as in the authors' code.
         """
-        generators = _one_per_sample(generator, len(batch["good"]))
+        generators = _one_per_sample(generator, len(batch["prompt"]))
         good, bad, _ = self.encode_pairs(batch)
         timesteps = self.sample_timesteps(generators)
         noise = noise_like(good, generators)
@@ -292,7 +292,7 @@ class GuidanceTuner:
         The gradient flows through the last sampling steps (DRaFT-K, arXiv 2309.17400), see `FaceReward`. An image
         without a face has no reward; `measures` says how many have one.
         """
-        generators = _one_per_sample(generator, len(batch["good"]))
+        generators = _one_per_sample(generator, len(batch["prompt"]))
         rewards = self._reward()(self.draw(batch, generators, denoiser))  # (B,), NaN without a face
         self.measures |= {
             "found": 1 - rewards.isnan().float().mean(),
@@ -491,6 +491,7 @@ def dino_distance(vae: AutoencoderKL, network: FeatureNetwork) -> Callable[[Tens
 
     def distance(target: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
         network.to(prediction.device)
+        vae.to(prediction.device)
         with torch.no_grad():
             good = features(decode_latents(vae, target), mask)
         bad = features(decode_checkpointed(vae, mask * prediction + (1 - mask) * target), mask)

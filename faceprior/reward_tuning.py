@@ -63,7 +63,8 @@ class FaceReward:
 
     scorer: a `FaceScorer`; steps: sampling steps of an image; last: K, those of them that the gradient flows through,
     [1, steps] (the first ones decide the layout, the last ones the details); guidance_scale: of classifier-free
-    guidance, 1: none; weight: of the reward in the loss; detector, min_confidence, min_face_size: see `detect_faces`.
+    guidance, 1: none, as always with FLUX; weight: of the reward in the loss; detector, min_confidence, min_face_size:
+    see `detect_faces`.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class FaceReward:
         latents = sample_latents(
             pipeline, prompts, dropped, noise, generators, self.steps, self.last, self.guidance_scale, denoiser
         )
-        return decode_checkpointed(pipeline.vae, latents)
+        return decode_checkpointed(pipeline.vae.to(latents.device), latents)
 
     def find_faces(self, images: Tensor) -> list[Face | None]:
         """Return the representative face of each image (B, 3, H, W) in [-1, 1]; None where none is found."""
@@ -196,6 +197,8 @@ def sample_latents(
     """
     scheduler = sampler_of(pipeline)
     set_timesteps(scheduler, pipeline, steps, noise)
+    if isinstance(denoiser_of(pipeline), FluxTransformer2DModel):
+        guidance_scale = 1  # its guidance is distilled: there is no unconditional branch
 
     def predict_noise(latents: Tensor, timesteps: Tensor) -> Tensor:
         model_pred = predict(pipeline, latents, timesteps, prompts, denoiser)
