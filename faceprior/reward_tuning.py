@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 STATELESS = (DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler)
 
 # ---- When a measure that the reward does not see has moved: the rule of `FaceReward.compare`
-WINDOW = 64  # images, the last ones, that a change is judged by
-LEAST_PAIRS = 8  # of faces at the same noise before anything is said
+WINDOW = 16  # images, the last ones, that a change is judged by
+LEAST_IMAGES = 8  # before anything is said
 ERRORS = 2.0  # standard errors by which a mean has to differ from 0
 FOUND_FALL = 0.1  # fall of the fraction of images with a face
 CONFIDENCE_FALL = 0.01  # fall of the detector's confidence
@@ -136,15 +136,15 @@ class FaceReward:
 
         Of this call's images: score_change, found_change and confidence_change (after - before, where both have a face;
         found: in the fraction with a face), sharpness_ratio (of the faces), saturation_ratio and contrast_ratio (after
-        / before), drift (mean absolute difference of the pixels, [0, 1]); hacking: how many of these measures speak
-        against the gain in score. They do if over the last WINDOW images, with LEAST_PAIRS pairs of faces at least, the
-        score rose by more than ERRORS standard errors and
+        / before), drift (mean absolute difference of the pixels, [0, 1]); hacking: how many measures speak against the
+        gain in score, over the last WINDOW images, LEAST_IMAGES at least:
 
-            found       fell by more than FOUND_FALL, or
-            confidence  fell by more than CONFIDENCE_FALL and ERRORS standard errors, or
+            found       fell by more than FOUND_FALL and ERRORS standard errors, whatever the score did; or, while the
+                        score rose by more than ERRORS standard errors,
+            confidence  fell by more than CONFIDENCE_FALL and ERRORS standard errors,
             sharpness, saturation or contrast  grew or shrank by a factor of more than RATIO.
 
-        Then a warning says so: the score is going up for another reason than better faces.
+        Each that is new is reported in a warning: the score rises for another reason than better faces.
         """
         rows = [_row(*sides) for sides in zip(*(self._measure(images) for images in (before, after)), strict=True)]
         drift = (to_unit(before) - to_unit(after)).abs().mean().item()
@@ -154,8 +154,8 @@ class FaceReward:
         moved, values = moved_measures(history), summary(history)
         if set(moved) - set(known):
             logger.warning(
-                "the Face Score rises (by %.3f) while %s: a sign of reward hacking. Look at samples; take an earlier "
-                "checkpoint, lower the reward's weight or the learning rate, or add the guidance loss",
+                "a sign of reward hacking: the Face Score changes by %+.3f while %s. Look at samples; train less, "
+                "lower the learning rate or the reward's weight, or add the guidance loss",
                 values["score_change"],
                 ", ".join(f"{name} {_text(name, values)}" for name in moved),
             )
@@ -250,7 +250,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     pairs = [row for row in rows if None not in row["score"]]
     return {
         "score_change": _change(pairs, "score")[0],
-        "found_change": float(np.mean([_found(row, 1) - _found(row, 0) for row in rows])) if rows else 0.0,
+        "found_change": _mean([_found(row, 1) - _found(row, 0) for row in rows])[0],
         "confidence_change": _change(pairs, "confidence")[0],
         "sharpness_ratio": _ratio(pairs, "sharpness"),
         "saturation_ratio": _ratio(rows, "saturation"),
@@ -260,13 +260,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def moved_measures(rows: list[dict[str, Any]]) -> list[str]:
     """Return the names of the measures that speak against a gain in score, by the rule of `FaceReward.compare`."""
-    pairs = [row for row in rows if None not in row["score"]]
-    gain, error = _change(pairs, "score")
-    if len(pairs) < LEAST_PAIRS or gain <= ERRORS * error:
+    if len(rows) < LEAST_IMAGES:
         return []
-    values, (fall, fall_error) = summary(rows), _change(pairs, "confidence")
-    moved = ["found"] if values["found_change"] < -FOUND_FALL else []
-    moved += ["confidence"] if fall < -max(CONFIDENCE_FALL, ERRORS * fall_error) else []
+    pairs, values = [row for row in rows if None not in row["score"]], summary(rows)
+    moved = ["found"] if _falls(*_mean([_found(row, 1) - _found(row, 0) for row in rows]), FOUND_FALL) else []
+    gain, error = _change(pairs, "score")
+    if gain <= ERRORS * error:
+        return moved
+    moved += ["confidence"] if _falls(*_change(pairs, "confidence"), CONFIDENCE_FALL) else []
     ratios = {name: values[f"{name}_ratio"] for name in ("sharpness", "saturation", "contrast")}
     return moved + [name for name, ratio in ratios.items() if not 1 / RATIO <= ratio <= RATIO]
 
@@ -294,10 +295,18 @@ def _found(row: dict[str, Any], side: int) -> bool:
 
 def _change(pairs: list[dict[str, Any]], name: str) -> tuple[float, float]:
     """Return the mean of after - before, and its standard error."""
-    changes = [row[name][1] - row[name][0] for row in pairs]
-    if len(changes) < 2:
-        return sum(changes, 0.0), math.inf
-    return float(np.mean(changes)), float(np.std(changes, ddof=1) / math.sqrt(len(changes)))
+    return _mean([row[name][1] - row[name][0] for row in pairs])
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    """Return the mean and its standard error; 0 and infinity of no values."""
+    if len(values) < 2:
+        return float(sum(values)), math.inf
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def _falls(mean: float, error: float, least: float) -> bool:
+    return mean < -max(least, ERRORS * error)
 
 
 def _ratio(rows: list[dict[str, Any]], name: str) -> float:

@@ -3,23 +3,26 @@
 import copy
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
-from tiny_bases import build
+from tiny_bases import KINDS, TRANSFORMERS, build
 
 from faceprior import tiny
 from faceprior.detect import Face
 from faceprior.diffusion import denoiser_of, encode_prompts, noise_like
-from faceprior.guidance import TRAIN, GuidanceTuner
+from faceprior.features import FeatureNetwork
+from faceprior.guidance import OBJECTIVES, TRAIN, GuidanceTuner, dino_distance
 from faceprior.images import to_pixel_values
+from faceprior.losses import masked_l2
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
 from faceprior.reward_tuning import (
-    LEAST_PAIRS,
+    LEAST_IMAGES,
     WINDOW,
     FaceReward,
     moved_measures,
@@ -27,9 +30,10 @@ from faceprior.reward_tuning import (
     sampler_of,
     summary,
 )
-from faceprior.training import sample_generators
+from faceprior.training import sample_generators, seeded
 
 BOX = (6, 4, 27, 29)
+KINDS_TUNED = [kind for kind in KINDS if kind not in TRANSFORMERS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,6 +87,8 @@ def test_the_latents_are_those_of_the_stock_pipeline(kind, scale):
     assert ours.requires_grad
     pipeline.scheduler = sampler_of(pipeline)
     size = {"height": 32, "width": 32}
+    if is_flux:
+        size["max_sequence_length"] = embeddings.prompt_embeds.shape[1]
     start = pipeline._pack_latents(noise, *noise.shape) if is_flux else noise
     stock = pipeline(
         prompts, latents=start, num_inference_steps=4, guidance_scale=scale, output_type="latent", **size
@@ -233,6 +239,25 @@ def test_steps_up_the_gradient_raise_the_score(bases, scorer, kind, train):
     assert not any(p.requires_grad or p.grad is not None for p in frozen)
 
 
+@pytest.mark.parametrize("kind", KINDS_TUNED)
+def test_every_objective_trains_every_kind_of_base(scorer, kind):
+    """A LoRA gets gradients from each loss and nothing else does; Diffusion-DPO starts at ln 2."""
+    with seeded(0):
+        network = FeatureNetwork.from_tags({"sex": ("woman", "man")}, 32, 16, hidden_size=16, layers=1, heads=2)
+    tuner, batch = make_tuner(build(kind), scorer, last=1), make_batch()
+    for objective, distance in [(name, "l2") for name in OBJECTIVES] + [("guidance", "dino")]:
+        tuner.distance = dino_distance(tuner.pipeline().vae, network) if distance == "dino" else masked_l2
+        loss = tuner.objective_loss(objective, batch, draws())
+        loss.backward()
+        assert any(p.grad.any() for p in tuner.trainable_parameters()), objective
+        assert objective != "dpo" or loss.item() == pytest.approx(math.log(2))
+        parts = [part for part in tuner.pipeline().components.values() if isinstance(part, torch.nn.Module)]
+        trained = {id(p) for p in tuner.trainable_parameters()}
+        assert not any(p.grad is not None for part in parts for p in part.parameters() if id(p) not in trained)
+        for parameter in tuner.trainable_parameters():
+            parameter.grad = None
+
+
 def test_images_without_a_face_give_no_loss(bases, scorer):
     tuner = make_tuner(bases["sd1"], scorer, detector=nowhere)
     loss = tuner.objective_loss("reward", make_batch(), draws())
@@ -330,15 +355,17 @@ def without_face(count):
         (rows(16, sharpness=0.6, contrast=1.6), ["sharpness", "contrast"]),
         (rows(16, confidence=0.98), ["confidence"]),
         (rows(16, confidence=0.995), []),
-        (rows(14) + without_face(2), ["found"]),
-        (rows(19) + without_face(1), []),
+        (rows(12) + without_face(4), ["found"]),
+        (rows(14) + without_face(2), []),
+        (without_face(8), ["found"]),  # no pair is left to tell what the score does
+        (rows(8, score=-1.0) + without_face(8), ["found"]),
         (rows(16, score=-1.0, saturation=1.6), []),  # the score falls: nothing is gained by it
         (rows(8, score=1.0) + rows(8, score=-1.0, saturation=1.6), []),  # not more than chance
-        (rows(LEAST_PAIRS - 1, saturation=1.6), []),
+        (rows(LEAST_IMAGES - 1, saturation=1.6), []),
     ],
 )
 def test_the_rule_of_reward_hacking(window, moved):
-    """2 of 16 lost faces are more than a tenth, 1 of 20 is not; 0.99 times 0.98 is lower by 0.02."""
+    """0.99 times 0.98 is lower by 0.02. 4 lost faces of 16 are 2.2 standard errors (1/4 to 0.11), 2 are 1.5."""
     assert moved_measures(window) == moved
 
 
@@ -355,8 +382,8 @@ def test_the_summary_by_hand():
 def test_a_rising_score_without_colour_is_reported_once(scorer, caplog):
     """A portrait in colour and in grey: whichever the scorer likes better is the tuned side."""
     drawing = draw_portrait(0, 96)
-    colour = to_pixel_values([drawing.image] * LEAST_PAIRS)
-    grey = to_pixel_values([Image.fromarray(drawing.image).convert("L").convert("RGB")] * LEAST_PAIRS)
+    colour = to_pixel_values([drawing.image] * LEAST_IMAGES)
+    grey = to_pixel_values([Image.fromarray(drawing.image).convert("L").convert("RGB")] * LEAST_IMAGES)
     reward = FaceReward(scorer, lambda rgb: [Face(drawing.box, None, 0.99)])
     better, worse = (colour, grey) if (reward(colour) - reward(grey)).mean() > 0 else (grey, colour)
     with caplog.at_level(logging.WARNING):
@@ -365,9 +392,8 @@ def test_a_rising_score_without_colour_is_reported_once(scorer, caplog):
     assert values[0]["score_change"] > 0 and values[0]["hacking"] == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "while saturation is" in caplog.text and "reward hacking" in caplog.text
-    for _ in range(WINDOW // LEAST_PAIRS):
-        reward.compare(worse, better, history)
-    assert len(history) == WINDOW
+    reward.compare(worse, better, history)
+    assert len(history) == WINDOW < 3 * LEAST_IMAGES
 
 
 def test_noise_of_the_watch_is_not_that_of_the_training():
