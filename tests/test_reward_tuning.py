@@ -33,7 +33,10 @@ from faceprior.reward_tuning import (
 from faceprior.training import sample_generators, seeded
 
 BOX = (6, 4, 27, 29)
-KINDS_TUNED = [kind for kind in KINDS if kind not in TRANSFORMERS]
+FAST = ("sd1", "sdxl-v-ztsnr")
+KINDS_TUNED = [
+    pytest.param(kind, marks=[] if kind in FAST else pytest.mark.slow) for kind in KINDS if kind not in TRANSFORMERS
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -218,7 +221,11 @@ def make_tuner(base, scorer, train="lora", detector=everywhere, **options):
     return GuidanceTuner(copy.deepcopy(base), train, rank=2, reward=FaceReward(scorer, detector, **settings))
 
 
-@pytest.mark.parametrize(("kind", "train"), [("sd1", train) for train in TRAIN] + [("sd2-v", "lora"), ("sdxl", "full")])
+@pytest.mark.parametrize(
+    ("kind", "train"),
+    [("sd1", "self_attention"), ("sdxl", "lora")]
+    + [pytest.param(*slow, marks=pytest.mark.slow) for slow in (("sd1", "lora"), ("sd1", "full"), ("sd2-v", "lora"))],
+)
 def test_steps_up_the_gradient_raise_the_score(bases, scorer, kind, train):
     """At the same noise; only what is trained gets gradients, the scorer and the VAE none."""
     tuner, batch = make_tuner(bases[kind], scorer, train), make_batch()

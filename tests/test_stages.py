@@ -440,7 +440,7 @@ def test_diffusion_dpo_on_the_pairs(workplace, tiny_models):
     assert losses[0] == pytest.approx(np.log(2)) and losses[1] != losses[0]
 
 
-@pytest.mark.parametrize("objective", ["reward", "guidance_reward"])
+@pytest.mark.parametrize("objective", ["reward", pytest.param("guidance_reward", marks=pytest.mark.slow)])
 def test_the_face_score_as_a_reward(workplace, tiny_models, objective):
     """On the shipped base, whose samples have faces; the log says what the reward does not see."""
     values = settings(tiny_models)[GUIDANCE] | {"num_samples": 0, "steps": 1, "base": "tiny", "train": "lora"}
