@@ -223,7 +223,6 @@ def test_decoding_with_checkpoints_is_decoding(sd15):
         results.append((pixels.detach(), gradient))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert kept[1] <= 2 * latents.numel() < kept[0] / 100
-    assert not any(parameter.requires_grad and parameter.grad is not None for parameter in sd15.vae.parameters())
 
 
 def test_noise_of_a_sample_does_not_depend_on_the_batch():
