@@ -46,7 +46,8 @@ class Config:
     rank: int = 16  # rank of the LoRA, [1, 1024]
     alpha: int = 16  # alpha of the LoRA, whose weight is alpha / rank, [1, 4096]
     objective: Literal["guidance", "denoising", "dpo", "reward", "guidance_reward"] = (
-        "guidance"  # loss; denoising: plain fine-tuning on good; dpo: Diffusion-DPO on the pairs; reward: Face Score
+        "guidance"  # loss; denoising: plain fine-tuning on good; dpo: Diffusion-DPO on the pairs; reward: Face Score of
+        # images drawn from the prompts; guidance_reward: both
     )
     t_end: float = 0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]
     distance: Literal["l2", "dino"] = "l2"  # distance of guidance: of masked latents, or of decoded features (Eq. 7)
