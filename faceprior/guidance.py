@@ -17,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from faceprior.bases import describe_base, load_pipeline, require_base, save_single_file
 from faceprior.cache import CachedDataset, cache_dataset, cached_prompts
 from faceprior.config import advise_on_memory
+from faceprior.detect import face_square
 from faceprior.diffusion import (
     PromptEmbeddings,
     add_noise,
+    decode_checkpointed,
     decode_latents,
     denoiser_of,
     downsample_mask,
@@ -43,14 +45,22 @@ from faceprior.diffusion import (
 )
 from faceprior.features import FeatureNetwork
 from faceprior.lora import LORA_FILE, Lora, add_lora, extract_lora, find_lora, load_lora, save_lora, trained_lora
-from faceprior.losses import guidance_loss, noise_loss
-from faceprior.models import precision_of, quantization_of, require_trainable
+from faceprior.losses import dpo_loss, guidance_loss, masked_l2, noise_loss, reward_loss, squared_error
+from faceprior.models import load_part, looks_like_path, precision_of, quantization_of, require_trainable
 from faceprior.pairs import PairDataset, gather_pairs
+from faceprior.reward_tuning import FaceReward
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
 
 logger = logging.getLogger(__name__)
 TRAIN = ("self_attention", "lora", "full")
-OBJECTIVES = ("guidance", "denoising")
+# Objective -> the losses that are added.
+OBJECTIVES = {
+    "guidance": ("guidance",),
+    "denoising": ("denoising",),
+    "dpo": ("dpo",),
+    "reward": ("reward",),
+    "guidance_reward": ("guidance", "reward"),
+}
 
 
 class GuidanceTuner:
@@ -61,7 +71,8 @@ class GuidanceTuner:
     FLUX.1 a `lora` only; rank, alpha (rank by default), lora_targets, lora_variant: of the LoRA (see `lora.add_lora`),
     ignored without one; t_end: timesteps are drawn from the first fraction t_end of the schedule, (0, 1], the paper's
     is 0.5; see `sample_timesteps`; prompt_drop: fraction of the samples whose prompt is dropped, [0, 1], the paper's is
-    0.2; distance: between the masked predictions, l2 by default; seed: of the LoRA's first weights.
+    0.2; distance: of the predictions under the mask, `masked_l2` by default; dpo_beta: of `dpo_loss`; reward: of
+    `reward_loss`; seed: of the LoRA's first weights.
 
     The original model, which predicts the targets, is the same network with its LoRA off, or with its original weights
     in place of the trained ones. So a second U-Net takes the memory of the trained part only, and none with a LoRA.
@@ -70,7 +81,9 @@ class GuidanceTuner:
     under autocast and returns float32.
 
     `loss` is Algorithm 1 on the parts `encode`, `sample_timesteps`, `encode_prompts`, `original` and `predict_x0`;
-    stage 4 calls the same parts in its loop. Another objective is a method like it, such as `denoising_loss`.
+    stage 4 calls the same parts in its loop. Other objectives are methods like it: `denoising_loss`, `dpo_loss` and
+    `reward_loss`; `objective_loss` takes any of OBJECTIVES by name. `measures`: what the last loss says beside its
+    value, for the log.
     """
 
     def __init__(
@@ -83,7 +96,9 @@ class GuidanceTuner:
         lora_variant: Literal["plain", "rslora", "dora"] = "plain",
         t_end: float = 0.5,
         prompt_drop: float = 0.2,
-        distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+        distance: Callable[[Tensor, Tensor, Tensor], Tensor] = masked_l2,
+        dpo_beta: float = 2000.0,
+        reward: FaceReward | None = None,
         seed: int = 0,
     ):
         if train not in TRAIN:
@@ -92,10 +107,13 @@ class GuidanceTuner:
             raise ValueError(f"`t_end` has to be in (0, 1] but is {t_end}")
         if not 0 <= prompt_drop <= 1:
             raise ValueError(f"`prompt_drop` has to be in [0, 1] but is {prompt_drop}")
+        if not dpo_beta > 0:
+            raise ValueError(f"`dpo_beta` has to be above 0 but is {dpo_beta}")
         require_base(pipeline, "tune", train=train)
         require_trainable(train, quantization_of(denoiser_of(pipeline)))
         self._pipeline, self.train = pipeline, train
         self.t_end, self.prompt_drop, self.distance = t_end, prompt_drop, distance
+        self.dpo_beta, self.reward, self.measures = dpo_beta, reward, {}
         self.noise_scheduler = make_noise_scheduler(pipeline)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -186,9 +204,12 @@ class GuidanceTuner:
         """Return the noisy latents z_t, by the base's own schedule: (B, C, h, w)."""
         return add_noise(self.noise_scheduler, latents, noise, timesteps)
 
-    def encode_prompts(self, batch: dict[str, Any], generators: list[torch.Generator]) -> PromptEmbeddings:
-        """Encode the batch's B prompts, of which the fraction `prompt_drop` is replaced by the empty one."""
-        prompts = drop_prompts(batch["prompt"], self.prompt_drop, generators)
+    def encode_prompts(
+        self, batch: dict[str, Any], generators: list[torch.Generator], prompt_drop: float | None = None
+    ) -> PromptEmbeddings:
+        """Encode the batch's B prompts, of which a fraction is replaced by the empty one, the tuner's by default."""
+        fraction = self.prompt_drop if prompt_drop is None else prompt_drop
+        prompts = drop_prompts(batch["prompt"], fraction, generators)
         return cached_prompts(batch, prompts) if "prompt_embeds" in batch else encode_prompts(self._pipeline, prompts)
 
     def cached(
@@ -271,11 +292,108 @@ class GuidanceTuner:
         model_pred = predict(self._pipeline, noisy_latents, timesteps, prompts, denoiser)
         return noise_loss(model_pred, training_target(self.noise_scheduler, latents, noise, timesteps))
 
+    def dpo_loss(
+        self,
+        batch: dict[str, Any],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        denoiser: nn.Module | None = None,
+    ) -> Tensor:
+        """Return Diffusion-DPO's loss with the good image as the preferred one (arXiv 2311.12908); arguments as `loss`.
+
+        At all timesteps and on whole images: outside of the mask both sides are the same photograph, so that their
+        errors cancel. Both sides share timestep and noise, as in the authors' code.
+        """
+        generators = _one_per_sample(generator, len(batch["prompt"]))
+        good, bad, _ = self.encode_pairs(batch)
+        timesteps = self.sample_timesteps(generators)
+        noise = noise_like(good, generators)
+        prompts = self.encode_prompts(batch, generators)
+
+        def errors(network: Callable | None) -> list[Tensor]:
+            """Return the squared errors (B,) of a network on both sides."""
+            return [
+                squared_error(
+                    predict(self._pipeline, self.add_noise(side, noise, timesteps), timesteps, prompts, network),
+                    training_target(self.noise_scheduler, side, noise, timesteps),
+                )
+                for side in (good, bad)
+            ]
+
+        with torch.no_grad(), self.original() as original:
+            reference = errors(original)
+        return dpo_loss(*errors(denoiser), *reference, self.dpo_beta)
+
+    def reward_loss(
+        self,
+        batch: dict[str, Any],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        denoiser: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the weighted, negative Face Score of images drawn from the batch's prompts; arguments as `loss`.
+
+        The gradient flows through the last sampling steps (DRaFT-K, arXiv 2309.17400), see `FaceReward`. An image
+        without a face has no reward; `measures` says how many have one.
+        """
+        generators = _one_per_sample(generator, len(batch["prompt"]))
+        rewards = self._reward()(self.draw(batch, generators, denoiser))  # (B,), NaN without a face
+        self.measures |= {
+            "found": 1 - rewards.isnan().float().mean(),
+            "face_score": -reward_loss(rewards.detach()),
+        }
+        return self.reward.weight * reward_loss(rewards)
+
+    def draw(
+        self, batch: dict[str, Any], generators: list[torch.Generator], denoiser: Callable | None = None
+    ) -> Tensor:
+        """Draw an image from each of the batch's prompts, as large as the pairs, for `reward_loss` -> (B, 3, H, W)."""
+        prompts, dropped = (self.encode_prompts(batch, generators, fraction) for fraction in (0.0, 1.0))
+        noise = noise_like(self.encode_good(batch), generators)
+        return self._reward().sample(self._pipeline, prompts, dropped, noise, generators, denoiser)
+
+    @torch.no_grad()
+    def watch_reward(
+        self, batch: dict[str, Any], generators: list[torch.Generator], history: list[dict[str, Any]]
+    ) -> dict[str, float]:
+        """Draw the batch's prompts with the original and the tuned weights, from the same noise, and compare them.
+
+        generators: one per sample, of noise that was not trained on; history: of `FaceReward.compare`, which see.
+        """
+        twins = [torch.Generator(g.device).set_state(g.get_state()) for g in generators]
+        with self.original() as original:
+            before = self.draw(batch, generators, original)
+        return self._reward().compare(before, self.draw(batch, twins), history)
+
+    def objective_loss(
+        self,
+        objective: str,
+        batch: dict[str, Any],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        denoiser: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the loss of an objective, one of OBJECTIVES; other arguments as `loss`."""
+        losses = {
+            "guidance": self.loss,
+            "denoising": self.denoising_loss,
+            "dpo": self.dpo_loss,
+            "reward": self.reward_loss,
+        }
+        self.measures = {}
+        values = {name: losses[name](batch, generator, denoiser) for name in _parts(objective)}
+        if len(values) > 1:
+            self.measures |= {f"{name}_loss": value for name, value in values.items()}
+        return sum(values.values())
+
+    def _reward(self) -> FaceReward:
+        if self.reward is None:
+            raise ValueError("the tuner has no `reward`: give `reward=FaceReward(FaceScorer.from_pretrained(...))`")
+        return self.reward
+
     # ---- training, sampling and files
 
     def fit(
         self,
         pairs,
+        objective: Literal["guidance", "denoising", "dpo", "reward", "guidance_reward"] = "guidance",
         steps: int = 500,
         learning_rate: float = 1e-5,
         batch_size: int = 2,
@@ -288,9 +406,12 @@ class GuidanceTuner:
         resolution: int | None = None,
         gradient_checkpointing: bool = False,
         cache: str | Path | None = None,
+        reward_watch: int = 10,
     ) -> GuidanceTuner:
         """Train on `pairs`: a folder that stage 1 made, several separated by commas, or a dataset.
 
+        objective: one of OBJECTIVES; those with `reward` need the constructor's `reward`, and every `reward_watch`
+        steps the log has what `watch_reward` measures.
         resolution: side in pixels of the images of a folder, the base's own by default. mixed_precision: `no`, `fp16`
         or `bf16`, by default what the base's dtype says. optimizer: `adamw`, `adamw8bit` or `paged_adamw8bit`.
         gradient_checkpointing: activations are computed again in the backward pass, for less memory. Where the memory
@@ -299,6 +420,9 @@ class GuidanceTuner:
         training stops and resumes like stage 4. With `cache`, a folder, latents and prompt embeddings are computed once
         (see `cached`); the VAE and the text encoders are on the CPU afterwards, until `pipeline` or `to` move them.
         """
+        rewarded = "reward" in _parts(objective)
+        if rewarded:
+            self._reward()
         if isinstance(pairs, str | Path):
             resolution = resolution or self.resolution
             if resolution is None:
@@ -329,13 +453,16 @@ class GuidanceTuner:
             for batch in run.batches(pairs, batch_size, seed):
                 unet.train()
                 with accelerator.accumulate(unet):
-                    loss = self.loss(batch, run.generators(batch), unet)
+                    loss = self.objective_loss(objective, batch, run.generators(batch), unet)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(self.trainable_parameters(), 1.0)
                     adam.step()
                     adam.zero_grad()
-                run.log(loss=loss)
+                run.log(loss=loss, **self.measures)
+                if rewarded and run.every(reward_watch):
+                    history = run.state.setdefault("reward_watch", [])
+                    run.log(**self.watch_reward(batch, run.generators(batch, "watch"), history))
         return self
 
     def pipeline(self) -> DiffusionPipeline:
@@ -422,24 +549,56 @@ class GuidanceTuner:
             parameter.copy_(tensors[name])
 
 
-def dino_distance(vae: AutoencoderKL, network: FeatureNetwork) -> Callable[[Tensor, Tensor], Tensor]:
+def dino_distance(vae: AutoencoderKL, network: FeatureNetwork) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the second distance of Face Score's Eq. 7, between a vision transformer's features of the decoded faces.
 
-    The distance takes masked latents (B, C, h, w), decodes both with the frozen `vae` and returns 1 - cos of the
-    network's [CLS] features, averaged over the batch; gradients reach the second of them. The paper names DINO but
-    neither the model nor the features: DINO is trained on [CLS], and its features are compared by their cosine.
+    The distance takes two latents (B, C, h, w) and the mask (B, 1, h, w), decodes with the frozen `vae` and returns
+    1 - cos of the network's [CLS] features of the faces, averaged over the batch; gradients reach the prediction under
+    the mask only.
+
+    What the paper leaves open: Eq. 7 masks the latents, the text decodes "the latent codes" themselves. Zeros around a
+    face are no image of the VAE's, and in the whole frame at the network's size a small face is a patch or two. So the
+    mask is applied by giving both sides the target's surroundings, and the features are those of the square around the
+    face, 1.5 times as large, as `face_square` cuts it. The paper names DINO but neither the model nor the features:
+    DINO is trained on [CLS], and its features are compared by their cosine.
     """
     network.requires_grad_(False).eval()
 
-    def distance(target: Tensor, prediction: Tensor) -> Tensor:
+    def features(pixel_values: Tensor, mask: Tensor) -> Tensor:
+        size = (network.image_size, network.image_size)
+        crops = [
+            F.interpolate(image[None, :, y0:y1, x0:x1], size=size, mode="bilinear", antialias=True)
+            for image, (x0, y0, x1, y1) in zip(pixel_values.float(), _squares(mask, pixel_values.shape), strict=True)
+        ]
+        return network.features(torch.cat(crops))  # (B, D)
+
+    def distance(target: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
         network.to(prediction.device)
         vae.to(prediction.device)
         with torch.no_grad():
-            good = network.features(decode_latents(vae, target).float())
-        bad = network.features(decode_latents(vae, prediction).float())
+            good = features(decode_latents(vae, target), mask)
+        bad = features(decode_checkpointed(vae, mask * prediction + (1 - mask) * target), mask)
         return (1 - F.cosine_similarity(good, bad, dim=1)).mean()
 
     return distance
+
+
+def _squares(mask: Tensor, shape: torch.Size) -> list[tuple[int, int, int, int]]:
+    """Return the square (xyxy) around the face of each mask (B, 1, h, w), in pixels of images (B, 3, H, W).
+
+    An empty mask gives the whole image, whose two sides are equal then.
+    """
+    height, width = shape[-2:]
+    squares = []
+    for cells in mask[:, 0] > 0:
+        rows, columns = (cells.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
+        if not rows:
+            squares.append((0, 0, width, height))
+            continue
+        scale_y, scale_x = height / cells.shape[0], width / cells.shape[1]
+        box = (columns[0] * scale_x, rows[0] * scale_y, (columns[-1] + 1) * scale_x, (rows[-1] + 1) * scale_y)
+        squares.append(face_square((width, height), box, 0))
+    return squares
 
 
 def load_tuned(
@@ -451,17 +610,47 @@ def load_tuned(
 ) -> DiffusionPipeline:
     """Load what `save_pretrained` wrote: a pipeline folder, or `base` with the LoRA in `folder`, by whatever file name.
 
-    vae, prediction_type: of `base`, as in `load_pipeline`.
+    folder: or `base` with another U-Net, from a folder or a hub id with that U-Net alone, in unet/ or at its top, such
+    as `mhdang/dpo-sd1.5-text2image-v1` (Diffusion-DPO's, the row of Face Score's Table 5); vae, prediction_type: of
+    `base`, as in `load_pipeline`.
     """
-    folder = Path(folder)
-    if not (folder / LORA_FILE).is_file() and (folder / "model_index.json").is_file():
-        return load_pipeline(str(folder), dtype)
-    file = find_lora(folder)
-    if file is None:
-        raise FileNotFoundError(f"no tuned model in {folder}: `python stages/04_guidance_tune.py` makes one")
+    path = Path(folder).expanduser()
+    if path.exists() or looks_like_path(folder):
+        if not (path / LORA_FILE).is_file() and (path / "model_index.json").is_file():
+            return load_pipeline(str(path), dtype)
+        file = find_lora(path)
+        unets = [place for place in UNET_PLACES if (path / (place or "") / "config.json").is_file()]
+        if file is None and not unets:
+            raise FileNotFoundError(f"no tuned model in {path}: `python stages/04_guidance_tune.py` makes one")
+    else:
+        file, unets = None, UNET_PLACES
     pipeline = load_pipeline(base, dtype, vae, prediction_type)
-    load_lora(pipeline, file)
+    if file is not None:
+        load_lora(pipeline, file)
+    else:
+        _replace_unet(pipeline, folder, unets, dtype)
     return pipeline
+
+
+UNET_PLACES = ("unet", None)  # sub-folders where a published U-Net lies
+
+
+def _replace_unet(pipeline: DiffusionPipeline, name: str | Path, places: Sequence[str | None], dtype) -> None:
+    """Replace a pipeline's U-Net by that of a folder or hub id; ValueError unless it has the same tensors."""
+    for place in places:
+        try:
+            unet = load_part(UNet2DConditionModel, name, "U-Net", dtype, subfolder=place)
+            break
+        except FileNotFoundError:
+            if place == places[-1]:
+                raise
+    own, new = ({key: tuple(p.shape) for key, p in m.named_parameters()} for m in (denoiser_of(pipeline), unet))
+    if differing := sorted(key for key in own.keys() | new.keys() if own.get(key) != new.get(key)):
+        raise ValueError(
+            f"the U-Net {name} does not fit the base: {len(differing)} tensors differ in name or shape, such as "
+            f"{differing[0]}. Give the base that it was trained from"
+        )
+    pipeline.register_modules(unet=unet)
 
 
 def _run_under_autocast(denoiser: nn.Module, dtype: torch.dtype) -> None:
@@ -473,6 +662,12 @@ def _run_under_autocast(denoiser: nn.Module, dtype: torch.dtype) -> None:
             return forward(*args, **kwargs)
 
     denoiser.forward = convert_outputs_to_fp32(forward_under_autocast)
+
+
+def _parts(objective: str) -> tuple[str, ...]:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"`objective` has to be one of {', '.join(OBJECTIVES)} but is {objective!r}")
+    return OBJECTIVES[objective]
 
 
 def _one_per_sample(generator, count: int) -> list[torch.Generator]:

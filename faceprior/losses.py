@@ -1,6 +1,7 @@
 """Every formula that is trained on, in float32 whatever dtype the network ran in.
 
-Face Score (arXiv 2406.17100): `pairwise_ranking_loss` (Eq. 5, stage 2), `guidance_loss` (Eq. 7, stage 4).
+Face Score (arXiv 2406.17100): `pairwise_ranking_loss` (Eq. 5, stage 2), `guidance_loss` (Eq. 7, stage 4). Beside it in
+stage 4: `dpo_loss` (Diffusion-DPO, arXiv 2311.12908) and `reward_loss` (DRaFT, arXiv 2309.17400).
 AuthFace (arXiv 2410.09864): `noise_loss` (Eq. 1, stages 5 and 6), and the facial feature loss of stage 6, whose text at
 hand breaks off before Eqs. 2 to 5: `time_weight` is Eq. 3, the others follow GFP-GAN (arXiv 2101.04061).
 """
@@ -21,20 +22,29 @@ def pairwise_ranking_loss(good: Tensor, bad: Tensor) -> Tensor:
     return -F.logsigmoid(good.float() - bad.float()).mean()
 
 
+def masked_l2(target: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
+    """||m o z_good - m o z_bad||^2 / (B C H W): the l2 distance of Face Score's Eq. 7; arguments as of `guidance_loss`.
+
+    The paper does not print the norm's scale. The sum over the face is divided by the size of the whole frame, a
+    constant, which Adam's steps hardly depend on, as Eq. 7 applies d to whole masked frames. So faces count by their
+    area, and small ones less; the mean over each face would weigh them alike, which Eq. 7 does not say.
+    """
+    return F.mse_loss(mask * prediction, mask * target)
+
+
 def guidance_loss(
     target: Tensor,
     prediction: Tensor,
     mask: Tensor,
-    distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+    distance: Callable[[Tensor, Tensor, Tensor], Tensor] = masked_l2,
 ) -> Tensor:
     """d(m o z_good, m o z_bad): distance of a bad face's denoised latents from the good one's (Face Score, Eq. 7).
 
     target: (B, C, H, W), x0 of the good image as the original model predicts it, no gradient; prediction: the same
     shape, x0 of the bad image as the trained model predicts it; mask: (B, 1, H, W) in [0, 1], the face on the latent
-    grid; distance: the paper's l2 (mean squared error) by default.
+    grid; distance: takes the three of them in float32 and applies the mask, the paper's l2 by default.
     """
-    mask = mask.float()
-    return distance(mask * target.float().detach(), mask * prediction.float())
+    return distance(target.float().detach(), prediction.float(), mask.float())
 
 
 def noise_loss(model_pred: Tensor, target: Tensor) -> Tensor:
@@ -43,6 +53,35 @@ def noise_loss(model_pred: Tensor, target: Tensor) -> Tensor:
     model_pred, target: (B, C, H, W). With a v-prediction model the target is the velocity.
     """
     return F.mse_loss(model_pred.float(), target.float())
+
+
+def dpo_loss(good: Tensor, bad: Tensor, original_good: Tensor, original_bad: Tensor, beta: float = 2000.0) -> Tensor:
+    """-log sigmoid(beta / 2 ((o_good - e_good) - (o_bad - e_bad))), averaged over the pairs (Diffusion-DPO, Eq. 14).
+
+    good, bad: (B,) squared errors e of the trained model on the two sides, see `squared_error`; original_good,
+    original_bad: o, those of the original model, no gradient. The loss falls as the trained model becomes better than
+    the original at denoising the good side, by more than at denoising the bad one (arXiv 2311.12908).
+
+    beta: strength of the pull to the original model, the paper's is 2000 for Stable Diffusion 1.5 and 5000 for SDXL.
+    As in the authors' code, errors are means over the latents, and beta stands for the equation's 2 beta T w(lambda),
+    with a constant w.
+    """
+    gain = (original_good - original_bad).detach().float() - (good.float() - bad.float())
+    return -F.logsigmoid(0.5 * beta * gain).mean()
+
+
+def squared_error(model_pred: Tensor, target: Tensor) -> Tensor:
+    """||e - e_theta||^2 / (C H W) of each sample: (B, C, H, W) each -> (B,)."""
+    return (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+
+def reward_loss(rewards: Tensor) -> Tensor:
+    """-r(x), averaged over the images that have a reward (DRaFT, arXiv 2309.17400, Eq. 1); 0 if none has.
+
+    rewards: (B,), NaN where there is none.
+    """
+    has = ~rewards.isnan()
+    return -rewards.float()[has].sum() / has.sum().clamp(min=1)
 
 
 def normalized_time(timesteps: Tensor, num_train_timesteps: int) -> Tensor:

@@ -395,9 +395,9 @@ class TrainingRun:
         done = self.step + 1
         return self.accelerator.sync_gradients and (done % steps == 0 or done == self.steps)
 
-    def generators(self, batch: dict) -> list[torch.Generator]:
+    def generators(self, batch: dict, purpose: str = "noise") -> list[torch.Generator]:
         """Return one generator per sample of the batch, for its noise, timestep and all else that is drawn."""
-        return sample_generators(self.seed, batch["position"])
+        return sample_generators(self.seed, batch["position"], purpose)
 
     def log(self, **values: float | Tensor) -> None:
         """Add numbers to the row of the present step; they are averaged over its micro-batches and processes."""

@@ -4,6 +4,7 @@ Stage 4: tune a Stable Diffusion checkpoint with the guidance loss on face pairs
     python stages/04_guidance_tune.py                                  # offline: the pairs of stage 1, the tiny model
     python stages/04_guidance_tune.py --config stages/presets/sd15_lora.yaml --base my_model.safetensors
     accelerate launch stages/04_guidance_tune.py --config stages/presets/sd15.yaml
+    python stages/04_guidance_tune.py --objective guidance_reward --scorer checkpoints/scorer
 
 Reads   data/pairs/ (stage 1)
 Writes  checkpoints/guided/: a diffusers pipeline, or with --train lora a LoRA file; with --extract_lora lora/, and
@@ -37,6 +38,8 @@ from faceprior.lora import LORA_FORMATS, require_lora_format
 from faceprior.losses import guidance_loss
 from faceprior.models import quiet_libraries, require_trainable, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
+from faceprior.reward_tuning import FaceReward
+from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
 
 SAMPLES = "samples.jsonl"
@@ -60,13 +63,24 @@ class Config:
     extract_lora: int = 0  # rank of a LoRA that is extracted from trained self-attention; 0: none, [0, 1024]
     single_file: Literal["none", "fp16", "fp32"] = "none"  # dtype of a single-file checkpoint beside the pipeline
     quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen weights; not none: train lora only
-    objective: Literal["guidance", "denoising"] = "guidance"  # loss; denoising: plain fine-tuning on good, a baseline
+    objective: Literal["guidance", "denoising", "dpo", "reward", "guidance_reward"] = (
+        "guidance"  # loss; denoising: plain fine-tuning on good; dpo: Diffusion-DPO on the pairs; reward: Face Score of
+        # images drawn from the prompts; guidance_reward: both
+    )
     t_end: float = (
         0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]; with flow matching
         # (Stable Diffusion 3, FLUX) it is the level of noise where Stable Diffusion's schedule is then: 0.5 is s = 0.62
     )
     distance: Literal["l2", "dino"] = "l2"  # distance of guidance: of masked latents, or of decoded features (Eq. 7)
     feature_network: str = "tiny"  # network of the dino distance: folder or hub id (facebook/dino-vits8), or tiny
+    dpo_beta: float = 2000.0  # strength of dpo's pull to the base; its paper: 2000, for SDXL 5000, (0, inf)
+    scorer: str = "tiny"  # scorer of the reward: folder of stage 2, hub id (OPPOer/FaceScore), or tiny
+    reward_weight: float = 1.0  # weight of the reward in the loss, (0, inf)
+    reward_steps: int = 25  # sampling steps of an image that is rewarded, [1, 1000]
+    reward_last: int = 1  # last ones of these steps that the reward's gradient flows through, [1, 1000]
+    reward_guidance: float = 2.5  # classifier-free guidance scale of the images that are rewarded, [1, 30]
+    reward_watch: int = 10  # steps between two looks for reward hacking, at what the reward does not see, [1, inf)
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector of the reward; auto never downloads
     prompt_drop: float = 0.2  # fraction of the samples whose prompt is dropped, [0, 1]
     resolution: int = 128  # side of the training images in pixels, [64, 2048]
     steps: int = 60  # optimizer steps, [1, inf)
@@ -127,11 +141,14 @@ def main(config: Config) -> None:
         lora_variant=config.lora_variant,
         t_end=config.t_end,
         prompt_drop=config.prompt_drop,
+        dpo_beta=config.dpo_beta,
     )
     require_side(tuner.pipeline(), config.resolution)
     make_sampler(config.sampler, tuner.pipeline().scheduler)  # one that does not fit is found now, not at the end
     if config.distance == "dino":
         tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network))
+    if "reward" in config.objective:
+        tuner.reward = load_reward(config)
     if config.gradient_checkpointing:
         tuner.denoiser.enable_gradient_checkpointing()
 
@@ -155,8 +172,8 @@ def main(config: Config) -> None:
         denoiser.train()
         generators = run.generators(batch)
         with accelerator.accumulate(denoiser):
-            if config.objective == "denoising":
-                loss = tuner.denoising_loss(batch, generators, denoiser)
+            if config.objective != "guidance":
+                loss = tuner.objective_loss(config.objective, batch, generators, denoiser)
             else:
                 # Line 1: E(x_g) and E(x_b), the latents of both sides, and the face's mask m on their grid
                 good, bad, mask = tuner.encode_pairs(batch)  # (B, C, h, w) twice, (B, 1, h, w)
@@ -188,7 +205,12 @@ def main(config: Config) -> None:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        run.log(loss=loss)
+        run.log(loss=loss, **tuner.measures)
+
+        # From time to time: does the Face Score rise because of better faces?
+        if tuner.reward and run.every(config.reward_watch):
+            history = run.state.setdefault("reward_watch", [])
+            run.log(**tuner.watch_reward(batch, run.generators(batch, "watch"), history))
 
     # ---- The tuned model, samples before and after, and the summary
     accelerator.wait_for_everyone()
@@ -240,6 +262,12 @@ def save_tuned(config: Config, output: Path, tuner: GuidanceTuner) -> None:
 def load_features(name: str) -> FeatureNetwork:
     """Load the network of the dino distance; `tiny` is never built untrained, as its features would mean nothing."""
     return FeatureNetwork.from_pretrained(tiny.tiny_folder() / "features" if name == tiny.NAME else name)
+
+
+def load_reward(config: Config) -> FaceReward:
+    scorer = FaceScorer.from_pretrained(tiny.resolve(config.scorer, "scorer"))
+    steps, last = config.reward_steps, config.reward_last
+    return FaceReward(scorer, config.detector, steps, last, config.reward_guidance, config.reward_weight)
 
 
 def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:

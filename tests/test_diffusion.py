@@ -15,6 +15,7 @@ from tiny_bases import build
 
 from faceprior.diffusion import (
     added_conditions,
+    decode_checkpointed,
     decode_latents,
     downsample_mask,
     encode_latents,
@@ -213,6 +214,25 @@ def test_gradients_reach_the_latents(sd15):
     latents = normal(1, 4, 4, 4).requires_grad_()
     decode_latents(sd15.vae, latents).sum().backward()
     assert latents.grad.abs().sum() > 0
+
+
+def test_decoding_with_checkpoints_is_decoding(sd15):
+    """The same pixels and gradients; between the passes only the latents are kept, not the decoder's activations."""
+    results, kept = [], []
+    for decode in (decode_latents, decode_checkpointed):
+        latents, sizes = normal(2, 4, 8, 8).requires_grad_(), []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            pixels = decode(sd15.vae, latents)
+        kept.append(sum(sizes))
+        (gradient,) = torch.autograd.grad(pixels.square().sum(), latents)
+        results.append((pixels.detach(), gradient))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert kept[1] <= 2 * latents.numel() < kept[0] / 100
 
 
 def test_noise_of_a_sample_does_not_depend_on_the_batch():

@@ -18,6 +18,7 @@ from faceprior.detect import box_mask
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import TRAIN, GuidanceTuner, dino_distance, load_tuned
 from faceprior.images import save_image
+from faceprior.losses import masked_l2
 from faceprior.models import quiet_libraries
 from faceprior.pairs import FacePair
 from faceprior.procedural import draw_portrait
@@ -125,7 +126,7 @@ def test_the_loss_by_hand(bases, batch, kind, train):
     base = bases[kind]
     seen = []
     tuner = GuidanceTuner(
-        copy.deepcopy(base), train, prompt_drop=0, distance=lambda *a: seen.append(a) or F.mse_loss(*a)
+        copy.deepcopy(base), train, prompt_drop=0, distance=lambda *a: seen.append(a) or masked_l2(*a)
     )
     perturb(tuner, 0.02)
     loss = tuner.loss(batch, generator())
@@ -133,8 +134,7 @@ def test_the_loss_by_hand(bases, batch, kind, train):
         expected, target, prediction, mask = loss_by_hand(base.unet, tuner.denoiser, base, batch)
     assert (target - prediction).abs().max() > 0.1  # the two sides do differ
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(seen[0][0], mask * target, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(seen[0][1], mask * prediction, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[0], (target, prediction, mask), rtol=1e-4, atol=1e-4)
     assert not seen[0][0].requires_grad and seen[0][1].requires_grad
 
 
@@ -161,6 +161,74 @@ def test_the_denoising_loss_by_hand(bases, batch, kind):
     torch.testing.assert_close(loss, ((model_pred - target) ** 2).mean(), rtol=1e-4, atol=1e-6)
     loss.backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in tuner.trainable_parameters())
+
+
+# ------------------------------------------------------------------------------------------------ DPO
+
+
+def dpo_by_hand(original, trained, pipeline, batch, beta):
+    """Diffusion-DPO with the scheduler's own `add_noise` and `get_velocity`; numbers in the order of `loss_by_hand`."""
+    scheduler, stream = DDPMScheduler.from_config(pipeline.scheduler.config), generator()
+    timesteps = torch.cat([torch.randint(0, 1000, (1,), generator=stream) for _ in range(2)])
+    noise = torch.cat([torch.randn(1, 4, 16, 16, generator=stream) for _ in range(2)])
+    encoded = pipeline.encode_prompt(batch["prompt"], device="cpu", do_classifier_free_guidance=False, **ONE)
+    conditions = None
+    if len(encoded) == 4:
+        conditions = {"text_embeds": encoded[2], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+    inside = torch.zeros(2)
+    for sign, unet, side in ((-1, trained, "good"), (1, original, "good"), (1, trained, "bad"), (-1, original, "bad")):
+        latents = pipeline.vae.encode(batch[side]).latent_dist.mean * pipeline.vae.config.scaling_factor
+        is_velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        output = unet(noisy, timesteps, encoded[0], added_cond_kwargs=conditions).sample
+        inside += sign * ((output - target) ** 2).flatten(1).mean(dim=1)
+    return torch.log(1 + torch.exp(-beta / 2 * inside)).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "train"),
+    [("sd15", train) for train in TRAIN] + [("v_prediction", "lora"), ("sdxl", "self_attention")],
+)
+def test_the_dpo_loss_by_hand(bases, batch, kind, train):
+    base = bases[kind]
+    tuner = GuidanceTuner(copy.deepcopy(base), train, prompt_drop=0, dpo_beta=5000.0)
+    perturb(tuner, 0.05)
+    loss = tuner.objective_loss("dpo", batch, generator())
+    with torch.no_grad():
+        expected = dpo_by_hand(base.unet, tuner.denoiser, base, batch, beta=5000.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+    assert abs(expected.item() - np.log(2)) > 2e-3  # the models do differ
+
+
+@pytest.mark.parametrize("train", TRAIN)
+def test_dpo_starts_at_ln_2_and_falls(bases, batch, train):
+    """Whatever the images are; steps then lower the good side's error against the bad one's."""
+    tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), train, rank=4)
+    optimizer = torch.optim.SGD(tuner.trainable_parameters(), lr=1e-3)
+    seen = []
+    for _ in range(4):
+        loss = tuner.dpo_loss(batch, generator())
+        seen.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tuner.trainable_parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen[0] == pytest.approx(np.log(2)) and seen[-1] < seen[0]
+    assert tuner.dpo_loss({**batch, "bad": batch["good"]}, generator()).item() == pytest.approx(np.log(2))
+
+
+def test_fit_takes_the_objective(bases):
+    """The first loss of Diffusion-DPO is ln 2, before the weights have moved."""
+    tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), "lora", rank=2)
+    before = [p.detach().clone() for p in tuner.trainable_parameters()]
+    tuner.fit(samples(), objective="dpo", steps=1, learning_rate=1e-3, device="cpu")
+    assert any(not torch.equal(*pair) for pair in zip(before, tuner.trainable_parameters(), strict=True))
+    with pytest.raises(ValueError, match="`objective` has to be one of guidance, denoising, dpo, .* but is 'ppo'"):
+        tuner.fit(samples(), objective="ppo")
+
+
+# ------------------------------------------------------------------------------------- parts of the loss
 
 
 def test_one_generator_per_sample_gives_a_sample_its_own_stream(bases, batch):
@@ -191,15 +259,35 @@ def features():
 
 
 def test_dino_distance_by_hand(bases, features):
-    """1 - cos of the [CLS] features of what diffusers' own VAE decodes, averaged over the batch."""
+    """1 - cos of the [CLS] features of the faces in what diffusers' own VAE decodes, averaged over the batch.
+
+    The face covers 4 x 6 cells of 4 pixels. The square around it is 1.5 times its longer side, 36 of 64 pixels, and is
+    centred on it, (24, 20), as far as it fits: from (6, 2), but for the second face, on the edge, from (0, 0).
+    """
     vae = copy.deepcopy(bases["sd15"].vae)
     vae.register_to_config(scaling_factor=0.5)
     good, bad = (4 * torch.randn(2, 4, 16, 16, generator=generator(seed)) for seed in (0, 1))
-    one, other = (features.features(vae.decode(latents / 0.5).sample) for latents in (good, bad))
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[0, :, 2:8, 4:8] = mask[1, :, 0:6, 0:4] = 1
+    decoded = [vae.decode(torch.where(mask > 0, side, good) / 0.5).sample for side in (good, bad)]
+    one, other = (
+        torch.cat([features.features(x[:1, :, 2:38, 6:42]), features.features(x[1:, :, :36, :36])]) for x in decoded
+    )
     expected = 1 - ((one * other).sum(dim=1) / one.norm(dim=1) / other.norm(dim=1)).mean()
     distance = dino_distance(vae, features)
-    torch.testing.assert_close(distance(good, bad), expected)
-    assert expected > 1e-4 and abs(distance(good, good).item()) < 1e-6
+    torch.testing.assert_close(distance(good, bad, mask), expected)
+    assert expected > 1e-4 and abs(distance(good, good, mask).item()) < 1e-6
+
+
+def test_the_dino_distance_sees_the_face_only(bases, features):
+    """Gradients reach the prediction where the mask is 1, and nothing where it is empty."""
+    distance = dino_distance(copy.deepcopy(bases["sd15"].vae), features)
+    target, prediction = (torch.randn(2, 4, 8, 8, generator=generator(seed)).requires_grad_() for seed in (0, 1))
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, 2:5, 3:5] = 1
+    distance(target.detach(), prediction, mask).backward()
+    assert torch.equal(prediction.grad.abs().sum(dim=1, keepdim=True) > 0, mask > 0)
+    assert target.grad is None
 
 
 def test_the_dino_distance_trains_the_unet_only(bases, batch, features):
@@ -232,7 +320,7 @@ def test_an_empty_mask_gives_no_loss(bases, batch):
 def test_the_target_does_not_depend_on_the_trained_weights(bases, batch, train):
     targets = []
     tuner = GuidanceTuner(
-        copy.deepcopy(bases["sd15"]), train, distance=lambda t, p: targets.append(t) or F.mse_loss(t, p)
+        copy.deepcopy(bases["sd15"]), train, distance=lambda t, p, m: targets.append(t) or masked_l2(t, p, m)
     )
     first = tuner.loss(batch, generator())
     perturb(tuner)
@@ -306,6 +394,7 @@ def test_dropped_prompts(bases, batch, prompt_drop, kept):
         ({"train": "attention"}, "`train` has to be one of self_attention, lora, full but is 'attention'"),
         ({"t_end": 0}, r"`t_end` has to be in \(0, 1\] but is 0"),
         ({"t_end": 500}, "but is 500"),
+        ({"dpo_beta": 0}, "`dpo_beta` has to be above 0 but is 0"),
         ({"prompt_drop": 1.2}, r"`prompt_drop` has to be in \[0, 1\] but is 1.2"),
     ],
 )
@@ -365,6 +454,27 @@ def test_a_base_without_sample_size_asks_for_the_resolution(bases, tmp_path):
     assert tuner.resolution is None
     with pytest.raises(ValueError, match="U-Net has no `sample_size`: give `resolution`, in pixels"):
         tuner.fit(tmp_path, steps=1)
+
+
+@pytest.mark.parametrize("place", ["unet", ""])
+def test_a_folder_with_a_unet_alone_is_put_into_the_base(bases, tiny_models, tmp_path, place):
+    """As Diffusion-DPO's U-Net is published: no pipeline around it, in unet/ or at the top."""
+    tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), "full")
+    perturb(tuner)
+    tuner.denoiser.save_pretrained(tmp_path / place)
+    loaded = load_tuned(tmp_path, str(tiny_models / "sd15"), torch.bfloat16)
+    assert loaded.unet.dtype == torch.bfloat16 and loaded.vae.dtype == torch.float32
+    loaded = load_tuned(tmp_path, str(tiny_models / "sd15"))
+    assert same_image(draw(loaded), draw(tuner.pipeline())) and not same_image(draw(loaded), draw(bases["sd15"]))
+    with pytest.raises(ValueError, match=r"the U-Net .* does not fit the base: \d+ tensors differ in name or shape"):
+        load_tuned(tmp_path, str(tiny_models / "sdxl"))
+
+
+def test_a_hub_id_that_is_not_there(tiny_models, monkeypatch):
+    """The id of a U-Net is asked of the hub, and the error names it; a path is not."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="no U-Net 'owner/dpo': there is no such folder, and the hub did not"):
+        load_tuned("owner/dpo", str(tiny_models / "sd15"))
 
 
 def test_load_tuned_without_a_model(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from faceprior.losses import (
     discriminator_loss,
+    dpo_loss,
     facial_loss,
     generator_loss,
     gram_matrix,
@@ -14,6 +15,8 @@ from faceprior.losses import (
     noise_loss,
     normalized_time,
     pairwise_ranking_loss,
+    reward_loss,
+    squared_error,
     step_weights,
     style_distance,
     time_weight,
@@ -65,14 +68,67 @@ def test_guidance_loss_sees_the_face_only_and_leaves_the_target():
 
 
 def test_guidance_loss_takes_another_distance():
-    """The l1 distance of 0 and 2 under a mask of one is 2; the distance sees masked float32 latents."""
+    """The l1 distance of 0 and 2 under a mask of one is 2; the distance sees float32."""
 
-    def l1(a, b):
+    def l1(a, b, mask):
         assert a.dtype == b.dtype == torch.float32
-        return (a - b).abs().mean()
+        return (mask * (a - b)).abs().mean()
 
     latents = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float16)
     assert guidance_loss(torch.zeros_like(latents), latents, torch.ones(1, 1, 1, 1, dtype=torch.bool), l1).item() == 2
+
+
+def test_guidance_loss_weighs_faces_by_their_area():
+    """The same difference of 3 on 1 and on 4 of 16 cells: 9 / 16 and 4 x 9 / 16."""
+    for cells, expected in ((1, 9 / 16), (4, 36 / 16)):
+        mask = torch.zeros(1, 1, 1, 16)
+        mask[..., :cells] = 1
+        latents = torch.zeros(1, 2, 1, 16)
+        assert guidance_loss(latents, latents + 3, mask).item() == pytest.approx(expected)
+
+
+def test_dpo_loss_by_hand():
+    """beta 4: the gains on good are 1 and 0, those on bad 1 - ln(3)/2 and ln(3)/2.
+
+    So the margins are ln(3)/2 and -ln(3)/2, times beta / 2: ln 3 and -ln 3, whose sigmoids are 3/4 and 1/4.
+    """
+    half = math.log(3) / 2
+    original = torch.tensor([2.0, 2.0])
+    loss = dpo_loss(torch.tensor([1.0, 2.0]), torch.tensor([1 + half, 2 - half]), original, original, beta=4.0)
+    torch.testing.assert_close(loss, -torch.tensor([0.75, 0.25]).log().mean())
+
+
+def test_dpo_loss_of_the_original_model_is_ln_2():
+    """Whatever the two sides' errors are; the gradient lowers the good side's error and raises the bad one's.
+
+    d/de of -log sigmoid at 0 is beta / 4, over two pairs beta / 8; the original's errors get no gradient.
+    """
+    good, bad = torch.tensor([0.3, 1.0], requires_grad=True), torch.tensor([0.1, 2.0], requires_grad=True)
+    original = [side.detach().clone().requires_grad_() for side in (good, bad)]
+    loss = dpo_loss(good, bad, *original, beta=8.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert good.grad.tolist() == [1.0, 1.0] and bad.grad.tolist() == [-1.0, -1.0]
+    assert all(error.grad is None for error in original)
+
+
+def test_squared_error_by_hand():
+    """Differences 1, 3 of the one sample and 0, 2 of the other: 10 / 2 and 4 / 2, in float32."""
+    model_pred = torch.tensor([[2.0, 0.0], [1.0, 4.0]], dtype=torch.bfloat16).view(2, 2, 1, 1)
+    target = torch.tensor([[1.0, 3.0], [1.0, 2.0]]).view(2, 2, 1, 1)
+    error = squared_error(model_pred, target)
+    assert error.tolist() == [5.0, 2.0] and error.dtype == torch.float32
+
+
+def test_reward_loss_by_hand():
+    """Rewards 1 and 4 of three images: -5 / 2, with -1 / 2 as their gradient; without any reward 0, with gradient 0."""
+    rewards = torch.tensor([1.0, math.nan, 4.0], requires_grad=True)
+    loss = reward_loss(rewards)
+    loss.backward()
+    assert loss.item() == -2.5 and rewards.grad.tolist() == [-0.5, 0.0, -0.5]
+    none = torch.tensor([math.nan], requires_grad=True)
+    reward_loss(none).backward()
+    assert reward_loss(none).item() == 0 and none.grad.tolist() == [0.0]
 
 
 def test_noise_loss_by_hand():

@@ -430,6 +430,29 @@ def test_plain_fine_tuning_trains_the_same_parameters(workplace, tiny_models):
     assert changed and all(".attn1." in key for key in changed)
 
 
+def test_diffusion_dpo_on_the_pairs(workplace, tiny_models):
+    """The first loss of untouched weights is ln 2, whatever beta is."""
+    values = settings(tiny_models)[GUIDANCE] | {"num_samples": 0, "steps": 2, "output": "dpo"}
+    run(GUIDANCE, **values, objective="dpo", dpo_beta=5000.0)
+    losses = [row["loss"] for row in rows(Path("dpo/metrics.jsonl"))]
+    assert losses[0] == pytest.approx(np.log(2)) and losses[1] != losses[0]
+
+
+@pytest.mark.parametrize("objective", ["reward", pytest.param("guidance_reward", marks=pytest.mark.slow)])
+def test_the_face_score_as_a_reward(workplace, tiny_models, objective):
+    """On the shipped base, whose samples have faces; the log says what the reward does not see."""
+    values = settings(tiny_models)[GUIDANCE] | {"num_samples": 0, "steps": 1, "base": "tiny", "train": "lora"}
+    values |= {"reward_steps": 6, "reward_last": 2, "reward_weight": 0.5, "reward_watch": 1, "detector": "mtcnn"}
+    run(GUIDANCE, **values, objective=objective, output="rewarded")
+    (row,) = rows(Path("rewarded/metrics.jsonl"))
+    assert row["found"] == 1
+    guidance = row["guidance_loss"] if objective == "guidance_reward" else 0
+    assert row["loss"] == pytest.approx(guidance - 0.5 * row["face_score"], rel=1e-4)
+    assert row["drift"] > 0 and row["hacking"] == 0 and row["score_change"] != 0
+    lora = load_file("rewarded/pytorch_lora_weights.safetensors")
+    assert any(tensor.abs().max() > 0 for key, tensor in lora.items() if "up" in key or "lora_B" in key)
+
+
 def test_the_dino_distance_gives_another_loss(workplace, tiny_models):
     """From the same weights, pairs and noise as the l2 distance; 1 - cos lies in [0, 2]."""
     from faceprior.features import FeatureNetwork
