@@ -47,7 +47,9 @@ UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of i
 DONE_FILE = "done.json"
 METRICS_FILE = "metrics.jsonl"
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
-RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every"})
+RUN_KEYS = frozenset(
+    {"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every", "ema_device"}
+)
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
 

@@ -41,8 +41,9 @@ from faceprior.diffusion import (
 from faceprior.features import FeatureNetwork
 from faceprior.lora import LORA_FILE, find_lora, load_lora, save_lora
 from faceprior.losses import guidance_loss, noise_loss
-from faceprior.pairs import PairDataset, gather_pairs
+from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
+from faceprior.validation import Validation, Verdict
 
 logger = logging.getLogger(__name__)
 TRAIN = ("self_attention", "lora", "full")
@@ -100,6 +101,7 @@ class GuidanceTuner:
                 part.requires_grad_(False)
         if self.denoiser.dtype != torch.float32:
             _run_under_autocast(self.denoiser, self.denoiser.dtype)
+        self.verdict: Verdict | None = None
         self._original: dict[str, Tensor] = {}
         with seeded(seed, "lora"):
             self._select_trained(rank, rank if alpha is None else alpha)
@@ -243,12 +245,23 @@ class GuidanceTuner:
         seed: int = 0,
         output: str | Path | None = None,
         resolution: int | None = None,
+        ema_decay: float = 0.0,
+        ema_device: str = "auto",
+        keep_best: bool = False,
+        patience: int = 0,
+        num_samples: int = 16,
+        **validation,
     ) -> GuidanceTuner:
         """Train on `pairs`: a folder that stage 1 made, several separated by commas, or a dataset.
 
         resolution: side in pixels of the images of a folder, the base's own by default.
         A dataset has the samples that `loss` takes in batches. With `output`, a folder for the log and checkpoints, the
         training stops and resumes like stage 4.
+
+        ema_decay, ema_device, keep_best, patience: as in `TrainingRun`; the tuner ends with the weights that they
+        choose. validation: options of `Validation`, such as `validate_every` and `scorer`, a FaceScorer; `prompts` are
+        by default those of a folder's pairs, the largest face's first. With a scorer, `verdict` says afterwards whether
+        the faces of num_samples new images are better than without the tuning.
         """
         if isinstance(pairs, str | Path):
             resolution = resolution or self.resolution
@@ -259,29 +272,48 @@ class GuidanceTuner:
                 logger.warning("%s is skipped: %s", place, reason)
             report_long_prompts(self._pipeline, (pair.prompt for pair in usable))
             pairs = PairDataset(usable, resolution)
+            if validation:
+                validation = {"prompts": prompts_by_size(usable), **validation}
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
         accelerator = make_accelerator(device, mixed_precision, accumulation)
         self.to(accelerator.device)
         adam = make_optimizer(self.trainable_parameters(), optimizer, learning_rate)
         unet, adam = accelerator.prepare(self.denoiser, adam)
-        run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam})
+        keeping = {"ema_decay": ema_decay, "ema_device": ema_device, "keep_best": keep_best, "patience": patience}
+        run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam}, **keeping)
+        images = None
+        if validation or keep_best or patience:
+            images = Validation(run, self, **{"resolution": resolution or self.resolution, **validation})
+            images.start()
         for batch in run.batches(pairs, batch_size, seed):
             unet.train()
             with accelerator.accumulate(unet):
                 loss = self.loss(batch, run.generators(batch), unet)
+                run.check(loss, batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(self.trainable_parameters(), 1.0)
                 adam.step()
                 adam.zero_grad()
             run.log(loss=loss)
+            if images:
+                images.step()
+        run.use_final_weights()
+        if images and images.scorer:
+            self.verdict = images.judge(num_samples)
+            logger.info("Face Score of %d new images: %s", num_samples, self.verdict)
         return self
 
     def pipeline(self) -> DiffusionPipeline:
         """Return the pipeline with the tuned weights, for sampling."""
         self.denoiser.eval()
         return self._pipeline
+
+    @contextmanager
+    def sampling(self) -> Iterator[DiffusionPipeline]:
+        """Give the pipeline with the tuned weights, in the middle of a training, too."""
+        yield self.pipeline()
 
     @contextmanager
     def untuned(self) -> Iterator[DiffusionPipeline]:

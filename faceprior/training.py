@@ -484,6 +484,13 @@ class TrainingRun:
         for key, parameter in self._trainable().items():
             parameter.copy_(final[key])
 
+    def describe(self) -> str:
+        """Return how many steps were done and which weights the run ends with, in words."""
+        steps = f"{self.step} of {self.steps} steps, ended early" if self.stopped_early else f"{self.step} steps"
+        if self._best_weights:
+            return f"{steps}, weights of step {self.best['step']}"
+        return f"{steps}, averaged weights" if self._ema else steps
+
     def finish(self, **summary) -> None:
         """Mark the output as complete.
 

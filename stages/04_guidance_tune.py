@@ -7,7 +7,10 @@ Stage 4: tune a Stable Diffusion checkpoint with the guidance loss on face pairs
 
 Reads   data/pairs/ (stage 1)
 Writes  checkpoints/guided/: a diffusers pipeline, or with --train lora a LoRA file; samples/ before and after at the
-        same seeds, samples.jsonl, metrics.jsonl, config.yaml
+        same seeds, samples.jsonl; validation/ and validation.jsonl; metrics.jsonl, config.yaml, done.json
+
+The last line says whether the faces of the samples are better than without the tuning, not better, or too few to tell.
+A run that --patience ended is trained further by the same command with a larger --patience, or with more --steps.
 """
 
 from dataclasses import dataclass
@@ -19,17 +22,16 @@ import torch
 from faceprior import tiny
 from faceprior.bases import require_base
 from faceprior.config import is_complete, print_problems, run_stage
-from faceprior.diffusion import noise_like, report_long_prompts, sample_images, sampled_with
+from faceprior.diffusion import noise_like, report_long_prompts
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
-from faceprior.images import save_image
-from faceprior.jsonl import rewrite_rows
 from faceprior.losses import guidance_loss
 from faceprior.models import quiet_libraries, weight_dtype
-from faceprior.pairs import PairDataset, gather_pairs
+from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
+from faceprior.photos import read_prompts
+from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
-
-SAMPLES = "samples.jsonl"
+from faceprior.validation import Validation
 
 
 @dataclass
@@ -58,19 +60,31 @@ class Config:
     weight_decay: float = 0.0  # weight decay of AdamW; the papers name none, [0, 1]
     max_grad_norm: float = 1.0  # norm to which gradients are clipped, (0, inf)
     gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
+    ema_decay: float = 0.0  # decay of an average of the trained weights, used in their place; 0: none, [0, 1)
+    ema_device: Literal["auto", "cpu"] = "auto"  # device of that average; auto: the training's
     save_every: int = 20  # steps between two checkpoints, [1, inf)
+    validate_every: int = 0  # steps between two validations: images at fixed prompts and seeds; 0: none, [0, inf)
+    num_validation: int = 8  # images of a validation, [1, 1024]
+    keep_best: bool = False  # weights of the validation with the best Face Score, not the last ones, are the result
+    patience: int = 0  # validations without a better Face Score after which the training ends; 0: never, [0, inf)
+    scorer: str = "auto"  # scorer of images: folder, hub id, tiny or none; auto: stage 2's, or tiny beside a tiny base
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector for the scorer; auto never downloads
+    prompts: str = ""  # text file of the prompts of all images, one a line; empty: those of the largest faces
     tracker: Literal["none", "tensorboard", "wandb"] = "none"  # tracker that gets the log beside metrics.jsonl
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
-    num_samples: int = 4  # images generated before and after, [0, 64]
-    sample_steps: int = 25  # sampling steps of those images, [1, 1000]
+    num_samples: int = 8  # images before and after, at seeds of their own, to judge the result by, [0, 1024]
+    sample_steps: int = 25  # sampling steps of all images, [1, 1000]
     sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = "base"  # sampler; base: the base's own
-    guidance_scale: float = 2.5  # classifier-free guidance scale of those images, [1, 30]
+    guidance_scale: float = 2.5  # classifier-free guidance scale of all images, [1, 30]
     num_workers: int = 0  # processes that load images, [0, 64]
     seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # start over in an output folder that holds a run
 
-    AFTER_TRAINING = frozenset({"num_samples", "sample_steps", "sampler", "guidance_scale"})
+    # with validations, which see them too, `Validation` refuses other ones while the training lasts
+    AFTER_TRAINING = frozenset(
+        {"num_samples", "sample_steps", "sampler", "guidance_scale", "prompts", "scorer", "detector", "patience"}
+    )
 
 
 def main(config: Config) -> None:
@@ -78,6 +92,7 @@ def main(config: Config) -> None:
 
     # ---- Input and output
     pairs, problems = gather_pairs(config.pairs)
+    prompts = read_prompts(config.prompts) if config.prompts else prompts_by_size(pairs)
     accelerator = make_accelerator(
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
@@ -89,6 +104,7 @@ def main(config: Config) -> None:
         if is_complete(output):
             accelerator.print(f"{output} is complete")
             return
+        scorer = load_scorer(config.scorer, base)
 
     # ---- The base, and which of its weights are trained
     tuner = GuidanceTuner.from_pretrained(
@@ -112,10 +128,16 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
     denoiser, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
-    run = TrainingRun(output, config.steps, accelerator, {"unet": denoiser}, {"unet": optimizer}, *schedule)
+    keeping = {key: getattr(config, key) for key in ("ema_decay", "ema_device", "keep_best", "patience")}
+    run = TrainingRun(output, config.steps, accelerator, {"unet": denoiser}, {"unet": optimizer}, *schedule, **keeping)
     dataset = PairDataset(pairs, config.resolution)
     if accelerator.is_main_process:
-        report_long_prompts(tuner.pipeline(), (pair.prompt for pair in pairs))
+        report_long_prompts(tuner.pipeline(), [*prompts, *(pair.prompt for pair in pairs)])
+
+    # ---- Images at fixed prompts and seeds, to see whether it helps: the untuned ones, at step 0
+    drawing = (config.resolution, config.validate_every, config.num_validation, config.sample_steps, config.sampler)
+    validation = Validation(run, tuner, scorer, prompts, *drawing, config.guidance_scale, config.detector)
+    validation.start()
 
     # ---- Training: Algorithm 1 of the paper, or in its place another objective of the tuner's
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
@@ -150,23 +172,26 @@ def main(config: Config) -> None:
                 loss = guidance_loss(target, prediction, mask, tuner.distance)
 
             # Line 9: one step down the gradient, after `accumulation` micro-batches
+            run.check(loss, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         run.log(loss=loss)
+        validation.step()
 
-    # ---- The tuned model, samples before and after, and the summary
+    # ---- The tuned model (the last weights, their average, or the best), samples before and after, and the verdict
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        run.use_final_weights()
         tuner.save_pretrained(output)
         tiny.copy_info(config.base, output)
-        largest_first = sorted(pairs, key=lambda pair: (-pair.area_ratio, pair.id))
-        draw_samples(config, output, tuner, [pair.prompt for pair in largest_first])
-        run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs))
+        verdict = validation.judge(config.num_samples)
+        run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs), verdict=verdict.to_dict())
         print_problems(problems, "pair")
-        print(f"{output}: tuned for {config.steps} steps; samples before and after in {output / 'samples'}")
+        print(f"{output}: tuned for {run.describe()}; samples before and after in {output / 'samples'}")
+        print(f"Face Score, tuned against untuned: {verdict}")
     accelerator.end_training()
 
 
@@ -175,23 +200,13 @@ def load_features(name: str) -> FeatureNetwork:
     return FeatureNetwork.from_pretrained(tiny.tiny_folder() / "features" if name == tiny.NAME else name)
 
 
-def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:
-    """Generate images of the first prompts, at the same seeds with the original and with the tuned weights."""
-    chosen = list(dict.fromkeys(prompts))[: config.num_samples]
-    if not chosen:
-        return
-    options = (range(len(chosen)), config.resolution, config.sample_steps, config.guidance_scale)
-    with sampled_with(config.sampler, tuner.pipeline()) as tuned:
-        with tuner.untuned() as original:
-            before = sample_images(original, chosen, *options)
-        after = sample_images(tuned, chosen, *options)
-    rows = []
-    for seed, (prompt, *images) in enumerate(zip(chosen, before, after, strict=True)):
-        files = {side: f"samples/{seed:03d}_{side}.png" for side in ("before", "after")}
-        for file, image in zip(files.values(), images, strict=True):
-            save_image(image, output / file)
-        rows.append({"prompt": prompt, "seed": seed, **files})
-    rewrite_rows(output / SAMPLES, rows)
+def load_scorer(name: str, base: str) -> FaceScorer | None:
+    """Load the scorer of the images; `auto` takes one that is here, a tiny one for a tiny base and no other."""
+    if name == "auto":
+        stage_2, is_tiny = Path("checkpoints/scorer"), tiny.info(base) is not None
+        fits = (stage_2 / FaceScorer.config_name).is_file() and (tiny.info(stage_2) is not None) == is_tiny
+        name = str(stage_2) if fits else tiny.NAME if is_tiny else "none"
+    return None if name == "none" else FaceScorer.from_pretrained(tiny.resolve(name, "scorer"))
 
 
 if __name__ == "__main__":

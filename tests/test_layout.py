@@ -15,7 +15,7 @@ FLOORS = {
     0: "files errors losses models streams",
     1: "images jsonl config",
     2: "detect align degrade color quality metrics training diffusion photos procedural",
-    3: "bases lora pairs portraits features facial blip convert tables",
+    3: "bases lora pairs portraits features facial blip convert tables validation",
     4: "inpaint scorer guidance restorer",
     5: "scorer_checks tiny",
     6: "cli human_eval report",
