@@ -245,6 +245,7 @@ class GuidanceTuner:
         seed: int = 0,
         output: str | Path | None = None,
         resolution: int | None = None,
+        save_every: int = 100,
         ema_decay: float = 0.0,
         ema_device: str = "auto",
         keep_best: bool = False,
@@ -258,10 +259,10 @@ class GuidanceTuner:
         A dataset has the samples that `loss` takes in batches. With `output`, a folder for the log and checkpoints, the
         training stops and resumes like stage 4.
 
-        ema_decay, ema_device, keep_best, patience: as in `TrainingRun`; the tuner ends with the weights that they
-        choose. validation: options of `Validation`, such as `validate_every` and `scorer`, a FaceScorer; `prompts` are
-        by default those of a folder's pairs, the largest face's first. With a scorer, `verdict` says afterwards whether
-        the faces of num_samples new images are better than without the tuning.
+        save_every, ema_decay, ema_device, keep_best, patience: as in `TrainingRun`; the tuner ends with the weights
+        that they choose. validation: options of `Validation`, such as `validate_every` and `scorer`, a FaceScorer;
+        `prompts` are by default those of a folder's pairs, the largest face's first. With a scorer, `verdict` says
+        afterwards whether the faces of num_samples new images are better than without the tuning.
         """
         if isinstance(pairs, str | Path):
             resolution = resolution or self.resolution
@@ -281,7 +282,7 @@ class GuidanceTuner:
         adam = make_optimizer(self.trainable_parameters(), optimizer, learning_rate)
         unet, adam = accelerator.prepare(self.denoiser, adam)
         keeping = {"ema_decay": ema_decay, "ema_device": ema_device, "keep_best": keep_best, "patience": patience}
-        run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam}, **keeping)
+        run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam}, save_every, **keeping)
         images = None
         if validation or keep_best or patience:
             images = Validation(run, self, **{"resolution": resolution or self.resolution, **validation})
