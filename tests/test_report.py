@@ -370,7 +370,7 @@ def test_an_unreadable_image_is_named_and_has_a_placeholder(root):
     assert "data/pairs/bad/one.png" in page.text and "data/pairs/mask/two.png is missing" in page.text
     lost = [div["aria-label"] for div in page.all("div", "lost")]
     assert sum("cannot be read" in label for label in lost) == 4  # the picture and its face, twice
-    assert len(page.all("img")) == 28 - 4
+    assert len(page.all("img")) == 34 - 4
 
 
 @pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname"])
