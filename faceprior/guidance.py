@@ -313,20 +313,22 @@ class GuidanceTuner:
 
     @contextmanager
     def sampling(self) -> Iterator[DiffusionPipeline]:
-        """Give the pipeline with the tuned weights, in the middle of a training, too."""
-        yield self.pipeline()
+        """Give the pipeline with the tuned weights; its parts are afterwards on the devices where they were before."""
+        with self._parts_in_place():
+            yield self.pipeline()
 
     @contextmanager
     def untuned(self) -> Iterator[DiffusionPipeline]:
-        """Give the pipeline with the original weights, to sample images as before the tuning."""
+        """Give the pipeline with the original weights, to sample images as before the tuning; else as `sampling`."""
         if self.train == "lora":
-            with self._adapters_off():
+            with self._adapters_off(), self._parts_in_place():
                 yield self.pipeline()
             return
         tuned = {name: parameter.detach().clone() for name, parameter in self._trained()}
         try:
             self._copy(self._original)
-            yield self.pipeline()
+            with self._parts_in_place():
+                yield self.pipeline()
         finally:
             self._copy(tuned)
 
@@ -364,6 +366,17 @@ class GuidanceTuner:
             yield
         finally:
             self.denoiser.enable_adapters()
+
+    @contextmanager
+    def _parts_in_place(self) -> Iterator[None]:
+        parts = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
+        places = [part.device for part in parts]
+        try:
+            yield
+        finally:
+            for part, place in zip(parts, places, strict=True):
+                if part.device != place:
+                    part.to(place)
 
     @torch.no_grad()
     def _copy(self, tensors: dict[str, Tensor]) -> None:

@@ -30,6 +30,7 @@ from faceprior.diffusion import sample_images, sampled_with
 from faceprior.images import save_image
 from faceprior.jsonl import resume_rows, rewrite_rows
 from faceprior.metrics import mean_interval
+from faceprior.models import SCORER_ID
 from faceprior.training import TrainingRun
 
 VALIDATION, SAMPLES = "validation.jsonl", "samples.jsonl"
@@ -147,16 +148,17 @@ class Verdict:
     def __str__(self) -> str:
         if self.reason:
             return f"not judged: {self.reason}"
-        interval = "" if self.low is None else f"95% interval {self.low:.3g} to {self.high:.3g}, "
+        interval = "" if self.low is None else f"95% interval {self.low:.3g} to {self.high:.3g}"
         faces = ""
         if min(self.faces_before, self.faces_after) < self.images:
             faces = f"; {self.faces_before} of {self.images} images had a face before, {self.faces_after} after"
         if self.outcome == "better":
-            return f"better by {self.difference:.3g} ({interval}n = {self.n} paired images){faces}"
-        change = "" if self.difference is None else f"difference {self.difference:.3g}, "
+            return f"better by {self.difference:.3g} ({interval}, n = {self.n} paired images){faces}"
+        change = "" if self.difference is None else f"difference {self.difference:.3g}"
         if self.outcome == "not better":
-            return f"not better ({change}{interval}n = {self.n} paired images){faces}"
-        return f"too few images to tell ({change}{interval}n = {self.n}){faces}; a larger `num_samples` draws more"
+            return f"not better ({change}, {interval}, n = {self.n} paired images){faces}"
+        known = ", ".join(filter(None, (f"n = {self.n}", change, interval)))
+        return f"too few images to tell ({known}){faces}; a larger `num_samples` draws more"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -275,7 +277,8 @@ class Validation:
                 )
             rewrite_rows(self.run.output / SAMPLES, rows)
         if self.scorer is None or not num_samples:
-            return Verdict(reason="no scorer" if self.scorer is None else "`num_samples` is 0")
+            no_scorer = f"no `scorer` ({SCORER_ID} is the published one, stages/02_train_scorer.py trains one)"
+            return Verdict(reason=no_scorer if self.scorer is None else "`num_samples` is 0")
         return Verdict.of_scores(*scores)
 
     # ---- parts

@@ -65,7 +65,7 @@ class Config:
     save_every: int = 20  # steps between two checkpoints, [1, inf)
     validate_every: int = 0  # steps between two validations: images at fixed prompts and seeds; 0: none, [0, inf)
     num_validation: int = 8  # images of a validation, [1, 1024]
-    keep_best: bool = False  # weights of the validation with the best Face Score, not the last ones, are the result
+    keep_best: bool = False  # choice of the weights whose validation has the best Face Score, in place of the last
     patience: int = 0  # validations without a better Face Score after which the training ends; 0: never, [0, inf)
     scorer: str = "auto"  # scorer of images: folder, hub id, tiny or none; auto: stage 2's, or tiny beside a tiny base
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector for the scorer; auto never downloads

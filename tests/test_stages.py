@@ -1027,7 +1027,7 @@ def test_killed_between_a_validation_and_its_checkpoint(workplace, judged, capsy
 
 
 def test_patience_ends_a_tuning_that_goes_on_with_more_of_it(workplace, judged, capsys):
-    """With a learning rate that moves nothing no validation beats the first one: the end after two, and after two more."""
+    """With a learning rate that moves nothing no validation beats the first: the end after two, then two more."""
     judged |= {"learning_rate": 1e-30, "schedule": "constant", "warmup_steps": 0, "steps": 6, "num_samples": 0}
     run(GUIDANCE, **judged, patience=1)
     assert "tuned for 2 of 6 steps, ended early, weights of step 1" in capsys.readouterr().out

@@ -161,9 +161,9 @@ def test_the_words_of_a_verdict():
     text = "not better (difference -0.5, 95% interval -0.9 to -0.1, n = 16 paired images)"
     assert str(verdict_of(-0.5, 0.4)) == text
     more = "; a larger `num_samples` draws more"
-    few = "too few images to tell (difference 0.5, 95% interval 0.25 to 0.75, n = 4)"
+    few = "too few images to tell (n = 4, difference 0.5, 95% interval 0.25 to 0.75)"
     assert str(verdict_of(0.5, 0.25, 4)) == few + more
-    assert str(Verdict.of_scores([1.0], [3.0])) == "too few images to tell (difference 2, n = 1)" + more
+    assert str(Verdict.of_scores([1.0], [3.0])) == "too few images to tell (n = 1, difference 2)" + more
     none = Verdict.of_scores([None, None], [None, 2.0])
     faces = "; 0 of 2 images had a face before, 1 after"
     assert str(none) == "too few images to tell (n = 0)" + faces + more
