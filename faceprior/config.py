@@ -49,7 +49,9 @@ DONE_FILE = "done.json"
 METRICS_FILE = "metrics.jsonl"
 EXTENDS = "extends"  # key of a preset
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
-RUN_KEYS = frozenset({"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every", "cache"})
+RUN_KEYS = frozenset(
+    {"overwrite", "device", "num_workers", "tracker", "gradient_checkpointing", "save_every", "cache", "ema_device"}
+)
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
 

@@ -47,9 +47,10 @@ from faceprior.features import FeatureNetwork
 from faceprior.lora import LORA_FILE, Lora, add_lora, extract_lora, find_lora, load_lora, save_lora, trained_lora
 from faceprior.losses import dpo_loss, guidance_loss, masked_l2, noise_loss, reward_loss, squared_error
 from faceprior.models import load_part, looks_like_path, precision_of, quantization_of, require_trainable
-from faceprior.pairs import PairDataset, gather_pairs
+from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
 from faceprior.reward_tuning import FaceReward
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
+from faceprior.validation import Validation, Verdict
 
 logger = logging.getLogger(__name__)
 TRAIN = ("self_attention", "lora", "full")
@@ -120,6 +121,7 @@ class GuidanceTuner:
                 part.requires_grad_(False).eval()  # built by hand it may train: T5 has dropout
         if self.denoiser.dtype != torch.float32:
             _run_under_autocast(self.denoiser, self.denoiser.dtype)
+        self.verdict: Verdict | None = None
         self._original: dict[str, Tensor] = {}
         with seeded(seed, "lora"):
             self._select_trained(rank, rank if alpha is None else alpha, lora_targets, lora_variant)
@@ -407,6 +409,13 @@ class GuidanceTuner:
         gradient_checkpointing: bool = False,
         cache: str | Path | None = None,
         reward_watch: int = 10,
+        save_every: int = 100,
+        ema_decay: float = 0.0,
+        ema_device: str = "auto",
+        keep_best: bool = False,
+        patience: int = 0,
+        num_samples: int = 16,
+        **validation,
     ) -> GuidanceTuner:
         """Train on `pairs`: a folder that stage 1 made, several separated by commas, or a dataset.
 
@@ -419,6 +428,11 @@ class GuidanceTuner:
         A dataset has the samples that `loss` takes in batches. With `output`, a folder for the log and checkpoints, the
         training stops and resumes like stage 4. With `cache`, a folder, latents and prompt embeddings are computed once
         (see `cached`); the VAE and the text encoders are on the CPU afterwards, until `pipeline` or `to` move them.
+
+        save_every, ema_decay, ema_device, keep_best, patience: as in `TrainingRun`; the tuner ends with the weights
+        that they choose. validation: options of `Validation`, such as `validate_every` and `scorer`, a FaceScorer;
+        `prompts` are by default those of a folder's pairs, the largest face's first. With a scorer, `verdict` says
+        afterwards whether the faces of num_samples new images are better than without the tuning.
         """
         rewarded = "reward" in _parts(objective)
         if rewarded:
@@ -433,6 +447,8 @@ class GuidanceTuner:
                 logger.warning("%s is skipped: %s", place, reason)
             report_long_prompts(self._pipeline, (pair.prompt for pair in usable))
             pairs = PairDataset(usable, resolution)
+            if validation:
+                validation = {"prompts": prompts_by_size(usable), **validation}
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
         mixed_precision = mixed_precision or precision_of(self.denoiser.dtype)
@@ -441,6 +457,7 @@ class GuidanceTuner:
         settings |= {"train": self.train, "quantization": quantization_of(self.denoiser)}
         accelerator = make_accelerator(device, mixed_precision, accumulation)
         settings |= {"cache": str(cache or "")}
+        keeping = {"ema_decay": ema_decay, "ema_device": ema_device, "keep_best": keep_best, "patience": patience}
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         with advise_on_memory({**settings, **({"resolution": resolution} if resolution else {})}):
@@ -449,11 +466,16 @@ class GuidanceTuner:
             self.to(accelerator.device, encoders=cache is None)
             adam = make_optimizer(self.trainable_parameters(), optimizer, learning_rate)
             unet, adam = accelerator.prepare(self.denoiser, adam)
-            run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam})
+            run = TrainingRun(output, steps, accelerator, {"unet": unet}, {"unet": adam}, save_every, **keeping)
+            images = None
+            if validation or keep_best or patience:
+                images = Validation(run, self, **{"resolution": resolution or self.resolution, **validation})
+                images.start()
             for batch in run.batches(pairs, batch_size, seed):
                 unet.train()
                 with accelerator.accumulate(unet):
                     loss = self.objective_loss(objective, batch, run.generators(batch), unet)
+                    run.check(loss, batch)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(self.trainable_parameters(), 1.0)
@@ -463,6 +485,12 @@ class GuidanceTuner:
                 if rewarded and run.every(reward_watch):
                     history = run.state.setdefault("reward_watch", [])
                     run.log(**self.watch_reward(batch, run.generators(batch, "watch"), history))
+                if images:
+                    images.step()
+            run.use_final_weights()
+            if images and images.scorer:
+                self.verdict = images.judge(num_samples)
+                logger.info("Face Score of %d new images: %s", num_samples, self.verdict)
         return self
 
     def pipeline(self) -> DiffusionPipeline:
@@ -472,16 +500,23 @@ class GuidanceTuner:
         return self._pipeline
 
     @contextmanager
+    def sampling(self) -> Iterator[DiffusionPipeline]:
+        """Give the pipeline with the tuned weights; its parts are afterwards on the devices where they were before."""
+        with self._parts_in_place():
+            yield self.pipeline()
+
+    @contextmanager
     def untuned(self) -> Iterator[DiffusionPipeline]:
-        """Give the pipeline with the original weights, to sample images as before the tuning."""
+        """Give the pipeline with the original weights, to sample images as before the tuning; else as `sampling`."""
         if self.train == "lora":
-            with self._adapters_off():
+            with self._adapters_off(), self._parts_in_place():
                 yield self.pipeline()
             return
         tuned = {name: parameter.detach().clone() for name, parameter in self._trained()}
         try:
             self._copy(self._original)
-            yield self.pipeline()
+            with self._parts_in_place():
+                yield self.pipeline()
         finally:
             self._copy(tuned)
 
@@ -542,6 +577,17 @@ class GuidanceTuner:
             yield
         finally:
             self.denoiser.enable_adapters()
+
+    @contextmanager
+    def _parts_in_place(self) -> Iterator[None]:
+        parts = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
+        places = [part.device for part in parts]
+        try:
+            yield
+        finally:
+            for part, place in zip(parts, places, strict=True):
+                if part.device != place:
+                    part.to(place)
 
     @torch.no_grad()
     def _copy(self, tensors: dict[str, Tensor]) -> None:

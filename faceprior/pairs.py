@@ -116,14 +116,20 @@ def _file_problem(pair: FacePair) -> str | None:
         return str(error)
 
 
+def prompts_by_size(pairs: list[FacePair]) -> list[str]:
+    """Return the distinct prompts of pairs, that of the largest face (by `area_ratio`) first."""
+    largest_first = sorted(pairs, key=lambda pair: (-pair.area_ratio, pair.id))
+    return list(dict.fromkeys(pair.prompt for pair in largest_first))
+
+
 # ---- Datasets
 
 
 class PairDataset(Dataset):
     """Pairs of `gather_pairs` as tensors of one size.
 
-    Each sample: good, bad (3, R, R) float32 in [-1, 1]; mask (1, R, R) in {0, 1}; prompt. It shows the square around
-    the face that `face_square` gives, resized to `resolution` R.
+    Each sample: id; good, bad (3, R, R) float32 in [-1, 1]; mask (1, R, R) in {0, 1}; prompt. It shows the square
+    around the face that `face_square` gives, resized to `resolution` R.
     """
 
     def __init__(self, pairs: list[FacePair], resolution: int):
@@ -136,7 +142,7 @@ class PairDataset(Dataset):
         """Return the sample's prompt, and what its tensors depend on, for `cache.cache_dataset`."""
         pair = self.pairs[index]
         files = {side: Path(getattr(pair, side)) for side in SIDES}
-        return {"prompt": pair.prompt}, {**files, "box": pair.box, "resolution": self.resolution}
+        return {"id": pair.id, "prompt": pair.prompt}, {**files, "box": pair.box, "resolution": self.resolution}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
@@ -151,6 +157,7 @@ class PairDataset(Dataset):
         good, bad = (image.crop(square).resize(size, Image.LANCZOS) for image in (good, bad))
         inside = np.asarray(mask.crop(square).convert("L").resize(size, Image.NEAREST)) > 0  # (R, R)
         return {
+            "id": pair.id,
             "good": to_pixel_values(good)[0],
             "bad": to_pixel_values(bad)[0],
             "mask": torch.from_numpy(inside)[None].float(),
@@ -162,7 +169,7 @@ Change = Callable[[Image.Image, FacePair], Image.Image]  # a side's whole image 
 
 
 class FaceCrops(Dataset):
-    """The face crops of pairs in their own pixels: good and bad, each (H, W, 3) uint8, cut out of a changed image."""
+    """The face crops of pairs in their own pixels: id; good and bad, (H, W, 3) uint8, cut out of a changed image."""
 
     def __init__(self, pairs: list[FacePair], change_good: Change | None = None, change_bad: Change | None = None):
         self.pairs, self.changes = pairs, {"good": change_good, "bad": change_bad}
@@ -170,8 +177,9 @@ class FaceCrops(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        pair, crops = self.pairs[index], {}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.pairs[index]
+        crops: dict[str, Any] = {"id": pair.id}
         for side, change in self.changes.items():
             image = load_image(getattr(pair, side))
             image = change(image, pair) if change else image

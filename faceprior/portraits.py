@@ -157,7 +157,7 @@ def _portrait_from_row(folder: Path, row: dict[str, Any]) -> Portrait:
 
 
 class PortraitDataset(Dataset):
-    """Portraits as tensors: pixel_values (3, R, R) float32 in [-1, 1], and caption."""
+    """Portraits as tensors: id, pixel_values (3, R, R) float32 in [-1, 1], and caption."""
 
     def __init__(self, folder: str | Path, portraits: list[Portrait], resolution: int):
         self.folder, self.portraits, self.resolution = Path(folder), portraits, resolution
@@ -168,4 +168,4 @@ class PortraitDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         portrait = self.portraits[index]
         pixel_values = to_pixel_values(self.folder / portrait.image, self.resolution)[0]
-        return {"pixel_values": pixel_values, "caption": portrait.caption}
+        return {"id": portrait.id, "pixel_values": pixel_values, "caption": portrait.caption}

@@ -6,6 +6,7 @@ The loop itself is in the stage:
     for batch in run.batches(dataset, batch_size=4):
         with accelerator.accumulate(unet):
             loss = ...  # random numbers from run.generators(batch)
+            run.check(loss, batch)  # ends the run at NaN, before the weights see it
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -38,6 +39,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,6 +52,7 @@ from faceprior.models import resolve_device
 
 logger = logging.getLogger(__name__)
 RESUME_FOLDER, STATE_FILE = "resume", "state.json"
+MOST_NAMED = 8  # samples in the message of a loss that is not finite
 TRACKER_PROJECT = "faceprior"
 
 
@@ -327,7 +330,19 @@ class TrainingRun:
 
     output: folder for `metrics.jsonl` and `resume/` (None: nothing is written); modules: the networks whose trainable
     parameters are saved; optimizers: theirs, by the same or other names; save_every: steps between checkpoints.
-    Attributes: `step`, the optimizer steps done; `state`, JSON values of the caller, saved with the checkpoint.
+
+    ema_decay: decay of an average of the trained parameters, [0, 1), which `averaged` and `use_final_weights` put in
+    their place; 0: none. It is updated after each step of the first optimizer (a step that the scaler of fp16 skips
+    is none); at step n the decay is min(ema_decay, n / (n + 9)), 0 at the first. ema_device: where it lies: `auto`,
+    the parameters' own device, or `cpu`, which takes no memory there but a copy after each step.
+
+    keep_best: the weights of the best validation (see `validated`), on the CPU, are what `use_final_weights` takes;
+    patience: validations in a row without a better score after which the run ends; 0: never. A run that ended so is
+    trained further with a larger `patience`, or with more `steps`, which count the validations anew.
+
+    Attributes: `step`, the optimizer steps done; `state`, JSON values of the caller, `best`, {step, score, since} of
+    the best validation and how many have followed it. These, the average and the best weights are saved with every
+    checkpoint.
     """
 
     def __init__(
@@ -341,12 +356,22 @@ class TrainingRun:
         warmup_steps: int = 0,
         schedule: str = "constant",
         progress: bool = True,
+        ema_decay: float = 0.0,
+        ema_device: str = "auto",
+        keep_best: bool = False,
+        patience: int = 0,
     ):
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"`ema_decay` has to be in [0, 1) but is {ema_decay}")
         self.output = Path(output) if output is not None else None
         self.steps, self.accelerator, self.save_every = steps, accelerator, save_every
         self.modules, self.optimizers = modules, optimizers
         self.warmup_steps, self.schedule, self.progress = warmup_steps, schedule, progress
+        self.keep_best, self.patience = keep_best, patience
         self.step, self.seed, self.state = 0, 0, {}
+        self.best: dict[str, Any] = {}
+        self._best_weights: dict[str, Tensor] = {}
+        self._ema = self._make_average(ema_decay, ema_device) if ema_decay else None
         self._samples_per_step: int | None = None
         self._base_rates = {n: [g["lr"] for g in o.param_groups] for n, o in optimizers.items()}
         self._logged = defaultdict(list)
@@ -369,6 +394,8 @@ class TrainingRun:
         if self.step and self._samples_per_step not in (None, math.prod(parts)):
             raise ValueError(_other_samples(self.output, self._samples_per_step, parts))
         self._samples_per_step = math.prod(parts)
+        if self.stopped_early:
+            return
         loader = DataLoader(
             SampleStream(dataset, seed, augment),
             batch_sampler=_positions(self.step, self.steps, batch_size * accumulation, batch_size, self.accelerator),
@@ -389,11 +416,16 @@ class TrainingRun:
                 yield move(batch, self.accelerator.device)
                 if number % accumulation == 0:
                     self._finish_step(bar, stop)
+                if self.stopped_early:
+                    break
 
     def every(self, steps: int) -> bool:
-        """Tell whether the step in progress ends with this micro-batch and is the last or a multiple of `steps`."""
+        """Tell whether the step in progress ends with this micro-batch and is the last or a multiple of `steps`.
+
+        steps: 0 for never.
+        """
         done = self.step + 1
-        return self.accelerator.sync_gradients and (done % steps == 0 or done == self.steps)
+        return steps > 0 and self.accelerator.sync_gradients and (done % steps == 0 or done == self.steps)
 
     def generators(self, batch: dict, purpose: str = "noise") -> list[torch.Generator]:
         """Return one generator per sample of the batch, for its noise, timestep and all else that is drawn."""
@@ -406,6 +438,59 @@ class TrainingRun:
                 value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
             )
 
+    def check(self, loss: Tensor, batch: dict) -> None:
+        """Raise ValueError for a loss that is not finite, before its gradients reach the weights.
+
+        The message names the step, the samples of the micro-batch (`id`, else their positions in the stream) and the
+        last good checkpoint.
+        """
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(self._not_finite(f"`loss` became {value} at step {self.step + 1}, in {_names(batch)}"))
+
+    def validated(self, score: float) -> None:
+        """Take the score of a validation of the step in progress, higher is better, for `keep_best` and `patience`."""
+        if self.best and score <= self.best["score"]:
+            self.best["since"] += 1
+            return
+        self.best = {"step": self.step + 1, "score": score, "since": 0}
+        if self.keep_best:
+            self._require_finite(self.step + 1)
+            self._best_weights = {key: w.detach().to("cpu", copy=True) for key, w in self._validated_weights().items()}
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `patience` ended the run before its last step."""
+        return 0 < self.patience <= self.best.get("since", 0) and self.step < self.steps
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights into the modules, and the trained ones back; nothing without `ema_decay`."""
+        if self._ema is None:
+            yield
+            return
+        parameters = list(self._trainable().values())
+        self._ema.store(parameters)
+        self._ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._ema.restore(parameters)
+
+    @torch.no_grad()
+    def use_final_weights(self) -> None:
+        """Put the weights to save into the modules, after the last step: the best, else the averaged, else the last."""
+        final = self._best_weights or self._validated_weights()
+        for key, parameter in self._trainable().items():
+            parameter.copy_(final[key])
+
+    def describe(self) -> str:
+        """Return how many steps were done and which weights the run ends with, in words."""
+        steps = f"{self.step} of {self.steps} steps, ended early" if self.stopped_early else f"{self.step} steps"
+        if self._best_weights:
+            return f"{steps}, weights of step {self.best['step']}"
+        return f"{steps}, averaged weights" if self._ema else steps
+
     def finish(self, **summary) -> None:
         """Mark the output as complete.
 
@@ -414,7 +499,11 @@ class TrainingRun:
         """
         if self.output is None or not self.accelerator.is_main_process:
             return
-        finish(self.output, steps=self.steps, samples_per_step=self._samples_per_step, **summary)
+        if self._best_weights:
+            summary["best_step"] = self.best["step"]
+        if self.stopped_early:
+            summary["stopped_early"] = True
+        finish(self.output, steps=self.step, samples_per_step=self._samples_per_step, **summary)
         folder = self.output / RESUME_FOLDER
         if self.schedule != "constant":
             shutil.rmtree(folder, ignore_errors=True)
@@ -432,7 +521,7 @@ class TrainingRun:
         self._write_row(bar)
         bar.update()
         stopping = self._any_process(stop.signal is not None)
-        if stopping or self.step % self.save_every == 0 or self.step == self.steps:
+        if stopping or self.stopped_early or self.step % self.save_every == 0 or self.step == self.steps:
             self.save()
         if stopping and self.step < self.steps:
             where = f"stopped after step {self.step}"
@@ -450,13 +539,50 @@ class TrainingRun:
         self._logged.clear()
         for name, value in row.items():
             if not math.isfinite(value):
-                raise ValueError(f"`{name}` became {value} at step {self.step}: lower the learning rate or use bf16")
+                raise ValueError(self._not_finite(f"`{name}` became {value} at step {self.step}"))
         first = next(iter(self.optimizers.values()))
         row["learning_rate"] = first.param_groups[0]["lr"]
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "learning_rate")})
         if self.output is not None and self.accelerator.is_main_process:
             append_row(self.output / METRICS_FILE, row)
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=self.step)
+
+    def _not_finite(self, what: str) -> str:
+        step = 0 if self.output is None else _checkpoint_state(self.output).get("step", 0)
+        kept = (
+            f"the last good checkpoint is {self.output / RESUME_FOLDER}, of step {step}"
+            if step
+            else "no checkpoint yet"
+        )
+        return (
+            f"{what}; {kept}. Start over with a lower `learning_rate` or more `warmup_steps`, or with "
+            "`mixed_precision` bf16 or no if it is fp16; samples that are at fault have to be removed"
+        )
+
+    def _require_finite(self, step: int) -> None:
+        """Raise ValueError if a trained parameter has a NaN or an infinity, which a checkpoint must not hold."""
+        for key, parameter in self._trainable().items():
+            if not parameter.isfinite().all():
+                raise ValueError(self._not_finite(f"the parameter {key} is not finite after step {step}"))
+
+    def _make_average(self, decay: float, device: str) -> EMAModel:
+        average, parameters = EMAModel(self._trainable().values(), decay), list(self._trainable().values())
+        if device != "auto":
+            average.to(device)
+
+        def update(*_) -> None:
+            # EMAModel averages only what requires a gradient, and copies everything else
+            pairs = zip(parameters, average.shadow_params, strict=True)
+            average.step([parameter.detach().to(shadow.device).requires_grad_() for parameter, shadow in pairs])
+
+        first = next(iter(self.optimizers.values()))
+        getattr(first, "optimizer", first).register_step_post_hook(update)  # accelerate's has the real one inside
+        return average
+
+    def _validated_weights(self) -> dict[str, Tensor]:
+        """Return the averaged weights, or the trained ones where there is no average."""
+        trained = self._trainable()
+        return trained if self._ema is None else dict(zip(trained, self._ema.shadow_params, strict=True))
 
     def _any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -471,6 +597,7 @@ class TrainingRun:
         """
         if self.output is None:
             return
+        self._require_finite(self.step)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             folder = self.output / RESUME_FOLDER
@@ -491,7 +618,8 @@ class TrainingRun:
 
     def _not_saved(self, error: Exception) -> str:
         last = _checkpoint_state(self.output).get("step", 0)
-        size = sum(p.nbytes for p in self._trainable().values())
+        copies = 1 + bool(self._best_weights) + (self._ema is not None)
+        size = copies * sum(p.nbytes for p in self._trainable().values())
         size += sum(t.nbytes for o in self.optimizers.values() for t in flatten_optimizer(o)[0].values())
         return (
             f"the checkpoint of step {self.step} in {self.output} could not be written ({' '.join(str(error).split())})"
@@ -500,10 +628,18 @@ class TrainingRun:
         )
 
     def _write_checkpoint(self, folder: Path) -> None:
-        parameters = {key: parameter.detach().contiguous().cpu() for key, parameter in self._trainable().items()}
-        save_file(parameters, folder / "parameters.safetensors")
+        weights = {"parameters": self._trainable(), "best": self._best_weights}
         state: dict[str, Any] = {"step": self.step, "samples_per_step": self._samples_per_step}
         state |= {"state": self.state, "optimizers": {}}
+        if self.best:
+            state |= {"best": self.best, "keeps_best": self.keep_best, "steps": self.steps}
+        if self._ema is not None:
+            weights["average"] = self._validated_weights()
+            state |= {"ema_decay": self._ema.decay, "ema_step": self._ema.optimization_step}
+        for name, tensors in weights.items():
+            if tensors:
+                tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+                save_file(tensors, folder / f"{name}.safetensors")
         for name, optimizer in self.optimizers.items():
             tensors, state["optimizers"][name] = flatten_optimizer(optimizer)
             save_file(tensors, folder / f"{name}.optimizer.safetensors")
@@ -541,6 +677,8 @@ class TrainingRun:
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             stored = load_file(folder / "parameters.safetensors")
             tensors = {name: load_file(folder / f"{name}.optimizer.safetensors") for name in self.optimizers}
+            average = load_file(folder / "average.safetensors") if state.get("ema_decay") else {}
+            best = load_file(folder / "best.safetensors") if state.get("keeps_best") else {}
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"the checkpoint {folder} is damaged ({error}): delete it to train from step 0") from error
         trainable = self._trainable()
@@ -554,15 +692,29 @@ class TrainingRun:
                 f"the checkpoint {folder} was made by another model: {len(differing)} parameters differ in name or "
                 f"shape, such as {', '.join(differing[:5])}. Give that model, or another `output`"
             )
+        decay = 0.0 if self._ema is None else self._ema.decay
+        if state.get("ema_decay", 0.0) != decay:
+            raise ValueError(
+                f"the checkpoint {folder} was made with `ema_decay` {state.get('ema_decay', 0.0)} but it is {decay}: "
+                "give that, or another `output`"
+            )
         with torch.no_grad():
             for key, parameter in trainable.items():
                 parameter.copy_(stored[key])
+            for key, shadow in self._validated_weights().items() if average else ():
+                shadow.copy_(average[key])
+        if average:
+            self._ema.optimization_step = state["ema_step"]
         for name, optimizer in self.optimizers.items():
             restore_optimizer(optimizer, tensors[name], state["optimizers"][name])
         if "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.state = state["step"], state["state"]
         self._samples_per_step = state.get("samples_per_step")
+        if best or not self.keep_best:
+            self.best, self._best_weights = state.get("best", {}), best if self.keep_best else {}
+        if self.stopped_early and self.steps > state["steps"]:
+            self.best["since"] = 0  # it had ended early and is to be trained further
 
 
 class GracefulStop:
@@ -586,6 +738,13 @@ class GracefulStop:
     def __exit__(self, *exc):
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+
+def _names(batch: dict) -> str:
+    """Return which samples a batch holds, as words."""
+    what, names = ("samples", batch["id"]) if "id" in batch else ("positions", batch["position"].tolist())
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{what} {', '.join(map(str, names[:MOST_NAMED]))}{more}"
 
 
 def _size(folder: Path) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from faceprior import tiny  # first: it silences bitsandbytes, which diffusers loads
 
@@ -115,6 +115,7 @@ def main(config: Config) -> None:
             pixel_values = torch.cat([batch["good"], batch["bad"]])  # (2B, 3, 224, 224)
             good, bad = model(pixel_values).chunk(2)  # (B,) each
             loss = pairwise_ranking_loss(good, bad)  # Eq. 5: -log sigmoid(s(good) - s(bad))
+            run.check(loss, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)
@@ -164,15 +165,16 @@ def load_vae(name: str) -> AutoencoderKL | None:
 
 
 def to_pixel_values(
-    scorer: FaceScorer, augment: bool, sample: dict[str, np.ndarray], rng: np.random.Generator | None = None
-) -> dict[str, torch.Tensor]:
+    scorer: FaceScorer, augment: bool, sample: dict[str, Any], rng: np.random.Generator | None = None
+) -> dict[str, Any]:
     """Bring both crops to the scorer's size and range, (3, 224, 224) each, after the same augmentation or none."""
+    sides = {side: sample[side] for side in ("good", "bad")}
     if augment:
-        sample = degrade_alike(sample, rng)
-    return {side: scorer.preprocess(crop)[0].cpu() for side, crop in sample.items()}
+        sides = degrade_alike(sides, rng)
+    return sample | {side: scorer.preprocess(crop)[0].cpu() for side, crop in sides.items()}
 
 
-def collate_plain(scorer: FaceScorer, samples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+def collate_plain(scorer: FaceScorer, samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack the crops as they are -> good, bad (B, 3, 224, 224)."""
     return collate([to_pixel_values(scorer, False, sample) for sample in samples])
 

@@ -4,12 +4,15 @@ Stage 4: tune a Stable Diffusion checkpoint with the guidance loss on face pairs
     python stages/04_guidance_tune.py                                  # offline: the pairs of stage 1, the tiny model
     python stages/04_guidance_tune.py --config stages/presets/sd15_lora.yaml --base my_model.safetensors
     accelerate launch stages/04_guidance_tune.py --config stages/presets/sd15.yaml
-    python stages/04_guidance_tune.py --objective guidance_reward --scorer checkpoints/scorer
+    python stages/04_guidance_tune.py --objective guidance_reward --reward_scorer checkpoints/scorer
 
 Reads   data/pairs/ (stage 1)
 Writes  checkpoints/guided/: a diffusers pipeline, or with --train lora a LoRA file; with --extract_lora lora/, and
-        with --single_file guided.safetensors; samples/ before and after at the same seeds, samples.jsonl,
-        metrics.jsonl, config.yaml
+        with --single_file guided.safetensors; samples/ before and after at the same seeds, samples.jsonl; validation/
+        and validation.jsonl; metrics.jsonl, config.yaml, done.json
+
+The last line says whether the faces of the samples are better than without the tuning, not better, or too few to tell.
+A run that --patience ended is trained further by the same command with a larger --patience, or with more --steps.
 """
 
 from dataclasses import dataclass
@@ -22,27 +25,19 @@ from faceprior import tiny
 from faceprior.bases import BaseInfo, require_base, require_single_file
 from faceprior.bases.parts import SD1, SD2, SDXL
 from faceprior.config import is_complete, print_problems, run_stage
-from faceprior.diffusion import (
-    make_sampler,
-    noise_like,
-    report_long_prompts,
-    require_side,
-    sample_images,
-    sampled_with,
-)
+from faceprior.diffusion import make_sampler, noise_like, report_long_prompts, require_side
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
-from faceprior.images import save_image
-from faceprior.jsonl import rewrite_rows
 from faceprior.lora import LORA_FORMATS, require_lora_format
 from faceprior.losses import guidance_loss
 from faceprior.models import quiet_libraries, require_trainable, weight_dtype
-from faceprior.pairs import PairDataset, gather_pairs
+from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
+from faceprior.photos import read_prompts
 from faceprior.reward_tuning import FaceReward
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
+from faceprior.validation import Validation
 
-SAMPLES = "samples.jsonl"
 EXTRACTED, SINGLE_FILE = "lora", "guided.safetensors"
 FILES = ("lora_format", "extract_lora", "single_file")  # the settings that say what is written
 
@@ -74,13 +69,12 @@ class Config:
     distance: Literal["l2", "dino"] = "l2"  # distance of guidance: of masked latents, or of decoded features (Eq. 7)
     feature_network: str = "tiny"  # network of the dino distance: folder or hub id (facebook/dino-vits8), or tiny
     dpo_beta: float = 2000.0  # strength of dpo's pull to the base; its paper: 2000, for SDXL 5000, (0, inf)
-    scorer: str = "tiny"  # scorer of the reward: folder of stage 2, hub id (OPPOer/FaceScore), or tiny
+    reward_scorer: str = "tiny"  # scorer of the reward: folder of stage 2, hub id (OPPOer/FaceScore), or tiny
     reward_weight: float = 1.0  # weight of the reward in the loss, (0, inf)
     reward_steps: int = 25  # sampling steps of an image that is rewarded, [1, 1000]
     reward_last: int = 1  # last ones of these steps that the reward's gradient flows through, [1, 1000]
     reward_guidance: float = 2.5  # classifier-free guidance scale of the images that are rewarded, [1, 30]
     reward_watch: int = 10  # steps between two looks for reward hacking, at what the reward does not see, [1, inf)
-    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector of the reward; auto never downloads
     prompt_drop: float = 0.2  # fraction of the samples whose prompt is dropped, [0, 1]
     resolution: int = 128  # side of the training images in pixels, [64, 2048]
     steps: int = 60  # optimizer steps, [1, inf)
@@ -93,20 +87,32 @@ class Config:
     weight_decay: float = 0.0  # weight decay of AdamW; the papers name none, [0, 1]
     max_grad_norm: float = 1.0  # norm to which gradients are clipped, (0, inf)
     gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
+    ema_decay: float = 0.0  # decay of an average of the trained weights, used in their place; 0: none, [0, 1)
+    ema_device: Literal["auto", "cpu"] = "auto"  # device of that average; auto: the training's
     save_every: int = 20  # steps between two checkpoints, [1, inf)
+    validate_every: int = 0  # steps between two validations: images at fixed prompts and seeds; 0: none, [0, inf)
+    num_validation: int = 8  # images of a validation, [1, 1024]
+    keep_best: bool = False  # choice of the weights whose validation has the best Face Score, in place of the last
+    patience: int = 0  # validations without a better Face Score after which the training ends; 0: never, [0, inf)
+    scorer: str = "auto"  # scorer of images: folder, hub id, tiny or none; auto: stage 2's, or tiny beside a tiny base
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector of both scorers; auto never downloads
+    prompts: str = ""  # text file of the prompts of all images, one a line; empty: those of the largest faces
     tracker: Literal["none", "tensorboard", "wandb"] = "none"  # tracker that gets the log beside metrics.jsonl
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
-    num_samples: int = 4  # images generated before and after, [0, 64]
-    sample_steps: int = 25  # sampling steps of those images, [1, 1000]
+    num_samples: int = 8  # images before and after, at seeds of their own, to judge the result by, [0, 1024]
+    sample_steps: int = 25  # sampling steps of all images, [1, 1000]
     sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = "base"  # sampler; base: the base's own
-    guidance_scale: float = 2.5  # classifier-free guidance scale of those images, [1, 30]
+    guidance_scale: float = 2.5  # classifier-free guidance scale of all images, [1, 30]
     cache: str = ""  # folder of latents and prompt embeddings, computed once for all runs; empty: in every step
     num_workers: int = 0  # processes that load images, [0, 64]
     seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
     overwrite: bool = False  # start over in an output folder that holds a run
 
-    AFTER_TRAINING = frozenset({"num_samples", "sample_steps", "sampler", "guidance_scale", *FILES})
+    # with validations, which see them too, `Validation` refuses other ones while the training lasts
+    AFTER_TRAINING = frozenset(
+        {"num_samples", "sample_steps", "sampler", "guidance_scale", "prompts", "scorer", "patience", *FILES}
+    )
 
 
 def main(config: Config) -> None:
@@ -115,6 +121,7 @@ def main(config: Config) -> None:
     # ---- Input and output
     require_trainable(config.train, config.quantization)
     pairs, problems = gather_pairs(config.pairs)
+    sample_prompts = read_prompts(config.prompts) if config.prompts else prompts_by_size(pairs)
     accelerator = make_accelerator(
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
@@ -126,6 +133,7 @@ def main(config: Config) -> None:
         if is_complete(output):
             accelerator.print(f"{output} is complete")
             return
+        scorer = load_scorer(config.scorer, base)
 
     # ---- The base, and which of its weights are trained
     tuner = GuidanceTuner.from_pretrained(
@@ -155,7 +163,7 @@ def main(config: Config) -> None:
     # ---- The pairs; with a cache, the VAE and the text encoders are on the device only while they fill it
     dataset = PairDataset(pairs, config.resolution)
     if accelerator.is_main_process:
-        report_long_prompts(tuner.pipeline(), (pair.prompt for pair in pairs))
+        report_long_prompts(tuner.pipeline(), [*sample_prompts, *(pair.prompt for pair in pairs)])
     if config.cache:
         dataset = tuner.cached(dataset, config.cache, accelerator, config.batch_size, config.num_workers)
     tuner.to(accelerator.device, encoders=not config.cache)
@@ -165,7 +173,13 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
     denoiser, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
-    run = TrainingRun(output, config.steps, accelerator, {"unet": denoiser}, {"unet": optimizer}, *schedule)
+    keeping = {key: getattr(config, key) for key in ("ema_decay", "ema_device", "keep_best", "patience")}
+    run = TrainingRun(output, config.steps, accelerator, {"unet": denoiser}, {"unet": optimizer}, *schedule, **keeping)
+
+    # ---- Images at fixed prompts and seeds, to see whether it helps: the untuned ones, at step 0
+    drawing = (config.resolution, config.validate_every, config.num_validation, config.sample_steps, config.sampler)
+    validation = Validation(run, tuner, scorer, sample_prompts, *drawing, config.guidance_scale, config.detector)
+    validation.start()
 
     # ---- Training: Algorithm 1 of the paper, or in its place another objective of the tuner's
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
@@ -200,6 +214,7 @@ def main(config: Config) -> None:
                 loss = guidance_loss(target, prediction, mask, tuner.distance)
 
             # Line 9: one step down the gradient, after `accumulation` micro-batches
+            run.check(loss, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)
@@ -207,21 +222,27 @@ def main(config: Config) -> None:
             optimizer.zero_grad()
         run.log(loss=loss, **tuner.measures)
 
-        # From time to time: does the Face Score rise because of better faces?
+        # From time to time: does the Face Score rise because of better faces, and do new images show it?
         if tuner.reward and run.every(config.reward_watch):
             history = run.state.setdefault("reward_watch", [])
             run.log(**tuner.watch_reward(batch, run.generators(batch, "watch"), history))
+        validation.step()
 
-    # ---- The tuned model, samples before and after, and the summary
+    # ---- The tuned model (the last weights, their average, or the best), samples before and after, and the verdict
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        run.use_final_weights()
         save_tuned(config, output, tuner)
         tiny.copy_info(config.base, output)
-        largest_first = sorted(pairs, key=lambda pair: (-pair.area_ratio, pair.id))
-        draw_samples(config, output, tuner, [pair.prompt for pair in largest_first])
-        run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs))
+        verdict = validation.judge(config.num_samples)
+        run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs), verdict=verdict.to_dict())
         print_problems(problems, "pair")
-        print(f"{output}: tuned for {config.steps} steps; samples before and after in {output / 'samples'}")
+        print(f"{output}: tuned for {run.describe()}; samples before and after in {output / 'samples'}")
+        print(f"Face Score, tuned against untuned: {verdict}")
+        if tuner.reward:
+            print(
+                "The Face Score was the objective itself: the `_change` measures in metrics.jsonl and the samples judge"
+            )
     accelerator.end_training()
 
 
@@ -265,28 +286,18 @@ def load_features(name: str) -> FeatureNetwork:
 
 
 def load_reward(config: Config) -> FaceReward:
-    scorer = FaceScorer.from_pretrained(tiny.resolve(config.scorer, "scorer"))
+    scorer = FaceScorer.from_pretrained(tiny.resolve(config.reward_scorer, "scorer"))
     steps, last = config.reward_steps, config.reward_last
     return FaceReward(scorer, config.detector, steps, last, config.reward_guidance, config.reward_weight)
 
 
-def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:
-    """Generate images of the first prompts, at the same seeds with the original and with the tuned weights."""
-    chosen = list(dict.fromkeys(prompts))[: config.num_samples]
-    if not chosen:
-        return
-    options = (range(len(chosen)), config.resolution, config.sample_steps, config.guidance_scale)
-    with sampled_with(config.sampler, tuner.pipeline()) as tuned:
-        with tuner.untuned() as original:
-            before = sample_images(original, chosen, *options)
-        after = sample_images(tuned, chosen, *options)
-    rows = []
-    for seed, (prompt, *images) in enumerate(zip(chosen, before, after, strict=True)):
-        files = {side: f"samples/{seed:03d}_{side}.png" for side in ("before", "after")}
-        for file, image in zip(files.values(), images, strict=True):
-            save_image(image, output / file)
-        rows.append({"prompt": prompt, "seed": seed, **files})
-    rewrite_rows(output / SAMPLES, rows)
+def load_scorer(name: str, base: str) -> FaceScorer | None:
+    """Load the scorer of the images; `auto` takes one that is here, a tiny one for a tiny base and no other."""
+    if name == "auto":
+        stage_2, is_tiny = Path("checkpoints/scorer"), tiny.info(base) is not None
+        fits = (stage_2 / FaceScorer.config_name).is_file() and (tiny.info(stage_2) is not None) == is_tiny
+        name = str(stage_2) if fits else tiny.NAME if is_tiny else "none"
+    return None if name == "none" else FaceScorer.from_pretrained(tiny.resolve(name, "scorer"))
 
 
 if __name__ == "__main__":

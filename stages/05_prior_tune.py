@@ -147,6 +147,7 @@ def main(config: Config) -> None:
             model_pred = predict(pipeline, noisy_latents, timesteps, embeddings, unet)  # (B, 4, h, w)
             loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
 
+            run.check(loss, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, config.max_grad_norm)

@@ -99,7 +99,7 @@ class Config:
 
 
 class CleanFaces(Dataset):
-    """Square faces: clean (R, R, 3) uint8, and landmarks (5, 2) in pixels if known; DegradedPair makes the tensors."""
+    """Square faces: id, the file; clean (R, R, 3) uint8; landmarks (5, 2) in pixels if known. See DegradedPair."""
 
     def __init__(self, paths: list[Path], resolution: int, landmarks: torch.Tensor | None = None):
         self.paths, self.resolution, self.landmarks = paths, resolution, landmarks
@@ -109,7 +109,8 @@ class CleanFaces(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         size = (self.resolution, self.resolution)
-        sample = {"clean": as_array(load_image(self.paths[index]).resize(size, Image.LANCZOS))}
+        clean = as_array(load_image(self.paths[index]).resize(size, Image.LANCZOS))
+        sample = {"id": str(self.paths[index]), "clean": clean}
         return sample if self.landmarks is None else {**sample, "landmarks": self.landmarks[index]}
 
 
@@ -210,6 +211,7 @@ def main(config: Config) -> None:
                 parts = {"noise": loss, "facial": added, "adversarial": adversarial.mean(), "style": style.mean()}
                 loss = loss + added
 
+            run.check(loss, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(controlnet.parameters(), config.max_grad_norm)

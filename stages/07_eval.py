@@ -43,7 +43,7 @@ from faceprior.images import as_array, save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.metrics import fid, landmark_error, lpips_distance, psnr, ssim
 from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
-from faceprior.photos import UNREADABLE, decode_text, find_photographs, safe_name
+from faceprior.photos import UNREADABLE, find_photographs, read_prompts, safe_name
 from faceprior.procedural import TEST_SEEDS, draw_portrait
 from faceprior.restorer import AuthFaceRestorer
 from faceprior.scorer import FaceScorer
@@ -56,6 +56,7 @@ from faceprior.tables import (
     measure,
     value_text,
 )
+from faceprior.validation import score_face
 
 ROWS, RESULTS, TABLE = "rows.jsonl", "results.json", "table.md"
 NO_FACE = "no face found in any image"
@@ -106,7 +107,7 @@ def main(config: Config) -> None:
     quiet_libraries()
     device = resolve_device(config.device)
     missing = missing_models(config)
-    prompts, (faces, problems) = read_prompts(config), clean_faces(config)
+    prompts, (faces, problems) = choose_prompts(config), clean_faces(config)
 
     base = tiny.resolve(config.base, "sd15")
     if "guided" not in missing and (config.overwrite or not is_complete(config.output)):
@@ -176,20 +177,11 @@ def forget_partial(output: Path, missing: dict[str, str]) -> None:
         rewrite_rows(output / ROWS, filter(is_whole, rows))
 
 
-def read_prompts(config: Config) -> list[str]:
+def choose_prompts(config: Config) -> list[str]:
     """Return the prompts to draw: those of the file, or the captions of portraits that were never trained on."""
     if not config.prompts:
         return [draw_portrait(TEST_SEEDS + i, 64).caption() for i in range(config.num_prompts)]
-    if not Path(config.prompts).is_file():
-        raise FileNotFoundError(f"no prompt file {config.prompts}: it holds one prompt a line")
-    try:
-        lines = decode_text(Path(config.prompts).read_bytes()).splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{config.prompts} is not UTF-8 ({error}): save it as UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{config.prompts} holds no prompt")
-    return prompts[: config.num_prompts]
+    return read_prompts(config.prompts)[: config.num_prompts]
 
 
 def clean_faces(config: Config) -> tuple[list[tuple[str, Image.Image]], list[tuple[str, str]]]:
@@ -240,7 +232,7 @@ def evaluate_generation(
             file = f"pictures/{model}/{i:05d}.png"
             save_image(image, output / file)
             row = {"part": "generation", "id": f"{i:05d}", "model": model, "prompt": prompt, "picture": file}
-            return row | score_face(config, scorer, image)
+            return row | score_face(image, scorer, config.detector, config.min_confidence, config.min_face_size)
 
         items = {f"{model} {i:05d}": (i, prompt) for i, prompt in left}
         failed += measure_each(output, draw, items, f"drawing with the {model} model", "image")
@@ -266,16 +258,6 @@ def measure_each(
         else:
             append_row(output / ROWS, row)
     return failed
-
-
-def score_face(config: Config, scorer: FaceScorer | None, image: Image.Image) -> dict:
-    """Return how many faces an image has, the representative one's Face Score and the detector's highest confidence."""
-    faces = detect_faces(image, config.detector, config.min_confidence, config.min_face_size)
-    if not faces:
-        return {"faces": 0, "score": None, "confidence": None}
-    face = representative_face(faces, image.size)
-    score = scorer.score(image, faces=[face])[0].score if scorer else None
-    return {"faces": len(faces), "score": score, "confidence": max(face.confidence for face in faces)}
 
 
 def evaluate_restoration(

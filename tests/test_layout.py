@@ -15,7 +15,7 @@ FLOORS = {
     0: "files errors losses original_layout quantization streams",
     1: "images jsonl config models",
     2: "detect align degrade color quality metrics training diffusion photos procedural",
-    3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning",
+    3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning validation",
     4: "inpaint scorer guidance restorer",
     5: "scorer_checks tiny",
     6: "cli human_eval report",

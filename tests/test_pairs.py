@@ -29,7 +29,7 @@ from faceprior.inpaint import (
     put_back,
     strength_of,
 )
-from faceprior.pairs import FacePair, PairDataset, gather_pairs
+from faceprior.pairs import FacePair, PairDataset, gather_pairs, prompts_by_size
 from faceprior.procedural import draw_portrait
 from faceprior.training import seeded
 
@@ -560,6 +560,7 @@ def test_a_sample(folder):
 def test_a_small_face_keeps_its_scale(folder):
     """The face is 24 high, so 36 pixels are enough, of which a resolution of 40 makes x 20..60, y 12..52."""
     sample = PairDataset([in_folder(folder)], resolution=40)[0]
+    assert sample["id"] == "a_0"
     for side in ("good", "bad"):
         pixels = to_pixel_values(Image.open(folder / side / "a.png").crop((20, 12, 60, 52)))[0]
         assert torch.equal(sample[side], pixels)
@@ -623,3 +624,12 @@ def test_a_crop_is_put_back_where_it_was():
     assert (np.asarray(larger[1]) == np.asarray(images[1])).all()
     change = np.abs(np.asarray(larger[0]).astype(int) - np.asarray(images[0]))
     assert change[~inside].max() == 0 and change[inside].max() > 0  # shrunk by 2/3 and grown again
+
+
+def test_prompts_of_the_largest_faces_first():
+    """Equal prompts once, at the place of the largest face; equal faces by their id."""
+    faces = {"c": (0.2, "a man"), "b": (0.5, "a woman"), "a": (0.2, "a child"), "d": (0.1, "a woman")}
+    pairs = [
+        FacePair(**{**ROW, "id": name, "area_ratio": area, "prompt": text}) for name, (area, text) in faces.items()
+    ]
+    assert prompts_by_size(pairs) == ["a woman", "a child", "a man"]

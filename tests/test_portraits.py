@@ -259,7 +259,7 @@ def test_a_sample(folder):
     assert sample["pixel_values"].shape == (3, 32, 32) and sample["pixel_values"].dtype == torch.float32
     expected = (torch.arange(32) * 8 + 2) / 127.5 - 1
     torch.testing.assert_close(sample["pixel_values"][0, 10, 2:-2], expected[2:-2], rtol=0, atol=0.01)
-    assert sample["caption"] == ROW["caption"]
+    assert (sample["id"], sample["caption"]) == ("a", ROW["caption"])
 
 
 def test_a_truncated_image_is_named(folder):

@@ -102,6 +102,19 @@ def make_samples(folder, *sides, **more):
     rows(folder / "samples.jsonl", {**more, **{side: f"samples/000_{side}.png" for side in sides}})
 
 
+def make_validation(folder):
+    """Two images at three steps, of which the second is kept, and the verdict."""
+    for step, score in ((0, -0.5), (20, 1.5), (40, 1.25)):
+        for seed in (0, 1):
+            name = f"validation/{step:06d}/{seed:03d}.png"
+            picture(folder / name, seed=step + seed)
+            row = {"step": step, "prompt": CAPTION, "seed": seed, "image": name, "score": score + seed / 4}
+            rows(folder / "validation.jsonl", row)
+        rows(folder / "metrics.jsonl", {"step": step, "validation_score": score + 1 / 8})
+    verdict = {"outcome": "better", "text": "better by 1.5 (95% interval 0.5 to 2.5, n = 16 paired images)"}
+    objects(folder / "done.json", {"steps": 40, "pairs": 2, "best_step": 20, "verdict": verdict})
+
+
 def make_scorer(folder):
     make_training(folder, start_accuracy=0.5, accuracy=0.75, training_pairs=8, validation_pairs=4)
     rows(folder / "metrics.jsonl", {"step": 4, "loss": 0.2, "accuracy": 0.5, "validation_accuracy": 0.75})
@@ -143,6 +156,7 @@ def root(tmp_path):
     for name in ("guided", "prior"):
         make_training(root / "checkpoints" / name, trained_parameters=197184, pairs=2, portraits=1)
         make_samples(root / "checkpoints" / name, "before", "after", prompt=CAPTION, seed=0)
+    make_validation(root / "checkpoints/guided")
     make_training(root / "checkpoints/restorer", faces=1)
     make_samples(root / "checkpoints/restorer", "clean", "degraded", "restored")
     measured = {
@@ -189,6 +203,8 @@ def test_a_whole_run_has_every_part(root):
         CAPTION, "sharpness 1.6 (blurred: at least 4.0)", "197,184",
         "21.5", "20.25 to 22.75", "not measured", "the weights of AlexNet are not here",
         "infinite", "all equal the clean ones",
+        "better by 1.5 (95% interval 0.5 to 2.5, n = 16 paired images)", "step 20, kept: 1.75", "untuned: -0.25",
+        "Face Score of the validation images",
         "python3 stages/01_make_pairs.py --output data/pairs", "1 min 12 s", "torch", "accelerate", "noise_factors",
     ):  # fmt: skip
         assert text in page.text, text
@@ -210,9 +226,10 @@ def test_the_file_is_self_contained(root):
 
 
 def test_every_image_is_embedded_with_a_description(root):
-    """3 x (whole + face) for two pairs, 2 portraits, 2 x 2 samples, 3 + 2 of restoration, 1 + 2 + 2 photographs."""
+    """3 x (whole + face) for two pairs, 2 portraits, 2 x 2 samples, 3 x 2 validation images, 3 + 2 of restoration,
+    1 + 2 + 2 photographs."""
     images = read(root).all("img")
-    assert len(images) == 12 + 2 + 4 + 5 + 5
+    assert len(images) == 12 + 2 + 4 + 6 + 5 + 5
     assert all(image["alt"] for image in images)
     by_name = {image["alt"]: decoded(image["src"]) for image in images}
     good = load_image(root / "data/pairs/good/one.png")
@@ -353,7 +370,7 @@ def test_an_unreadable_image_is_named_and_has_a_placeholder(root):
     assert "data/pairs/bad/one.png" in page.text and "data/pairs/mask/two.png is missing" in page.text
     lost = [div["aria-label"] for div in page.all("div", "lost")]
     assert sum("cannot be read" in label for label in lost) == 4  # the picture and its face, twice
-    assert len(page.all("img")) == 28 - 4
+    assert len(page.all("img")) == 34 - 4
 
 
 @pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname"])

@@ -967,11 +967,14 @@ def test_the_restorer_goes_on_from_a_controlnet(tmp_path):
 def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models, name, folder):
     """Two processes with one sample each see what one process with two sees, so the losses agree.
 
-    Stage 4's are killed after a step: one process resumes them with the same samples a step, and with no others.
+    Stage 4's are killed after a step: one process resumes them with the same samples a step, and with no others. They
+    share the validation images, of which no row is lost.
     """
     shutil.copytree(chain / "data", tmp_path / "data")
     shutil.copytree(chain / "checkpoints/prior", tmp_path / "checkpoints/prior")
     values = {**settings(tiny_models)[name], "batch_size": 1, "device": "cpu"}
+    if name == GUIDANCE:
+        values |= {"validate_every": 1, "num_validation": 3, "scorer": "none"}
     # accelerate starts several processes on a CPU by itself only through MPI; with --multi_gpu torchrun starts them
     launch = [
         sys.executable,
@@ -995,6 +998,9 @@ def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models, 
             ):
                 run(name, **values)
             run(name, **values | {"batch_size": 2})
+        images = rows(output / "validation.jsonl")
+        assert [(row["step"], row["seed"] % 2**20) for row in images] == [(s, i) for s in range(4) for i in range(3)]
+        assert all((output / row["image"]).is_file() for row in images)
     else:
         printed, _ = process.communicate(timeout=240)
         assert process.returncode == 0, printed
@@ -1003,6 +1009,92 @@ def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models, 
     assert [row["step"] for row in two] == [1, 2, 3]
     for key in one[0]:
         np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one], rtol=1e-4, err_msg=key)
+
+
+@pytest.fixture
+def judged(tiny_models) -> dict:
+    """The settings of a short tuning of the shipped tiny model, in whose images the detector finds faces."""
+    values = settings(tiny_models)[GUIDANCE] | {"base": "tiny", "scorer": "tiny", "sample_steps": 8, "num_samples": 1}
+    return values | {"validate_every": 1, "num_validation": 1, "keep_best": True, "output": "judged"}
+
+
+def test_killed_between_a_validation_and_its_checkpoint(workplace, judged, capsys):
+    """The same command ends with the files of the uninterrupted run: weights, average, best, log, images, verdict."""
+    judged |= {"ema_decay": 0.5, "save_every": 2}
+    stage = load_stage(GUIDANCE)
+    run(GUIDANCE, **judged)
+    *_, last = capsys.readouterr().out.splitlines()
+    done = json.loads(Path("judged/done.json").read_text())
+    assert last == f"Face Score, tuned against untuned: {done['verdict']['text']}"
+    assert (done["verdict"]["n"], done["verdict"]["outcome"]) == (1, "too few") and done["best_step"] in (1, 2, 3)
+    log = rows(Path("judged/metrics.jsonl"))
+    assert [row["step"] for row in log] == [0, 1, 2, 3] and all("validation_score" in row for row in log)
+
+    step = stage.Validation.step
+
+    def killed(self):
+        step(self)
+        if self.run.step + 1 == 3:
+            raise KeyboardInterrupt
+
+    cut = judged | {"output": "cut"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage.Validation, "step", killed)
+        run(GUIDANCE, **cut)
+    assert not Path("cut/done.json").exists() and rows(Path("cut/validation.jsonl"))[-1]["step"] == 3
+    run(GUIDANCE, **cut)
+    files = [{k: v for k, v in snapshot(Path(f)).items() if k != "config.yaml"} for f in ("judged", "cut")]
+    assert files[0] == files[1]
+
+
+def test_patience_ends_a_tuning_that_goes_on_with_more_of_it(workplace, judged, capsys):
+    """With a learning rate that moves nothing no validation beats the first: the end after two, then two more."""
+    judged |= {"learning_rate": 1e-30, "schedule": "constant", "warmup_steps": 0, "steps": 6, "num_samples": 0}
+    run(GUIDANCE, **judged, patience=1)
+    assert "tuned for 2 of 6 steps, ended early, weights of step 1" in capsys.readouterr().out
+    done = json.loads(Path("judged/done.json").read_text())
+    assert (done["steps"], done["stopped_early"], done["best_step"]) == (2, True, 1)
+    run(GUIDANCE, **judged, patience=1)
+    assert "judged is complete" in capsys.readouterr().out
+    run(GUIDANCE, **judged, patience=3)
+    assert [row["step"] for row in rows(Path("judged/metrics.jsonl"))] == [0, 1, 2, 3, 4]
+    run(GUIDANCE, **judged | {"steps": 7}, patience=3)
+    assert [row["step"] for row in rows(Path("judged/metrics.jsonl"))] == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_scorer_that_judges(workplace, judged, capsys):
+    """`auto` takes what is here and of the base's kind; a name that does not exist is an error before the training."""
+    stage = load_stage(GUIDANCE)
+    base, real = tiny.resolve("tiny", "sd15"), "some/base"
+    assert stage.load_scorer("auto", base).config._name_or_path == "checkpoints/scorer"  # made from a tiny one
+    assert stage.load_scorer("auto", real) is None and stage.load_scorer("none", base) is None
+    Path("checkpoints/scorer/tiny.json").unlink()
+    assert stage.load_scorer("auto", real).config._name_or_path == "checkpoints/scorer"
+    assert stage.load_scorer("auto", base).config._name_or_path == tiny.resolve("tiny", "scorer")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(GUIDANCE, **judged | {"scorer": "./nowhere"})
+    assert not Path("judged/metrics.jsonl").exists()
+    with pytest.raises(ValueError, match="`keep_best` goes by the Face Score of validations"):
+        run(GUIDANCE, **judged | {"scorer": "none"})
+
+
+def test_a_loss_that_is_not_finite_names_the_pair(workplace, tiny_models, monkeypatch):
+    """And leaves the last good checkpoint, which the message names too."""
+    stage = load_stage(GUIDANCE)
+    values = settings(tiny_models)[GUIDANCE] | {"output": "spoilt", "batch_size": 1}
+    ids, original = [], stage.GuidanceTuner.encode_pairs
+
+    def spoil(self, batch):
+        ids.extend(batch["id"])
+        good, bad, mask = original(self, batch)
+        return good * (float("nan") if len(ids) == 3 else 1), bad, mask
+
+    monkeypatch.setattr(stage.GuidanceTuner, "encode_pairs", spoil)
+    with pytest.raises(ValueError) as error:
+        run(GUIDANCE, **values)
+    where = f"at step 3, in samples {ids[2]}; the last good checkpoint is spoilt/resume, of step 2"
+    assert str(error.value).startswith(f"`loss` became nan {where}. Start over with a lower `learning_rate`")
+    assert ids[2] in {pair["id"] for pair in rows(Path("data/pairs/manifest.jsonl"))}
 
 
 def test_a_tuned_model_is_sampled_and_tuned_further(workplace, tiny_models):

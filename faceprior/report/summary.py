@@ -15,6 +15,7 @@ FACTS = {
     "pairs": "pairs",
     "portraits": "portraits",
     "faces": "faces",
+    "best_step": "kept step",
 }  # key of done.json -> its name
 
 
