@@ -397,6 +397,7 @@ class GuidanceTuner:
         pairs,
         objective: Literal["guidance", "denoising", "dpo", "reward", "guidance_reward"] = "guidance",
         steps: int = 500,
+        objective: str = "guidance",
         learning_rate: float = 1e-5,
         batch_size: int = 2,
         accumulation: int = 1,

@@ -240,9 +240,7 @@ def main(config: Config) -> None:
         print(f"{output}: tuned for {run.describe()}; samples before and after in {output / 'samples'}")
         print(f"Face Score, tuned against untuned: {verdict}")
         if tuner.reward:
-            print(
-                "The Face Score was the objective itself: the `_change` measures in metrics.jsonl and the samples judge"
-            )
+            print("That Face Score was trained for: look at the samples, and at the other measures in metrics.jsonl")
     accelerator.end_training()
 
 
