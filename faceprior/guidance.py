@@ -395,9 +395,8 @@ class GuidanceTuner:
     def fit(
         self,
         pairs,
-        objective: Literal["guidance", "denoising", "dpo", "reward", "guidance_reward"] = "guidance",
         steps: int = 500,
-        objective: str = "guidance",
+        objective: Literal["guidance", "denoising", "dpo", "reward", "guidance_reward"] = "guidance",
         learning_rate: float = 1e-5,
         batch_size: int = 2,
         accumulation: int = 1,
