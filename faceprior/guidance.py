@@ -98,6 +98,7 @@ class GuidanceTuner:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False)
+        pipeline.vae.enable_slicing()  # image by image: one of 1024 pixels takes 2.5 GB in the encoder
         if self.denoiser.dtype != torch.float32:
             _run_under_autocast(self.denoiser, self.denoiser.dtype)
         self._original: dict[str, Tensor] = {}
@@ -111,10 +112,14 @@ class GuidanceTuner:
         dtype: torch.dtype = torch.float32,
         vae: str | None = None,
         prediction_type: str = "auto",
+        weights: bool = True,
         **options,
     ):
-        """Load `base` (diffusers folder, single `.safetensors` file or hub id); `options` are the constructor's."""
-        return cls(load_pipeline(base, dtype, vae, prediction_type), **options)
+        """Load `base` (diffusers folder, single `.safetensors` file or hub id); `options` are the constructor's.
+
+        weights: False builds its networks from their configs alone, to plan with.
+        """
+        return cls(load_pipeline(base, dtype, vae, prediction_type, weights=weights), **options)
 
     @property
     def denoiser(self) -> nn.Module:

@@ -11,6 +11,7 @@ Writes  checkpoints/guided/: a diffusers pipeline, or with --train lora a LoRA f
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +26,10 @@ from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.images import save_image
 from faceprior.jsonl import rewrite_rows
 from faceprior.losses import guidance_loss
+from faceprior.memory import Rehearsal
 from faceprior.models import quiet_libraries, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
+from faceprior.plan import show_plan
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
 
 SAMPLES = "samples.jsonl"
@@ -91,21 +94,7 @@ def main(config: Config) -> None:
             return
 
     # ---- The base, and which of its weights are trained
-    tuner = GuidanceTuner.from_pretrained(
-        base,
-        weight_dtype(config.mixed_precision),
-        config.vae,
-        config.prediction_type,
-        train=config.train,
-        rank=config.rank,
-        alpha=config.alpha,
-        t_end=config.t_end,
-        prompt_drop=config.prompt_drop,
-    ).to(accelerator.device)
-    if config.distance == "dino":
-        tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network))
-    if config.gradient_checkpointing:
-        tuner.denoiser.enable_gradient_checkpointing()
+    tuner = make_tuner(config, base).to(accelerator.device)
 
     # ---- Optimizer, and the run with its checkpoints
     trained = tuner.trainable_parameters()
@@ -170,9 +159,57 @@ def main(config: Config) -> None:
     accelerator.end_training()
 
 
-def load_features(name: str) -> FeatureNetwork:
+def make_tuner(config: Config, base: str, weights: bool = True) -> GuidanceTuner:
+    """Return the base with the part of it that is trained, and what the loss needs; `weights` as in `load_pipeline`."""
+    tuner = GuidanceTuner.from_pretrained(
+        base,
+        weight_dtype(config.mixed_precision),
+        config.vae,
+        config.prediction_type,
+        weights=weights,
+        train=config.train,
+        rank=config.rank,
+        alpha=config.alpha,
+        t_end=config.t_end,
+        prompt_drop=config.prompt_drop,
+    )
+    if config.distance == "dino":
+        tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network, weights))
+    if config.gradient_checkpointing:
+        tuner.denoiser.enable_gradient_checkpointing()
+    return tuner
+
+
+def load_features(name: str, weights: bool = True) -> FeatureNetwork:
     """Load the network of the dino distance; `tiny` is never built untrained, as its features would mean nothing."""
-    return FeatureNetwork.from_pretrained(tiny.tiny_folder() / "features" if name == tiny.NAME else name)
+    folder = tiny.tiny_folder() / "features" if name == tiny.NAME else name
+    return FeatureNetwork.from_pretrained(folder) if weights else FeatureNetwork.from_config(folder)
+
+
+def rehearse(config: Config, rehearsal: Rehearsal) -> None:
+    """Take a step and draw the samples without data, for `--plan`."""
+    base, side, count = tiny.resolve(config.base, "sd15"), config.resolution, config.batch_size
+    with rehearsal:
+        # ---- The base, and which of its weights are trained
+        tuner = make_tuner(config, base, weights=False)
+        trained = tuner.trainable_parameters()
+        rehearsal.name_pipeline(tuner.pipeline(), trained)
+        rehearsal.name_rest("original weights")
+        optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
+
+        # ---- A step
+        tuner.denoiser.train()
+        batch = {name: torch.zeros(count, 3, side, side) for name in ("good", "bad")}
+        batch |= {"mask": torch.zeros(count, 1, side, side), "prompt": [f"face {number}" for number in range(count)]}
+        generators = [torch.Generator() for _ in range(count)]
+        compute = {"guidance": tuner.loss, "denoising": tuner.denoising_loss}[config.objective]
+        rehearsal.step(partial(compute, batch, generators), trained, optimizer, config.accumulation)
+
+        # ---- The samples, as `draw_samples` makes them
+        prompts = [f"face {number}" for number in range(config.num_samples)]
+        if prompts:
+            with rehearsal.phase("samples"), tuner.untuned() as original:
+                sample_images(original, prompts, range(len(prompts)), side, 1, config.guidance_scale)
 
 
 def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: list[str]) -> None:
@@ -195,4 +232,4 @@ def draw_samples(config: Config, output: Path, tuner: GuidanceTuner, prompts: li
 
 
 if __name__ == "__main__":
-    run_stage(main, Config)
+    run_stage(main, Config, plan=partial(show_plan, rehearse))

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from faceprior.bases.describe import METHODS, BaseInfo, describe_base, require_base
+from faceprior.bases.empty import load_empty
 from faceprior.bases.folder import find_folder, load_folder
 from faceprior.bases.parts import BETAS
 from faceprior.bases.single_file import load_single_file, set_schedule
@@ -21,7 +22,11 @@ __all__ = ["METHODS", "BaseInfo", "describe_base", "find_folder", "load_pipeline
 
 
 def load_pipeline(
-    base: str | Path, dtype: torch.dtype = torch.float32, vae: str | None = None, prediction_type: str = "auto"
+    base: str | Path,
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    prediction_type: str = "auto",
+    weights: bool = True,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline from a diffusers folder, a single `.safetensors` file or a hub id.
 
@@ -29,6 +34,7 @@ def load_pipeline(
     if they exist, else from the hub. `vae`: folder or hub id of a VAE that replaces the base's own (Realistic Vision is
     published without one). prediction_type: `epsilon` or `v_prediction` where the files do not say which, or wrongly;
     `auto` takes what they say. Whatever class a folder names, Stable Diffusion and SDXL are loaded as text-to-image.
+    weights: False builds the networks from their configs alone, to plan with.
     Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's overflows in float16); the safety checker is not
     loaded.
 
@@ -37,9 +43,11 @@ def load_pipeline(
     """
     if prediction_type not in ("auto", "epsilon", "v_prediction"):
         raise ValueError(f"`prediction_type` has to be auto, epsilon or v_prediction but is {prediction_type!r}")
-    parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae else {}
+    parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae and weights else {}
     path = Path(base).expanduser()
-    if path.is_file():
+    if not weights:
+        pipeline = load_empty(base, dtype, vae)
+    elif path.is_file():
         pipeline = load_single_file(path, dtype, parts, prediction_type)
     else:
         pipeline = load_folder(find_folder(base, vae), dtype, parts)

@@ -1,0 +1,217 @@
+"""`--plan`: what a stage's training needs of a graphics card's memory, before any weight is loaded.
+
+A stage rehearses its step (see `faceprior.memory`): `rehearse(config, rehearsal)` builds the networks from their
+configs, takes an optimizer step and a micro-batch, and draws the samples, by the functions that train.
+
+    run_stage(main, Config, plan=partial(show_plan, rehearse))
+
+Sizes are in GiB, 2^30 bytes, as a card of "8 GB" has 8 GiB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from faceprior.config import make_config, stage_name
+from faceprior.models import quiet_libraries
+
+logger = logging.getLogger(__name__)
+GIB = 2**30
+# What is not in tensors: CUDA's context and the workspaces of its libraries, and a share of the rest that lies between
+# tensors in the allocator's blocks. Estimates: both depend on the card and on the versions.
+CONTEXT, FRAGMENTATION = 0.5 * GIB, 0.04
+WORTHWHILE = 0.01  # share of the peak that an option has to save
+_LOWEST_RESOLUTION = 256  # pixels
+
+
+# ---- what a run needs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of a run: phase -> part -> bytes, at the moment of the phase when most is in use.
+
+    peak: bytes of tensors, what `torch.cuda.max_memory_allocated` returns; needed: with what lies outside of them.
+    """
+
+    phases: dict[str, dict[str, int]]
+    device: str
+
+    @property
+    def peak(self) -> int:
+        return max(sum(parts.values()) for parts in self.phases.values())
+
+    @property
+    def overhead(self) -> int:
+        return int(CONTEXT + FRAGMENTATION * self.peak) if self.device == "cuda" else 0
+
+    @property
+    def needed(self) -> int:
+        return self.peak + self.overhead
+
+    def rows(self) -> list[list[str]]:
+        """Return the table: a row per part and a column per phase, in GiB, with the sums below."""
+        parts = dict.fromkeys(part for phase in self.phases.values() for part in phase)
+        order = sorted(parts, key=lambda part: _ORDER.index(part) if part in _ORDER else 0)
+        rows = [["GiB", *self.phases]]
+        for part in order:
+            rows.append([part, *(_gib(phase.get(part, 0)) for phase in self.phases.values())])
+        rows.append(["together", *(_gib(sum(phase.values())) for phase in self.phases.values())])
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        ]
+        lines.insert(-1, "-" * len(lines[0]))
+        lines.append(f"peak: {_gib(self.peak)} GiB")
+        if self.overhead:
+            lines[-1] += (
+                f", and about {_gib(self.overhead)} GiB for CUDA itself and fragmentation: {_gib(self.needed)} GiB"
+            )
+        return "\n".join(lines)
+
+
+# The rows below the networks.
+_ORDER = ["networks", "trained weights", "original weights", "gradients", "optimizer state", "activations"]
+
+
+def make_plan(rehearse: Callable[[Any, Any], None], config: Any) -> Plan:
+    """Rehearse a stage with its settings; for the CPU if `config.device` is cpu, else for CUDA, on any machine."""
+    from faceprior.memory import Rehearsal
+
+    device = "cpu" if config.device == "cpu" else "cuda"
+    # both 16-bit types take the same memory, and a CPU does not train in float16
+    half = "bf16" if config.mixed_precision == "fp16" else config.mixed_precision
+    rehearsal = Rehearsal(device)
+    rehearse(dataclasses.replace(config, device="cpu", mixed_precision=half), rehearsal)
+    return Plan(rehearsal.peaks, device)
+
+
+# ---- what makes it fit
+
+
+def options(config: Any) -> Iterator[dict[str, Any]]:
+    """Yield changes of a stage's settings that may save memory, cheapest first; those that its Config has.
+
+    First what leaves the result as it is, then what changes it little, then what trains something else: computing what
+    does not change once (saves time, too), 16 bits, smaller micro-batches with as many samples in a step, recomputing
+    activations (a third more time), fewer samples at once, 8-bit Adam, a LoRA, a base in 8 and 4 bits, smaller images.
+    """
+    value = dataclasses.asdict(config)
+    hints = typing.get_type_hints(type(config))
+    if value.get("cache") == "":
+        yield {"cache": "data/cache"}
+    if value.get("mixed_precision") == "no":
+        yield {"mixed_precision": "bf16"}
+    size, accumulation = value["batch_size"], value["accumulation"]
+    while size > 1:
+        factor = 2 if size % 2 == 0 else size
+        size, accumulation = size // factor, accumulation * factor
+        yield {"batch_size": size, "accumulation": accumulation}
+    if value.get("gradient_checkpointing") is False:
+        yield {"gradient_checkpointing": True}
+    if value.get("optimizer") == "adamw":
+        yield {"optimizer": "adamw8bit"}
+    if value.get("train") not in (None, "lora"):
+        yield {"train": "lora"}
+    for quantization in ("8bit", "nf4"):
+        if quantization in typing.get_args(hints.get("quantization")) and value["quantization"] == "none":
+            yield {"quantization": quantization}
+    resolution = value.get("resolution", 0)
+    while (resolution := resolution * 3 // 4 // 64 * 64) >= _LOWEST_RESOLUTION:
+        yield {"resolution": resolution}
+
+
+def find_fitting(
+    rehearse: Callable[[Any, Any], None], config: Any, size: int, plan: Plan
+) -> Iterator[tuple[dict[str, Any], Plan, bool]]:
+    """Try `options` on a run whose `plan` needs more than `size` bytes, until one fits.
+
+    Yields (the option, the plan with it and those kept before, whether it is kept) for each try. An option that saves
+    nothing is left out, and tried again when another one has: of two phases that are equally high, lowering one alone
+    saves nothing.
+    """
+    left = list(options(config))
+    saved = True
+    while saved and plan.needed > size:
+        saved, tried, left = False, left, []
+        for option in tried:
+            try:
+                changed = make_config(type(config), {**dataclasses.asdict(config), **option})
+                lower = make_plan(rehearse, changed)
+            except ValueError as error:  # a base or another setting does not go with it
+                logger.debug("%s: %s", option, error)
+                continue
+            kept = lower.needed < (1 - WORTHWHILE) * plan.needed
+            yield option, lower, kept
+            if not kept:
+                left.append(option)
+                continue
+            config, plan, saved = changed, lower, True
+            if plan.needed <= size:
+                return
+
+
+def show_plan(rehearse: Callable[[Any, Any], None], config: Any, size: str = "") -> int:
+    """Print the memory that a stage needs and, for a `size` such as 8GB, the options with which it fits.
+
+    Returns the exit code: 0, or 1 if it does not fit, with or without options.
+    """
+    quiet_libraries()
+    limit = parse_size(size) if size else None
+    plan = make_plan(rehearse, config)
+    print(f"{stage_name(type(config))}: planned by rehearsing a step without data for {plan.device}", flush=True)
+    print(plan, flush=True)
+    if limit is None:
+        return 0
+    if plan.needed <= limit:
+        print(f"{_gib(limit)} GiB suffice")
+        return 0
+
+    # ---- options, cheapest first
+    print(f"{_gib(limit)} GiB do not suffice. Tried, cheapest first:", flush=True)
+    changed: dict[str, Any] = {}
+    for option, lower, kept in find_fitting(rehearse, config, limit, plan):
+        verdict = "" if kept else ", saves nothing here"
+        print(f"  {command_options(option):44} {_gib(lower.needed):>6} GiB{verdict}", flush=True)
+        if kept:
+            plan, changed = lower, changed | option
+    fits = plan.needed <= limit
+    print(plan)
+    if fits:
+        print(f"it fits into {_gib(limit)} GiB with: {command_options(changed)}")
+    else:
+        print(
+            f"it does not fit into {_gib(limit)} GiB; the least is {_gib(plan.needed)} GiB: {command_options(changed)}"
+        )
+    return 0 if fits else 1
+
+
+def command_options(values: dict[str, Any]) -> str:
+    """Write settings as a stage's command line takes them."""
+    flags = {True: "--{0}", False: "--no-{0}"}
+    return " ".join(
+        flags.get(v, "--{0} {1}").format(k, v) if isinstance(v, bool) else f"--{k} {v}" for k, v in values.items()
+    )
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a card's size: `8GB`, `8`, `7.5GiB`, `7500MB`; GB are GiB here."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(g|m)i?b?)?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ValueError(f"`--plan` takes the memory of a card, such as 8GB, but got {text!r}")
+    return int(float(match[1]) * (2**20 if (match[2] or "g").lower() == "m" else GIB))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size else "-"
