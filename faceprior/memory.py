@@ -87,10 +87,11 @@ class Rehearsal:
         trained = list(trained)
         for name, module in pipeline.components.items():
             if isinstance(module, nn.Module):
+                encodes = name == "vae" or name.startswith("text_encoder")
                 kind = "text encoders" if name.startswith("text_encoder") else _NAMES.get(name, name)
-                self.name(kind, module)
+                self.name(f"{kind}, {_dtype_of(module)}", module)
                 for part in (module.encoder, module.decoder) if name == "vae" else [module]:
-                    if kind in ("VAE", "text encoders"):
+                    if encodes:
                         self._follow(part)
         self.name("trained weights", *trained)
 
@@ -152,7 +153,6 @@ class Rehearsal:
         trained: Iterable[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         accumulation: int = 1,
-        max_grad_norm: float = 1.0,
         autocast: Callable[[], Any] = nullcontext,
     ) -> None:
         """Take an optimizer step, and a micro-batch of the next one: phases UPDATE, ENCODING and TRAINING.
@@ -174,7 +174,7 @@ class Rehearsal:
         optimizer.step()
         self.name(OPTIMIZER, *_state_tensors(optimizer))
         with self.phase(UPDATE):
-            nn.utils.clip_grad_norm_(trained, max_grad_norm)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
         if accumulation == 1:
             optimizer.zero_grad()
@@ -188,6 +188,15 @@ class Rehearsal:
 
 
 _NAMES = {"unet": "U-Net", "transformer": "transformer", "vae": "VAE", "controlnet": "ControlNet"}
+
+
+def _dtype_of(module: nn.Module) -> str:
+    """Return the dtype of most of a network's weights; one byte a weight or less is quantized."""
+    sizes = Counter()
+    for parameter in module.parameters():
+        sizes[parameter.dtype] += parameter.nbytes
+    kind = sizes.most_common(1)[0][0]
+    return {torch.uint8: "4-bit", torch.int8: "8-bit"}.get(kind, str(kind).removeprefix("torch."))
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

@@ -57,13 +57,11 @@ class Plan:
 
     def rows(self) -> list[list[str]]:
         """Return the table: a row per part and a column per phase, in GiB, with the sums below."""
-        parts = dict.fromkeys(part for phase in self.phases.values() for part in phase)
-        order = sorted(parts, key=lambda part: _ORDER.index(part) if part in _ORDER else 0)
-        rows = [["GiB", *self.phases]]
-        for part in order:
-            rows.append([part, *(_gib(phase.get(part, 0)) for phase in self.phases.values())])
-        rows.append(["together", *(_gib(sum(phase.values())) for phase in self.phases.values())])
-        return rows
+        phases = dict(sorted(self.phases.items(), key=lambda phase: _place(phase[0], _PHASES)))
+        parts = sorted({part for phase in phases.values() for part in phase}, key=lambda part: _place(part, _PARTS))
+        rows = [[part, *(_gib(phase.get(part, 0)) for phase in phases.values())] for part in parts]
+        shown = [row for row in rows if set(row[1:]) - {"-", _gib(1)}]
+        return [["GiB", *phases], *shown, ["together", *(_gib(sum(phase.values())) for phase in phases.values())]]
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -81,8 +79,15 @@ class Plan:
         return "\n".join(lines)
 
 
-# The rows below the networks.
-_ORDER = ["networks", "trained weights", "original weights", "gradients", "optimizer state", "activations"]
+# The order of what the table has, if it has it; other parts are networks and come first, other phases last.
+_PARTS = ("", "trained weights", "original weights", "gradients", "optimizer state", "activations")
+_PHASES = ("encoding", "training", "optimizer step", "samples")
+
+
+def _place(name: str, order: tuple[str, ...]) -> int:
+    if name in order:
+        return order.index(name)
+    return 0 if order is _PARTS else len(order)
 
 
 def make_plan(rehearse: Callable[[Any, Any], None], config: Any) -> Plan:
