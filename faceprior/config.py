@@ -85,6 +85,7 @@ def run_stage(
             raise
         if is_out_of_memory(error):
             message += "; " + (memory_advice(config) or "use a machine with more")
+            message += "; `--plan 8GB` finds what fits into 8 GB" if plan else ""
         raise SystemExit(f"{stage.name}: error: {printable(message, sys.stderr.encoding)}") from error
 
 

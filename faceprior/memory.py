@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
+from transformers.initialization import no_init_weights
 
 ACTIVATIONS, GRADIENTS, OPTIMIZER = "activations", "gradients", "optimizer state"
 ENCODING, TRAINING, UPDATE, SAMPLES = "encoding", "training", "optimizer step", "samples"  # phases
@@ -56,9 +57,10 @@ class Rehearsal:
     def __enter__(self) -> Rehearsal:
         if self.fake:
             self._stack.enter_context(_modules_take_fakes())
+            self._stack.enter_context(no_init_weights())  # it draws until the values lie within bounds
             if self.device == "cuda":
                 self._stack.enter_context(_autocast_as_on_cuda())
-            self._stack.enter_context(FakeTensorMode())
+            self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # constants of modules
         self._stack.enter_context(self._live)
         return self
 
@@ -82,6 +84,11 @@ class Rehearsal:
         """Count as `part` whatever is alive and has no name yet."""
         self._live.label_rest(part)
 
+    def name_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Name an optimizer's state, which exists after its first step."""
+        tensors = [*tree_iter(list(optimizer.state.values())), *getattr(optimizer, "name2qmap", {}).values()]
+        self.name(OPTIMIZER, *(tensor for tensor in tensors if isinstance(tensor, Tensor)))
+
     def name_pipeline(self, pipeline: Any, trained: Iterable[nn.Parameter] = ()) -> None:
         """Name a diffusers pipeline's networks, and the weights that are trained; encoding is a phase of its own."""
         trained = list(trained)
@@ -98,8 +105,8 @@ class Rehearsal:
     def _follow(self, module: nn.Module) -> None:
         """Let a module's passes within the training count as the phase ENCODING."""
 
-        def enter(*_) -> None:
-            if self._phase == TRAINING and not torch.is_grad_enabled():
+        def enter(_, inputs: tuple) -> None:
+            if self._phase == TRAINING and not any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
                 self._set_phase(ENCODING)
 
         def leave(*_) -> None:
@@ -172,7 +179,7 @@ class Rehearsal:
             parameter.register_post_accumulate_grad_hook(lambda p: self.name(GRADIENTS, p.grad))
         self.name(GRADIENTS, *(parameter.grad for parameter in trained))
         optimizer.step()
-        self.name(OPTIMIZER, *_state_tensors(optimizer))
+        self.name_state(optimizer)
         with self.phase(UPDATE):
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -208,11 +215,6 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
         places += [getattr(place, "state2", None) for place in places]
         for place in places:
             yield from (value for value in getattr(place, "__dict__", {}).values() if isinstance(value, Tensor))
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    tensors = [value for state in optimizer.state.values() for value in tree_iter(state) if isinstance(value, Tensor)]
-    return tensors + [value for value in getattr(optimizer, "name2qmap", {}).values() if isinstance(value, Tensor)]
 
 
 # ---- the count

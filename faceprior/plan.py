@@ -56,38 +56,28 @@ class Plan:
         return self.peak + self.overhead
 
     def rows(self) -> list[list[str]]:
-        """Return the table: a row per part and a column per phase, in GiB, with the sums below."""
-        phases = dict(sorted(self.phases.items(), key=lambda phase: _place(phase[0], _PHASES)))
-        parts = sorted({part for phase in phases.values() for part in phase}, key=lambda part: _place(part, _PARTS))
-        rows = [[part, *(_gib(phase.get(part, 0)) for phase in phases.values())] for part in parts]
-        shown = [row for row in rows if set(row[1:]) - {"-", _gib(1)}]
-        return [["GiB", *phases], *shown, ["together", *(_gib(sum(phase.values())) for phase in phases.values())]]
+        """Return the table: a row per part and a column per phase, in GiB (MiB of small runs), with the sums below."""
+        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", 2**20)
+        known = [phase for phase in _PHASES if phase in self.phases]
+        phases = {name: self.phases[name] for name in dict.fromkeys([*known, *self.phases])}
+        parts = dict.fromkeys(part for phase in phases.values() for part in phase)
+        parts = sorted(parts, key=lambda part: next((i for i, p in enumerate(_PARTS) if part.startswith(p)), -1))
+        rows = [[part, *(f"{phase.get(part, 0) / size:.2f}" for phase in phases.values())] for part in parts]
+        sums = ["together", *(f"{sum(phase.values()) / size:.2f}" for phase in phases.values())]
+        return [[unit, *phases], *(row for row in rows if set(row[1:]) != {"0.00"}), sums]
 
     def __str__(self) -> str:
         rows = self.rows()
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines.insert(-1, "-" * len(lines[0]))
-        lines.append(f"peak: {_gib(self.peak)} GiB")
-        if self.overhead:
-            lines[-1] += (
-                f", and about {_gib(self.overhead)} GiB for CUDA itself and fragmentation: {_gib(self.needed)} GiB"
-            )
-        return "\n".join(lines)
+        outside = f" and about {text(self.overhead)} for CUDA and fragmentation: {text(self.needed)}"
+        return "\n".join([*lines, f"peak: {text(self.peak)}{outside if self.overhead else ''}"])
 
 
-# The order of what the table has, if it has it; other parts are networks and come first, other phases last.
-_PARTS = ("", "trained weights", "original weights", "gradients", "optimizer state", "activations")
+# The order of the table's rows and columns, by how their names begin; other networks come first, other phases last.
+_PARTS = ("VAE", "text encoders", "trained weights", "original weights", "gradients", "optimizer state", "activations")
 _PHASES = ("encoding", "training", "optimizer step", "samples")
-
-
-def _place(name: str, order: tuple[str, ...]) -> int:
-    if name in order:
-        return order.index(name)
-    return 0 if order is _PARTS else len(order)
 
 
 def make_plan(rehearse: Callable[[Any, Any], None], config: Any) -> Plan:
@@ -175,31 +165,30 @@ def show_plan(rehearse: Callable[[Any, Any], None], config: Any, size: str = "")
     quiet_libraries()
     limit = parse_size(size) if size else None
     plan = make_plan(rehearse, config)
-    print(f"{stage_name(type(config))}: planned by rehearsing a step without data for {plan.device}", flush=True)
+    print(f"{stage_name(type(config))}: a step rehearsed without data, for {plan.device}")
     print(plan, flush=True)
     if limit is None:
         return 0
     if plan.needed <= limit:
-        print(f"{_gib(limit)} GiB suffice")
+        print(f"it fits into {text(limit)}")
         return 0
 
     # ---- options, cheapest first
-    print(f"{_gib(limit)} GiB do not suffice. Tried, cheapest first:", flush=True)
-    changed: dict[str, Any] = {}
+    print(f"it does not fit into {text(limit)}; tried, cheapest first:", flush=True)
+    added: dict[str, Any] = {}
     for option, lower, kept in find_fitting(rehearse, config, limit, plan):
-        verdict = "" if kept else ", saves nothing here"
-        print(f"  {command_options(option):44} {_gib(lower.needed):>6} GiB{verdict}", flush=True)
+        note = "" if kept else "  saves nothing here, left out"
+        print(f"  {command_options(option):40} {text(lower.needed):>10}{note}", flush=True)
         if kept:
-            plan, changed = lower, changed | option
-    fits = plan.needed <= limit
-    print(plan)
-    if fits:
-        print(f"it fits into {_gib(limit)} GiB with: {command_options(changed)}")
-    else:
-        print(
-            f"it does not fit into {_gib(limit)} GiB; the least is {_gib(plan.needed)} GiB: {command_options(changed)}"
-        )
-    return 0 if fits else 1
+            plan, added = lower, added | option
+    if added:
+        print(plan)
+    if plan.needed > limit:
+        least = f" with {command_options(added)}" if added else ""
+        print(f"nothing fits into {text(limit)}: the least is {text(plan.needed)}{least}")
+        return 1
+    print(f"it fits into {text(limit)} with {command_options(added)}")
+    return 0
 
 
 def command_options(values: dict[str, Any]) -> str:
@@ -218,5 +207,6 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * (2**20 if (match[2] or "g").lower() == "m" else GIB))
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size else "-"
+def text(size: float) -> str:
+    """Write a number of bytes in GiB, or in MiB if it is below one."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

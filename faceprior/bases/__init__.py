@@ -12,13 +12,13 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from faceprior.bases.describe import METHODS, BaseInfo, describe_base, require_base
-from faceprior.bases.empty import load_empty
+from faceprior.bases.empty import empty_vae, load_empty
 from faceprior.bases.folder import find_folder, load_folder
 from faceprior.bases.parts import BETAS
 from faceprior.bases.single_file import load_single_file, set_schedule
 from faceprior.models import load_part
 
-__all__ = ["METHODS", "BaseInfo", "describe_base", "find_folder", "load_pipeline", "require_base"]
+__all__ = ["METHODS", "BaseInfo", "describe_base", "empty_vae", "find_folder", "load_pipeline", "require_base"]
 
 
 def load_pipeline(

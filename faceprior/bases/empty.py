@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPTokenizer
 
 from faceprior.bases.folder import find_folder, load_folder
-from faceprior.bases.parts import SD1, SD2, SDXL, Part, architecture_of, parts_of_folder, read_json
+from faceprior.bases.parts import SD1, SD2, SDXL, architecture_of, parts_of_folder, read_json
 from faceprior.bases.single_file import parts_of_file
 from faceprior.models import resolve_model
 
@@ -40,9 +40,7 @@ def load_empty(base: str | Path, dtype: torch.dtype, vae: str | None = None) -> 
     """
     folder = _find_configs(base, vae)
     described = parts_of_folder(folder, replaced=("vae",) if vae else ())
-    if vae:
-        described["vae"] = Part("AutoencoderKL", read_json(_find_vae(vae) / "config.json"))
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"vae": empty_vae(vae)} if vae else {}
     for name, part in described.items():
         if name == "vae":
             parts[name] = AutoencoderKL.from_config(part.config)
@@ -51,12 +49,18 @@ def load_empty(base: str | Path, dtype: torch.dtype, vae: str | None = None) -> 
         elif "encoder" in name:
             model_class = getattr(transformers, part.class_name)
             parts[name] = model_class(model_class.config_class(**part.config)).to(dtype)
+            parts[name].tie_weights()
         elif folder.parent == CONFIGS and name.startswith("tokenizer"):
             parts[name] = _any_tokenizer()
     for module in parts.values():
         if isinstance(module, torch.nn.Module):
             module.eval()
     return load_folder(folder, dtype, parts)
+
+
+def empty_vae(name: str) -> AutoencoderKL:
+    """Build a VAE by its config alone; name: folder (of a pipeline, too), or hub id, as for `load_empty`."""
+    return AutoencoderKL.from_config(read_json(_find_vae(name) / "config.json")).eval()
 
 
 @cache
@@ -78,9 +82,9 @@ def _find_configs(base: str | Path, vae: str | None) -> Path:
 
 @cache
 def _find_vae(name: str) -> Path:
-    hint = "`--vae` takes a folder of a VAE or a hub id"
+    hint, subfolder = "`--vae` takes a folder of a VAE or a hub id", "vae" if Path(name, "vae").is_dir() else None
     try:
-        return resolve_model(name, "VAE", hint, patterns=("*.json",))
+        return resolve_model(name, "VAE", hint, subfolder=subfolder, patterns=("*.json",))
     except FileNotFoundError:
         return _known_configs(name) / "vae"
 
