@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -91,14 +91,15 @@ class Rehearsal:
 
     def name_pipeline(self, pipeline: Any, trained: Iterable[nn.Parameter] = ()) -> None:
         """Name a diffusers pipeline's networks, and the weights that are trained; encoding is a phase of its own."""
-        trained = list(trained)
+        trained, kinds = list(trained), defaultdict(list)
         for name, module in pipeline.components.items():
             if isinstance(module, nn.Module):
-                encodes = name == "vae" or name.startswith("text_encoder")
-                kind = "text encoders" if name.startswith("text_encoder") else _NAMES.get(name, name)
-                self.name(f"{kind}, {_dtype_of(module)}", module)
-                for part in (module.encoder, module.decoder) if name == "vae" else [module]:
-                    if encodes:
+                kinds["text encoders" if name.startswith("text_encoder") else _NAMES.get(name, name)].append(module)
+        for kind, modules in kinds.items():
+            self.name(f"{kind}, {_dtype_of(modules)}", *modules)
+            if kind in ("VAE", "text encoders"):
+                for module in modules:
+                    for part in (module.encoder, module.decoder) if kind == "VAE" else [module]:
                         self._follow(part)
         self.name("trained weights", *trained)
 
@@ -152,7 +153,8 @@ class Rehearsal:
         if now > self._live.highest.get(self._phase, -1):
             self._live.highest[self._phase] = now
             parts = self.peaks[self._phase] = {part: size for part, size in self._live.parts.items() if size}
-            parts[ACTIVATIONS] = parts.get(ACTIVATIONS, 0) + extra
+            if extra:
+                parts[ACTIVATIONS] = parts.get(ACTIVATIONS, 0) + extra
 
     def step(
         self,
@@ -197,10 +199,10 @@ class Rehearsal:
 _NAMES = {"unet": "U-Net", "transformer": "transformer", "vae": "VAE", "controlnet": "ControlNet"}
 
 
-def _dtype_of(module: nn.Module) -> str:
-    """Return the dtype of most of a network's weights; one byte a weight or less is quantized."""
+def _dtype_of(modules: list[nn.Module]) -> str:
+    """Return the dtype of most of the networks' weights; one byte a weight or less is quantized."""
     sizes = Counter()
-    for parameter in module.parameters():
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
         sizes[parameter.dtype] += parameter.nbytes
     kind = sizes.most_common(1)[0][0]
     return {torch.uint8: "4-bit", torch.int8: "8-bit"}.get(kind, str(kind).removeprefix("torch."))
@@ -313,7 +315,7 @@ def _modules_take_fakes() -> Iterator[None]:
         # torch would swap a fake parameter with its successor, which it cannot while the fakes' mode refers to them
         for child in module.children() if recurse else ():
             child._apply(function)
-        for parameter in filter(None.__ne__, module._parameters.values()):
+        for parameter in [parameter for parameter in module._parameters.values() if parameter is not None]:
             with torch.no_grad():
                 changed = function(parameter)
             if changed is not parameter:

@@ -76,7 +76,7 @@ class Plan:
 
 
 # The order of the table's rows and columns, by how their names begin; other networks come first, other phases last.
-_PARTS = ("VAE", "text encoders", "trained weights", "original weights", "gradients", "optimizer state", "activations")
+_PARTS = ("VAE", "text encoders", "trained weights", "other weights", "gradients", "optimizer state", "activations")
 _PHASES = ("encoding", "training", "optimizer step", "samples")
 
 
@@ -115,6 +115,8 @@ def options(config: Any) -> Iterator[dict[str, Any]]:
         yield {"batch_size": size, "accumulation": accumulation}
     if value.get("gradient_checkpointing") is False:
         yield {"gradient_checkpointing": True}
+    if value.get("num_samples", 0) > 1:
+        yield {"num_samples": 1}
     if value.get("optimizer") == "adamw":
         yield {"optimizer": "adamw8bit"}
     if value.get("train") not in (None, "lora"):
@@ -136,25 +138,20 @@ def find_fitting(
     nothing is left out, and tried again when another one has: of two phases that are equally high, lowering one alone
     saves nothing.
     """
-    left = list(options(config))
-    saved = True
-    while saved and plan.needed > size:
-        saved, tried, left = False, left, []
-        for option in tried:
-            try:
-                changed = make_config(type(config), {**dataclasses.asdict(config), **option})
-                lower = make_plan(rehearse, changed)
-            except ValueError as error:  # a base or another setting does not go with it
-                logger.debug("%s: %s", option, error)
-                continue
-            kept = lower.needed < (1 - WORTHWHILE) * plan.needed
-            yield option, lower, kept
-            if not kept:
-                left.append(option)
-                continue
-            config, plan, saved = changed, lower, True
-            if plan.needed <= size:
-                return
+    left, saved = [(option, -1) for option in options(config)], 0  # with what was saved when each was tried last
+    while plan.needed > size and (option := next((o for o, tried in left if tried < saved), None)):
+        left = [(o, saved if o == option else tried) for o, tried in left]
+        try:
+            changed = make_config(type(config), {**dataclasses.asdict(config), **option})
+            lower = make_plan(rehearse, changed)
+        except ValueError as error:  # a base or another setting does not go with it
+            logger.debug("%s: %s", option, error)
+            continue
+        kept = lower.needed < (1 - WORTHWHILE) * plan.needed
+        yield option, lower, kept
+        if kept:
+            config, plan, saved = changed, lower, saved + 1
+            left = [(o, tried) for o, tried in left if o != option]
 
 
 def show_plan(rehearse: Callable[[Any, Any], None], config: Any, size: str = "") -> int:

@@ -194,7 +194,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         tuner = make_tuner(config, base, weights=False)
         trained = tuner.trainable_parameters()
         rehearsal.name_pipeline(tuner.pipeline(), trained)
-        rehearsal.name_rest("original weights")
+        rehearsal.name_rest("other weights")  # the originals of what is trained, the feature network
         optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
 
         # ---- A step
