@@ -48,12 +48,16 @@ class Plan:
         return max(sum(parts.values()) for parts in self.phases.values())
 
     @property
-    def overhead(self) -> int:
-        return int(CONTEXT + FRAGMENTATION * self.peak) if self.device == "cuda" else 0
-
-    @property
     def needed(self) -> int:
-        return self.peak + self.overhead
+        return self._with_overhead(self.peak)
+
+    def excess(self, size: int) -> int:
+        """Return the bytes that are missing in a card of `size`, added over the phases that do not fit into it."""
+        sums = (self._with_overhead(sum(parts.values())) for parts in self.phases.values())
+        return sum(max(0, total - size) for total in sums)
+
+    def _with_overhead(self, total: int) -> int:
+        return total + int(CONTEXT + FRAGMENTATION * total) if self.device == "cuda" else total
 
     def rows(self) -> list[list[str]]:
         """Return the table: a row per part and a column per phase, in GiB (MiB of small runs), with the sums below."""
@@ -71,8 +75,9 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines.insert(-1, "-" * len(lines[0]))
-        outside = f" and about {text(self.overhead)} for CUDA and fragmentation: {text(self.needed)}"
-        return "\n".join([*lines, f"peak: {text(self.peak)}{outside if self.overhead else ''}"])
+        overhead = self.needed - self.peak
+        outside = f" and about {text(overhead)} for CUDA and fragmentation: {text(self.needed)}" if overhead else ""
+        return "\n".join([*lines, f"peak: {text(self.peak)}{outside}"])
 
 
 # The order of the table's rows and columns, by how their names begin; other networks come first, other phases last.
@@ -134,9 +139,8 @@ def find_fitting(
 ) -> Iterator[tuple[dict[str, Any], Plan, bool]]:
     """Try `options` on a run whose `plan` needs more than `size` bytes, until one fits.
 
-    Yields (the option, the plan with it and those kept before, whether it is kept) for each try. An option that saves
-    nothing is left out, and tried again when another one has: of two phases that are equally high, lowering one alone
-    saves nothing.
+    Yields (the option, the plan with it and those kept before, whether it is kept) for each try. An option that lowers
+    no phase that does not fit is left out, and tried again when another one was kept.
     """
     left, saved = [(option, -1) for option in options(config)], 0  # with what was saved when each was tried last
     while plan.needed > size and (option := next((o for o, tried in left if tried < saved), None)):
@@ -147,7 +151,7 @@ def find_fitting(
         except ValueError as error:  # a base or another setting does not go with it
             logger.debug("%s: %s", option, error)
             continue
-        kept = lower.needed < (1 - WORTHWHILE) * plan.needed
+        kept = plan.excess(size) - lower.excess(size) > WORTHWHILE * plan.peak
         yield option, lower, kept
         if kept:
             config, plan, saved = changed, lower, saved + 1
