@@ -15,6 +15,7 @@ workspaces of its libraries, fragmentation.
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections import Counter, defaultdict
@@ -307,6 +308,7 @@ def _run_on_fakes(function, args, kwargs):
 @contextmanager
 def _modules_take_fakes() -> Iterator[None]:
     """Let modules change the device and dtype of fake parameters, and bitsandbytes make its parameters of them."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that this CPU lacks
     import bitsandbytes  # seconds, and a stage that only trains needs none of it
 
     apply, make, tables = nn.Module._apply, torch.Tensor._make_subclass, dict(bitsandbytes.functional.name2qmap)

@@ -82,7 +82,7 @@ def test_the_table_by_hand():
 
 
 def test_options_keep_the_samples_of_a_step():
-    config = load_stage(GUIDANCE).Config(batch_size=6, accumulation=2, train="full", resolution=512, num_samples=1)
+    config = load_stage(GUIDANCE).Config(batch_size=6, accumulation=2, train="full", resolution=512)
     assert list(options(config)) == [
         {"mixed_precision": "bf16"},
         {"batch_size": 3, "accumulation": 4},
