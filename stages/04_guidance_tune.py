@@ -27,7 +27,7 @@ from faceprior.images import save_image
 from faceprior.jsonl import rewrite_rows
 from faceprior.losses import guidance_loss
 from faceprior.memory import Rehearsal
-from faceprior.models import quiet_libraries, weight_dtype
+from faceprior.models import quiet_libraries, resolve_device, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs
 from faceprior.plan import show_plan
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
@@ -189,9 +189,10 @@ def load_features(name: str, weights: bool = True) -> FeatureNetwork:
 def rehearse(config: Config, rehearsal: Rehearsal) -> None:
     """Take a step and draw the samples without data, for `--plan`."""
     base, side, count = tiny.resolve(config.base, "sd15"), config.resolution, config.batch_size
+    device = resolve_device(config.device)
     with rehearsal:
         # ---- The base, and which of its weights are trained
-        tuner = make_tuner(config, base, weights=False)
+        tuner = make_tuner(config, base, weights=False).to(device)
         trained = tuner.trainable_parameters()
         rehearsal.name_pipeline(tuner.pipeline(), trained)
         rehearsal.name_rest("other weights")  # the originals of what is trained, the feature network
@@ -199,8 +200,9 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
 
         # ---- A step
         tuner.denoiser.train()
-        batch = {name: torch.zeros(count, 3, side, side) for name in ("good", "bad")}
-        batch |= {"mask": torch.zeros(count, 1, side, side), "prompt": [f"face {number}" for number in range(count)]}
+        batch = {name: torch.zeros(count, 3, side, side, device=device) for name in ("good", "bad")}
+        batch["mask"] = torch.zeros(count, 1, side, side, device=device)
+        batch["prompt"] = [f"face {number}" for number in range(count)]
         generators = [torch.Generator() for _ in range(count)]
         compute = {"guidance": tuner.loss, "denoising": tuner.denoising_loss}[config.objective]
         rehearsal.step(partial(compute, batch, generators), trained, optimizer, config.accumulation)
