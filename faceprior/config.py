@@ -55,8 +55,16 @@ RUN_KEYS = frozenset(
 _INTERVAL = re.compile(r"([\[(])\s*(-?[\d.]+(?:e-?\d+)?|-inf)\s*,\s*(-?[\d.]+(?:e-?\d+)?|inf)\s*([\])])")
 
 
-def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] | None = None) -> None:
+def run_stage(
+    main: Callable[[T], None],
+    config_class: type[T],
+    argv: list[str] | None = None,
+    plan: Callable[[T, str], int] | None = None,
+) -> None:
     """Parse the command line into `config_class` and call `main`.
+
+    plan: what `--plan [SIZE]` calls instead, with the settings and the size, empty without one; its result is the exit
+    code.
 
     An error that is the user's business (see `errors`) is shown as one line; any other keeps its traceback. Ctrl-C ends
     the program with exit code 130. Printed names that the terminal's encoding lacks are shown as escapes.
@@ -65,10 +73,12 @@ def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] 
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     stage = Path(inspect.getfile(config_class))
-    config = parse_config(config_class, argv)
+    config, size = _parse(config_class, argv, plan is not None)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("faceprior").setLevel(logging.INFO)  # which detector, from which step a run resumes
     try:
+        if size is not None:
+            raise SystemExit(plan(config, size))
         main(config)
     except KeyboardInterrupt:
         print(f"{stage.name}: interrupted; the same command resumes", file=sys.stderr)
@@ -79,6 +89,7 @@ def run_stage(main: Callable[[T], None], config_class: type[T], argv: list[str] 
             raise
         if is_out_of_memory(error):
             message += f"; {memory_advice(config)}"
+            message += "; `--plan 8GB` finds what fits into 8 GB" if plan else ""
         raise SystemExit(f"{stage.name}: error: {printable(message, sys.stderr.encoding)}") from error
 
 
@@ -149,15 +160,23 @@ def _written(changes: dict[str, Any], in_python: bool) -> str:
 
 def parse_config(config_class: type[T], argv: list[str] | None = None) -> T:
     """Read `--config FILE` and `--key value` overrides into a `config_class`; wrong input ends the program, named."""
+    return _parse(config_class, argv)[0]
+
+
+def _parse(config_class: type[T], argv: list[str] | None, plannable: bool = False) -> tuple[T, str | None]:
+    """Return the settings of `parse_config`, and the size of `--plan`; None without it."""
     section = stage_name(config_class)
     parser = _parser(config_class, section)
+    if plannable:
+        parser.add_argument("--plan", nargs="?", const="", metavar="SIZE", help=_PLAN_HELP)
     known, unknown = parser.parse_known_args(argv)
-    values = {key: value for key, value in vars(known).items() if key != "config"}
+    values = {key: value for key, value in vars(known).items() if key not in ("config", "plan")}
     try:
         if unknown:
             raise ValueError(_unexpected(unknown[0], config_class))
         preset = load_section(known.config, section, config_class) if known.config else {}
-        return make_config(config_class, {**preset, **_current_names(config_class, values)})
+        config = make_config(config_class, {**preset, **_current_names(config_class, values)})
+        return config, getattr(known, "plan", None)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -312,6 +331,12 @@ def field_help(config_class: type) -> dict[str, str]:
     # a formatter may have wrapped the line: all comments from its first to its last row count
     rows = {node.target.id: range(node.lineno, node.end_lineno + 1) for node in fields}
     return {name: " ".join(comments[row] for row in span if row in comments) for name, span in rows.items()}
+
+
+_PLAN_HELP = (
+    "print the memory that the training takes, by part and phase, and end; with a card's size, such as 8GB: also the "
+    "options with which it fits, cheapest first. Loads no weights. Exit code 0 if it fits, 1 if not"
+)
 
 
 def _parser(config_class: type, section: str) -> argparse.ArgumentParser:

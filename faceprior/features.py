@@ -26,6 +26,7 @@ from faceprior.images import ImageSource, as_array, to_pixel_values
 from faceprior.models import MODEL_FILES, first_line, resolve_model
 
 LANDMARK_OUTPUTS = tuple(f"landmark_{number}_{axis}" for number in range(5) for axis in "xy")
+DINO_SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "patch_size": 8}
 PROCESSOR_FILE = "preprocessor_config.json"
 
 
@@ -117,6 +118,13 @@ class FeatureNetwork(nn.Module):
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"the feature network in {folder} cannot be loaded: {first_line(error)}") from error
         return cls(model, **processor).eval()
+
+    @classmethod
+    def from_config(cls, name: str | Path) -> FeatureNetwork:
+        """Build an untrained network of the sizes of a ViT's folder, or else of DINO's ViT-S/8, to plan with."""
+        file = Path(name) / "config.json"
+        sizes = json.loads(file.read_text()) if file.is_file() else DINO_SMALL
+        return cls(ViTModel(ViTConfig(**sizes), add_pooling_layer=False)).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `ViTForImageClassification.from_pretrained` loads, with weights in float16."""

@@ -119,6 +119,7 @@ class GuidanceTuner:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()  # built by hand it may train: T5 has dropout
+        pipeline.vae.enable_slicing()  # image by image: one of 1024 pixels takes 2.5 GB in the encoder
         if self.denoiser.dtype != torch.float32:
             _run_under_autocast(self.denoiser, self.denoiser.dtype)
         self.verdict: Verdict | None = None
@@ -134,17 +135,20 @@ class GuidanceTuner:
         vae: str | None = None,
         prediction_type: str = "auto",
         quantization: str = "none",
+        weights: bool = True,
         **options,
     ):
         """Load `base` (diffusers folder, single `.safetensors` file or hub id); `options` are the constructor's.
 
         quantization: `none`, `8bit` or `nf4`: how the frozen network and text encoders are held (`models.quantize`);
-        only a LoRA can be trained beside them.
+        only a LoRA can be trained beside them. weights: False builds the networks from their configs alone, to plan
+        with.
         """
         train = options.get("train", TRAIN[0])
         require_trainable(train, quantization)
-        describe_base(base, vae, prediction_type).require("tune", train)
-        return cls(load_pipeline(base, dtype, vae, prediction_type, quantization), **options)
+        if weights:
+            describe_base(base, vae, prediction_type).require("tune", train)
+        return cls(load_pipeline(base, dtype, vae, prediction_type, quantization, weights), **options)
 
     @property
     def denoiser(self) -> nn.Module:

@@ -26,13 +26,16 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
+from faceprior.bases import empty_vae
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.degrade import degrade_alike
 from faceprior.files import atomic_write
 from faceprior.jsonl import read_rows, rewrite_rows
 from faceprior.losses import pairwise_ranking_loss
+from faceprior.memory import Rehearsal
 from faceprior.models import load_part, quiet_libraries
 from faceprior.pairs import FaceCrops, FacePair, gather_pairs
+from faceprior.plan import show_plan
 from faceprior.scorer import FaceScorer, ScoreReference
 from faceprior.scorer_checks import REPORT_FILE, accuracy_by_area, describe, measure_shortcuts, report_scores
 from faceprior.training import TrainingRun, collate, make_accelerator, make_optimizer, open_run, seeded, stable_seed
@@ -90,12 +93,9 @@ def main(config: Config) -> None:
     # ---- The scorer, of which the first 70% of the layers keep their weights (section 4.4)
     scorer = FaceScorer.from_pretrained(init)
     scorer.register_to_config(reward_mean=0.0, reward_std=1.0)  # ImageReward's, which Face Score does not apply
-    scorer.freeze(config.frozen)
-    if config.gradient_checkpointing:
-        scorer.enable_gradient_checkpointing()
+    trained = select_trained(config, scorer)
 
     # ---- Optimizer, and the run with its checkpoints
-    trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
     model, optimizer = accelerator.prepare(scorer, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
@@ -108,13 +108,11 @@ def main(config: Config) -> None:
     else:
         measure_kept(config, run, held_out)
 
-    # ---- Training with the ranking loss
+    # ---- Training with the ranking loss, `compute_loss`
     for batch in run.batches(FaceCrops(training), config.batch_size, config.seed, prepare, config.num_workers):
         model.train()
         with accelerator.accumulate(model), seeded(config.seed, int(batch["position"][0]), "dropout"):
-            pixel_values = torch.cat([batch["good"], batch["bad"]])  # (2B, 3, 224, 224)
-            good, bad = model(pixel_values).chunk(2)  # (B,) each
-            loss = pairwise_ranking_loss(good, bad)  # Eq. 5: -log sigmoid(s(good) - s(bad))
+            loss, good, bad = compute_loss(model, batch)
             run.check(loss, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -159,6 +157,55 @@ def load_vae(name: str) -> AutoencoderKL | None:
     folder = tiny.resolve(name, "sd15")
     subfolder = "vae" if (Path(folder) / "vae").is_dir() else None
     return load_part(AutoencoderKL, folder, "VAE", subfolder=subfolder)
+
+
+def select_trained(config: Config, scorer: FaceScorer) -> list[torch.nn.Parameter]:
+    """Freeze the first layers; return the weights that are trained."""
+    scorer.freeze(config.frozen)
+    if config.gradient_checkpointing:
+        scorer.enable_gradient_checkpointing()
+    return [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+
+
+def compute_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the ranking loss of a micro-batch, and the rewards (B,) of both sides; model: the prepared scorer."""
+    pixel_values = torch.cat([batch["good"], batch["bad"]])  # (2B, 3, 224, 224)
+    good, bad = model(pixel_values).chunk(2)  # (B,) each
+    return pairwise_ranking_loss(good, bad), good, bad  # Eq. 5: -log sigmoid(s(good) - s(bad))
+
+
+def rehearse(config: Config, rehearsal: Rehearsal) -> None:
+    """Take a step and score pairs for the report without data, for `--plan`."""
+    folder, vae = Path(tiny.resolve(config.init, "reward")), tiny.resolve(config.vae, "sd15")
+    sizes = FaceScorer.load_config(folder) if (folder / FaceScorer.config_name).is_file() else {}  # else the published
+    accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
+    with rehearsal:
+        # ---- The scorer, and which of its weights are trained
+        scorer = FaceScorer.from_config(sizes)
+        trained = select_trained(config, scorer)
+        optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
+        model = accelerator.prepare(scorer)
+        rehearsal.name("scorer", scorer)
+        rehearsal.name("trained weights", *trained)
+
+        # ---- A step
+        model.train()
+        size = (config.batch_size, 3, scorer.config.image_size, scorer.config.image_size)
+        batch = {"good": torch.zeros(size), "bad": torch.zeros(size)}
+        rehearsal.step(lambda: compute_loss(model, batch)[0], trained, optimizer, config.accumulation)
+
+        # ---- The report, by a second scorer with the kept weights, and the VAE of its shortcut test
+        kept = accelerator.prepare(FaceScorer.from_config(sizes).eval())
+        rehearsal.name("scorer", kept)
+        with rehearsal.phase("report"), torch.no_grad():
+            if config.vae:
+                network = empty_vae(vae)
+                rehearsal.name("VAE", network)
+                side = network.config.sample_size
+                network(torch.zeros(1, 3, side, side))
+            compute_loss(kept, batch)
 
 
 # ---- Samples
@@ -256,4 +303,4 @@ def write_report(config: Config, run: TrainingRun, held_out: list[FacePair], vae
 
 
 if __name__ == "__main__":
-    run_stage(main, Config)
+    run_stage(main, Config, plan=partial(show_plan, rehearse))

@@ -16,6 +16,7 @@ A run that --patience ended is trained further by the same command with a larger
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,14 +26,16 @@ from faceprior import tiny
 from faceprior.bases import BaseInfo, require_base, require_single_file
 from faceprior.bases.parts import SD1, SD2, SDXL
 from faceprior.config import is_complete, print_problems, run_stage
-from faceprior.diffusion import make_sampler, noise_like, report_long_prompts, require_side
+from faceprior.diffusion import make_sampler, noise_like, report_long_prompts, require_side, sample_images
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.lora import LORA_FORMATS, require_lora_format
 from faceprior.losses import guidance_loss
-from faceprior.models import quiet_libraries, require_trainable, weight_dtype
+from faceprior.memory import Rehearsal
+from faceprior.models import quiet_libraries, require_trainable, resolve_device, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
 from faceprior.photos import read_prompts
+from faceprior.plan import show_plan
 from faceprior.reward_tuning import FaceReward
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
@@ -136,29 +139,9 @@ def main(config: Config) -> None:
         scorer = load_scorer(config.scorer, base)
 
     # ---- The base, and which of its weights are trained
-    tuner = GuidanceTuner.from_pretrained(
-        base,
-        weight_dtype(config.mixed_precision),
-        config.vae,
-        config.prediction_type,
-        config.quantization,
-        train=config.train,
-        rank=config.rank,
-        alpha=config.alpha,
-        lora_targets=config.lora_targets,
-        lora_variant=config.lora_variant,
-        t_end=config.t_end,
-        prompt_drop=config.prompt_drop,
-        dpo_beta=config.dpo_beta,
-    )
+    tuner = make_tuner(config, base)
     require_side(tuner.pipeline(), config.resolution)
     make_sampler(config.sampler, tuner.pipeline().scheduler)  # one that does not fit is found now, not at the end
-    if config.distance == "dino":
-        tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network))
-    if "reward" in config.objective:
-        tuner.reward = load_reward(config)
-    if config.gradient_checkpointing:
-        tuner.denoiser.enable_gradient_checkpointing()
 
     # ---- The pairs; with a cache, the VAE and the text encoders are on the device only while they fill it
     dataset = PairDataset(pairs, config.resolution)
@@ -244,6 +227,33 @@ def main(config: Config) -> None:
     accelerator.end_training()
 
 
+def make_tuner(config: Config, base: str, weights: bool = True) -> GuidanceTuner:
+    """Return the base with the part of it that is trained, and what the loss needs; `weights` as in `load_pipeline`."""
+    tuner = GuidanceTuner.from_pretrained(
+        base,
+        weight_dtype(config.mixed_precision),
+        config.vae,
+        config.prediction_type,
+        config.quantization,
+        weights,
+        train=config.train,
+        rank=config.rank,
+        alpha=config.alpha,
+        lora_targets=config.lora_targets,
+        lora_variant=config.lora_variant,
+        t_end=config.t_end,
+        prompt_drop=config.prompt_drop,
+        dpo_beta=config.dpo_beta,
+    )
+    if config.distance == "dino":
+        tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network, weights))
+    if "reward" in config.objective:
+        tuner.reward = load_reward(config)
+    if config.gradient_checkpointing:
+        tuner.denoiser.enable_gradient_checkpointing()
+    return tuner
+
+
 def require_files(config: Config, base: BaseInfo) -> None:
     """Raise ValueError, before anything is trained, for files that could not be written of what is trained."""
     if config.train == "lora":
@@ -278,9 +288,38 @@ def save_tuned(config: Config, output: Path, tuner: GuidanceTuner) -> None:
         old.unlink(missing_ok=True)
 
 
-def load_features(name: str) -> FeatureNetwork:
+def load_features(name: str, weights: bool = True) -> FeatureNetwork:
     """Load the network of the dino distance; `tiny` is never built untrained, as its features would mean nothing."""
-    return FeatureNetwork.from_pretrained(tiny.tiny_folder() / "features" if name == tiny.NAME else name)
+    folder = tiny.tiny_folder() / "features" if name == tiny.NAME else name
+    return FeatureNetwork.from_pretrained(folder) if weights else FeatureNetwork.from_config(folder)
+
+
+def rehearse(config: Config, rehearsal: Rehearsal) -> None:
+    """Take a step and draw the samples without data, for `--plan`."""
+    base, side, count = tiny.resolve(config.base, "sd15"), config.resolution, config.batch_size
+    device = resolve_device(config.device)
+    with rehearsal:
+        # ---- The base, and which of its weights are trained
+        tuner = make_tuner(config, base, weights=False).to(device)
+        trained = tuner.trainable_parameters()
+        rehearsal.name_pipeline(tuner.pipeline(), trained)
+        rehearsal.name_rest("other weights")  # the originals of what is trained, the feature network
+        optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
+
+        # ---- A step
+        tuner.denoiser.train()
+        batch = {name: torch.zeros(count, 3, side, side, device=device) for name in ("good", "bad")}
+        batch["mask"] = torch.zeros(count, 1, side, side, device=device)
+        batch["prompt"] = [f"face {number}" for number in range(count)]
+        generators = [torch.Generator() for _ in range(count)]
+        compute = {"guidance": tuner.loss, "denoising": tuner.denoising_loss}[config.objective]
+        rehearsal.step(partial(compute, batch, generators), trained, optimizer, config.accumulation)
+
+        # ---- The samples, as `draw_samples` makes them
+        prompts = [f"face {number}" for number in range(config.num_samples)]
+        if prompts:
+            with rehearsal.phase("samples"), tuner.untuned() as original:
+                sample_images(original, prompts, range(len(prompts)), side, 1, config.guidance_scale)
 
 
 def load_reward(config: Config) -> FaceReward:
@@ -299,4 +338,4 @@ def load_scorer(name: str, base: str) -> FaceScorer | None:
 
 
 if __name__ == "__main__":
-    run_stage(main, Config)
+    run_stage(main, Config, plan=partial(show_plan, rehearse))

@@ -10,6 +10,7 @@ Writes  checkpoints/prior/: a diffusers pipeline; samples/ before and after at t
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,9 @@ from faceprior.diffusion import (
 from faceprior.images import save_image
 from faceprior.jsonl import resume_rows, rewrite_rows
 from faceprior.losses import noise_loss
+from faceprior.memory import Rehearsal
 from faceprior.models import quiet_libraries, require_trainable, weight_dtype
+from faceprior.plan import show_plan
 from faceprior.portraits import PortraitDataset, read_portraits
 from faceprior.training import (
     TrainingRun,
@@ -122,31 +125,16 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
     unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)
     noise_scheduler = make_noise_scheduler(pipeline)
-    num_train_timesteps = noise_scheduler.config.num_train_timesteps
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
     dataset = PortraitDataset(config.portraits, portraits, config.resolution)
 
-    # ---- Training with SDXL's own objective, at one resolution (section 3.1)
+    # ---- Training with SDXL's own objective, `compute_loss`, at one resolution (section 3.1)
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
         unet.train()
         generators = run.generators(batch)
         with accelerator.accumulate(unet), accelerator.autocast():
-            # z_0 and the caption, which is dropped at times, to what classifier-free guidance samples without one
-            with torch.no_grad():
-                latents = encode_latents(pipeline.vae, batch["pixel_values"], generators)  # (B, 4, h, w)
-                captions = drop_prompts(batch["caption"], config.prompt_drop, generators)
-                embeddings = encode_prompts(pipeline, captions)  # (B, L, D), pooled (B, P)
-
-            # z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e, at any timestep
-            noise = noise_like(latents, generators)  # (B, 4, h, w)
-            timesteps = sample_timesteps(generators, 0, num_train_timesteps, latents.device)  # (B,)
-            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-
-            # Eq. 1 without the control condition c: L_noise = ||e - e_theta(z_t, t, caption)||^2
-            model_pred = predict(pipeline, noisy_latents, timesteps, embeddings, unet)  # (B, 4, h, w)
-            loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
-
+            loss = compute_loss(config, pipeline, unet, noise_scheduler, batch, generators)
             run.check(loss, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -177,11 +165,57 @@ def main(config: Config) -> None:
     accelerator.end_training()
 
 
+def compute_loss(config: Config, pipeline: DiffusionPipeline, unet, noise_scheduler, batch, generators) -> torch.Tensor:
+    """Return SDXL's loss on a micro-batch; unet: the prepared one, generators: one per sample."""
+    # z_0 and the caption, which is dropped at times, to what classifier-free guidance samples without one
+    with torch.no_grad():
+        latents = encode_latents(pipeline.vae, batch["pixel_values"], generators)  # (B, 4, h, w)
+        captions = drop_prompts(batch["caption"], config.prompt_drop, generators)
+        embeddings = encode_prompts(pipeline, captions)  # (B, L, D), pooled (B, P)
+
+    # z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e, at any timestep
+    noise = noise_like(latents, generators)  # (B, 4, h, w)
+    steps = noise_scheduler.config.num_train_timesteps
+    timesteps = sample_timesteps(generators, 0, steps, latents.device)  # (B,)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+
+    # Eq. 1 without the control condition c: L_noise = ||e - e_theta(z_t, t, caption)||^2
+    model_pred = predict(pipeline, noisy_latents, timesteps, embeddings, unet)  # (B, 4, h, w)
+    return noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
+
+
+def rehearse(config: Config, rehearsal: Rehearsal) -> None:
+    """Take a step and draw a sample without data, for `--plan`."""
+    base, side, count = tiny.resolve(config.base, "sdxl"), config.resolution, config.batch_size
+    accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
+    with rehearsal:
+        # ---- The base, and which of its weights are trained
+        dtype = weight_dtype(config.mixed_precision)
+        pipeline = load_pipeline(base, dtype, config.vae, config.prediction_type, weights=False)
+        trained = select_trained(config, pipeline)
+        optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
+        unet = accelerator.prepare(pipeline.unet)
+        rehearsal.name_pipeline(pipeline, trained)
+
+        # ---- A step
+        unet.train()
+        batch = {"pixel_values": torch.zeros(count, 3, side, side), "caption": [f"face {i}" for i in range(count)]}
+        parts = (pipeline, unet, make_noise_scheduler(pipeline), batch, [torch.Generator() for _ in range(count)])
+        compute = partial(compute_loss, config, *parts)
+        rehearsal.step(compute, trained, optimizer, config.accumulation, accelerator.autocast)
+
+        # ---- A sample, as `draw_samples` makes them
+        if config.num_samples:
+            with rehearsal.phase("samples"):
+                sample_images(pipeline, ["a face"], [0], side, 1, config.guidance_scale)
+
+
 def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn.Parameter]:
     """Freeze everything but the U-Net, or but a LoRA on its attention; return the trained weights, in float32."""
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
+    pipeline.vae.enable_slicing()  # image by image: one of 1024 pixels takes 2.5 GB in the encoder
     if config.train == "lora":
         layers = ["to_q", "to_k", "to_v", "to_out.0"]
         lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=layers, init_lora_weights="gaussian")
@@ -229,4 +263,4 @@ def sample_file(seed: int, side: str) -> str:
 
 
 if __name__ == "__main__":
-    run_stage(main, Config)
+    run_stage(main, Config, plan=partial(show_plan, rehearse))

@@ -13,10 +13,10 @@ of eyes and mouth are trained in turn with the ControlNet. Table 2 is `--facial_
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from faceprior import tiny  # first: it silences bitsandbytes, which diffusers loads
 
@@ -24,7 +24,7 @@ from faceprior import tiny  # first: it silences bitsandbytes, which diffusers l
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers import ControlNetModel, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -46,7 +46,9 @@ from faceprior.files import find_images, printable
 from faceprior.images import ImageError, as_array, load_image, save_image, to_pixel_values
 from faceprior.jsonl import rewrite_rows
 from faceprior.losses import facial_loss, noise_loss, step_weights
+from faceprior.memory import Rehearsal
 from faceprior.models import load_part, looks_like_path, quantize, quiet_libraries, weight_dtype
+from faceprior.plan import show_plan
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run, sample_timesteps, seeded
 
@@ -157,13 +159,7 @@ def main(config: Config) -> None:
     controlnet = make_controlnet(config, prior).to(accelerator.device)
     quantize(prior.unet, config.quantization)  # after the ControlNet was made, which may start from its encoder
     prior.to(accelerator.device)
-    noise_scheduler = make_noise_scheduler(prior)
-    num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    null_prompt = encode_prompts(prior, [""] * config.batch_size)
-    prompt = {
-        "encoder_hidden_states": null_prompt.prompt_embeds,
-        "added_cond_kwargs": added_conditions(null_prompt, config.resolution, config.resolution),
-    }
+    noise_scheduler, prompt = make_noise_scheduler(prior), null_prompt(config, prior)
 
     # ---- Optimizers, and the run with its checkpoints
     optimizer = make_optimizer(controlnet.parameters(), config.optimizer, config.learning_rate, config.weight_decay)
@@ -172,45 +168,16 @@ def main(config: Config) -> None:
     facial = make_facial(config, prior, accelerator)
     if facial:
         modules["discriminators"], optimizers["discriminators"] = facial.discriminators, facial.optimizer
-    is_constant = config.facial_loss == "constant"
-    weights = step_weights(num_train_timesteps, config.time_m, config.time_s, is_constant).to(accelerator.device)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, modules, optimizers, *schedule)
 
-    # ---- Training (section 3.2)
+    # ---- Training with `compute_loss` (section 3.2)
     for batch in run.batches(faces, config.batch_size, config.seed, augment, config.num_workers):
         generators = run.generators(batch)
         with accelerator.accumulate(model), accelerator.autocast():
-            # z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e, at any timestep
-            latents = encode_latents(prior.vae, batch["pixel_values"], generators)  # (B, 4, h, w)
-            noise = noise_like(latents, generators)  # (B, 4, h, w)
-            timesteps = sample_timesteps(generators, 0, num_train_timesteps, latents.device)  # (B,)
-            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(dtype)
-
-            # e_theta(z_t, t, [""], c): the ControlNet sees the degraded face c, the frozen U-Net its residuals
-            condition = batch["controlnet_cond"]  # (B, 3, H, W)
-            down, mid = model(noisy_latents, timesteps, controlnet_cond=condition, return_dict=False, **prompt)
-            model_pred = prior.unet(
-                noisy_latents,
-                timesteps,
-                down_block_additional_residuals=[residual.to(dtype) for residual in down],
-                mid_block_additional_residual=mid.to(dtype),
-                **prompt,
-            ).sample  # (B, 4, h, w)
-
-            # Eq. 1: L_noise = ||e - e_theta(z_t, t, [""], c)||^2
-            loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
-            parts = {}
-
-            # Eqs. 2 to 5, reconstructed; w(t) is Eq. 3. z0_hat is what the model's output says of z_0:
-            # L_facial = w(t) sum over eyes and mouth of [lambda_d softplus(-D(z0_hat)) + lambda_s style(z0_hat, z_0)]
-            if facial:
-                prediction = pred_original_sample(noise_scheduler, model_pred, timesteps, noisy_latents)  # (B, 4, h, w)
-                adversarial, style = facial(prediction, latents, batch["landmarks"])  # (B,) each
-                added = facial_loss(weights[timesteps], adversarial, style, config.lambda_d, config.lambda_s)
-                parts = {"noise": loss, "facial": added, "adversarial": adversarial.mean(), "style": style.mean()}
-                loss = loss + added
-
+            loss, parts, prediction, latents = compute_loss(
+                config, prior, model, noise_scheduler, prompt, batch, generators, facial
+            )
             run.check(loss, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -244,6 +211,104 @@ def main(config: Config) -> None:
     accelerator.end_training()
 
 
+def compute_loss(
+    config: Config,
+    prior: DiffusionPipeline,
+    model: torch.nn.Module,
+    noise_scheduler: DDPMScheduler,
+    prompt: dict[str, Any],
+    batch: dict[str, torch.Tensor],
+    generators: list[torch.Generator],
+    facial: FacialFeatureLoss | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor]:
+    """Return the loss of a micro-batch, its parts, z0_hat (None without the facial loss) and z_0, (B, 4, h, w) each.
+
+    model: the prepared ControlNet; prompt: what `null_prompt` returns; generators: one per sample.
+    """
+    # z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e, at any timestep
+    num_train_timesteps, dtype = noise_scheduler.config.num_train_timesteps, prior.unet.dtype
+    latents = encode_latents(prior.vae, batch["pixel_values"], generators)  # (B, 4, h, w)
+    noise = noise_like(latents, generators)  # (B, 4, h, w)
+    timesteps = sample_timesteps(generators, 0, num_train_timesteps, latents.device)  # (B,)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(dtype)
+
+    # e_theta(z_t, t, [""], c): the ControlNet sees the degraded face c, the frozen U-Net its residuals
+    condition = batch["controlnet_cond"]  # (B, 3, H, W)
+    down, mid = model(noisy_latents, timesteps, controlnet_cond=condition, return_dict=False, **prompt)
+    model_pred = prior.unet(
+        noisy_latents,
+        timesteps,
+        down_block_additional_residuals=[residual.to(dtype) for residual in down],
+        mid_block_additional_residual=mid.to(dtype),
+        **prompt,
+    ).sample  # (B, 4, h, w)
+
+    # Eq. 1: L_noise = ||e - e_theta(z_t, t, [""], c)||^2
+    loss = noise_loss(model_pred, training_target(noise_scheduler, latents, noise, timesteps))
+    if facial is None:
+        return loss, {}, None, latents
+
+    # Eqs. 2 to 5, reconstructed; w(t) is Eq. 3. z0_hat is what the model's output says of z_0:
+    # L_facial = w(t) sum over eyes and mouth of [lambda_d softplus(-D(z0_hat)) + lambda_s style(z0_hat, z_0)]
+    is_constant = config.facial_loss == "constant"
+    weights = step_weights(num_train_timesteps, config.time_m, config.time_s, is_constant).to(latents.device)
+    prediction = pred_original_sample(noise_scheduler, model_pred, timesteps, noisy_latents)  # (B, 4, h, w)
+    adversarial, style = facial(prediction, latents, batch["landmarks"])  # (B,) each
+    added = facial_loss(weights[timesteps], adversarial, style, config.lambda_d, config.lambda_s)
+    parts = {"noise": loss, "facial": added, "adversarial": adversarial.mean(), "style": style.mean()}
+    return loss + added, parts, prediction, latents
+
+
+def null_prompt(config: Config, prior: DiffusionPipeline) -> dict[str, Any]:
+    """Return the embeddings of the empty prompt for a micro-batch, as U-Net and ControlNet take them."""
+    embeddings = encode_prompts(prior, [""] * config.batch_size)
+    conditions = added_conditions(embeddings, config.resolution, config.resolution)
+    return {"encoder_hidden_states": embeddings.prompt_embeds, "added_cond_kwargs": conditions}
+
+
+def rehearse(config: Config, rehearsal: Rehearsal) -> None:
+    """Take a step and restore a face without data, for `--plan`."""
+    side, count = config.resolution, config.batch_size
+    accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
+    with rehearsal:
+        # ---- The frozen prior and the ControlNet, here always of the sizes of the prior's encoder
+        prior = load_pipeline(config.prior, weight_dtype(config.mixed_precision), weights=False)
+        controlnet = make_controlnet(replace(config, init=""), prior)
+        optimizer = make_optimizer(controlnet.parameters(), config.optimizer, config.learning_rate, config.weight_decay)
+        model, facial = accelerator.prepare(controlnet), make_facial(config, prior, accelerator)
+        rehearsal.name_pipeline(prior, controlnet.parameters())
+        if facial:
+            rehearsal.name("discriminators", facial.discriminators)
+
+        # ---- A step, also of the discriminators, whose optimizer has its state from the start
+        batch = {name: torch.zeros(count, 3, side, side) for name in ("pixel_values", "controlnet_cond")}
+        batch["landmarks"] = torch.zeros(count, 5, 2)
+        parts = (prior, model, make_noise_scheduler(prior), null_prompt(config, prior), batch)
+        generators = [torch.Generator() for _ in range(count)]
+        latents = encode_latents(prior.vae, batch["pixel_values"])
+        if facial:
+            facial.train_discriminators(latents, latents, batch["landmarks"])
+            rehearsal.name_state(facial.optimizer)
+        rehearsal.step(
+            lambda: compute_loss(config, *parts, generators, facial)[0],
+            controlnet.parameters(),
+            optimizer,
+            config.accumulation,
+            accelerator.autocast,
+        )
+        if facial:
+            with rehearsal.phase("training"):
+                facial.train_discriminators(latents, latents, batch["landmarks"])
+
+        # ---- A face, as `restore_samples` restores them
+        if config.num_samples:
+            controlnet = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval().to(prior.unet.dtype)
+            rehearsal.name("trained weights", controlnet)
+            restorer = AuthFaceRestorer.from_prior(prior, controlnet, settings(config))
+            with rehearsal.phase("samples"):
+                restorer.restore_crops([Image.new("RGB", (side, side))], steps=1, prompt="", negative_prompt="")
+
+
 def readable_images(config: Config) -> tuple[list[Path], list[tuple[str, str]]]:
     """Return the images that can be read, and (path, reason) of the others."""
     if not Path(config.images).exists():
@@ -265,6 +330,7 @@ def make_controlnet(config: Config, prior: DiffusionPipeline) -> ControlNetModel
     for part in prior.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
+    prior.vae.enable_slicing()  # image by image: one of 1024 pixels takes 2.5 GB in the encoder
     if config.init:  # not in the paper, which starts from the prior's encoder
         controlnet = load_part(
             ControlNetModel, tiny.resolve(config.init, "restorer"), "ControlNet", subfolder="controlnet"
@@ -332,4 +398,4 @@ def restore_samples(config: Config, output: Path, restorer: AuthFaceRestorer, fa
 
 
 if __name__ == "__main__":
-    run_stage(main, Config)
+    run_stage(main, Config, plan=partial(show_plan, rehearse))

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "faceprior"
 # A floor imports lower floors only; a subpackage stands on one floor, and its own modules may import each other.
 FLOORS = {
-    0: "files errors losses original_layout quantization streams",
+    0: "errors files losses memory original_layout quantization streams",
     1: "images jsonl config models",
-    2: "detect align degrade color quality metrics training diffusion photos procedural",
+    2: "detect align degrade color plan quality metrics training diffusion photos procedural",
     3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning validation",
     4: "inpaint scorer guidance restorer",
     5: "scorer_checks tiny",

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from faceprior.bases.describe import METHODS, BaseInfo, describe_base, require_base
+from faceprior.bases.empty import empty_vae, load_empty
 from faceprior.bases.export import require_single_file, save_single_file
 from faceprior.bases.folder import find_folder, load_folder
 from faceprior.bases.parts import BETAS
@@ -22,6 +23,7 @@ __all__ = [
     "METHODS",
     "BaseInfo",
     "describe_base",
+    "empty_vae",
     "find_folder",
     "load_pipeline",
     "require_base",
@@ -36,6 +38,7 @@ def load_pipeline(
     vae: str | None = None,
     prediction_type: str = "auto",
     quantization: str = "none",
+    weights: bool = True,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline from a diffusers folder, a single `.safetensors` file or a hub id.
 
@@ -45,9 +48,10 @@ def load_pipeline(
     (`model_ema`) the plain ones are taken. `vae`: folder or hub id of a VAE that replaces the base's own (Realistic
     Vision is published without one). prediction_type: `epsilon` or `v_prediction` where the files do not say which, or
     wrongly; `auto` takes what they say. quantization: `none`, `8bit` or `nf4`, of the network and the text encoders,
-    which can neither be trained nor saved then; never of the VAE (see `models.quantize`). Whatever class a folder
-    names, a text-to-image pipeline is loaded. Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's
-    overflows in float16); the safety checker is not loaded.
+    which can neither be trained nor saved then; never of the VAE (see `models.quantize`). weights: False builds the
+    networks from their configs alone, to plan with. Whatever class a folder names, a text-to-image pipeline is loaded.
+    Models arrive on the CPU, in `dtype`, the VAE in float32 (SDXL's overflows in float16); the safety checker is not
+    loaded.
 
     Raises FileNotFoundError if there is no such model on disk or on the hub, ValueError if its files are damaged or of
     another kind.
@@ -55,9 +59,11 @@ def load_pipeline(
     if prediction_type not in ("auto", "epsilon", "v_prediction"):
         raise ValueError(f"`prediction_type` has to be auto, epsilon or v_prediction but is {prediction_type!r}")
     require_quantization(quantization)
-    parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae else {}
+    parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae and weights else {}
     path = Path(base).expanduser()
-    if path.is_file():
+    if not weights:
+        pipeline = load_empty(base, dtype, vae)
+    elif path.is_file():
         pipeline = load_single_file(path, dtype, parts, prediction_type)
     else:
         pipeline = load_folder(find_folder(base, vae), dtype, parts)

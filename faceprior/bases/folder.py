@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 
 from faceprior.bases.parts import (
     LOADING_ERRORS,
@@ -24,14 +25,14 @@ from faceprior.bases.parts import (
 from faceprior.models import first_line, load_part, resolve_model, weights_variant
 
 
-def find_folder(base: str | Path, vae: str | None = None) -> Path:
-    """Return the folder of a base by its name; a hub id is downloaded."""
+def find_folder(base: str | Path, vae: str | None = None, weights: bool = True) -> Path:
+    """Return the folder of a base by its name; a hub id is downloaded, `weights` False: without them."""
     return resolve_model(
         base,
         "base model",
         "`--base` takes a diffusers folder, a .safetensors file, a hub id or `tiny`",
         required=("model_index.json",),
-        download=partial(_download, without_vae=bool(vae)),
+        download=partial(_download, without_vae=bool(vae)) if weights else _download_configs,
     )
 
 
@@ -43,6 +44,10 @@ def _download(name: str, without_vae: bool, **options) -> str:
     if any(weights_variant(part) is None and not (without_vae and part.name == "vae") for part in parts):
         folder = DiffusionPipeline.download(name, variant="fp16", **options)
     return folder
+
+
+def _download_configs(name: str, **options) -> str:
+    return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"], **options)
 
 
 def load_folder(path: Path, dtype: torch.dtype, parts: dict) -> DiffusionPipeline:

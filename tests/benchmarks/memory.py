@@ -1,0 +1,168 @@
+"""
+What training takes of a graphics card's memory: planned, measured, and beside the straightforward script.
+
+    python tests/benchmarks/memory.py presets                    # the plan of every preset, a table in Markdown
+    python tests/benchmarks/memory.py ratio                      # by plan: the straightforward script / ours
+    python tests/benchmarks/memory.py measure                    # on a GPU: planned beside what PyTorch allocated
+"""
+
+import argparse
+import copy
+import importlib.util
+import logging
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from transformers.initialization import no_init_weights
+
+from faceprior.bases import load_pipeline
+from faceprior.config import load_section, make_config
+from faceprior.diffusion import encode_latents, encode_prompts, make_noise_scheduler, pred_original_sample, predict
+from faceprior.memory import Rehearsal
+from faceprior.models import quiet_libraries
+from faceprior.plan import GIB, Plan, make_plan, text
+
+STAGES = Path(__file__).resolve().parents[2] / "stages"
+SCORER, GUIDANCE, PRIOR, RESTORER = "02_train_scorer", "04_guidance_tune", "05_prior_tune", "06_train_restorer"
+SDXL, SD15 = "stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def load_stage(name: str) -> ModuleType:
+    """Import a stage by its file's name, which begins with a digit, so that `import` cannot."""
+    spec = importlib.util.spec_from_file_location(f"stage_{name}", STAGES / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- the presets
+
+
+def presets() -> None:
+    """Print what each preset's stages need. A restorer's prior is the base that stage 5 of its preset tunes."""
+    print("| preset | stage | tensors | with CUDA and fragmentation | highest in |")
+    print("|---|---|---|---|---|")
+    for path in sorted((STAGES / "presets").glob("*.yaml")):
+        for name in (SCORER, GUIDANCE, PRIOR, RESTORER):
+            stage = load_stage(name)
+            try:
+                values = load_section(path, name, stage.Config)
+            except ValueError:
+                continue  # the preset is for other stages
+            if name == RESTORER:
+                values |= {"prior": SDXL}
+            plan = make_plan(stage.rehearse, make_config(stage.Config, values))
+            highest = max(plan.phases, key=lambda phase: sum(plan.phases[phase].values()))
+            print(f"| `{path.stem}` | {name} | {text(plan.peak)} | {text(plan.needed)} | {highest} |", flush=True)
+
+
+# ---- the straightforward script
+
+
+def straightforward(resolution: int, batch_size: int, rehearsal: Rehearsal) -> None:
+    """Algorithm 1 of Face Score as one would first write it.
+
+    A second U-Net for the targets, VAE and text encoder at work in every step, float32, AdamW, no checkpointing.
+    """
+    with rehearsal:
+        pipeline = load_pipeline(SD15, weights=False)
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+            part.requires_grad_(False)
+        original = copy.deepcopy(pipeline.unet)
+        trained = [p for name, p in pipeline.unet.named_parameters() if ".attn1." in name]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        rehearsal.name_pipeline(pipeline, trained)
+        rehearsal.name("second U-Net", original)
+        scheduler = make_noise_scheduler(pipeline)
+        good, bad = (torch.zeros(batch_size, 3, resolution, resolution) for _ in range(2))
+
+        def compute_loss() -> torch.Tensor:
+            timesteps = torch.zeros(batch_size, dtype=torch.long)
+            prompts = encode_prompts(pipeline, [f"face {number}" for number in range(batch_size)])
+            with torch.no_grad():
+                latents = encode_latents(pipeline.vae, torch.cat([good, bad]))
+                noisy_good, noisy_bad = scheduler.add_noise(
+                    latents, torch.randn_like(latents), timesteps.repeat(2)
+                ).chunk(2)
+                output = predict(pipeline, noisy_good, timesteps, prompts, original)
+                target = pred_original_sample(scheduler, output, timesteps, noisy_good)
+            output = predict(pipeline, noisy_bad, timesteps, prompts)
+            return F.mse_loss(pred_original_sample(scheduler, output, timesteps, noisy_bad), target)
+
+        rehearsal.step(compute_loss, trained, torch.optim.AdamW(trained))
+
+
+def ratio(resolution: int, batch_size: int) -> None:
+    """Print both plans of a step on Stable Diffusion 1.5, and the straightforward script's peak over ours."""
+    rehearsal = Rehearsal("cuda")
+    straightforward(resolution, batch_size, rehearsal)
+    plain = Plan(rehearsal.peaks, "cuda")
+    stage = load_stage(GUIDANCE)
+    values = load_section(STAGES / "presets" / "sd15_lora.yaml", GUIDANCE, stage.Config)
+    values |= {"resolution": resolution, "batch_size": batch_size, "num_samples": 0}
+    ours = make_plan(stage.rehearse, make_config(stage.Config, values))
+    print(f"straightforward\n{plain}\n\nours (sd15_lora, batch {batch_size})\n{ours}\n")
+    print(f"straightforward / ours: {plain.peak / ours.peak:.2f} (tensors), {plain.needed / ours.needed:.2f} (all)")
+
+
+# ---- measured
+
+
+def measure() -> None:
+    """Print planned beside measured peaks of stage 4's step, for real on a GPU with random weights.
+
+    Measured: `torch.cuda.max_memory_allocated` of everything since the networks were built, samples included; reserved
+    is what the allocator took for it, fragmentation included.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("memory.py measure: error: it needs a CUDA GPU, and this machine has none")
+    print(torch.cuda.get_device_name())
+    print(f"{'run':58} {'planned':>10} {'measured':>10} {'ratio':>6} {'reserved':>10}")
+    stage = load_stage(GUIDANCE)
+    common = {"batch_size": 2, "guidance_scale": 7.5, "num_samples": 2}
+    small = {"base": SD15, "resolution": 512, **common}
+    large = {"base": SDXL, "resolution": 1024, **common, "batch_size": 1}
+    lora = {"train": "lora", "optimizer": "adamw8bit", "mixed_precision": "bf16"}
+    runs = [
+        {**small, "mixed_precision": "no"},
+        {**small, "mixed_precision": "bf16"},
+        {**small, **lora},
+        {**small, **lora, "gradient_checkpointing": True},
+        {**large, **lora, "gradient_checkpointing": True},
+    ]
+    if "quantization" in stage.Config.__dataclass_fields__:
+        runs += [{**runs[-1], "quantization": kind} for kind in ("8bit", "nf4")]
+    for values in runs:
+        config = make_config(stage.Config, values)
+        planned = make_plan(stage.rehearse, config).peak
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with no_init_weights():  # minutes on a CPU, and the values do not matter
+            stage.rehearse(replace(config, device="cuda"), Rehearsal("cuda", fake=False))
+        measured, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        shown = [str(value) for key, value in values.items() if key not in (*common, "base")]
+        name = f"{'sdxl' if values['base'] == SDXL else 'sd15'} {' '.join(shown)}"
+        sizes = f"{planned / GIB:10.2f} {measured / GIB:10.2f} {measured / planned:6.2f} {reserved / GIB:10.2f}"
+        print(f"{name:58} {sizes}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("presets", "ratio", "measure"))
+    parser.add_argument("--resolution", type=int, default=512, help="of `ratio`: side of the images in pixels")
+    parser.add_argument("--batch_size", type=int, default=2, help="of `ratio`: pairs in a step")
+    options = parser.parse_args()
+    quiet_libraries()
+    logging.basicConfig(format="%(message)s")
+    commands = {"presets": presets, "ratio": partial(ratio, options.resolution, options.batch_size), "measure": measure}
+    commands[options.what]()
+
+
+if __name__ == "__main__":
+    main()
