@@ -136,12 +136,10 @@ def cached_prompts(batch: dict[str, Any], prompts: list[str | None]) -> PromptEm
 
     Equal to `encode_prompts(pipeline, prompts)`.
     """
-    dropped = torch.tensor([prompt is None for prompt in prompts], device=batch["prompt_embeds"].device)
-    names = [field.name for field in dataclasses.fields(PromptEmbeddings) if field.name in batch]
-    embeds = {name: batch[name] for name in names}
-    if None in prompts:
-        for name, own in embeds.items():
-            embeds[name] = torch.where(dropped.view(-1, *[1] * (own.ndim - 1)), batch[DROPPED + name], own)
+    embeds = {}
+    for name in (field.name for field in dataclasses.fields(PromptEmbeddings) if field.name in batch):
+        rows = zip(prompts, batch[name], batch[DROPPED + name], strict=True)
+        embeds[name] = torch.stack([dropped if prompt is None else own for prompt, own, dropped in rows])
     return PromptEmbeddings(**embeds)
 
 

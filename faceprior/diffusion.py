@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import diffusers
 import torch
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import T5EncoderModel
 
 from faceprior.images import to_pil
+from faceprior.models import to_device
 
 logger = logging.getLogger(__name__)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -93,9 +95,14 @@ def timesteps_below(noise_scheduler, t_end: float = 1.0) -> Tensor:
     sigmas = noise_scheduler.sigmas[: len(timesteps)].flip(0)
     if t_end >= 1:
         return timesteps
+    return timesteps[: max(1, int((sigmas <= _flow_level(t_end)).sum()))]
+
+
+@lru_cache
+def _flow_level(t_end: float) -> Tensor:
+    """Return s = sigma / (alpha + sigma) of Stable Diffusion's schedule at t_end."""
     alpha_bar = DDPMScheduler(**_STABLE_DIFFUSION).alphas_cumprod[max(0, int(t_end * 1000) - 1)]
-    level = (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
-    return timesteps[: max(1, int((sigmas <= level).sum()))]
+    return (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
 
 
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -263,7 +270,7 @@ def noise_like(latents: Tensor, generator) -> Tensor:
         raise ValueError(f"`generator` has to be one or {len(latents)}, one per sample, but is {len(generators)}")
     shape = (len(latents) // len(generators), *latents.shape[1:])
     noise = [torch.randn(shape, generator=g, device=g.device) for g in generators]
-    return torch.cat([n.to(latents.device) for n in noise]).to(latents.dtype)
+    return to_device(torch.cat(noise), latents.device).to(latents.dtype)
 
 
 def add_noise(noise_scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -44,9 +44,27 @@ from faceprior.diffusion import (
     training_target,
 )
 from faceprior.features import FeatureNetwork
-from faceprior.lora import LORA_FILE, Lora, add_lora, extract_lora, find_lora, load_lora, save_lora, trained_lora
+from faceprior.lora import (
+    LORA_FILE,
+    Lora,
+    adapters_of,
+    add_lora,
+    extract_lora,
+    find_lora,
+    load_lora,
+    save_lora,
+    trained_lora,
+)
 from faceprior.losses import dpo_loss, guidance_loss, masked_l2, noise_loss, reward_loss, squared_error
-from faceprior.models import load_part, looks_like_path, precision_of, quantization_of, require_trainable
+from faceprior.models import (
+    device_of,
+    load_part,
+    looks_like_path,
+    precision_of,
+    quantization_of,
+    require_trainable,
+    to_device,
+)
 from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
 from faceprior.reward_tuning import FaceReward
 from faceprior.training import TrainingRun, drop_prompts, make_accelerator, make_optimizer, sample_timesteps, seeded
@@ -124,6 +142,7 @@ class GuidanceTuner:
             _run_under_autocast(self.denoiser, self.denoiser.dtype)
         self.verdict: Verdict | None = None
         self._original: dict[str, Tensor] = {}
+        self._adapters: list = []  # found once: to search the network for them would take a tenth of a small step
         with seeded(seed, "lora"):
             self._select_trained(rank, rank if alpha is None else alpha, lora_targets, lora_variant)
 
@@ -194,7 +213,7 @@ class GuidanceTuner:
         """
         if "good_latents" in batch:
             return batch["good_latents"], batch["bad_latents"], batch["latent_mask"]
-        good, bad = self.encode(torch.cat([batch["good"], batch["bad"]])).chunk(2)
+        good, bad = self.encode(batch["good"]), self.encode(batch["bad"])  # one by one, for half of the memory
         return good, bad, downsample_mask(batch["mask"].to(good.device), good.shape[-2:])
 
     def sample_timesteps(self, generators: list[torch.Generator], t_end: float = 1.0) -> Tensor:
@@ -204,7 +223,8 @@ class GuidanceTuner:
         a flow matching base t_end means the same level of noise (see `timesteps_below`).
         """
         timesteps = timesteps_below(self.noise_scheduler, t_end)
-        return timesteps[sample_timesteps(generators, 0, len(timesteps))].to(self.denoiser.device)
+        drawn = timesteps[sample_timesteps(generators, 0, len(timesteps))]
+        return to_device(drawn, device_of(self.denoiser))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the noisy latents z_t, by the base's own schedule: (B, C, h, w)."""
@@ -252,7 +272,7 @@ class GuidanceTuner:
             with self._adapters_off():
                 yield self.denoiser
         else:
-            yield lambda *a, **k: torch.func.functional_call(self.denoiser, self._original, a, k)
+            yield lambda *a, **k: torch.func.functional_call(self.denoiser, self._original, a, k, tie_weights=False)
 
     # ---- objectives
 
@@ -561,6 +581,7 @@ class GuidanceTuner:
     def _select_trained(self, rank: int, alpha: int, lora_targets: str | Sequence[str], lora_variant: str) -> None:
         if self.train == "lora":
             add_lora(self._pipeline, rank, alpha, lora_targets, lora_variant)
+            self._adapters = adapters_of(self.denoiser)
         else:
             self._original = {name: parameter.detach().clone() for name, parameter in self._trained()}
         for parameter in self.trainable_parameters():
@@ -576,11 +597,13 @@ class GuidanceTuner:
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
-        self.denoiser.disable_adapters()
+        for adapter in self._adapters:
+            adapter.enable_adapters(False)
         try:
             yield
         finally:
-            self.denoiser.enable_adapters()
+            for adapter in self._adapters:
+                adapter.enable_adapters(True)
 
     @contextmanager
     def _parts_in_place(self) -> Iterator[None]:
@@ -708,7 +731,7 @@ def _run_under_autocast(denoiser: nn.Module, dtype: torch.dtype) -> None:
     forward = denoiser.forward
 
     def forward_under_autocast(*args, **kwargs):
-        with torch.autocast(denoiser.device.type, dtype):
+        with torch.autocast(device_of(denoiser).type, dtype):
             return forward(*args, **kwargs)
 
     denoiser.forward = convert_outputs_to_fp32(forward_under_autocast)

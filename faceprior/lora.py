@@ -99,6 +99,11 @@ def add_lora(
     denoiser_of(pipeline).add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, **options))
 
 
+def adapters_of(denoiser: nn.Module) -> list[LoraLayer]:
+    """Return the layers of a network that have a LoRA."""
+    return [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+
+
 def _part(pipeline: DiffusionPipeline) -> str:
     return "unet" if hasattr(pipeline, "unet") else "transformer"
 

@@ -238,6 +238,18 @@ def weight_dtype(mixed_precision: str) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
 
 
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Return the device of a module's first weight; diffusers' `.device` searches all modules for offloading first."""
+    return next(module.parameters()).device
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor; from the CPU to a GPU by way of pinned memory, so that the program need not wait for the GPU."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """Return `no`, `fp16` or `bf16`, of which `weight_dtype` is this dtype."""
     return next(name for name in ("no", "fp16", "bf16") if weight_dtype(name) == dtype)

@@ -48,7 +48,7 @@ from tqdm.auto import tqdm
 
 from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, saved_settings
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
-from faceprior.models import resolve_device
+from faceprior.models import resolve_device, to_device
 
 logger = logging.getLogger(__name__)
 RESUME_FOLDER, STATE_FILE = "resume", "state.json"
@@ -251,7 +251,7 @@ def sample_generators(seed: int, positions: Tensor | Iterable[int], purpose: str
 def sample_timesteps(generators: list[torch.Generator], low: int, high: int, device=None) -> Tensor:
     """Draw one timestep in [low, high) per generator -> (B,) int64."""
     drawn = [torch.randint(low, high, (1,), generator=g) for g in generators]
-    return torch.cat(drawn).to(device or "cpu")
+    return to_device(torch.cat(drawn), torch.device(device or "cpu"))
 
 
 def drop_prompts(prompts: list[str], probability: float, generators: list[torch.Generator]) -> list[str | None]:
@@ -307,7 +307,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Move the tensors of a batch to `device` (except positions, which only seed generators)."""
-    return {k: v.to(device) if isinstance(v, Tensor) and k != "position" else v for k, v in batch.items()}
+    return {k: to_device(v, device) if isinstance(v, Tensor) and k != "position" else v for k, v in batch.items()}
 
 
 def _positions(start: int, steps: int, per_step: int, batch_size: int, accelerator: Accelerator) -> list[range]:
@@ -375,6 +375,7 @@ class TrainingRun:
         self._samples_per_step: int | None = None
         self._base_rates = {n: [g["lr"] for g in o.param_groups] for n, o in optimizers.items()}
         self._logged = defaultdict(list)
+        self._unchecked: list[tuple[Tensor, str]] = []
         if self.output is not None:
             self._resume()
             # a no-op without a tracker; wandb's files, too, go to the output folder
@@ -441,12 +442,18 @@ class TrainingRun:
     def check(self, loss: Tensor, batch: dict) -> None:
         """Raise ValueError for a loss that is not finite, before its gradients reach the weights.
 
-        The message names the step, the samples of the micro-batch (`id`, else their positions in the stream) and the
-        last good checkpoint.
+        To look at a loss is to wait for a GPU, so those of a step are looked at together, at its last micro-batch. The
+        message names the step, the samples of the micro-batch (`id`, else their positions in the stream) and the last
+        good checkpoint.
         """
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ValueError(self._not_finite(f"`loss` became {value} at step {self.step + 1}, in {_names(batch)}"))
+        self._unchecked.append((loss.detach(), _names(batch)))
+        if not self.accelerator.sync_gradients:
+            return
+        losses, names = zip(*self._unchecked, strict=True)
+        self._unchecked.clear()
+        for value, samples in zip(torch.stack(losses).tolist(), names, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(self._not_finite(f"`loss` became {value} at step {self.step + 1}, in {samples}"))
 
     def validated(self, score: float) -> None:
         """Take the score of a validation of the step in progress, higher is better, for `keep_best` and `patience`."""
@@ -533,9 +540,10 @@ class TrainingRun:
 
     def _write_row(self, bar: tqdm) -> None:
         row: dict[str, Any] = {"step": self.step}
-        for name, values in self._logged.items():
-            mean = torch.stack([v.to(self.accelerator.device) for v in values]).mean()
-            row[name] = float(self.accelerator.reduce(mean, "mean"))
+        if self._logged:
+            logged = [torch.stack([v.to(self.accelerator.device) for v in values]) for values in self._logged.values()]
+            means = self.accelerator.reduce(torch.stack([values.mean() for values in logged]), "mean")
+            row |= dict(zip(self._logged, means.tolist(), strict=True))
         self._logged.clear()
         for name, value in row.items():
             if not math.isfinite(value):
