@@ -20,7 +20,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from faceprior.diffusion import PromptEmbeddings, encode_prompts
 from faceprior.files import atomic_write
+from faceprior.memory import ENCODING, Rehearsal
 from faceprior.training import collate, size_text
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,35 @@ def cached_prompts(batch: dict[str, Any], prompts: list[str | None]) -> PromptEm
         rows = zip(prompts, batch[name], batch[DROPPED + name], strict=True)
         embeds[name] = torch.stack([dropped if prompt is None else own for prompt, own, dropped in rows])
     return PromptEmbeddings(**embeds)
+
+
+def rehearse_cache(
+    rehearsal: Rehearsal,
+    pipeline: DiffusionPipeline,
+    encode: Callable[[dict[str, Any]], dict[str, Tensor]],
+    batch: dict[str, Any],
+    device: torch.device,
+    prompt: str = "prompt",
+) -> dict[str, Any]:
+    """Return what a batch of the cached dataset holds in place of `batch`, and count what `cache_dataset` takes for it.
+
+    To plan with (see `faceprior.memory`); `encode`, `prompt` as in `cache_dataset`.
+    """
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+    def alone(*models: nn.Module) -> AbstractContextManager[None]:
+        return rehearsal.away(*(network for network in networks if network not in models))
+
+    encoders = _encoders(pipeline)
+    with torch.no_grad():
+        with alone(*encoders), _moved(encoders, device), rehearsal.phase(ENCODING):
+            rows = vars(encode_prompts(pipeline, [str(number) for number in range(_PROMPTS_AT_ONCE)]))
+        with alone(pipeline.vae), _moved([pipeline.vae], device), rehearsal.phase(ENCODING):
+            encoded = encode(batch)
+    for name, rows_of in rows.items():
+        for start in ("", DROPPED) if rows_of is not None else ():
+            encoded[f"{start}{name}"] = rows_of.new_zeros(len(batch[prompt]), *rows_of.shape[1:])
+    return {**encoded, prompt: batch[prompt]}
 
 
 # ---- names: what an entry depends on

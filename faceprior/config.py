@@ -137,6 +137,8 @@ def memory_options(values: dict[str, Any]) -> list[dict[str, Any]]:
         options.append({"batch_size": size // factor, **rest})
     if value("gradient_checkpointing") is False:
         options.append({"gradient_checkpointing": True})
+    if value("ema_decay") and value("ema_device") == "auto":
+        options.append({"ema_device": "cpu"})
     if value("mixed_precision") == "no":
         options.append({"mixed_precision": "bf16"})
     if value("optimizer") == "adamw":

@@ -247,13 +247,14 @@ class GuidanceTuner:
         `cache.cache_dataset`). Training with it equals that with `dataset`; `to(device, encoders=False)` then leaves
         the device to the trained network. batch_size: pairs encoded at once; num_workers: processes that load them.
         """
-
-        def encode(batch: dict[str, Any]) -> dict[str, Tensor]:
-            return dict(zip(("good_latents", "bad_latents", "latent_mask"), self.encode_pairs(batch), strict=True))
-
+        pipeline, encode = self._pipeline, self.encode_entries
         return cache_dataset(
-            dataset, folder, "pairs", self._pipeline, encode, accelerator, batch_size, num_workers=num_workers
+            dataset, folder, "pairs", pipeline, encode, accelerator, batch_size, num_workers=num_workers
         )
+
+    def encode_entries(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what `cached` keeps of a batch's images."""
+        return dict(zip(("good_latents", "bad_latents", "latent_mask"), self.encode_pairs(batch), strict=True))
 
     def predict_x0(
         self, denoiser: Callable | None, noisy_latents: Tensor, timesteps: Tensor, prompts: PromptEmbeddings

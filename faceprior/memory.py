@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from transformers.initialization import no_init_weights
 
 ACTIVATIONS, GRADIENTS, OPTIMIZER = "activations", "gradients", "optimizer state"
-ENCODING, TRAINING, UPDATE, SAMPLES = "encoding", "training", "optimizer step", "samples"  # phases
+# phases
+ENCODING, TRAINING, UPDATE, SAMPLES = "encoding", "training", "optimizer step", "samples"
 _BLOCK = 512  # bytes
 
 
@@ -97,7 +98,7 @@ class Rehearsal:
             if isinstance(module, nn.Module):
                 kinds["text encoders" if name.startswith("text_encoder") else _NAMES.get(name, name)].append(module)
         for kind, modules in kinds.items():
-            self.name(f"{kind}, {_dtype_of(modules)}", *modules)
+            self.name(", ".join(filter(None, (kind, _dtype_of(modules, trained)))), *modules)
             if kind in ("VAE", "text encoders"):
                 for module in modules:
                     for part in (module.encoder, module.decoder) if kind == "VAE" else [module]:
@@ -106,13 +107,16 @@ class Rehearsal:
 
     def _follow(self, module: nn.Module) -> None:
         """Let a module's passes within the training count as the phase ENCODING."""
+        within: list[nn.Module] = []
 
         def enter(_, inputs: tuple) -> None:
             if self._phase == TRAINING and not any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
                 self._set_phase(ENCODING)
+                within.append(module)
 
         def leave(*_) -> None:
-            if self._phase == ENCODING:
+            if within:
+                within.pop()
                 self._set_phase(TRAINING)
 
         module.register_forward_pre_hook(enter)
@@ -200,13 +204,17 @@ class Rehearsal:
 _NAMES = {"unet": "U-Net", "transformer": "transformer", "vae": "VAE", "controlnet": "ControlNet"}
 
 
-def _dtype_of(modules: list[nn.Module]) -> str:
-    """Return the dtype of most of the networks' weights; one byte a weight or less is quantized."""
-    sizes = Counter()
+def _dtype_of(modules: list[nn.Module], trained: list[nn.Parameter]) -> str:
+    """Return the dtype of the networks' frozen weights; of quantized ones also that of the rest, such as convolutions.
+
+    Empty if all are trained.
+    """
+    sizes, others = Counter(), {id(parameter) for parameter in trained}
     for parameter in (parameter for module in modules for parameter in module.parameters()):
-        sizes[parameter.dtype] += parameter.nbytes
-    kind = sizes.most_common(1)[0][0]
-    return {torch.uint8: "4-bit", torch.int8: "8-bit"}.get(kind, str(kind).removeprefix("torch."))
+        sizes[parameter.dtype] += 0 if id(parameter) in others else parameter.nbytes
+    quantized = {torch.uint8: "4-bit", torch.int8: "8-bit"}
+    plain = [str(kind).removeprefix("torch.") for kind, size in sizes.most_common() if size and kind not in quantized]
+    return " and ".join([*(name for kind, name in quantized.items() if kind in sizes), *plain[:1]])
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -239,9 +247,12 @@ class _LiveBytes(TorchDispatchMode):
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
+        # What lives within a kernel on a GPU: 4 bits have none of many rows, so that the product is by the weights in
+        # 16 bits; 8 bits are added up in 32
         if function.name() == "bitsandbytes::gemm_4bit":
-            # a GPU has no kernel of many rows: it multiplies by the weights in 16 bits, which live for this product
             self._rehearsal._notice(math.prod(args[2]) * args[0].element_size())
+        elif function.name() in ("bitsandbytes::int8_scaled_mm", "bitsandbytes::int8_mixed_scaled_mm"):
+            self._rehearsal._notice(4 * next(leaf for leaf in tree_iter(result) if isinstance(leaf, Tensor)).numel())
         return result
 
     def add(self, tensor: Tensor) -> None:
@@ -284,7 +295,7 @@ def _run(function, args, kwargs):
 
 
 def _run_on_fakes(function, args, kwargs):
-    """Run an operation on fake tensors. Who asks for a value gets 1, with which checks pass.
+    """Run an operation on fake tensors. Who asks for a value gets True, 1.0 or, as that is a place, 0.
 
     int8_...: bitsandbytes looks for outliers, whose number depends on the values: there are none.
     """
@@ -298,11 +309,17 @@ def _run_on_fakes(function, args, kwargs):
         return product(codes, weights, scales, weight_scales, dtype=inputs.dtype), None
     if name == "aten::nonzero":
         return args[0].new_zeros((1, args[0].ndim), dtype=torch.int64)
+    if name == "aten::index.Tensor":  # a mask stands for the places where it is true: all of them
+        masks = [
+            [i] if i is None or i.dtype != torch.bool else i.ndim * [i.new_zeros(i.numel(), dtype=torch.int64)]
+            for i in args[1]
+        ]
+        args = (args[0], [place for places in masks for place in places])
     try:
         return function(*args, **kwargs)
     except DataDependentOutputException:
         kind = torch.bool if name == "aten::equal" else args[0].dtype
-        return True if kind == torch.bool else 1.0 if kind.is_floating_point else 1
+        return True if kind == torch.bool else 1.0 if kind.is_floating_point else 0
 
 
 @contextmanager
@@ -311,6 +328,9 @@ def _modules_take_fakes() -> Iterator[None]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that this CPU lacks
     import bitsandbytes  # seconds, and a stage that only trains needs none of it
 
+    # fakes are a CPU's, and code that looks for a GPU to work on would send them there
+    has_gpu = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
     apply, make, tables = nn.Module._apply, torch.Tensor._make_subclass, dict(bitsandbytes.functional.name2qmap)
 
     def apply_to_fakes(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -345,7 +365,7 @@ def _modules_take_fakes() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Module._apply = apply
+        nn.Module._apply, torch.cuda.is_available = apply, has_gpu
         del torch.Tensor._make_subclass, FakeTensor.numpy
         bitsandbytes.functional.name2qmap.clear()
         bitsandbytes.functional.name2qmap.update(tables)

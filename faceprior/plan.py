@@ -13,12 +13,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from faceprior.config import make_config, stage_name
+from faceprior.config import make_config, memory_options, stage_name
 from faceprior.models import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ class Plan:
 
 # The order of the table's rows and columns, by how their names begin; other networks come first, other phases last.
 _PARTS = ("VAE", "text encoders", "trained weights", "other weights", "gradients", "optimizer state", "activations")
-_PHASES = ("encoding", "training", "optimizer step", "samples")
+_PHASES = ("encoding", "training", "optimizer step", "samples", "scores")
 
 
 def make_plan(rehearse: Callable[[Any, Any], None], config: Any) -> Plan:
@@ -91,9 +90,14 @@ def make_plan(rehearse: Callable[[Any, Any], None], config: Any) -> Plan:
 
     device = "cpu" if config.device == "cpu" else "cuda"
     # both 16-bit types take the same memory, and a CPU does not train in float16
-    half = "bf16" if config.mixed_precision == "fp16" else config.mixed_precision
+    values = {
+        "device": "cpu",
+        "mixed_precision": "bf16" if config.mixed_precision == "fp16" else config.mixed_precision,
+    }
+    if getattr(config, "optimizer", "").startswith("paged_"):  # pages that fit stay on the card, and a CPU has none
+        values["optimizer"] = config.optimizer.removeprefix("paged_")
     rehearsal = Rehearsal(device)
-    rehearse(dataclasses.replace(config, device="cpu", mixed_precision=half), rehearsal)
+    rehearse(dataclasses.replace(config, **values), rehearsal)
     return Plan(rehearsal.peaks, device)
 
 
@@ -101,35 +105,26 @@ def make_plan(rehearse: Callable[[Any, Any], None], config: Any) -> Plan:
 
 
 def options(config: Any) -> Iterator[dict[str, Any]]:
-    """Yield changes of a stage's settings that may save memory, cheapest first; those that its Config has.
+    """Yield changes of a stage's settings that may save memory, cheapest first: all steps of `memory_options`.
 
-    First what leaves the result as it is, then what changes it little, then what trains something else: computing what
-    does not change once (saves time, too), 16 bits, smaller micro-batches with as many samples in a step, recomputing
-    activations (a third more time), 8-bit Adam, a LoRA, a base in 8 and 4 bits, smaller images.
+    Of those that have several: micro-batches down to one sample, 8 bits before 4, and ever smaller images.
     """
     value = dataclasses.asdict(config)
-    hints = typing.get_type_hints(type(config))
-    if value.get("cache") == "":
-        yield {"cache": "data/cache"}
-    if value.get("mixed_precision") == "no":
-        yield {"mixed_precision": "bf16"}
-    size, accumulation = value["batch_size"], value["accumulation"]
-    while size > 1:
-        factor = 2 if size % 2 == 0 else size
-        size, accumulation = size // factor, accumulation * factor
-        yield {"batch_size": size, "accumulation": accumulation}
-    if value.get("gradient_checkpointing") is False:
-        yield {"gradient_checkpointing": True}
-    if value.get("optimizer") == "adamw":
-        yield {"optimizer": "adamw8bit"}
-    if value.get("train") not in (None, "lora"):
-        yield {"train": "lora"}
-    for quantization in ("8bit", "nf4"):
-        if quantization in typing.get_args(hints.get("quantization")) and value["quantization"] == "none":
-            yield {"quantization": quantization}
-    resolution = value.get("resolution", 0)
-    while (resolution := resolution * 3 // 4 // 64 * 64) >= _LOWEST_RESOLUTION:
-        yield {"resolution": resolution}
+    for option in memory_options(value):
+        if "batch_size" in option:
+            smaller = option
+            while smaller:
+                yield smaller
+                smaller = next((o for o in memory_options({**value, **smaller}) if "batch_size" in o), None)
+        elif "quantization" in option:
+            for bits in ("8bit", "nf4")[value["quantization"] == "8bit" :]:
+                yield {**option, "quantization": bits}
+        elif "resolution" in option:
+            side = value["resolution"]
+            while (side := side * 3 // 4 // 64 * 64) >= _LOWEST_RESOLUTION:
+                yield {"resolution": side}
+        else:
+            yield option
 
 
 def find_fitting(

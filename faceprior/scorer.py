@@ -625,6 +625,13 @@ class FaceScorer(ModelMixin, ConfigMixin):
         return torch.tensor(ids, device=self.device)
 
 
+def empty_scorer(name: str | Path) -> FaceScorer:
+    """Build a scorer by the config in a folder, by any other name of the published sizes, to plan with."""
+    folder = Path(name)
+    sizes = FaceScorer.load_config(folder) if (folder / FaceScorer.config_name).is_file() else {}
+    return FaceScorer.from_config(sizes).eval()
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module is in its former mode again."""

@@ -36,7 +36,7 @@ from faceprior.memory import Rehearsal
 from faceprior.models import load_part, quiet_libraries
 from faceprior.pairs import FaceCrops, FacePair, gather_pairs
 from faceprior.plan import show_plan
-from faceprior.scorer import FaceScorer, ScoreReference
+from faceprior.scorer import FaceScorer, ScoreReference, empty_scorer
 from faceprior.scorer_checks import REPORT_FILE, accuracy_by_area, describe, measure_shortcuts, report_scores
 from faceprior.training import TrainingRun, collate, make_accelerator, make_optimizer, open_run, seeded, stable_seed
 
@@ -178,12 +178,11 @@ def compute_loss(
 
 def rehearse(config: Config, rehearsal: Rehearsal) -> None:
     """Take a step and score pairs for the report without data, for `--plan`."""
-    folder, vae = Path(tiny.resolve(config.init, "reward")), tiny.resolve(config.vae, "sd15")
-    sizes = FaceScorer.load_config(folder) if (folder / FaceScorer.config_name).is_file() else {}  # else the published
+    name, vae = tiny.resolve(config.init, "reward"), tiny.resolve(config.vae, "sd15")
     accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
     with rehearsal:
         # ---- The scorer, and which of its weights are trained
-        scorer = FaceScorer.from_config(sizes)
+        scorer = empty_scorer(name)
         trained = select_trained(config, scorer)
         optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
         model = accelerator.prepare(scorer)
@@ -197,7 +196,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         rehearsal.step(lambda: compute_loss(model, batch)[0], trained, optimizer, config.accumulation)
 
         # ---- The report, by a second scorer with the kept weights, and the VAE of its shortcut test
-        kept = accelerator.prepare(FaceScorer.from_config(sizes).eval())
+        kept = accelerator.prepare(empty_scorer(name))
         rehearsal.name("scorer", kept)
         with rehearsal.phase("report"), torch.no_grad():
             if config.vae:

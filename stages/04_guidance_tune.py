@@ -21,23 +21,26 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 
 from faceprior import tiny
 from faceprior.bases import BaseInfo, require_base, require_single_file
 from faceprior.bases.parts import SD1, SD2, SDXL
+from faceprior.cache import rehearse_cache
 from faceprior.config import is_complete, print_problems, run_stage
+from faceprior.detect import Face
 from faceprior.diffusion import make_sampler, noise_like, report_long_prompts, require_side, sample_images
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner, dino_distance
 from faceprior.lora import LORA_FORMATS, require_lora_format
 from faceprior.losses import guidance_loss
-from faceprior.memory import Rehearsal
-from faceprior.models import quiet_libraries, require_trainable, resolve_device, weight_dtype
+from faceprior.memory import SAMPLES, Rehearsal
+from faceprior.models import quiet_libraries, require_trainable, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
 from faceprior.photos import read_prompts
 from faceprior.plan import show_plan
 from faceprior.reward_tuning import FaceReward
-from faceprior.scorer import FaceScorer
+from faceprior.scorer import FaceScorer, empty_scorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
 from faceprior.validation import Validation
 
@@ -248,7 +251,7 @@ def make_tuner(config: Config, base: str, weights: bool = True) -> GuidanceTuner
     if config.distance == "dino":
         tuner.distance = dino_distance(tuner.pipeline().vae, load_features(config.feature_network, weights))
     if "reward" in config.objective:
-        tuner.reward = load_reward(config)
+        tuner.reward = load_reward(config, weights)
     if config.gradient_checkpointing:
         tuner.denoiser.enable_gradient_checkpointing()
     return tuner
@@ -295,46 +298,83 @@ def load_features(name: str, weights: bool = True) -> FeatureNetwork:
 
 
 def rehearse(config: Config, rehearsal: Rehearsal) -> None:
-    """Take a step and draw the samples without data, for `--plan`."""
+    """Fill the cache, take a step, draw and score an image without data, for `--plan`."""
     base, side, count = tiny.resolve(config.base, "sd15"), config.resolution, config.batch_size
-    device = resolve_device(config.device)
+    accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
     with rehearsal:
         # ---- The base, and which of its weights are trained
-        tuner = make_tuner(config, base, weights=False).to(device)
-        trained = tuner.trainable_parameters()
-        rehearsal.name_pipeline(tuner.pipeline(), trained)
+        tuner = make_tuner(config, base, weights=False)
+        pipeline, trained = tuner.pipeline(), tuner.trainable_parameters()
+        rehearsal.name_pipeline(pipeline, trained)
+        if tuner.reward:
+            rehearsal.name("scorer", tuner.reward.scorer)
         rehearsal.name_rest("other weights")  # the originals of what is trained, the feature network
-        optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
+
+        # ---- The pairs; with a cache, the VAE and the text encoders are away afterwards
+        batch = {name: torch.zeros(count, 3, side, side, device=accelerator.device) for name in ("good", "bad")}
+        batch["mask"] = torch.zeros(count, 1, side, side, device=accelerator.device)
+        batch["prompt"] = [f"face {number}" for number in range(count)]
+        unused = []
+        if config.cache:
+            batch = rehearse_cache(rehearsal, pipeline, tuner.encode_entries, batch, accelerator.device)
+            decodes = config.distance == "dino" or tuner.reward
+            unused = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+            unused = [p for p in unused if p is not tuner.denoiser and not (p is pipeline.vae and decodes)]
+        tuner.to(accelerator.device, encoders=not config.cache)
+        rehearsal.name_rest("batch")
 
         # ---- A step
-        tuner.denoiser.train()
-        batch = {name: torch.zeros(count, 3, side, side, device=device) for name in ("good", "bad")}
-        batch["mask"] = torch.zeros(count, 1, side, side, device=device)
-        batch["prompt"] = [f"face {number}" for number in range(count)]
-        generators = [torch.Generator() for _ in range(count)]
-        compute = {"guidance": tuner.loss, "denoising": tuner.denoising_loss}[config.objective]
-        rehearsal.step(partial(compute, batch, generators), trained, optimizer, config.accumulation)
+        with rehearsal.away(*unused):
+            optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
+            denoiser, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
+            keeping = {"ema_decay": config.ema_decay, "ema_device": config.ema_device}
+            run = TrainingRun(None, 1, accelerator, {"unet": denoiser}, {"unet": optimizer}, **keeping)
+            rehearsal.name_rest("averaged weights")
+            denoiser.train()
+            generators = [torch.Generator() for _ in range(count)]
+            compute = partial(tuner.objective_loss, config.objective, batch, generators, denoiser)
+            rehearsal.step(compute, trained, optimizer, config.accumulation)
 
-        # ---- The samples, as `draw_samples` makes them
-        prompts = [f"face {number}" for number in range(config.num_samples)]
-        if prompts:
-            with rehearsal.phase("samples"), tuner.untuned() as original:
-                sample_images(original, prompts, range(len(prompts)), side, 1, config.guidance_scale)
+        # ---- An image, as `Validation` draws them one by one, with the VAE and the text encoders, and its score
+        drawn = (["a face"], [0], side, 2, config.guidance_scale)
+        if config.validate_every:
+            with rehearsal.phase(SAMPLES), run.averaged(), tuner.sampling() as tuned:
+                sample_images(tuned, *drawn)
+        if config.num_samples:
+            with rehearsal.phase(SAMPLES), tuner.untuned() as original:
+                sample_images(original, *drawn)
+        if config.validate_every or config.num_samples:
+            with rehearsal.away(*unused):
+                scorer = load_scorer(config.scorer, base, weights=False)
+                if scorer:
+                    rehearsal.name("scorer", scorer.to(accelerator.device))
+                    with rehearsal.phase("scores"):
+                        scorer.score(Image.new("RGB", (side, side)), faces=[whole_image(side)])
 
 
-def load_reward(config: Config) -> FaceReward:
-    scorer = FaceScorer.from_pretrained(tiny.resolve(config.reward_scorer, "scorer"))
-    steps, last = config.reward_steps, config.reward_last
-    return FaceReward(scorer, config.detector, steps, last, config.reward_guidance, config.reward_weight)
+def whole_image(side: int) -> Face:
+    """Return a face as large as its image, the one that is found where there is no data."""
+    return Face((0, 0, side, side), None, 1.0)
 
 
-def load_scorer(name: str, base: str) -> FaceScorer | None:
-    """Load the scorer of the images; `auto` takes one that is here, a tiny one for a tiny base and no other."""
+def load_reward(config: Config, weights: bool = True) -> FaceReward:
+    """Load the scorer of the reward; without its weights, every image has a face and two steps stand for the first."""
+    name, steps, last = tiny.resolve(config.reward_scorer, "scorer"), config.reward_steps, config.reward_last
+    rest = (config.reward_guidance, config.reward_weight)
+    if weights:
+        return FaceReward(FaceScorer.from_pretrained(name), config.detector, steps, last, *rest)
+    return FaceReward(empty_scorer(name), lambda image: [whole_image(len(image))], min(steps, last + 2), last, *rest)
+
+
+def load_scorer(name: str, base: str, weights: bool = True) -> FaceScorer | None:
+    """Load the scorer of the images, or build it only; `auto` takes one that is here, a tiny one for a tiny base."""
     if name == "auto":
         stage_2, is_tiny = Path("checkpoints/scorer"), tiny.info(base) is not None
         fits = (stage_2 / FaceScorer.config_name).is_file() and (tiny.info(stage_2) is not None) == is_tiny
         name = str(stage_2) if fits else tiny.NAME if is_tiny else "none"
-    return None if name == "none" else FaceScorer.from_pretrained(tiny.resolve(name, "scorer"))
+    if name == "none":
+        return None
+    return (FaceScorer.from_pretrained if weights else empty_scorer)(tiny.resolve(name, "scorer"))
 
 
 if __name__ == "__main__":

@@ -186,12 +186,14 @@ def compute_loss(config: Config, pipeline: DiffusionPipeline, unet, noise_schedu
 
 def rehearse(config: Config, rehearsal: Rehearsal) -> None:
     """Take a step and draw a sample without data, for `--plan`."""
+    require_trainable(config.train, config.quantization)
     base, side, count = tiny.resolve(config.base, "sdxl"), config.resolution, config.batch_size
     accelerator = make_accelerator(config.device, config.mixed_precision, config.accumulation)
     with rehearsal:
         # ---- The base, and which of its weights are trained
         dtype = weight_dtype(config.mixed_precision)
-        pipeline = load_pipeline(base, dtype, config.vae, config.prediction_type, weights=False)
+        source = (base, dtype, config.vae, config.prediction_type, config.quantization)
+        pipeline = load_pipeline(*source, weights=False)
         trained = select_trained(config, pipeline)
         optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
         unet = accelerator.prepare(pipeline.unet)
@@ -207,7 +209,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         # ---- A sample, as `draw_samples` makes them
         if config.num_samples:
             with rehearsal.phase("samples"):
-                sample_images(pipeline, ["a face"], [0], side, 1, config.guidance_scale)
+                sample_images(pipeline, ["a face"], [0], side, 2, config.guidance_scale)
 
 
 def select_trained(config: Config, pipeline: DiffusionPipeline) -> list[torch.nn.Parameter]:

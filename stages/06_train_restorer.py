@@ -274,6 +274,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         # ---- The frozen prior and the ControlNet, here always of the sizes of the prior's encoder
         prior = load_pipeline(config.prior, weight_dtype(config.mixed_precision), weights=False)
         controlnet = make_controlnet(replace(config, init=""), prior)
+        quantize(prior.unet, config.quantization)
         optimizer = make_optimizer(controlnet.parameters(), config.optimizer, config.learning_rate, config.weight_decay)
         model, facial = accelerator.prepare(controlnet), make_facial(config, prior, accelerator)
         rehearsal.name_pipeline(prior, controlnet.parameters())

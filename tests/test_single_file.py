@@ -335,7 +335,7 @@ def test_a_wheel_holds_the_configs_and_the_vocabulary_with_its_licence(tmp_path)
     subprocess.run([*command, str(source)], check=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     shipped = [path.relative_to(ROOT).as_posix() for path in CONFIGS.rglob("*") if path.is_file()]
-    assert set(shipped) <= set(names) and len(shipped) == 22
+    assert set(shipped) <= set(names) and len(shipped) == 40
 
 
 # ---- the weights, in every layout

@@ -62,7 +62,7 @@ def load_pipeline(
     parts = {"vae": load_part(AutoencoderKL, vae, "VAE")} if vae and weights else {}
     path = Path(base).expanduser()
     if not weights:
-        pipeline = load_empty(base, dtype, vae)
+        pipeline = load_empty(base, dtype, vae, prediction_type)
     elif path.is_file():
         pipeline = load_single_file(path, dtype, parts, prediction_type)
     else:

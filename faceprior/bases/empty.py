@@ -11,51 +11,87 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase, T5Tokenizer
 
-from faceprior.bases.folder import find_folder, load_folder
-from faceprior.bases.parts import SD1, SD2, SDXL, architecture_of, parts_of_folder, read_json
-from faceprior.bases.single_file import parts_of_file
-from faceprior.models import resolve_model
+from faceprior.bases.folder import find_folder
+from faceprior.bases.parts import (
+    LOADING_ERRORS,
+    NO_CHECKER,
+    SD3,
+    TEXT_TO_IMAGE,
+    VAE_HINT,
+    Part,
+    architecture_of,
+    class_problem,
+    parts_of_folder,
+    pipeline_class_of_folder,
+    read_json,
+)
+from faceprior.bases.single_file import CONFIGS, configs_of_file, make_tokenizer, parts_of_file
+from faceprior.models import first_line, resolve_model
 
 logger = logging.getLogger(__name__)
-CONFIGS = Path(__file__).with_name("configs")  # of full-size models, which come with the package
-_FOLDERS = {SD1: "sd15", SD2: "sd21", SDXL: "sdxl"}
-# What the presets name, for planning where the hub is not reached: id -> the architecture.
-KNOWN = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD1,
-    "SG161222/Realistic_Vision_V5.1_noVAE": SD1,
-    "stabilityai/sd-vae-ft-mse": SD1,
-    "stabilityai/stable-diffusion-2-1": SD2,
-    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
-    "stabilityai/sdxl-vae": SDXL,
+_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+# What the presets name, for planning where the hub is not reached: id -> a folder of CONFIGS, and what the config of
+# the base's own network has in place of what is there.
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd15", {}),
+    "SG161222/Realistic_Vision_V5.1_noVAE": ("sd15", {}),
+    "stabilityai/sd-vae-ft-mse": ("sd15", {}),
+    "stabilityai/stable-diffusion-2-1": ("sd21", {}),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", {}),
+    "stabilityai/sdxl-vae": ("sdxl", {}),
+    "stabilityai/stable-diffusion-3.5-medium": ("sd35", {}),
+    "stabilityai/stable-diffusion-3.5-large": (
+        "sd35",
+        {**_LARGE, "dual_attention_layers": [], "pos_embed_max_size": 192},
+    ),
+    "black-forest-labs/FLUX.1-dev": ("flux", {}),
+    "black-forest-labs/FLUX.1-schnell": ("flux", {"guidance_embeds": False}),
 }
 
 
-def load_empty(base: str | Path, dtype: torch.dtype, vae: str | None = None) -> DiffusionPipeline:
+def load_empty(
+    base: str | Path, dtype: torch.dtype, vae: str | None = None, prediction_type: str = "auto"
+) -> DiffusionPipeline:
     """Build a base's pipeline by its configs; arguments and errors as those of `load_pipeline`.
 
     Configs and tokenizers of a hub id are downloaded, its weights are not. Where the hub is not reached, the configs of
-    the architectures in KNOWN come with the package, as those of a single file do.
+    the bases in KNOWN come with the package, as those of a single file do, whose shapes count.
     """
-    folder = _find_configs(base, vae)
-    described = parts_of_folder(folder, replaced=("vae",) if vae else ())
+    folder, described = _describe(base, vae, prediction_type)
     parts: dict[str, Any] = {"vae": empty_vae(vae)} if vae else {}
-    for name, part in described.items():
+    for name, (class_name, config) in described.items():
+        if name in parts:
+            continue
         if name == "vae":
-            parts[name] = AutoencoderKL.from_config(part.config)
-        elif hasattr(diffusers, part.class_name) and "scheduler" not in name:
-            parts[name] = getattr(diffusers, part.class_name).from_config(part.config).to(dtype)
-        elif "encoder" in name:
-            model_class = getattr(transformers, part.class_name)
-            parts[name] = model_class(model_class.config_class(**part.config)).to(dtype)
+            parts[name] = AutoencoderKL.from_config(config)
+        elif name in ("unet", "transformer"):
+            parts[name] = getattr(diffusers, class_name).from_config(config).to(dtype)
+        elif name.startswith("text_encoder"):
+            model_class = getattr(transformers, class_name)
+            parts[name] = model_class(model_class.config_class(**config)).to(dtype)
             parts[name].tie_weights()
         elif folder.parent == CONFIGS and name.startswith("tokenizer"):
-            parts[name] = _any_tokenizer()
+            parts[name] = _any_t5_tokenizer() if class_name.startswith("T5") else make_tokenizer(folder / name)
     for module in parts.values():
         if isinstance(module, torch.nn.Module):
             module.eval()
-    return load_folder(folder, dtype, parts)
+
+    # ---- the pipeline, with the scheduler and, of a folder, the tokenizers from their files
+    architecture = architecture_of(described)
+    if "vae" not in parts:
+        raise ValueError(f"{base} has no VAE: {VAE_HINT}")
+    if problem := class_problem(pipeline_class_of_folder(folder), architecture):
+        raise ValueError(f"{base} cannot be loaded: {problem}")
+    if "safety_checker" in read_json(folder / "model_index.json"):
+        parts |= NO_CHECKER
+    if architecture == SD3 and "text_encoder_3" not in described:
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    try:
+        return TEXT_TO_IMAGE.get(architecture, DiffusionPipeline).from_pretrained(folder, **parts)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"the pipeline in {folder} is damaged: {first_line(error)}") from error
 
 
 def empty_vae(name: str) -> AutoencoderKL:
@@ -64,20 +100,20 @@ def empty_vae(name: str) -> AutoencoderKL:
 
 
 @cache
-def _find_configs(base: str | Path, vae: str | None) -> Path:
-    """Return the folder of a base's configs; it may lack weights. The hub is asked once."""
-    path = Path(base).expanduser()
+def _describe(base: str | Path, vae: str | None, prediction_type: str) -> tuple[Path, dict[str, Part]]:
+    """Return the folder of a base's configs, which may lack weights, and its parts. The hub is asked once."""
+    path, replaced = Path(base).expanduser(), ("vae",) if vae else ()
     if path.is_file():
-        if (path.parent / "model_index.json").is_file():
-            return path.parent
-        architecture = architecture_of(parts_of_file(path))
-        if architecture not in _FOLDERS:
-            raise ValueError(f"{path} is of {architecture} type, whose configs do not come with the package")
-        return CONFIGS / _FOLDERS[architecture]
+        return configs_of_file(path), parts_of_file(path, prediction_type)
     try:
-        return find_folder(base, vae, weights=False)
+        folder = find_folder(base, vae, weights=False)
+        return folder, parts_of_folder(folder, replaced)
     except FileNotFoundError:
-        return _known_configs(str(base))
+        folder, changes = _known(str(base))
+    parts = parts_of_folder(folder, replaced)
+    network = "transformer" if "transformer" in parts else "unet"
+    parts[network] = Part(parts[network].class_name, {**parts[network].config, **changes})
+    return folder, parts
 
 
 @cache
@@ -86,20 +122,21 @@ def _find_vae(name: str) -> Path:
     try:
         return resolve_model(name, "VAE", hint, subfolder=subfolder, patterns=("*.json",))
     except FileNotFoundError:
-        return _known_configs(name) / "vae"
+        return _known(name)[0] / "vae"
 
 
-def _known_configs(name: str) -> Path:
+def _known(name: str) -> tuple[Path, dict[str, Any]]:
     if name not in KNOWN:
         raise FileNotFoundError(
             f"{name!r} is not on this machine, and the hub was not reached for its configs: connect once, or plan with "
             f"a base of the same architecture ({', '.join(KNOWN)})"
         )
-    logger.info("%s: planned with the configs of %s, as the hub was not reached", name, KNOWN[name])
-    return CONFIGS / _FOLDERS[KNOWN[name]]
+    folder, changes = KNOWN[name]
+    logger.info("%s: planned with the configs that come with faceprior, as the hub was not reached", name)
+    return CONFIGS / folder, changes
 
 
-def _any_tokenizer() -> CLIPTokenizer:
-    """Build a tokenizer that knows no words: all prompts have CLIP's 77 tokens, and which they are does not matter."""
-    special = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    return CLIPTokenizer(vocab={**special, "a</w>": 2}, merges=[], model_max_length=77)
+def _any_t5_tokenizer() -> PreTrainedTokenizerBase:
+    """Build a tokenizer that knows no words: all prompts are as long for T5, and which they are does not matter."""
+    pieces = ("<pad>", "</s>", "<unk>", "▁")
+    return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=512)

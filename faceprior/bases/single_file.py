@@ -126,6 +126,11 @@ def _find_configs(path: Path, tensors: _Tensors) -> Path:
     return CONFIGS / _ARCHITECTURES[width]
 
 
+def configs_of_file(path: Path) -> Path:
+    """Return the folder of the configs that belong to a checkpoint: the one that it lies in, or one of CONFIGS."""
+    return _find_configs(path, _read_tensors(path))
+
+
 def parts_of_file(path: Path, prediction_type: str = "auto") -> dict[str, Part]:
     """Return the parts of a checkpoint: its configs, overruled by the sizes of its tensors.
 

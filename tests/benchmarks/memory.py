@@ -8,6 +8,7 @@ What training takes of a graphics card's memory: planned, measured, and beside t
 
 import argparse
 import copy
+import dataclasses
 import importlib.util
 import logging
 import sys
@@ -15,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,21 +46,45 @@ def load_stage(name: str) -> ModuleType:
 
 
 def presets() -> None:
-    """Print what each preset's stages need. A restorer's prior is the base that stage 5 of its preset tunes."""
-    print("| preset | stage | tensors | with CUDA and fragmentation | highest in |")
-    print("|---|---|---|---|---|")
+    """Print what each preset's stages need. A restorer's prior is the base that stage 5 of its preset tunes.
+
+    Without `common`, which is not run by itself, and the rows of Face Score's tables, which change a setting of the
+    preset that they extend.
+    """
+    print("| preset | stage | options | tensors | on the card | highest in |")
+    print("|---|---|---|---|---|---|")
     for path in sorted((STAGES / "presets").glob("*.yaml")):
+        if path.stem == "common" or path.stem.startswith("face_score_table"):
+            continue
         for name in (SCORER, GUIDANCE, PRIOR, RESTORER):
             stage = load_stage(name)
             try:
                 values = load_section(path, name, stage.Config)
             except ValueError:
                 continue  # the preset is for other stages
+            if not OWN[name] & values.keys():
+                continue  # there is only what all presets share, without a base
             if name == RESTORER:
                 values |= {"prior": SDXL}
-            plan = make_plan(stage.rehearse, make_config(stage.Config, values))
+            config = make_config(stage.Config, values)
+            plan = make_plan(stage.rehearse, config)
             highest = max(plan.phases, key=lambda phase: sum(plan.phases[phase].values()))
-            print(f"| `{path.stem}` | {name} | {text(plan.peak)} | {text(plan.needed)} | {highest} |", flush=True)
+            sizes = f"{text(plan.peak)} | {text(plan.needed)} | {highest}"
+            print(f"| `{path.stem}` | {name[:2]} | {described(config)} | {sizes} |", flush=True)
+
+
+OWN = {SCORER: {"vae"}, GUIDANCE: {"base"}, PRIOR: {"base"}, RESTORER: {"images"}}  # what only a real preset has
+
+
+def described(config: Any) -> str:
+    """Name the settings that decide about the memory."""
+    values = dataclasses.asdict(config)
+    words = [values.get("train", ""), {"no": "float32"}.get(config.mixed_precision, config.mixed_precision)]
+    words += [values.get("quantization", "none").replace("none", ""), "cache" if values.get("cache") else ""]
+    words += ["8-bit Adam" if "8bit" in config.optimizer else "Adam"]
+    words += ["checkpointing" if config.gradient_checkpointing else "", f"batch {config.batch_size}"]
+    words += [f"{values['resolution']} px" if "resolution" in values else ""]
+    return ", ".join(filter(None, words))
 
 
 # ---- the straightforward script
