@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import math
 import re
 import shutil
@@ -55,6 +56,7 @@ SAME = 1e-4  # of pixels in [0, 1]: the rounding of sums, which the place of loa
 CHANGED = 1e-3  # of the tuned image's pixels, at least one is as far from the untuned one's
 LITTLE_MEMORY = {"quantization": "nf4", "mixed_precision": "bf16", "gradient_checkpointing": True}
 LITTLE_MEMORY |= {"optimizer": "adamw8bit", "ema_decay": 0.5, "cache": "cache", "rank": 64}
+LITTLE_MEMORY |= {"learning_rate": 0.2}  # so that the training changes more than the rounding to bfloat16
 
 # Title -> the columns, each with its settings of stage 4 and the form of the base; the rows are KINDS.
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
@@ -120,12 +122,8 @@ class Cell:
         train, quantization, variant = self("train"), self("quantization", "none"), self("lora_variant", "plain")
         if quantization != "none" and train != "lora":
             return f"`train` is {train} and `quantization` {quantization}, but quantized weights cannot be trained"
-        if self.form == "single file" and self.kind in TRANSFORMERS:
-            return ""
         if self.kind in TRANSFORMERS and train != "lora":
             return f"`train` is {train}, and of a transformer only a LoRA is trained"
-        if variant == "dora" and quantization == "8bit":
-            return "`lora_variant` is dora and `quantization` 8bit"
         if self("lora_format") == "kohya" and self.kind in TRANSFORMERS:
             return "`lora_format` kohya is for U-Nets, and the base has a transformer"
         if self("lora_format") == "kohya" and variant == "dora":
@@ -222,6 +220,7 @@ def run(cell: Cell, shop: Workshop, folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(shop.hub))
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(logging.getLogger("huggingface_hub"), "level", logging.ERROR)  # that there is no network
         patch.setattr(load_stage(STAGE), "load_reward", shop.reward)
         if cell.refusal:
             return _refused(cell, shop, folder)
@@ -256,15 +255,25 @@ def _check(cell: Cell, shop: Workshop, folder: Path) -> None:
 
     # ---- what the stage wrote, in stock diffusers, gives the tuner's own image, and the stage's sample
     tuned = draw(tuner.pipeline())
-    assert np.abs(tuned - untuned).max() > CHANGED, "the training changed nothing"
+    change = np.abs(tuned - untuned).max()
+    assert change > CHANGED, "the training changed nothing"
     stock = stock_pipeline(cell, shop, folder / "stage")
     if stock is not None:
         off = np.abs(draw(stock) - tuned).max()
-        assert off < SAME, f"stock diffusers draws another image, {off:.2g} off"
+        bound = SAME if cell("mixed_precision", "no") == "no" else change / 4  # a loaded LoRA is rounded to bfloat16
+        assert off < bound, f"stock diffusers draws another image, {off:.2g} off, where training changed {change:.2g}"
         (row,) = [json.loads(line) for line in (folder / "stage/samples.jsonl").read_text().splitlines()]
         (drawn,) = sample_images(stock, [row["prompt"]], [row["seed"]], SIZE, COMMON["sample_steps"], 2.5)
         with Image.open(folder / "stage" / row["after"]) as sample:
-            assert np.abs(np.asarray(drawn, int) - np.asarray(sample, int)).max() <= 1
+            assert np.abs(np.asarray(drawn, int) - np.asarray(sample, int)).max() <= max(1, 255 * bound)
+    if cell("quantization", "none") != "none":
+        layers = [m for m in tuner.denoiser.modules() if hasattr(m, "base_layer")]
+        assert any(type(layer.base_layer).__name__ in ("Linear8bit", "Linear4bit") for layer in layers)
+        plain = plain_base(cell, shop)
+        before = draw(plain)
+        load_stock(cell, plain, folder / "stage")
+        likeness = cosine(draw(plain) - before, tuned - untuned)
+        assert likeness > 0.5, f"on the plain base the LoRA does something else, cosine {likeness:.2g}"
     for pipeline, bound in other_forms(cell, shop, folder / "stage", tuned, untuned):
         off = np.abs(draw(pipeline) - tuned).max()
         assert off < bound, f"another file draws another image, {off:.2g} off"
@@ -325,8 +334,15 @@ def stock_pipeline(cell: Cell, shop: Workshop, folder: Path) -> diffusers.Diffus
         # diffusers' own quantization wants a GPU; the class of the pipeline, and its loader of LoRAs, are its own
         dtype = weight_dtype(cell("mixed_precision", "no"))
         pipeline = load_pipeline(shop.base(cell), dtype, quantization=cell("quantization", "none"))
-    pipeline.load_lora_weights(folder, weight_name=LORA_FORMATS[cell("lora_format", "diffusers")])
+    load_stock(cell, pipeline, folder)
     return pipeline
+
+
+def load_stock(cell: Cell, pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
+    # peft, which makes a DoRA on `meta` first, would put an 8-bit base there too
+    sparing = cell("lora_variant") != "dora" or cell("quantization") != "8bit"
+    file = LORA_FORMATS[cell("lora_format", "diffusers")]
+    pipeline.load_lora_weights(folder, weight_name=file, low_cpu_mem_usage=sparing)
 
 
 def plain_base(cell: Cell, shop: Workshop) -> diffusers.DiffusionPipeline:
@@ -337,9 +353,9 @@ def plain_base(cell: Cell, shop: Workshop) -> diffusers.DiffusionPipeline:
 def other_forms(cell: Cell, shop: Workshop, folder: Path, tuned, untuned):
     """Give the pipelines of the other files that were asked for, each with how far its image may be off."""
     change = np.abs(tuned - untuned).max()
-    if cell("extract_lora"):  # but for the biases of the rank of the layers' sides
+    if cell("extract_lora"):  # its rank is that of the layers' sides, so that only the biases' change is lost
         pipeline = plain_base(cell, shop)
-        pipeline.load_lora_weights(folder / "lora", weight_name=LORA_FORMATS[cell("lora_format", "diffusers")])
+        load_stock(cell, pipeline, folder / "lora")
         yield pipeline, change / 2
     if cell("single_file", "none") != "none":
         yield load_pipeline(folder / "guided.safetensors"), SAME if cell("single_file") == "fp32" else change / 2
@@ -348,6 +364,10 @@ def other_forms(cell: Cell, shop: Workshop, folder: Path, tuned, untuned):
 def draw(pipeline: diffusers.DiffusionPipeline) -> np.ndarray:
     options = {"num_inference_steps": 2, "height": SIZE, "width": SIZE}
     return pipeline("a man", output_type="np", generator=torch.Generator().manual_seed(3), **options).images
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum()))
 
 
 def _weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
