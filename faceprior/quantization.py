@@ -62,6 +62,12 @@ class Linear8bit(bitsandbytes.nn.Linear8bitLt):
             return _FrozenProduct.apply(x, self)
         return super().forward(x)
 
+    def init_8bit_state(self) -> None:
+        # on a CPU peft's DoRA puts a new weight in the place of the old one, without scales
+        scales = self.state.SCB if self.weight.SCB is None else self.weight.SCB
+        super().init_8bit_state()
+        self.state.SCB = scales
+
     def _apply(self, fn, recurse: bool = True) -> Linear8bit:
         # a model's `.to` moves parameters, and the scales are none
         super()._apply(fn, recurse)

@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_bases import build
+from tiny_bases import build, widened
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5EncoderModel
@@ -29,7 +29,7 @@ from transformers import T5Config, T5EncoderModel
 from faceprior import tiny
 from faceprior.bases import load_pipeline
 from faceprior.detect import box_mask
-from faceprior.diffusion import PromptEmbeddings, denoiser_of, predict
+from faceprior.diffusion import PromptEmbeddings, predict
 from faceprior.guidance import GuidanceTuner
 from faceprior.images import save_image
 from faceprior.lora import save_lora, trained_lora
@@ -289,20 +289,6 @@ def test_a_precision_and_its_dtype():
 
 
 # ------------------------------------------------------------------------------------------------ the tuner
-
-
-def widened(pipeline):
-    """Give a tiny pipeline a network whose layers have multiples of 64 inputs, as the published ones have."""
-    network = denoiser_of(pipeline)
-    if hasattr(pipeline, "unet"):
-        settings = {"block_out_channels": (64, 64, 64), "attention_head_dim": (2, 2, 2)}
-    else:
-        settings = {"attention_head_dim": 32, "caption_projection_dim": 64, "axes_dims_rope": (8, 12, 12)}
-    settings = {key: value for key, value in settings.items() if key in network.config}
-    with seeded(0):
-        network = type(network).from_config({**network.config, **settings})
-    pipeline.register_modules(**{"unet" if hasattr(pipeline, "unet") else "transformer": network})
-    return pipeline
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from faceprior.diffusion import denoiser_of
 from faceprior.tiny import WORDS, tiny_sd15
 from faceprior.training import seeded
 
@@ -46,6 +47,21 @@ def build(kind: str, seed: int = 0) -> DiffusionPipeline:
         if isinstance(part, nn.Module):
             part.eval()  # as `from_pretrained` does: T5 has dropout
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def widened(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Give a tiny pipeline a network whose layers have multiples of 64 inputs, as the published ones: to quantize."""
+    network = denoiser_of(pipeline)
+    if hasattr(pipeline, "unet"):
+        levels = len(network.config.block_out_channels)
+        settings = {"block_out_channels": (64,) * levels, "attention_head_dim": (2,) * levels}
+    else:
+        settings = {"attention_head_dim": 32, "caption_projection_dim": 64, "axes_dims_rope": (8, 12, 12)}
+    settings = {key: value for key, value in settings.items() if key in network.config}
+    with seeded(0):
+        network = type(network).from_config({**network.config, **settings}).eval()
+    pipeline.register_modules(**{"unet" if hasattr(pipeline, "unet") else "transformer": network})
     return pipeline
 
 

@@ -7,6 +7,7 @@ which read no weights, so that a base that a method cannot use is refused before
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -67,6 +68,7 @@ def load_pipeline(
         pipeline = load_single_file(path, dtype, parts, prediction_type)
     else:
         pipeline = load_folder(find_folder(base, vae), dtype, parts)
+    pipeline.vae.decode = MethodType(_decode_in_own_dtype, pipeline.vae)
     if prediction_type != "auto" and BETAS & pipeline.scheduler.config.keys():
         set_schedule(pipeline, {"prediction_type": prediction_type})
     for name, part in pipeline.components.items():
@@ -74,3 +76,8 @@ def load_pipeline(
             quantize(part, quantization)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _decode_in_own_dtype(vae: AutoencoderKL, latents: torch.Tensor, *args, **options):
+    """Decode as the class does: pipelines in half precision hand latents to the VAE that are not in its float32."""
+    return type(vae).decode(vae, latents.to(vae.dtype), *args, **options)
