@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-browser check tiny figures plan clean
+.PHONY: demo test test-browser matrix check tiny figures plan clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,10 @@ test-browser: .venv/ready
 	@$(BIN)/python -c "import gradio, playwright" 2>/dev/null || { echo 'needs: $(BIN)/python -m pip install --editable .[browser]'; exit 1; }
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo 'needs: apt-get install chromium'; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser
+
+# every kind of base x what is trained, losses, files: a table, in minutes
+matrix: .venv/ready
+	$(BIN)/python tests/matrix.py
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

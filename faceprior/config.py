@@ -11,6 +11,8 @@ before is still read under it, everywhere:
         RENAMED = {"rate": "learning_rate"}  # former name -> field, or the fields that share its value
         FREE = {"batch_size"}  # may differ when a run is resumed, beside RUN_KEYS
 
+A line `# ---- Memory` above some fields is their heading in `--help`.
+
 Precedence: dataclass < YAML section < command line.
 """
 
@@ -326,13 +328,26 @@ def stage_name(config_class: type) -> str:
 
 def field_help(config_class: type) -> dict[str, str]:
     """Return the comment behind every field of a dataclass (empty where there is none)."""
+    comments, fields = _source(config_class)
+    # a formatter may have wrapped the line: all comments from its first to its last row count
+    return {name: " ".join(comments[row] for row in span if row in comments) for name, span in fields.items()}
+
+
+def field_headings(config_class: type) -> dict[str, str]:
+    """Return the heading that every field of a dataclass stands under (empty before the first)."""
+    comments, fields = _source(config_class)
+    headings = {row: text.strip("- ") for row, text in comments.items() if text.startswith("----")}
+    above = {name: [row for row in headings if row < span.start] for name, span in fields.items()}
+    return {name: headings[max(rows)] if rows else "" for name, rows in above.items()}
+
+
+def _source(config_class: type) -> tuple[dict[int, str], dict[str, range]]:
+    """Return the comments in a dataclass by row, and the rows of each field."""
     source = textwrap.dedent(inspect.getsource(config_class))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    # a formatter may have wrapped the line: all comments from its first to its last row count
-    rows = {node.target.id: range(node.lineno, node.end_lineno + 1) for node in fields}
-    return {name: " ".join(comments[row] for row in span if row in comments) for name, span in rows.items()}
+    return comments, {node.target.id: range(node.lineno, node.end_lineno + 1) for node in fields}
 
 
 _PLAN_HELP = (
@@ -352,6 +367,8 @@ def _parser(config_class: type, section: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="a preset, such as stages/presets/sd15.yaml")
     hints, helps = typing.get_type_hints(config_class), field_help(config_class)
+    headings = field_headings(config_class)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(headings.values()) if title}
     for field in dataclasses.fields(config_class):
         hint, default = hints[field.name], field.default
         text = f"{helps[field.name]} (default: {_text(default)})".replace("%", "%%")
@@ -367,7 +384,8 @@ def _parser(config_class: type, section: str) -> argparse.ArgumentParser:
             if name != field.name:
                 options["help"] = argparse.SUPPRESS  # still read, no longer shown
             # set afterwards: given a default, BooleanOptionalAction adds its own text about it to the help
-            parser.add_argument(f"--{name}", **options).default = argparse.SUPPRESS
+            group = groups.get(headings[field.name], parser)
+            group.add_argument(f"--{name}", **options).default = argparse.SUPPRESS
     return parser
 
 

@@ -79,7 +79,9 @@ class FaceReward:
         min_face_size: float = 20,
     ):
         if not 1 <= last <= steps:
-            raise ValueError(f"`last` has to be in [1, steps], so up to {steps}, but is {last}")
+            raise ValueError(
+                f"`last` has to be in [1, steps], so up to {steps}, but is {last} (`reward_last` of stage 4)"
+            )
         if not weight > 0:
             raise ValueError(f"`weight` has to be above 0 but is {weight}")
         self.scorer = scorer.requires_grad_(False).eval()

@@ -50,38 +50,46 @@ FILES = ("lora_format", "extract_lora", "single_file")  # the settings that say 
 
 @dataclass
 class Config:
+    # ---- What goes in, and where the result goes
     pairs: str = "data/pairs"  # folder of stage 1, or several, separated by commas
     base: str = "tiny"  # model to tune: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by its files
     output: str = "checkpoints/guided"  # folder for the tuned model
-    train: Literal["self_attention", "lora", "full"] = "self_attention"  # trained weights; the paper: self_attention
+    overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
+
+    # ---- What is trained
+    train: Literal["self_attention", "lora", "full"] = (
+        "self_attention"  # trained weights; the paper: self_attention; of Stable Diffusion 3 and FLUX: lora only
+    )
     rank: int = 16  # rank of the LoRA, [1, 1024]
     alpha: int = 16  # alpha of the LoRA, whose weight is alpha / rank, [1, 4096]
     lora_targets: str = "self_attention"  # layers of the LoRA: self_attention, attention, all, or names, by commas
-    lora_variant: Literal["plain", "rslora", "dora"] = "plain"  # kind of LoRA; rslora: its weight is alpha / sqrt(rank)
-    lora_format: Literal["diffusers", "kohya"] = "diffusers"  # format of the LoRA file; kohya: for the web UIs
-    extract_lora: int = 0  # rank of a LoRA that is extracted from trained self-attention; 0: none, [0, 1024]
-    single_file: Literal["none", "fp16", "fp32"] = "none"  # dtype of a single-file checkpoint beside the pipeline
-    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen weights; not none: train lora only
+    lora_variant: Literal["plain", "rslora", "dora"] = (
+        "plain"  # kind of LoRA; rslora: its weight is alpha / sqrt(rank); dora: the lengths of the weights beside it
+    )
+
+    # ---- The loss
     objective: Literal["guidance", "denoising", "dpo", "reward", "guidance_reward"] = (
-        "guidance"  # loss; denoising: plain fine-tuning on good; dpo: Diffusion-DPO on the pairs; reward: Face Score of
-        # images drawn from the prompts; guidance_reward: both
+        "guidance"  # loss; guidance: the paper's; denoising: plain fine-tuning on the good images; dpo: Diffusion-DPO
+        # on the pairs; reward: Face Score of images drawn from the prompts; guidance_reward: both
     )
     t_end: float = (
-        0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]; with flow matching
-        # (Stable Diffusion 3, FLUX) it is the level of noise where Stable Diffusion's schedule is then: 0.5 is s = 0.62
+        0.5  # fraction of the schedule, from its start, that guidance draws timesteps from, (0, 1]; for Stable
+        # Diffusion 3 and FLUX the level of noise there in Stable Diffusion's schedule: 0.5 is s = 0.62
     )
+    prompt_drop: float = 0.2  # fraction of the samples whose prompt is dropped, [0, 1]
     distance: Literal["l2", "dino"] = "l2"  # distance of guidance: of masked latents, or of decoded features (Eq. 7)
     feature_network: str = "tiny"  # network of the dino distance: folder or hub id (facebook/dino-vits8), or tiny
     dpo_beta: float = 2000.0  # strength of dpo's pull to the base; its paper: 2000, for SDXL 5000, (0, inf)
     reward_scorer: str = "tiny"  # scorer of the reward: folder of stage 2, hub id (OPPOer/FaceScore), or tiny
     reward_weight: float = 1.0  # weight of the reward in the loss, (0, inf)
     reward_steps: int = 25  # sampling steps of an image that is rewarded, [1, 1000]
-    reward_last: int = 1  # last ones of these steps that the reward's gradient flows through, [1, 1000]
+    reward_last: int = 1  # number of the last of these steps that the gradient flows through, [1, 1000]
     reward_guidance: float = 2.5  # classifier-free guidance scale of the images that are rewarded, [1, 30]
     reward_watch: int = 10  # steps between two looks for reward hacking, at what the reward does not see, [1, inf)
-    prompt_drop: float = 0.2  # fraction of the samples whose prompt is dropped, [0, 1]
+
+    # ---- The training
     resolution: int = 128  # side of the training images in pixels, [64, 2048]
     steps: int = 60  # optimizer steps, [1, inf)
     batch_size: int = 4  # pairs in a micro-batch on one process, [1, 1024]
@@ -89,31 +97,40 @@ class Config:
     learning_rate: float = 1e-4  # learning rate of AdamW at its peak, (0, 1)
     schedule: Literal["constant", "cosine"] = "constant"  # schedule of the learning rate
     warmup_steps: int = 0  # steps of linear warm-up, [0, inf)
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer; 8-bit: a quarter of its memory
     weight_decay: float = 0.0  # weight decay of AdamW; the papers name none, [0, 1]
     max_grad_norm: float = 1.0  # norm to which gradients are clipped, (0, inf)
-    gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
     ema_decay: float = 0.0  # decay of an average of the trained weights, used in their place; 0: none, [0, 1)
-    ema_device: Literal["auto", "cpu"] = "auto"  # device of that average; auto: the training's
-    save_every: int = 20  # steps between two checkpoints, [1, inf)
+    seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
+
+    # ---- Memory and speed
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen weights; not none: with train lora only
+    gradient_checkpointing: bool = False  # recomputation of activations: less memory, a third more time
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # optimizer; 8-bit: a quarter of its memory
+    ema_device: Literal["auto", "cpu"] = "auto"  # device of the averaged weights; auto: the training's
+    cache: str = ""  # folder of latents and prompt embeddings, computed once for all runs; empty: no cache
+    num_workers: int = 0  # processes that load images, [0, 64]
+    device: str = "auto"  # device: auto, cpu, cuda or cuda:N
+
+    # ---- Images to see whether it helps
     validate_every: int = 0  # steps between two validations: images at fixed prompts and seeds; 0: none, [0, inf)
     num_validation: int = 8  # images of a validation, [1, 1024]
     keep_best: bool = False  # choice of the weights whose validation has the best Face Score, in place of the last
     patience: int = 0  # validations without a better Face Score after which the training ends; 0: never, [0, inf)
-    scorer: str = "auto"  # scorer of images: folder, hub id, tiny or none; auto: stage 2's, or tiny beside a tiny base
-    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector of both scorers; auto never downloads
-    prompts: str = ""  # text file of the prompts of all images, one a line; empty: those of the largest faces
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # tracker that gets the log beside metrics.jsonl
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the frozen weights and of autocast
     num_samples: int = 8  # images before and after, at seeds of their own, to judge the result by, [0, 1024]
+    prompts: str = ""  # text file of the prompts of all images, one a line; empty: those of the largest faces
     sample_steps: int = 25  # sampling steps of all images, [1, 1000]
     sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = "base"  # sampler; base: the base's own
     guidance_scale: float = 2.5  # classifier-free guidance scale of all images, [1, 30]
-    cache: str = ""  # folder of latents and prompt embeddings, computed once for all runs; empty: in every step
-    num_workers: int = 0  # processes that load images, [0, 64]
-    seed: int = 0  # seed of the data order, timesteps and noise, [0, inf)
-    device: str = "auto"  # device: auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # start over in an output folder that holds a run
+    scorer: str = "auto"  # scorer of images: folder, hub id, tiny or none; auto: stage 2's, or tiny beside a tiny base
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector of both scorers; auto: without a download
+
+    # ---- Files
+    lora_format: Literal["diffusers", "kohya"] = "diffusers"  # format of the LoRA; kohya: for the web UIs, of U-Nets
+    extract_lora: int = 0  # rank of a LoRA that is extracted from trained self-attention; 0: none, [0, 1024]
+    single_file: Literal["none", "fp16", "fp32"] = "none"  # dtype of a checkpoint for the web UIs beside the pipeline
+    save_every: int = 20  # steps between two checkpoints to resume from, [1, inf)
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # tracker that gets the log beside metrics.jsonl
 
     # with validations, which see them too, `Validation` refuses other ones while the training lasts
     AFTER_TRAINING = frozenset(

@@ -17,6 +17,7 @@ from conftest import STAGES, load_stage
 
 from faceprior.config import (
     advise_on_memory,
+    field_headings,
     field_help,
     is_complete,
     load_section,
@@ -371,6 +372,27 @@ def test_help_of_a_field_is_its_comment():
         )  # third
 
     assert field_help(Config) == {"a": "", "b": "of b, # here", "c": "first second third"}
+
+
+def test_headings_part_the_help(capsys):
+    """A `# ----` line stands above the fields up to the next one; the order is that of the fields."""
+
+    @dataclasses.dataclass
+    class Config:
+        a: int = 0  # a of all, [0, 9]
+
+        # ---- Memory and speed
+        b: int = 1  # b of all, [0, 9]
+        c: bool = False  # c of all
+        # ---- Files
+        d: str = ""  # d of all
+
+    assert field_headings(Config) == {"a": "", "b": "Memory and speed", "c": "Memory and speed", "d": "Files"}
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--help"])
+    shown = capsys.readouterr().out
+    order = ["--a VALUE", "\nMemory and speed:", "--b VALUE", "--no-c", "\nFiles:", "--d VALUE"]
+    assert sorted(order, key=shown.index) == order
 
 
 # the output folder

@@ -45,10 +45,10 @@ def shop(tmp_path_factory):
 
 def marked(cell: Cell):
     fast = cell.kind in SUBSET.get(cell.column, [])
-    return pytest.param(cell, id=str(cell).replace(" ", "-"), marks=[] if fast else pytest.mark.slow)
+    return pytest.param(cell, id=f"{cell.kind}-{cell.column}".replace(" ", "-"), marks=[] if fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("cell", map(marked, cells()))
+@pytest.mark.parametrize("cell", [marked(cell) for cell in cells()])
 def test_stage_sdk_and_stock_diffusers_agree(cell, shop, tmp_path):
     """Or the pair is refused, by both and before anything is made."""
     assert bool(run(cell, shop, tmp_path)) == bool(cell.refusal)
@@ -81,6 +81,14 @@ def killed(stage, config, step):
     assert json.loads(Path(config.output, "resume/state.json").read_text())["step"] == step
 
 
+def require_same_results(one, other):
+    """All but the settings, and the order of a file's metadata, which safetensors draws by chance."""
+    for name in ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "samples/000_after.png", "done.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    whole, resumed = (load_file(run / "pytorch_lora_weights.safetensors") for run in (one, other))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_everything_at_once_is_killed_and_resumed_to_the_same_files(shop, tmp_path):
     """The shipped tiny model, whose images have faces: quantized, from a cache, averaged, and the best validation kept.
 
@@ -88,7 +96,7 @@ def test_everything_at_once_is_killed_and_resumed_to_the_same_files(shop, tmp_pa
     """
     stage = load_stage(STAGE)
     values = {**COMMON, **LITTLE_MEMORY, "pairs": shop.pairs, "base": "tiny", "lora_targets": "attention"}
-    values |= {"resolution": 128, "steps": 4, "save_every": 1, "validate_every": 1, "num_validation": 2}
+    values |= {"resolution": 128, "steps": 3, "save_every": 1, "validate_every": 1, "num_validation": 1}
     values |= {"keep_best": True, "scorer": "tiny", "detector": "mtcnn", "sample_steps": 4, "learning_rate": 1e-2}
     runs = [tmp_path / name for name in ("whole", "cut")]
     whole, cut = (stage.Config(**values | {"output": str(run), "cache": f"{run}-cache"}) for run in runs)
@@ -97,14 +105,10 @@ def test_everything_at_once_is_killed_and_resumed_to_the_same_files(shop, tmp_pa
     shutil.rmtree(cut.cache)
     stage.main(cut)
 
-    for name in ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "samples/000_after.png", "done.json"):
-        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
-    weights = [load_file(run / "pytorch_lora_weights.safetensors") for run in runs]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    require_same_results(*runs)
     rows, _ = read_rows(runs[0] / "metrics.jsonl")
     scores = {row["step"]: row["validation_score"] for row in rows}
-    assert json.loads((runs[0] / "done.json").read_text())["best_step"] == max([1, 2, 3, 4], key=scores.get)
+    assert json.loads((runs[0] / "done.json").read_text())["best_step"] == max([1, 2, 3], key=scores.get)
 
 
 @pytest.mark.slow
@@ -118,8 +122,7 @@ def test_every_kind_is_killed_and_resumed_with_little_memory(shop, tmp_path, kin
     stage.main(whole)
     killed(stage, cut, step=2)
     stage.main(cut)
-    for name in ("metrics.jsonl", "validation.jsonl", "samples/000_after.png", "pytorch_lora_weights.safetensors"):
-        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
+    require_same_results(*runs)
 
 
 # ---- what is found only when the base is loaded
@@ -130,7 +133,10 @@ def test_every_kind_is_killed_and_resumed_with_little_memory(shop, tmp_path, kin
     [
         ({"lora_targets": "attn1.to_w"}, "`lora_targets` names 'attn1.to_w'"),
         ({"resolution": 66}, "`resolution` has to be a multiple of"),
-        ({"objective": "reward", "reward_last": 9, "reward_steps": 3}, "`reward_last`"),
+        (
+            {"objective": "reward", "reward_last": 9, "reward_steps": 3},
+            "up to 3, but is 9 .`reward_last` of stage 4",
+        ),
     ],
 )
 def test_the_corrected_command_needs_no_overwrite(shop, tmp_path, values, message):
