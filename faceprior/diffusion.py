@@ -197,8 +197,8 @@ def added_conditions(embeddings: PromptEmbeddings, height: int, width: int) -> d
     pooled = embeddings.pooled_prompt_embeds
     if pooled is None:
         return None
-    time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=pooled.device, dtype=pooled.dtype)
-    return {"text_embeds": pooled, "time_ids": time_ids.repeat(len(pooled), 1)}
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=pooled.dtype)
+    return {"text_embeds": pooled, "time_ids": to_device(time_ids, pooled.device).repeat(len(pooled), 1)}
 
 
 # ---- latents

@@ -496,8 +496,8 @@ class GuidanceTuner:
             if validation or keep_best or patience:
                 images = Validation(run, self, **{"resolution": resolution or self.resolution, **validation})
                 images.start()
+            unet.train()
             for batch in run.batches(pairs, batch_size, seed):
-                unet.train()
                 with accelerator.accumulate(unet):
                     loss = self.objective_loss(objective, batch, run.generators(batch), unet)
                     run.check(loss, batch)
@@ -526,7 +526,7 @@ class GuidanceTuner:
 
     @contextmanager
     def sampling(self) -> Iterator[DiffusionPipeline]:
-        """Give the pipeline with the tuned weights; its parts are afterwards on the devices where they were before."""
+        """Give the pipeline with the tuned weights; its parts are afterwards as before: their devices, the mode."""
         with self._parts_in_place():
             yield self.pipeline()
 
@@ -609,10 +609,11 @@ class GuidanceTuner:
     @contextmanager
     def _parts_in_place(self) -> Iterator[None]:
         parts = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
-        places = [part.device for part in parts]
+        places, training = [part.device for part in parts], self.denoiser.training
         try:
             yield
         finally:
+            self.denoiser.train(training)
             for part, place in zip(parts, places, strict=True):
                 if part.device != place:
                     part.to(place)

@@ -185,8 +185,8 @@ def main(config: Config) -> None:
     validation.start()
 
     # ---- Training: Algorithm 1 of the paper, or in its place another objective of the tuner's
+    denoiser.train()
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
-        denoiser.train()
         generators = run.generators(batch)
         with accelerator.accumulate(denoiser):
             if config.objective != "guidance":

@@ -355,8 +355,11 @@ def test_gradients_reach_what_is_trained_and_nothing_else(bases, batch, train):
 @pytest.mark.parametrize("train", TRAIN)
 def test_what_is_trained_stays_so_after_the_original_was_used(bases, batch, train):
     tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]), train)
-    with tuner.untuned():
-        pass
+    tuner.denoiser.train()
+    for sampling in (tuner.untuned, tuner.sampling):
+        with sampling() as pipeline:
+            assert not pipeline.unet.training
+        assert tuner.denoiser.training
     tuner.loss(batch, generator())
     assert all(p.requires_grad and p.dtype == torch.float32 for p in tuner.trainable_parameters())
     assert len(tuner.trainable_parameters()) == sum(p.requires_grad for p in tuner.denoiser.parameters())

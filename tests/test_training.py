@@ -621,6 +621,25 @@ def test_a_loss_that_is_not_finite_names_its_samples_and_leaves_the_weights(tmp_
         run.check(torch.tensor(math.nan, requires_grad=True), batch)
 
 
+def test_the_losses_of_a_step_are_looked_at_together_before_the_weights_change(tmp_path):
+    """The first of two micro-batches is at fault: it is the one named, after the second, and no weight has moved."""
+    accelerator = make_accelerator("cpu", accumulation=2)
+    network = torch.nn.Linear(3, 1)
+    before = network.weight.detach().clone()
+    model, adam = accelerator.prepare(network, make_optimizer(network.parameters()))
+    run, seen = TrainingRun(tmp_path, 2, accelerator, {"net": model}, {"net": adam}, progress=False), []
+    with pytest.raises(ValueError, match="`loss` became nan at step 1, in positions 0, 1; no checkpoint yet"):
+        for batch in run.batches(Points(), 2):
+            with accelerator.accumulate(model):
+                loss = model(batch["x"]).mean() * (1.0 if seen else math.nan)
+                seen.append(batch["position"].tolist())
+                run.check(loss, batch)
+                accelerator.backward(loss)
+                adam.step()
+                adam.zero_grad()
+    assert seen == [[0, 1], [2, 3]] and torch.equal(network.weight, before)
+
+
 def test_a_number_of_the_log_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(ValueError, match="`ratio` became inf at step 3; the last good checkpoint is .*, of step 2"):
         train(tmp_path, on_step=lambda run, _: run.log(ratio=math.inf if run.step == 2 else 0.0))

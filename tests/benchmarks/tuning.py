@@ -6,9 +6,10 @@ Training samples per second of guidance tuning: a straightforward script beside 
         --device cuda --mixed_precision bf16 --batch_size 2 --steps 20
 
 The straightforward script has two U-Nets, encodes both images and the prompts in every step, and runs in float32.
-Stage 4's way is `GuidanceTuner` as the preset sd15_lora has it, without a cache and with one. All train the same LoRA
-from the same weights, with the same pairs and random numbers, in turns; so their losses are equal but for rounding.
-Without --mixed_precision that is checked. Aims: 2 times as fast on a GPU, 1.5 times on a CPU at tiny size.
+Stage 4's way is `GuidanceTuner`, without a cache and with one, and with --mixed_precision. All train the same weights
+(--train, a LoRA as in the preset sd15_lora) with the same pairs and random numbers, in turns; so their losses are equal
+but for rounding, which is checked where ours runs in float32, too. Aims: 2 times as fast on a GPU, 1.5 times on a CPU
+at tiny size.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import copy
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,12 +65,15 @@ def main() -> None:
             OURS: ours(base, dataset, options, Path(folder, "cached"), filling),
         }
         seconds, losses = measure(ways, options)
-    report(options, seconds, losses, filling[0])
+        report(options, seconds, losses, filling[0])
+        if torch.cuda.is_available():
+            print("waits for the GPU in a step: " + ", ".join(f"{name} {waits(way)}" for name, way in ways.items()))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="tiny", help="diffusers folder, .safetensors file, hub id, or tiny")
+    parser.add_argument("--train", default="lora", choices=("lora", "self_attention"), help="weights that are trained")
     parser.add_argument("--resolution", type=int, default=128, help="pixels, sides of the images")
     parser.add_argument("--batch_size", type=int, default=4, help="pairs in a step")
     parser.add_argument("--pairs", type=int, default=16, help="pairs in the training set")
@@ -124,9 +129,13 @@ def straightforward(base: str, dataset: PairDataset, options: argparse.Namespace
     for part in (vae, text_encoder, unet):
         part.requires_grad_(False).eval()
     original = copy.deepcopy(unet)
-    layers = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
-    with seeded(0, "lora"):
-        unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, init_lora_weights="gaussian"))
+    if options.train == "lora":
+        layers = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
+        with seeded(0, "lora"):
+            unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, init_lora_weights="gaussian"))
+    else:
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(".attn1." in name)
     unet.train()
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
@@ -173,11 +182,16 @@ def straightforward(base: str, dataset: PairDataset, options: argparse.Namespace
 
 def ours(
     base: str, dataset: PairDataset, options: argparse.Namespace, output: Path, filling: list[float] | None = None
-) -> Iterator[float]:
-    """Stage 4's loop; filling: takes the seconds in which the cache was filled; None: no cache."""
+) -> Iterator[torch.Tensor]:
+    """Stage 4's loop. filling: takes the seconds in which the cache was filled; None: no cache."""
     accelerator = make_accelerator(options.device, options.mixed_precision)
     tuner = GuidanceTuner.from_pretrained(
-        base, weight_dtype(options.mixed_precision), train="lora", rank=RANK, t_end=T_END, prompt_drop=PROMPT_DROP
+        base,
+        weight_dtype(options.mixed_precision),
+        train=options.train,
+        rank=RANK,
+        t_end=T_END,
+        prompt_drop=PROMPT_DROP,
     )
     if options.gradient_checkpointing:
         tuner.denoiser.enable_gradient_checkpointing()
@@ -194,8 +208,8 @@ def ours(
     run = TrainingRun(
         output, steps, accelerator, {"unet": unet}, {"unet": optimizer}, save_every=steps + 1, progress=False
     )
+    unet.train()
     for batch in run.batches(dataset, options.batch_size, num_workers=options.num_workers):
-        unet.train()
         with accelerator.accumulate(unet):
             loss = tuner.loss(batch, run.generators(batch), unet)
             run.check(loss, batch)
@@ -205,18 +219,18 @@ def ours(
             optimizer.step()
             optimizer.zero_grad()
         run.log(loss=loss)
-        yield float(loss)
+        yield loss.detach()
 
 
 def number_of_steps(options: argparse.Namespace) -> int:
-    return 1 + options.rounds * options.steps + 1  # one warms up; the last one, which writes a checkpoint, is not run
+    return 1 + options.rounds * options.steps + 2  # one warms up, two are left: the last one writes a checkpoint
 
 
 # ---- measuring
 
 
-def measure(ways: dict[str, Iterator[float]], options: argparse.Namespace) -> tuple[dict, dict]:
-    """Each way's (clock, processor) seconds a step in every round, and its losses; the first step is not timed."""
+def measure(ways: dict[str, Iterator], options: argparse.Namespace) -> tuple[dict, dict]:
+    """Each way's (clock, processor) seconds a step in every round, and its losses; its first step is not timed."""
     losses = {name: [next(way)] for name, way in ways.items()}
     seconds = {name: [] for name in ways}
     for _ in range(options.rounds):
@@ -230,6 +244,16 @@ def measure(ways: dict[str, Iterator[float]], options: argparse.Namespace) -> tu
     return seconds, losses
 
 
+def waits(way: Iterator) -> int:
+    """Count how often the program waits for the GPU in a step: the fewer, the further it can prepare ahead."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        next(way)
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
 def report(options: argparse.Namespace, seconds: dict, losses: dict, filling: float) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     print(
@@ -238,12 +262,13 @@ def report(options: argparse.Namespace, seconds: dict, losses: dict, filling: fl
         f"{options.steps} steps"
     )
     medians = {name: np.median(values, axis=0) for name, values in seconds.items()}
-    reference = np.array(losses[NAIVE])
+    losses = {name: np.array([float(loss) for loss in values]) for name, values in losses.items()}
+    reference = losses[NAIVE]
     print(f"{'':15}  {'samples/s':>9}  {'as fast':>7}  {'CPU s/step':>10}  {'as little':>9}  {'loss differs by':>15}")
     differences = {}
     for name, (clock, processor) in medians.items():
         fast, little = medians[NAIVE] / (clock, processor)
-        differences[name] = float(np.max(np.abs(np.array(losses[name]) - reference) / reference))
+        differences[name] = float(np.max(np.abs(losses[name] - reference) / reference))
         print(
             f"{name:15}  {options.batch_size / clock:9.2f}  {fast:6.2f}x  {processor:10.4f}  {little:8.2f}x  "
             f"{differences[name]:15.1e}"
