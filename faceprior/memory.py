@@ -307,6 +307,8 @@ def _run_on_fakes(function, args, kwargs):
         inputs, codes, weights, scales, weight_scales, *_ = args
         product = torch.ops.bitsandbytes.int8_scaled_mm.default
         return product(codes, weights, scales, weight_scales, dtype=inputs.dtype), None
+    if name == "aten::mse_loss" and tuple(args[2:]) != (0,):  # the mean lies where all the squares did
+        return torch.empty_like(args[0]).as_strided((), ())
     if name == "aten::nonzero":
         return args[0].new_zeros((1, args[0].ndim), dtype=torch.int64)
     if name == "aten::index.Tensor":  # a mask stands for the places where it is true: all of them
