@@ -305,14 +305,14 @@ def in_child(*functions):
 
 
 def test_a_killed_process_is_resumed(tuner, pairs, tmp_path):
-    """Killed at the VAE's third pair: the prompts and two pairs are there, and the other two are computed."""
+    """Killed at the third pair, of which the VAE encodes each side: two are there, and the other two are computed."""
 
     def fill_and_die():
         calls = []
 
         def hook(*_):
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         tuner._pipeline.vae.encoder.register_forward_pre_hook(hook)

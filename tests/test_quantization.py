@@ -483,7 +483,7 @@ def test_fit_takes_float16_from_the_base(base):
     ],
 )  # fmt: skip
 def test_fit_names_what_needs_less_memory(base, train, options, advice):
-    def distance(target, prediction):
+    def distance(target, prediction, mask):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8 GiB. More")
 
     tuner = GuidanceTuner.from_pretrained(base, train=train, distance=distance)
@@ -495,7 +495,7 @@ def test_fit_names_what_needs_less_memory(base, train, options, advice):
 
 
 def test_fit_says_with_what_a_run_resumes(base, tmp_path):
-    def distance(target, prediction):
+    def distance(target, prediction, mask):
         raise MemoryError("Unable to allocate 3 TiB")
 
     tuner = GuidanceTuner.from_pretrained(base, torch.bfloat16, quantization="nf4", train="lora", distance=distance)
