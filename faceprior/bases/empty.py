@@ -60,6 +60,13 @@ def load_empty(
     the bases in KNOWN come with the package, as those of a single file do, whose shapes count.
     """
     folder, described = _describe(base, vae, prediction_type)
+    architecture = architecture_of(described)
+    if not vae and "vae" not in described:
+        raise ValueError(f"{base} has no VAE: {VAE_HINT}")
+    if problem := class_problem(pipeline_class_of_folder(folder), architecture):
+        raise ValueError(f"{base} cannot be loaded: {problem}")
+
+    # ---- the networks, and the tokenizers that are not in a folder of their own
     parts: dict[str, Any] = {"vae": empty_vae(vae)} if vae else {}
     for name, (class_name, config) in described.items():
         if name in parts:
@@ -78,12 +85,7 @@ def load_empty(
         if isinstance(module, torch.nn.Module):
             module.eval()
 
-    # ---- the pipeline, with the scheduler and, of a folder, the tokenizers from their files
-    architecture = architecture_of(described)
-    if "vae" not in parts:
-        raise ValueError(f"{base} has no VAE: {VAE_HINT}")
-    if problem := class_problem(pipeline_class_of_folder(folder), architecture):
-        raise ValueError(f"{base} cannot be loaded: {problem}")
+    # ---- the pipeline, with the scheduler and the other tokenizers from their files
     if "safety_checker" in read_json(folder / "model_index.json"):
         parts |= NO_CHECKER
     if architecture == SD3 and "text_encoder_3" not in described:
