@@ -475,10 +475,10 @@ def test_fit_takes_float16_from_the_base(base):
         (
             "full",
             {},
-            "batch_size=1 with accumulation=2, gradient_checkpointing=True, mixed_precision='bf16', "
+            "cache='data/cache', batch_size=1 with accumulation=2, gradient_checkpointing=True, mixed_precision='bf16', "
             "optimizer='adamw8bit', train='lora', train='lora' with quantization='nf4'",
         ),
-        ("lora", {"batch_size": 1, "gradient_checkpointing": True, "optimizer": "adamw8bit"}, "mixed_precision='bf16', "
+        ("lora", {"batch_size": 1, "gradient_checkpointing": True, "optimizer": "adamw8bit"}, "cache='data/cache', mixed_precision='bf16', "
          "quantization='nf4'"),
     ],
 )  # fmt: skip
