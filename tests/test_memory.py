@@ -7,6 +7,7 @@ from test_guidance import samples
 from tiny_bases import build
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
 
 from faceprior import tiny
 from faceprior.guidance import GuidanceTuner
@@ -99,6 +100,8 @@ def step_of(kind, train, dtype, checkpointing, fake, optimizer="adamw", rank=16)
     with Rehearsal("cpu", fake=fake) as rehearsal:
         pipeline = tiny.tiny_sd15() if kind == "tiny" else build(kind)
         for name, part in pipeline.components.items():
+            if isinstance(part, PreTrainedModel):
+                part.tie_weights()  # T5's two embeddings are one, but for models that are built without values
             if isinstance(part, nn.Module) and name != "vae":
                 part.to(dtype)
         tuner = GuidanceTuner(pipeline, train=train, rank=rank, prompt_drop=0)  # of equal prompts one is encoded
