@@ -475,13 +475,16 @@ def test_fit_takes_float16_from_the_base(base):
         (
             "full",
             {},
-            "cache='data/cache', batch_size=1 with accumulation=2, gradient_checkpointing=True, mixed_precision='bf16', "
-            "optimizer='adamw8bit', train='lora', train='lora' with quantization='nf4'",
+            "cache='data/cache', batch_size=1 with accumulation=2, gradient_checkpointing=True, "
+            "mixed_precision='bf16', optimizer='adamw8bit', train='lora', train='lora' with quantization='nf4'",
         ),
-        ("lora", {"batch_size": 1, "gradient_checkpointing": True, "optimizer": "adamw8bit"}, "cache='data/cache', mixed_precision='bf16', "
-         "quantization='nf4'"),
+        (
+            "lora",
+            {"batch_size": 1, "gradient_checkpointing": True, "optimizer": "adamw8bit"},
+            "cache='data/cache', mixed_precision='bf16', quantization='nf4'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_fit_names_what_needs_less_memory(base, train, options, advice):
     def distance(target, prediction, mask):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8 GiB. More")
