@@ -30,8 +30,9 @@ from faceprior.cache import rehearse_cache
 from faceprior.config import is_complete, print_problems, run_stage
 from faceprior.detect import Face
 from faceprior.diffusion import make_sampler, noise_like, report_long_prompts, require_side, sample_images
+from faceprior.dino import dino_distance
 from faceprior.features import FeatureNetwork
-from faceprior.guidance import GuidanceTuner, dino_distance
+from faceprior.guidance import GuidanceTuner
 from faceprior.lora import LORA_FORMATS, require_lora_format
 from faceprior.losses import guidance_loss
 from faceprior.memory import SAMPLES, Rehearsal

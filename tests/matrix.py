@@ -40,7 +40,8 @@ from faceprior import tiny
 from faceprior.bases import load_pipeline
 from faceprior.detect import Face, box_mask
 from faceprior.diffusion import sample_images
-from faceprior.guidance import OBJECTIVES, GuidanceTuner, dino_distance
+from faceprior.dino import dino_distance
+from faceprior.guidance import OBJECTIVES, GuidanceTuner
 from faceprior.images import save_image
 from faceprior.lora import LORA_FORMATS
 from faceprior.models import quiet_libraries, weight_dtype

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from faceprior import tiny
 from faceprior.bases import load_pipeline
 from faceprior.detect import box_mask
+from faceprior.dino import dino_distance
 from faceprior.features import FeatureNetwork
-from faceprior.guidance import TRAIN, GuidanceTuner, dino_distance, load_tuned
+from faceprior.guidance import TRAIN, GuidanceTuner, load_tuned
 from faceprior.images import save_image
 from faceprior.losses import masked_l2
 from faceprior.models import quiet_libraries

@@ -16,7 +16,7 @@ FLOORS = {
     1: "images jsonl config models",
     2: "detect align degrade color plan quality metrics training diffusion photos procedural",
     3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning validation",
-    4: "inpaint scorer guidance restorer",
+    4: "dino inpaint scorer guidance restorer",
     5: "scorer_checks tiny",
     6: "cli human_eval report",
 }

@@ -15,8 +15,9 @@ from tiny_bases import KINDS, build
 from faceprior import tiny
 from faceprior.detect import Face
 from faceprior.diffusion import denoiser_of, encode_prompts, noise_like
+from faceprior.dino import dino_distance
 from faceprior.features import FeatureNetwork
-from faceprior.guidance import OBJECTIVES, TRAIN, GuidanceTuner, dino_distance
+from faceprior.guidance import OBJECTIVES, TRAIN, GuidanceTuner
 from faceprior.images import to_pixel_values
 from faceprior.losses import masked_l2
 from faceprior.models import quiet_libraries
