@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -99,13 +100,11 @@ def timesteps_below(noise_scheduler, t_end: float = 1.0) -> Tensor:
 
 
 @lru_cache
-def _flow_level(t_end: float) -> Tensor:
-    """Return s = sigma / (alpha + sigma) of Stable Diffusion's schedule at t_end."""
-    alpha_bar = DDPMScheduler(**_STABLE_DIFFUSION).alphas_cumprod[max(0, int(t_end * 1000) - 1)]
-    return (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
-
-
-_STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+def _flow_level(t_end: float) -> float:
+    """Return s = sigma / (alpha + sigma) of Stable Diffusion's scaled linear schedule at t_end."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = np.cumprod(1 - betas)[max(0, int(t_end * 1000) - 1)]
+    return float((1 - alpha_bar) ** 0.5 / (alpha_bar**0.5 + (1 - alpha_bar) ** 0.5))
 
 
 # ---- prompts
