@@ -32,6 +32,6 @@ tuner = GuidanceTuner.from_pretrained(tiny.resolve("tiny", "sd15"), train="lora"
 tuner.fit(pairs, steps=4, learning_rate=1e-3).save_pretrained("results/example_lora")
 
 restorer = AuthFaceRestorer.from_pretrained(tiny.resolve("tiny", "restorer"))  # "Ethanliang99/AuthFace"
-restored = restorer.restore(portraits[0], min_face_size=16, steps=10)
+restored = restorer.restore(portraits[0], min_face_size=16, num_inference_steps=10)
 restored.image.save("results/example_restored.png")
 print("restored faces:", len(restored.faces))

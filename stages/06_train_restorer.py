@@ -307,7 +307,9 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
             rehearsal.name("trained weights", controlnet)
             restorer = AuthFaceRestorer.from_prior(prior, controlnet, settings(config))
             with rehearsal.phase("samples"):
-                restorer.restore_crops([Image.new("RGB", (side, side))], steps=1, prompt="", negative_prompt="")
+                restorer.restore_crops(
+                    [Image.new("RGB", (side, side))], num_inference_steps=1, prompt="", negative_prompt=""
+                )
 
 
 def readable_images(config: Config) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -375,7 +377,7 @@ def settings(config: Config) -> RestorerSettings:
     prompts = (PROMPT, NEGATIVE_PROMPT) if config.official_prompts else ("", "")
     return RestorerSettings(
         resolution=config.resolution,
-        steps=config.sample_steps,
+        num_inference_steps=config.sample_steps,
         guidance_scale=config.guidance_scale,
         prompt=prompts[0],
         negative_prompt=prompts[1],

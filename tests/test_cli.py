@@ -40,7 +40,9 @@ from faceprior.tiny import tiny_controlnet, tiny_sdxl
 def restorer(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("restorer")
     prior = tiny_sdxl()
-    settings = RestorerSettings(resolution=128, steps=2, guidance_scale=1.0, prompt="", negative_prompt="")
+    settings = RestorerSettings(
+        resolution=128, num_inference_steps=2, guidance_scale=1.0, prompt="", negative_prompt=""
+    )
     AuthFaceRestorer.from_prior(prior, tiny_controlnet(prior.unet), settings).save_pretrained(folder)
     return str(folder)
 

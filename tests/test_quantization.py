@@ -299,7 +299,7 @@ def folders(tmp_path_factory):
     widened(made["sd15"]()).save_pretrained(root / "sd15")
     prior = widened(made["sdxl"]())
     prior.save_pretrained(root / "sdxl")
-    settings = RestorerSettings(resolution=64, guidance_scale=1.0, prompt="", negative_prompt="", steps=2)
+    settings = RestorerSettings(resolution=64, guidance_scale=1.0, prompt="", negative_prompt="", num_inference_steps=2)
     AuthFaceRestorer.from_prior(prior, tiny.tiny_controlnet(prior.unet), settings).save_pretrained(root / "restorer")
     return {kind: str(root / kind) for kind in made}
 

@@ -20,7 +20,7 @@ from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
 
-FAST = {"steps": 2}
+FAST = {"num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,12 +86,20 @@ def inside_of(face, size):
 
 
 def sample_by_hand(
-    restorer, crop, prompt, negative_prompt, steps, guidance_scale, controlnet_scale, seed, start="noise"
+    restorer,
+    crop,
+    prompt,
+    negative_prompt,
+    num_inference_steps,
+    guidance_scale,
+    controlnet_conditioning_scale,
+    seed,
+    start="noise",
 ):
     """DDPM with classifier-free guidance, one step after the other; pixels (1, 3, R, R)."""
     pipeline, size = restorer.pipeline, crop.width
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(num_inference_steps)
     options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     texts = [pipeline.encode_prompt(text, **options) for text in (negative_prompt, prompt)]
     embeds, pooled = torch.cat([text[0] for text in texts]), torch.cat([text[2] for text in texts])
@@ -118,8 +126,8 @@ def sample_by_hand(
             t,
             encoder_hidden_states=embeds,
             added_cond_kwargs=conditions,
-            down_block_additional_residuals=[controlnet_scale * residual for residual in down],
-            mid_block_additional_residual=controlnet_scale * mid,
+            down_block_additional_residuals=[controlnet_conditioning_scale * residual for residual in down],
+            mid_block_additional_residual=controlnet_conditioning_scale * mid,
         ).sample.chunk(2)
         noise = without + guidance_scale * (with_prompt - without)
         z = scheduler.step(noise, t, z, generator=generator).prev_sample
@@ -130,19 +138,27 @@ def sample_by_hand(
 @pytest.mark.parametrize("start", ["noise", "degraded"])
 def test_sampling_by_hand(restorer, crops, start):
     """As the official code: pure noise, DDPM, CFG, time ids (H, W, 0, 0, H, W), condition in [0, 1], its scale."""
-    values = {"prompt": "a man", "negative_prompt": "bad face", "steps": 3, "guidance_scale": 3.0, "seed": 5}
+    values = {
+        "prompt": "a man",
+        "negative_prompt": "bad face",
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "seed": 5,
+    }
     values["start"] = start
-    expected = to_pil(sample_by_hand(restorer, crops[0], controlnet_scale=0.7, **values))[0]
-    ours = restorer.restore_crops(crops[:1], color_fix="none", controlnet_scale=0.7, **values)[0]
+    expected = to_pil(sample_by_hand(restorer, crops[0], controlnet_conditioning_scale=0.7, **values))[0]
+    ours = restorer.restore_crops(crops[:1], color_fix="none", controlnet_conditioning_scale=0.7, **values)[0]
     assert difference(ours, expected).max() <= 1
     for change in (
-        {"controlnet_scale": 1.0},
+        {"controlnet_conditioning_scale": 1.0},
         {"guidance_scale": 2.0},
         {"prompt": "a woman"},
         {"seed": 6},
-        {"steps": 2},
+        {"num_inference_steps": 2},
     ):
-        other = restorer.restore_crops(crops[:1], color_fix="none", **{"controlnet_scale": 0.7, **values, **change})[0]
+        other = restorer.restore_crops(
+            crops[:1], color_fix="none", **{"controlnet_conditioning_scale": 0.7, **values, **change}
+        )[0]
         assert difference(other, expected).max() > 1, change
 
 
@@ -163,7 +179,7 @@ def test_the_condition_is_the_face_in_0_to_1(restorer, grey, value):
     seen = []
     controlnet = restorer.pipeline.controlnet
     hook = controlnet.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    restorer.restore_crops([Image.new("RGB", (64, 64), (grey,) * 3)], steps=1)
+    restorer.restore_crops([Image.new("RGB", (64, 64), (grey,) * 3)], num_inference_steps=1)
     hook.remove()
     torch.testing.assert_close(seen[0]["controlnet_cond"], torch.full((1, 3, 64, 64), value))
     assert seen[0]["added_cond_kwargs"]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
@@ -256,7 +272,7 @@ def test_a_grey_or_toned_photograph_stays_so(restorer, group, mode, color_fix):
     photograph = in_mode(group[0], mode)
     if mode == "I":
         photograph = Image.fromarray(np.asarray(photograph, np.int32) * 257)
-    result = restorer.restore(photograph, faces=group[1], color_fix=color_fix, steps=1)
+    result = restorer.restore(photograph, faces=group[1], color_fix=color_fix, num_inference_steps=1)
     pixels = np.asarray(result.image.convert("RGB")).astype(int)
     assert result.image.mode == ("RGBA" if mode == "LA" else "RGB") and len(result.faces) == 2
     assert difference(pixels, np.asarray(result.source.rgb)).max() > 5
@@ -272,9 +288,9 @@ def test_a_grey_or_toned_photograph_stays_so(restorer, group, mode, color_fix):
 def test_a_photograph_in_colours_is_not_toned(restorer, group, monkeypatch):
     """A pale one, too: as if the tone was never looked at."""
     pale = ImageEnhance.Color(group[0]).enhance(0.3)
-    found = restorer.restore(pale, faces=group[1], steps=1).image
-    monkeypatch.setattr("faceprior.restorer.keep_tone", lambda content, style: content)
-    assert restorer.restore(pale, faces=group[1], steps=1).image.tobytes() == found.tobytes()
+    found = restorer.restore(pale, faces=group[1], num_inference_steps=1).image
+    monkeypatch.setattr("faceprior.restorer.restorer.keep_tone", lambda content, style: content)
+    assert restorer.restore(pale, faces=group[1], num_inference_steps=1).image.tobytes() == found.tobytes()
 
 
 def test_transparency_stays(restorer, group):
@@ -284,7 +300,7 @@ def test_transparency_stays(restorer, group):
     alpha.paste(100, (20, 0, 50, 128))
     cut = photograph.copy()
     cut.putalpha(alpha)
-    result = restorer.restore(cut, faces=faces[:1], steps=1)
+    result = restorer.restore(cut, faces=faces[:1], num_inference_steps=1)
     before, after = np.asarray(cut).astype(int), np.asarray(result.image).astype(int)
     assert result.image.mode == "RGBA" and (after[..., 3] == before[..., 3]).all()
     outside = ~inside_of(faces[0], photograph.size) | (before[..., 3] == 0)
@@ -312,7 +328,7 @@ def test_the_larger_face_goes_on_top(restorer, group):
 
 def test_a_detected_face(restorer):
     photograph = data.astronaut()
-    result = restorer.restore(photograph, detector="mtcnn", steps=1)
+    result = restorer.restore(photograph, detector="mtcnn", num_inference_steps=1)
     (found,) = result.faces
     inside = inside_of(found.face, (512, 512))
     assert (np.asarray(result.image)[~inside] == photograph[~inside]).all()
@@ -379,7 +395,7 @@ def test_the_official_layout(restorer, folder, tmp_path, crops):
     write_official_layout(folder, tmp_path / "official")
     loaded = AuthFaceRestorer.from_pretrained(str(tmp_path / "official"))
     assert loaded.settings == RestorerSettings()  # the official code's
-    assert (loaded.settings.steps, loaded.settings.guidance_scale, loaded.settings.seed) == (50, 8.0, 123)
+    assert (loaded.settings.num_inference_steps, loaded.settings.guidance_scale, loaded.settings.seed) == (50, 8.0, 123)
     options = {"resolution": 64, "guidance_scale": 3.0, "prompt": "a man", "negative_prompt": "bad face", **FAST}
     images = [r.restore_crops(crops[:1], **options)[0] for r in (restorer, loaded)]
     assert difference(*images).max() <= 1
@@ -427,8 +443,8 @@ def test_a_folder_that_does_not_exist(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"resolution": 64, "stepz": 3}', "unknown keys: stepz; it knows resolution, steps"),
-        ('{"steps": "50"}', "`steps` has to be"),
+        ('{"resolution": 64, "stepz": 3}', "unknown keys: stepz; it knows resolution, num_inference_steps"),
+        ('{"steps": "50"}', "`num_inference_steps` has to be"),
         ('{"seed": true}', "`seed` has to be"),
         ('{"start": "lq"}', "`start` has to be one of noise, degraded"),
         ('{"resolution": 64', "line 1 column 18"),

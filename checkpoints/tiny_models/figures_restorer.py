@@ -66,7 +66,7 @@ def restored(bench: Bench, name: str) -> list[Image.Image]:
     missing = [index for index in range(config.num_faces) if not image_path(folder, index).is_file()]
     if missing:
         restorer = AuthFaceRestorer.from_pretrained(str(source)).to(bench.device)
-        options = {"steps": config.restore_steps} if config.restore_steps else {}
+        options = {"num_inference_steps": config.restore_steps} if config.restore_steps else {}
         with bench.half_precision(restorer.pipeline.unet, restorer.pipeline.controlnet):
             for start in tqdm(range(0, len(missing), BATCH), desc=f"restoring, {name}", unit="batch"):
                 batch = missing[start : start + BATCH]

@@ -65,7 +65,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="restore again what an earlier run wrote to DIR")
     parser.add_argument("--compare", action="store_true", help="also write before | after as DIR/NAME_compare.png")
-    parser.add_argument("--steps", type=int, help="number of sampling steps (default: the checkpoint's own)")
+    parser.add_argument(
+        "--steps", type=int, dest="num_inference_steps", help="number of sampling steps (default: the checkpoint's own)"
+    )
     parser.add_argument("--seed", type=int, help="seed of the noise of every face (default: the checkpoint's own)")
     parser.add_argument(
         "--start",
@@ -136,7 +138,7 @@ def _detector_of(options: argparse.Namespace) -> Any:
 
 
 def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    given = {key: getattr(options, key) for key in ("steps", "seed", "start")}
+    given = {key: getattr(options, key) for key in ("num_inference_steps", "seed", "start")}
     return {key: value for key, value in given.items() if value is not None}
 
 

@@ -1,14 +1,9 @@
-"""`AuthFaceRestorer`: detect, align, sample under a ControlNet, fix colours, paste back (AuthFace, arXiv 2410.09864).
-
-restorer = AuthFaceRestorer.from_pretrained("Ethanliang99/AuthFace").to("cuda")
-restorer.restore("old_photo.jpg").image.save("restored.png")
-"""
+"""`AuthFaceRestorer`."""
 
 from __future__ import annotations
 
 import json
-import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,13 +19,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from faceprior.align import AlignedFace, align_face, paste_face
+from faceprior.align import paste_face
 from faceprior.color import adain_color_fix, keep_tone, wavelet_color_fix
 from faceprior.detect import Face, detect_faces
 from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_like, report_long_prompts
 from faceprior.files import atomic_write
 from faceprior.images import ImageSource, SourceImage, read_source, to_pil, to_pixel_values
-from faceprior.jsonl import require_keys
 from faceprior.models import (
     MODEL_FILES,
     RESTORER_ID,
@@ -40,77 +34,11 @@ from faceprior.models import (
     require_quantization,
     resolve_model,
 )
+from faceprior.restorer.photographs import align_faces
+from faceprior.restorer.results import RestoredFace, RestoredImage
+from faceprior.restorer.settings import SETTINGS_FILE, RestorerSettings, read_settings
 
-logger = logging.getLogger(__name__)
-SETTINGS_FILE = "restorer_config.json"
 COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": lambda content, style: content}
-STARTS = ("noise", "degraded")
-# The official inference code's prompts; training uses the empty one (AuthFace, Eq. 1).
-PROMPT = (
-    "hyper-realistic portrait, face close-up, super detailed, Cinematic, High Contrast, highly detailed, taken using a "
-    "Canon EOS R camera,hyper detailed photo - realistic maximum detail, 32k, ultra HD,extreme meticulous detailing, "
-    "skin pore detailing,hyper sharpness, perfect without deformations"
-)
-NEGATIVE_PROMPT = (
-    "unreal face, asymmetrical eyes, oil painting, illustration, drawing, art, sketch,cartoon, CG Style, 3D render, "
-    "unreal engine, blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, "
-    "deformed, lowres, over-smooth, malformed/disproportionate hands/fingers, ugly, easy negative"
-)
-
-
-@dataclass(frozen=True)
-class RestorerSettings:
-    """The settings by which a model is sampled; the defaults are those of the official inference code.
-
-    resolution: side of the aligned crop in pixels. steps: number of DDPM steps. guidance_scale: strength of
-    classifier-free guidance, 1 is off. controlnet_scale: weight of the degraded face, [0, 2]. seed: seed of every
-    face's noise. start: what sampling starts from, pure `noise`, or `degraded`: the degraded face's latents under the
-    noise of the first step. Colours drift less from there (SeeSR, arXiv 2311.16518), since at the last training step,
-    too, a little of the image is left in x_t.
-    """
-
-    resolution: int = 512
-    steps: int = 50
-    guidance_scale: float = 8.0
-    controlnet_scale: float = 1.0
-    prompt: str = PROMPT
-    negative_prompt: str = NEGATIVE_PROMPT
-    seed: int = 123
-    start: str = "noise"
-
-    def __post_init__(self):
-        if self.start not in STARTS:
-            raise ValueError(f"`start` has to be one of {', '.join(STARTS)} but is {self.start!r}")
-
-
-@dataclass(frozen=True)
-class RestoredFace:
-    """One face: where it is in the photograph, and its aligned crop before and after."""
-
-    face: Face
-    before: Image.Image
-    after: Image.Image
-
-
-@dataclass(frozen=True)
-class LeftFace:
-    """A face that was left unchanged, and why."""
-
-    face: Face
-    reason: str
-
-
-@dataclass(frozen=True)
-class RestoredImage:
-    """A restored photograph (RGB, or RGBA if it has transparency; the size of the input) and its faces, largest first.
-
-    left: the faces that could not be restored. source: the photograph, with what else its file holds.
-    """
-
-    image: Image.Image
-    faces: list[RestoredFace]
-    left: list[LeftFace]
-    source: SourceImage
 
 
 class AuthFaceRestorer:
@@ -201,8 +129,8 @@ class AuthFaceRestorer:
 
         image: path, PIL image, array, or what `read_source` read. faces: known faces with landmarks, instead of
         detection. color_fix: `wavelet`, `adain` or `none`; a grey or toned face keeps its tone with each of them.
-        batch_size: faces per pass through the network. sampling: overrides of the settings (steps, guidance_scale,
-        controlnet_scale, seed, prompt, ...).
+        batch_size: faces per pass through the network. sampling: overrides of the settings
+        (num_inference_steps, guidance_scale, controlnet_conditioning_scale, seed, prompt, ...).
 
         Outside of the faces every pixel is that of the photograph, also in its transparency; an image without a face is
         returned unchanged. A face that cannot be aligned, since its landmarks are missing or do not span a face, is
@@ -214,7 +142,7 @@ class AuthFaceRestorer:
         # ---- detect and align: upright square crops, the largest face first
         if faces is None:
             faces = detect_faces(photograph, detector, min_confidence, min_face_size, turned=True)
-        aligned, left = _align(photograph, faces, settings.resolution)
+        aligned, left = align_faces(photograph, faces, settings.resolution)
 
         # ---- restore the crops
         before = [place.crop for _, place in aligned]
@@ -261,7 +189,9 @@ class AuthFaceRestorer:
         # ---- x_T: pure noise, drawn by the pipeline, or the degraded latents under noise
         count = len(degraded)
         generators = [torch.Generator().manual_seed(settings.seed) for _ in range(count)]
-        noisy_latents = self._noised(degraded, settings.steps, generators) if settings.start == "degraded" else None
+        noisy_latents = (
+            self._noised(degraded, settings.num_inference_steps, generators) if settings.start == "degraded" else None
+        )
 
         # ---- x_T -> x_0; at each step the ControlNet reads the degraded faces in [0, 1] (AuthFace, Fig. 4)
         latents = self.pipeline(
@@ -270,9 +200,9 @@ class AuthFaceRestorer:
             image=(degraded / 2 + 0.5).to(self.pipeline.controlnet.dtype),
             height=settings.resolution,
             width=settings.resolution,
-            num_inference_steps=settings.steps,
+            num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
-            controlnet_conditioning_scale=float(settings.controlnet_scale),
+            controlnet_conditioning_scale=float(settings.controlnet_conditioning_scale),
             generator=generators,
             latents=noisy_latents,
             output_type="latent",
@@ -308,37 +238,3 @@ _CONFIGS = {
     "tokenizer_2": ("tokenizer.json", "vocab.json"),
     "scheduler": ("scheduler_config.json",),
 }
-
-
-def _align(
-    photograph: Image.Image, faces: list[Face], size: int
-) -> tuple[list[tuple[Face, AlignedFace]], list[LeftFace]]:
-    """Align the faces; those that cannot be aligned are named in the log."""
-    aligned, left = [], []
-    for face in faces:
-        try:
-            if face.landmarks is None:
-                raise ValueError("it has no landmarks")
-            aligned.append((face, align_face(photograph, face.landmarks, size)))
-        except ValueError as error:
-            left.append(LeftFace(face, str(error)))
-            box = ", ".join(f"{edge:.0f}" for edge in face.box)
-            logger.warning("the face at (%s) is left unchanged: %s", box, error)
-    return aligned, left
-
-
-def read_settings(path: Path) -> RestorerSettings:
-    """Read `restorer_config.json`; ValueError names an unknown key or a value of the wrong type."""
-    defaults = asdict(RestorerSettings())
-    try:
-        values = dict(json.loads(path.read_text(encoding="utf-8")))
-        if unknown := sorted(values.keys() - defaults.keys()):
-            raise ValueError(f"unknown keys: {', '.join(unknown)}; it knows {', '.join(defaults)}")
-        require_keys(values, {key: _kind(defaults[key]) for key in values})
-        return RestorerSettings(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} does not hold a restorer's settings: {error}") from error
-
-
-def _kind(default):
-    return (int, float) if isinstance(default, float) else type(default)
