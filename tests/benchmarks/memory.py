@@ -125,16 +125,23 @@ def straightforward(resolution: int, batch_size: int, rehearsal: Rehearsal) -> N
 
 
 def ratio(resolution: int, batch_size: int) -> None:
-    """Print both plans of a step on Stable Diffusion 1.5, and the straightforward script's peak over ours."""
+    """Print the plans of a step on Stable Diffusion 1.5, and the straightforward script's peak over ours.
+
+    Ours is the preset `sd15_lora` as it is, and with gradient checkpointing.
+    """
     rehearsal = Rehearsal("cuda")
     straightforward(resolution, batch_size, rehearsal)
     plain = Plan(rehearsal.peaks, "cuda")
     stage = load_stage(GUIDANCE)
     values = load_section(STAGES / "presets" / "sd15_lora.yaml", GUIDANCE, stage.Config)
     values |= {"resolution": resolution, "batch_size": batch_size, "num_samples": 0}
-    ours = make_plan(stage.rehearse, make_config(stage.Config, values))
-    print(f"straightforward\n{plain}\n\nours (sd15_lora, batch {batch_size})\n{ours}\n")
-    print(f"straightforward / ours: {plain.peak / ours.peak:.2f} (tensors), {plain.needed / ours.needed:.2f} (all)")
+    print(f"straightforward\n{plain}")
+    for checkpointing in (False, True):
+        values["gradient_checkpointing"] = checkpointing
+        ours = make_plan(stage.rehearse, make_config(stage.Config, values))
+        name = f"sd15_lora, batch {batch_size}" + (", gradient checkpointing" if checkpointing else "")
+        ratios = f"{plain.peak / ours.peak:.2f} (tensors), {plain.needed / ours.needed:.2f} (all)"
+        print(f"\nours ({name})\n{ours}\nstraightforward / ours: {ratios}")
 
 
 # ---- measured
