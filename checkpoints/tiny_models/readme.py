@@ -22,6 +22,7 @@ PARTS = {
     "reward": "BLIP reward model, pretrained on drawn faces and spoiled copies, in place of ImageReward",
     "scorer": "the same after stage 2 on inpainted pairs, in place of Face Score",
     "restorer": "portrait prior of stage 5 and ControlNet of stage 6",
+    "judge": "ConvNeXt that orders faces, for measuring only: no other model is trained with it",
     "features": "vision transformer that predicts tags and landmarks, in place of DINO, Inception and LPIPS",
 }
 HEADER = """# The tiny models
@@ -43,7 +44,7 @@ not change. `sd15_fine` was continued with the plain loss, which brought little 
 
 {keep}"""
 KEEP = "<!-- make_tiny.py writes what is above this line, and keeps what is below it -->"
-RUNS = ("vae", "features", "sd15", "sdxl", "reward", "scorer", "guided", "prior", "control", "restorer")
+RUNS = ("vae", "features", "sd15", "sdxl", "judge", "reward", "scorer", "guided", "prior", "control", "restorer")
 COLUMNS = ("run", "steps", "loss", "hours", "result")
 
 

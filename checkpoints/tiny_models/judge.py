@@ -1,0 +1,143 @@
+"""The judge: a small ConvNet that orders faces, for measuring only. Nothing is trained with it or towards it.
+
+It shares nothing with the scorer: another architecture, other drawn people, the other base's ladders, no pairs. So it
+can tell whether the scorer, or a model tuned by it, is better or only better at pleasing the scorer.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import ConvNextConfig, ConvNextForImageClassification
+
+from checkpoints.tiny_models.data import tidy_configs, write_info
+from checkpoints.tiny_models.ladders import People, in_order, ladder_loss, mirrored_and_lit, person_ladder
+from faceprior import tiny
+from faceprior.images import as_array, cv2
+from faceprior.training import TrainingRun, make_accelerator, make_optimizer, seeded
+
+SEED = 1  # every other tiny model has the seed 0
+WIDER = 1.2  # side of the square that the judge sees, in units of the box's larger side
+BATCH = 12  # ladders
+
+
+class FaceJudge(nn.Module):
+    """A ConvNeXt with one output: how good a face is, without unit; only differences have a meaning.
+
+    model: `ConvNextForImageClassification` with one label, whose input is (B, 3, R, R) in [-1, 1], R = tiny.RESOLUTION.
+    """
+
+    def __init__(self, model: ConvNextForImageClassification):
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def untrained(cls) -> "FaceJudge":
+        """Build the judge from torch's random numbers: 0.4 M parameters."""
+        # the published layer scale of 1e-6 is for deep networks: this one would learn nothing at first
+        sizes = {"hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 2, 1], "layer_scale_init_value": 0.1}
+        return cls(ConvNextForImageClassification(ConvNextConfig(**sizes, num_labels=1)))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "FaceJudge":
+        """Load the judge in float32, for evaluation."""
+        return cls(ConvNextForImageClassification.from_pretrained(folder, dtype=torch.float32)).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `ConvNextForImageClassification.from_pretrained` loads, with weights in float16."""
+        weights = {key: value.half() for key, value in self.model.state_dict().items()}
+        self.model.save_pretrained(folder, state_dict=weights)
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float16"}, indent=2) + "\n")
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Faces (B, 3, R, R) in [-1, 1], as `crop_face` cuts them -> (B,)."""
+        return self.model(pixel_values).logits[:, 0].float()
+
+    @torch.no_grad()
+    def score(self, images: Sequence[Image.Image], boxes: Sequence[Sequence[float]]) -> list[float]:
+        """Judge one face in each image; boxes: xyxy in pixels, the whole image for an aligned face."""
+        device, scores = next(self.parameters()).device, []
+        crops = [crop_face(as_array(image), box) for image, box in zip(images, boxes, strict=True)]
+        for start in range(0, len(crops), 64):
+            scores += self(torch.stack(crops[start : start + 64]).to(device)).tolist()
+        return scores
+
+
+def crop_face(image: np.ndarray, box: Sequence[float]) -> Tensor:
+    """Cut a square around the box, as far as the image reaches, resize it -> (3, R, R) in [-1, 1]."""
+    height, width = image.shape[:2]
+    side = min(WIDER * max(box[2] - box[0], box[3] - box[1]), height, width)
+    x0 = np.clip((box[0] + box[2] - side) / 2, 0, width - side)
+    y0 = np.clip((box[1] + box[3] - side) / 2, 0, height - side)
+    square = image[round(y0) : round(y0 + side), round(x0) : round(x0 + side)]
+    shrinks = square.shape[0] > tiny.RESOLUTION
+    resized = cv2.resize(square, (tiny.RESOLUTION,) * 2, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    return torch.from_numpy(resized).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def make_rungs(sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Return one of a person's ladders: "rungs", (4, 3, R, R), the best first."""
+    images, box = person_ladder(sample["person"], rng)
+    images, box = mirrored_and_lit(images, box, rng)
+    return {"rungs": torch.stack([crop_face(image, box) for image in images])}
+
+
+class Ladders(torch.utils.data.Dataset):
+    """People as samples of a training: {"person"}."""
+
+    def __init__(self, people: People):
+        self.people = people
+
+    def __len__(self) -> int:
+        return len(self.people)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"person": self.people[index]}
+
+
+def train_judge(config, work: Path) -> None:
+    """Train the judge on the SDXL type base's ladders and on degradations, and put it into checkpoints/tiny/judge."""
+    output = work / "judge"
+    if (output / "done.json").is_file():
+        return
+
+    # ---- the network, the people that only it knows, and the run
+    with seeded(SEED, "judge"):
+        judge = FaceJudge.untrained()
+    people = Ladders(People(work, "sdxl"))
+    accelerator = make_accelerator(config.device, config.mixed_precision)
+    optimizer = make_optimizer(judge.parameters(), "adamw", config.judge_learning_rate, 0.05)
+    model, optimizer = accelerator.prepare(judge.train(), optimizer)
+    run = TrainingRun(
+        output,
+        config.judge_steps,
+        accelerator,
+        {"judge": model},
+        {"judge": optimizer},
+        save_every=200,
+        warmup_steps=50,
+        schedule="cosine",
+    )
+
+    for batch in run.batches(people, BATCH, seed=SEED, augment=make_rungs):
+        # ---- every upper rung above every lower one, with a pull towards small scores
+        with accelerator.autocast():
+            scores = model(batch["rungs"].flatten(0, 1)).unflatten(0, (-1, batch["rungs"].shape[1]))  # (B, L)
+        loss = ladder_loss(scores) + 1e-3 * scores.square().mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(judge.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(loss=loss, in_order=in_order(scores))
+
+    # ---- the weights in float16
+    folder = tiny.tiny_folder() / "judge"
+    judge.save_pretrained(folder)
+    tidy_configs(folder)
+    write_info(folder, run.steps)
+    run.finish()
