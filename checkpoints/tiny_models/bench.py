@@ -111,6 +111,12 @@ class Bench:
         batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
         return torch.cat([self.features(to_pixel_values(batch).to(self.device)).cpu() for batch in batches])
 
+    @torch.no_grad()
+    def image_features(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return the feature network's features of images of one size, (B, D) on the CPU."""
+        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        return torch.cat([self.features.features(to_pixel_values(batch).to(self.device)).cpu() for batch in batches])
+
     def predict_tags(self, images: list[Image.Image]) -> list[dict[str, str]]:
         """Return the tags that the feature network predicts for each image: tag -> value."""
         chosen = {}

@@ -139,5 +139,5 @@ def train_judge(config, work: Path) -> None:
     folder = tiny.tiny_folder() / "judge"
     judge.save_pretrained(folder)
     tidy_configs(folder)
-    write_info(folder, run.steps)
+    write_info(folder, run.steps, SEED)
     run.finish()
