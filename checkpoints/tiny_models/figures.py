@@ -103,18 +103,18 @@ def make_pieces() -> dict[str, Piece]:
         "ranking": Piece(
             "Samples in the scorer's order", measure_ranking, SAMPLING, ("sd15", "scorer", "features", "judge")
         ),
-        "tuning": Piece("Guidance tuning", measure_tuning, JUDGING, ("sd15", "scorer", "guided")),
+        "tuning": Piece("Guidance tuning", measure_tuning, JUDGING, ("sd15", "scorer", "guided", "judge")),
         "ablations_all": Piece(
             "Guidance tuning against all timesteps",
             partial(measure_ablation, name="guided_all"),
             JUDGING,
-            ("sd15", "scorer", "guided", "guided_all"),
+            ("sd15", "scorer", "guided", "guided_all", "judge"),
         ),
         "ablations_denoising": Piece(
             "Guidance tuning against plain fine-tuning",
             partial(measure_ablation, name="guided_denoising"),
             JUDGING,
-            ("sd15", "scorer", "guided", "guided_denoising"),
+            ("sd15", "scorer", "guided", "guided_denoising", "judge"),
         ),
         "restorer": Piece("Restorer", measure_restorer, RESTORING, ("restorer", "features")),
         "facial_loss": Piece(
