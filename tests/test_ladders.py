@@ -42,6 +42,9 @@ def test_ladder_loss_by_hand():
     """Three rungs, 2 ln 3, ln 3 and 0: margins ln 3, ln 9, ln 3, so sigmoids 3/4, 9/10, 3/4."""
     scores = math.log(3) * torch.tensor([[2.0, 1.0, 0.0]])
     torch.testing.assert_close(ladder_loss(scores), -torch.tensor([0.75, 0.9, 0.75]).log().mean())
+    # with steepness 2, 1 and 2: ln 9, ln 9, ln 9
+    steep = torch.tensor([[2.0, 1.0, 2.0]])
+    torch.testing.assert_close(ladder_loss(scores, steep), -torch.tensor(0.9).log())
     assert in_order(scores) == 1 and in_order(-scores) == 0
     assert in_order(torch.tensor([[2.0, 0.0, 1.0]])).item() == pytest.approx(2 / 3)
 

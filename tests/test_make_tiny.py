@@ -15,9 +15,9 @@ from checkpoints.tiny_models import ladders as ladders_module
 from checkpoints.tiny_models.damage import DAMAGES, PHOTOMETRIC, UNSEEN
 from checkpoints.tiny_models.data import Drawings, describe, draw_one, save_arrays
 from checkpoints.tiny_models.judge import FaceJudge, train_judge
-from checkpoints.tiny_models.ladders import RUNGS, People, make_ladders
+from checkpoints.tiny_models.ladders import RUNGS, People, alike, make_ladders
 from checkpoints.tiny_models.readme import note_duration, write_readme
-from checkpoints.tiny_models.reward import SEEN, WAYS, DrawnFaces, alike, make_ladder, train_reward
+from checkpoints.tiny_models.reward import SEEN, STEEPNESS, WAYS, DrawnFaces, make_ladder, train_reward
 from checkpoints.tiny_models.vae import (
     PIPELINES,
     DrawingsAndFaces,
@@ -306,7 +306,7 @@ def test_the_reward_model_is_pretrained(vae, ladders, config, home):
     assert (good.image == image).all() and (bad.image == image[::-1]).all() and good.box == [30, 30, 90, 100]
     for way in WAYS:
         for seed in range(6):
-            images, box = make_ladder(faces[seed], np.random.default_rng(seed), way)
-            assert len(images) == RUNGS and len({rung.shape for rung in images}) == 1, way
+            images, box, kind = make_ladder(faces[seed], np.random.default_rng(seed), way)
+            assert len(images) == RUNGS and len({rung.shape for rung in images}) == 1 and kind in STEEPNESS, way
             assert 0 <= box[0] < box[2] <= 128 and 0 <= box[1] < box[3] <= 128, way
             assert all((rung != images[0]).any() for rung in images[1:]), way

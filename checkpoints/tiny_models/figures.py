@@ -52,7 +52,7 @@ class Config:
     pair_scenes: int = 60  # number of scenes for the other three bins, [0, 2000]
     pair_steps: int = 50  # inpainting steps, of which the last int(strength x steps) are run, [17, 1000]
     num_damaged: int = 48  # number of faces that are spoiled in twelve ways, [1, 3000]
-    num_climbers: int = 24  # number of people who are taken through the base at growing strength, [4, 1000]
+    num_climbers: int = 48  # number of people who are taken through the base at growing strength, [4, 1000]
     num_faces: int = 96  # number of faces that are blurred, degraded and restored, [1, 2000]
     restore_steps: int = 0  # sampling steps of the restorer; 0: its own number, [0, 1000]
     train_ablations: bool = True  # train the models that the tuned one and the restorer are compared with

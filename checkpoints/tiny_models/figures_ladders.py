@@ -23,7 +23,7 @@ from faceprior.images import load_image, save_image
 from faceprior.procedural import TEST_SEEDS, Drawing, draw_portrait
 from faceprior.tables import fraction_estimate, mean_estimate
 
-CLIMBER_SEEDS = TEST_SEEDS + 9000
+CLIMBER_SEEDS = TEST_SEEDS + 12_000
 SAMPLERS = ("ddim", "base")  # of the people in turn
 SIGMA = 1.0  # pixels at 128
 COPIES, NOISE, SHIFT = 4, 6.0, 3  # of a face for the scatter of its landmarks: how many, and what tells them apart
@@ -46,8 +46,10 @@ class Climber:
 def climbers(bench: Bench) -> list[Climber]:
     """Return test people on the ladder of the SD type base, which is climbed once and kept."""
     config = bench.config
-    drawings = [draw_portrait(CLIMBER_SEEDS + i, tiny.RESOLUTION) for i in range(config.num_climbers)]
-    key = {"base": digest_of(bench.folder("sd15")), "drawings": drawing_digest(), "precision": config.mixed_precision}
+    seeds = range(CLIMBER_SEEDS, CLIMBER_SEEDS + config.num_climbers)
+    drawings = [draw_portrait(seed, tiny.RESOLUTION) for seed in seeds]
+    key = {"base": digest_of(bench.folder("sd15")), "drawings": drawing_digest(), "first_seed": CLIMBER_SEEDS}
+    key |= {"mixed_precision": config.mixed_precision}
     folder, steps = bench.fresh("climbers", key), len(STRENGTHS)
     missing = [i for i in range(len(drawings)) if not image_path(folder, (i + 1) * steps - 1).is_file()]
     pipeline = load_pipeline(bench.folder("sd15")).to(bench.device) if missing else None
@@ -56,7 +58,9 @@ def climbers(bench: Bench) -> list[Climber]:
         for start in range(0, len(own), BATCH):
             people = own[start : start + BATCH]
             images, captions = zip(*((drawings[i].image, drawings[i].caption()) for i in people), strict=True)
-            rungs = climb(pipeline, images, list(captions), people, STRENGTHS, sampler, config.mixed_precision)
+            rungs = climb(
+                pipeline, images, list(captions), [seeds[i] for i in people], STRENGTHS, sampler, config.mixed_precision
+            )
             for i, person in zip(people, rungs, strict=True):
                 for step, rung in enumerate(person):
                     save_image(Image.fromarray(rung), image_path(folder, i * steps + step))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from checkpoints.tiny_models.data import tidy_configs, write_info
-from checkpoints.tiny_models.ladders import People, in_order, ladder_loss, mirrored_and_lit, person_ladder
+from checkpoints.tiny_models.ladders import People, in_order, ladder_loss, person_ladder
 from faceprior import tiny
 from faceprior.images import as_array, cv2
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, seeded
@@ -40,7 +40,7 @@ class FaceJudge(nn.Module):
         """Build the judge from torch's random numbers: 0.4 M parameters."""
         # the published layer scale of 1e-6 is for deep networks: this one would learn nothing at first
         sizes = {"hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 2, 1], "layer_scale_init_value": 0.1}
-        return cls(ConvNextForImageClassification(ConvNextConfig(**sizes, num_labels=1)))
+        return cls(ConvNextForImageClassification(ConvNextConfig(**sizes, drop_path_rate=0.1, num_labels=1)))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "FaceJudge":
@@ -60,11 +60,15 @@ class FaceJudge(nn.Module):
 
     @torch.no_grad()
     def score(self, images: Sequence[Image.Image], boxes: Sequence[Sequence[float]]) -> list[float]:
-        """Judge one face in each image; boxes: xyxy in pixels, the whole image for an aligned face."""
+        """Judge one face in each image, as it is and mirrored.
+
+        boxes: xyxy in pixels, for an aligned face the whole image.
+        """
         device, scores = next(self.parameters()).device, []
         crops = [crop_face(as_array(image), box) for image, box in zip(images, boxes, strict=True)]
         for start in range(0, len(crops), 64):
-            scores += self(torch.stack(crops[start : start + 64]).to(device)).tolist()
+            pixels = torch.stack(crops[start : start + 64]).to(device)  # (B, 3, R, R)
+            scores += ((self(pixels) + self(pixels.flip(-1))) / 2).tolist()
         return scores
 
 
@@ -83,7 +87,6 @@ def crop_face(image: np.ndarray, box: Sequence[float]) -> Tensor:
 def make_rungs(sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
     """Return one of a person's ladders: "rungs", (4, 3, R, R), the best first."""
     images, box = person_ladder(sample["person"], rng)
-    images, box = mirrored_and_lit(images, box, rng)
     return {"rungs": torch.stack([crop_face(image, box) for image in images])}
 
 

@@ -38,7 +38,7 @@ STEPS, GUIDANCE_SCALE = 25, 2.5
 CHUNK = 16  # people of a file, who climb together
 # First seed of the people on each base's ladders. The judge learns from sdxl's, the scorer from sd15's: other people.
 SEEDS = {"sd15": TRAIN_SEEDS + 3000, "sdxl": TRAIN_SEEDS + 6000}
-MILD = (0.005, 0.03)  # sigma of a mild blur, as a fraction of the face's width: 0.3 to 1.8 pixels of 60
+MILD = (0.005, 0.04)  # sigma of a mild blur, as a fraction of the face's width: 0.3 to 2.4 pixels of 60
 STRONG = (0.015, 0.15)  # sigma at the foot of a ladder of blur, the same
 DEGRADATIONS = ("blur", "blur", *PRESETS)
 
@@ -257,18 +257,16 @@ def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(image, (0, 0), max(sigma, 1e-3))
 
 
-def person_ladder(person: Person, rng: np.random.Generator, degraded: float = 0.5) -> tuple[list[np.ndarray], list]:
+def person_ladder(person: Person, rng: np.random.Generator, degraded: float = 0.3) -> tuple[list, list]:
     """Return one of a person's ladders and the box to judge it in, which is the whole image half of the time.
 
-    degraded: probability of a degradation ladder; else the base's own damage, with mild blur half of the time.
+    degraded: probability of a degradation ladder; else the base's own damage, sometimes with mild blur.
     """
     if rng.random() < degraded:
         view = (person.portrait, person.aligned, person.aligned, person.rungs[0])[rng.integers(4)]
-        images = degradation_ladder(view, rng)
-    else:
-        view = person.rungs[0]
-        images = (strength_ladder if rng.random() < 0.5 else mixed_ladder)(person, rng)
-    return images, framed(view, rng)
+        return mirrored_and_lit(degradation_ladder(view, rng), framed(view, rng), rng)
+    images = (strength_ladder if rng.random() < 0.8 else mixed_ladder)(person, rng)
+    return alike(images, framed(person.rungs[0], rng), rng)
 
 
 def framed(view: View, rng: np.random.Generator) -> list[float]:
@@ -293,13 +291,36 @@ def mirrored_and_lit(images: Sequence[np.ndarray], box: Sequence[float], rng: np
     return [np.ascontiguousarray(image[:, ::-1]) for image in images], [width - x1, y0, width - x0, y1]
 
 
-def ladder_loss(scores: Tensor) -> Tensor:
+def alike(images: Sequence[np.ndarray], box: Sequence[float], rng: np.random.Generator) -> tuple[list, list]:
+    """Apply the same mild blur, resampling, JPEG, light and flip to all images. Returns them and the box."""
+    width = images[0].shape[1]
+    sigma, size = rng.uniform(0, 1.1) * (rng.random() < 0.4) * width / 128, round(width * rng.uniform(0.5, 1))
+    quality = int(rng.integers(40, 96))
+    resampled, compressed = rng.random() < 0.3, rng.random() < 0.4
+    result = []
+    for image in images:
+        if sigma > 0.1:
+            image = cv2.GaussianBlur(image, (0, 0), sigma)
+        if resampled:
+            shape = image.shape[1::-1]
+            image = cv2.resize(
+                cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA), shape, interpolation=cv2.INTER_CUBIC
+            )
+        if compressed:
+            image = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+        result.append(image)
+    return mirrored_and_lit(result, box, rng)
+
+
+def ladder_loss(scores: Tensor, steepness: Tensor | None = None) -> Tensor:
     """-log sigmoid(s(upper) - s(lower)), averaged over all pairs of rungs (Face Score, Eq. 5, on every pair).
 
-    scores: (B, L), the best rung first.
+    scores: (B, L), the best rung first; steepness: (B, L (L - 1) / 2), a factor of each pair's margin, the pairs as
+    `torch.triu_indices` has them. A pair of steepness k is content with a margin k times as small.
     """
     upper, lower = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
-    return pairwise_ranking_loss(scores[:, upper], scores[:, lower])
+    steepness = 1 if steepness is None else steepness
+    return pairwise_ranking_loss(steepness * scores[:, upper], steepness * scores[:, lower])
 
 
 def in_order(scores: Tensor) -> Tensor:

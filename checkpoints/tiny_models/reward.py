@@ -23,6 +23,7 @@ from checkpoints.tiny_models.ladders import (
     RUNGS,
     People,
     View,
+    alike,
     as_images,
     degradation_ladder,
     framed,
@@ -37,12 +38,20 @@ from checkpoints.tiny_models.ladders import (
 from checkpoints.tiny_models.vae import pixel_batches
 from faceprior import tiny
 from faceprior.detect import face_square
-from faceprior.images import as_array, cv2, load_image, to_pil
+from faceprior.images import as_array, load_image, to_pil
 from faceprior.pairs import gather_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
-WAYS = {"inpainted": 0.35, "spoiled": 0.2, "strength": 0.1, "mixed": 0.1, "degraded": 0.25}  # down a ladder: how often
+# The ways down a ladder, and how often each is taken. Degradations are learnt soonest.
+WAYS = {"inpainted": 0.45, "spoiled": 0.1, "strength": 0.2, "mixed": 0.1, "degraded": 0.15}
+# A degradation has to show in the score, a broken face has to weigh more: with equal margins blur would outweigh it.
+STEEP = 3.0  # steepness of the loss where two rungs differ in a degradation
+STEEPNESS = {
+    "degraded": (STEEP,) * 6,
+    "blurred": (STEEP, 1.0, 1.0, 1.0, 1.0, STEEP),  # good, good blurred, bad, bad blurred
+    "broken": (1.0,) * 6,
+}
 DRAWN = 3000  # most drawings of a split that are used
 BATCH = 8  # ladders
 SEEN = {**{name: damage for name, damage in DAMAGES.items() if name not in UNSEEN}, **TRAINING_ONLY}
@@ -107,18 +116,24 @@ def round_trip(vae: AutoencoderKL, drawings: Drawings) -> np.ndarray:
 
 
 class FaceLadder:
-    """Makes a ladder of a sample of `DrawnFaces`: "rungs", (4, 3, 224, 224), as the scorer preprocesses faces."""
+    """Makes a ladder of a sample of `DrawnFaces`, see `make_ladder`.
+
+    "rungs", (4, 3, 224, 224), as the scorer preprocesses faces; "steepness", (6,), see `ladder_loss`.
+    """
 
     def __init__(self, scorer: FaceScorer):
         self.preprocess = scorer.preprocess
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict:
-        images, box = make_ladder(sample, rng)
-        return {"rungs": self.preprocess(as_images(images), [box] * RUNGS)}
+        images, box, kind = make_ladder(sample, rng)
+        return {
+            "rungs": self.preprocess(as_images(images), [box] * RUNGS),
+            "steepness": torch.tensor(STEEPNESS[kind]),
+        }
 
 
-def make_ladder(sample: dict, rng: np.random.Generator, way: str | None = None) -> tuple[list[np.ndarray], list[float]]:
-    """Return four images of one face, the best first, and the box to score them in.
+def make_ladder(sample: dict, rng: np.random.Generator, way: str | None = None) -> tuple[list[np.ndarray], list, str]:
+    """Return four images of one face, the best first, the box to score them in, and a key of STEEPNESS.
 
     way: a key of WAYS, chosen at random if None; one that the sample lacks a pair or a person for becomes "spoiled".
     """
@@ -126,19 +141,24 @@ def make_ladder(sample: dict, rng: np.random.Generator, way: str | None = None) 
     portrait, person = View(sample["images"][rng.integers(2)], sample["box"]), sample["person"]
     if way == "degraded":
         view = (portrait, portrait, person.aligned, person.rungs[0])[rng.integers(4)] if person else portrait
-        return mirrored_and_lit(degradation_ladder(view, rng), framed(view, rng), rng)
-    if way in ("strength", "mixed") and person:
-        images = (strength_ladder if way == "strength" else mixed_ladder)(person, rng)
-        return alike(images, framed(person.portrait, rng), rng)
+        return *mirrored_and_lit(degradation_ladder(view, rng), framed(view, rng), rng), "degraded"
+    if way == "strength" and person:
+        return *alike(strength_ladder(person, rng), framed(person.portrait, rng), rng), "broken"
+    if way == "mixed" and person:
+        return *alike(mixed_ladder(person, rng), framed(person.portrait, rng), rng), "blurred"
     if way == "inpainted" and sample["pair"]:
         good, bad = sample["pair"]()
-        return alike(with_blurred(good, bad, rng), jitter(good.box, good.image.shape[1], rng), rng)
-    images = spoil(portrait, sample["landmarks"], rng)
-    return alike(images, jitter(portrait.box, portrait.image.shape[1], rng), rng)
+        return *alike(with_blurred(good, bad, rng), jitter(good.box, good.image.shape[1], rng), rng), "blurred"
+    images, kind = spoil(portrait, sample["landmarks"], rng)
+    return *alike(images, jitter(portrait.box, portrait.image.shape[1], rng), rng), kind
 
 
-def spoil(view: View, landmarks: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return a face and worse ones: one damage in rising strength, or a light photometric against a structural one."""
+def spoil(view: View, landmarks: np.ndarray, rng: np.random.Generator) -> tuple[list[np.ndarray], str]:
+    """Return a face and worse ones, and a key of STEEPNESS.
+
+    They show one damage in rising strength, or a light photometric damage on the face, on the face with a structural
+    one, and on neither.
+    """
     seed = int(rng.integers(2**31))
 
     def damaged(image: np.ndarray, name: str, strength: float) -> np.ndarray:
@@ -146,31 +166,10 @@ def spoil(view: View, landmarks: np.ndarray, rng: np.random.Generator) -> list[n
 
     if rng.random() < 0.6:
         name, levels = str(rng.choice(CHOSEN)), np.sort(rng.choice((0.0, *LEVELS), RUNGS, replace=False))
-        return [damaged(view.image, name, level) for level in levels]
+        return [damaged(view.image, name, level) for level in levels], "degraded" if name in PHOTOMETRIC else "broken"
     broken = damaged(view.image, str(rng.choice(CHOSEN[len(PHOTOMETRIC) :])), rng.uniform(0.4, 1.0))
     veil, strength = str(rng.choice(PHOTOMETRIC)), rng.uniform(0.05, 0.25)
-    return [view.image, damaged(view.image, veil, strength), broken, damaged(broken, veil, strength)]
-
-
-def alike(images: list[np.ndarray], box: list[float], rng: np.random.Generator) -> tuple[list, list]:
-    """Apply the same mild blur, resampling, JPEG, light and flip to all images. Returns them and the box."""
-    width = images[0].shape[1]
-    sigma, size = rng.uniform(0, 1.1) * (rng.random() < 0.4) * width / 128, round(width * rng.uniform(0.5, 1))
-    quality = int(rng.integers(40, 96))
-    resampled, compressed = rng.random() < 0.3, rng.random() < 0.4
-    result = []
-    for image in images:
-        if sigma > 0.1:
-            image = cv2.GaussianBlur(image, (0, 0), sigma)
-        if resampled:
-            shape = image.shape[1::-1]
-            image = cv2.resize(
-                cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA), shape, interpolation=cv2.INTER_CUBIC
-            )
-        if compressed:
-            image = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
-        result.append(image)
-    return mirrored_and_lit(result, box, rng)
+    return [view.image, damaged(view.image, veil, strength), broken, damaged(broken, veil, strength)], "blurred"
 
 
 def train_reward(config, work: Path) -> None:
@@ -204,7 +203,7 @@ def train_reward(config, work: Path) -> None:
         # ---- the ranking loss (Face Score, Eq. 5), with a pull towards small margins around zero
         with accelerator.autocast():
             rewards = model(batch["rungs"].flatten(0, 1)).float().unflatten(0, (-1, RUNGS))  # (B, L)
-        loss = ladder_loss(rewards) + 2e-3 * rewards.square().mean()
+        loss = ladder_loss(rewards, batch["steepness"]) + 2e-3 * rewards.square().mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(scorer.parameters(), 1.0)
         optimizer.step()
