@@ -15,6 +15,7 @@ from checkpoints.tiny_models.ladders import (
     View,
     degradation_ladder,
     draw_aligned,
+    framed,
     in_order,
     jitter,
     ladder_loss,
@@ -97,9 +98,12 @@ def test_a_mild_blur_is_on_one_of_two_like_sides(view):
 
 
 def test_faces_are_seen_whole_and_in_their_box(view):
-    """Half of the boxes are the whole image; the others are the face's, moved by a tenth at most."""
+    """Half of the degraded are judged in the whole image; the others in the face's box, moved by a tenth at most."""
     person = Person(view, view, [flat(10 * step, view.box) for step in range(5)], (0.04, 0.3, 0.5, 0.7, 0.9))
-    boxes = [person_ladder(person, np.random.default_rng(seed))[1] for seed in range(60)]
+    assert all(
+        person_ladder(person, np.random.default_rng(seed), degraded=0)[1] != [0, 0, 128, 128] for seed in range(20)
+    )
+    boxes = [framed(view, np.random.default_rng(seed)) for seed in range(60)]
     whole = [box == [0, 0, 128, 128] for box in boxes]
     assert 15 < sum(whole) < 45
     width, height = view.box[2] - view.box[0], view.box[3] - view.box[1]

@@ -122,17 +122,21 @@ def strength_rows(name: str, values: Values, people: list[Climber], aims: tuple 
     """Return Spearman's correlation of strength and judgement, the mean over the people, and over all images."""
     scores = np.array([values(person.rungs, [person.box] * len(person.rungs)) for person in people])  # (N, S)
     own = np.array([correlation_with_strength(row) for row in scores])
-    by_sampler = [
-        f"{sampler} {np.nanmean(own[[person.sampler == sampler for person in people]]):.2f}"
-        for sampler in SAMPLERS
-        if any(person.sampler == sampler for person in people)
-    ]
+    by_sampler = []
+    for sampler in SAMPLERS:
+        known = [
+            value
+            for value, person in zip(own, people, strict=True)
+            if person.sampler == sampler and not np.isnan(value)
+        ]
+        if known:
+            by_sampler.append(f"{sampler} {np.mean(known):.2f}")
     per_person = mean_estimate(own[~np.isnan(own)].tolist())
     pooled = jackknife_estimate(lambda items: correlation_with_strength(scores[items]), len(people))
     title = f"{name} falls with the base's strength (Spearman)"
     one, all_together = aims or (None, None)
     return [
-        make_row(f"{title}, per person", per_person, one, note=f"by sampler: {', '.join(by_sampler)}"),
+        make_row(f"{title}, per person", per_person, one, note=f"by sampler: {', '.join(by_sampler) or 'no answer'}"),
         make_row(f"{title}, pooled", pooled, all_together),
     ]
 

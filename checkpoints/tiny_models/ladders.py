@@ -258,15 +258,17 @@ def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def person_ladder(person: Person, rng: np.random.Generator, degraded: float = 0.3) -> tuple[list, list]:
-    """Return one of a person's ladders and the box to judge it in, which is the whole image half of the time.
+    """Return one of a person's ladders and the box to judge it in.
 
-    degraded: probability of a degradation ladder; else the base's own damage, sometimes with mild blur.
+    degraded: probability of a degradation ladder, half of the time in the whole image; else the base's own damage,
+    sometimes with mild blur, in the face's box.
     """
     if rng.random() < degraded:
         view = (person.portrait, person.aligned, person.aligned, person.rungs[0])[rng.integers(4)]
         return mirrored_and_lit(degradation_ladder(view, rng), framed(view, rng), rng)
     images = (strength_ladder if rng.random() < 0.8 else mixed_ladder)(person, rng)
-    return alike(images, framed(person.rungs[0], rng), rng)
+    box = jitter(person.portrait.box, person.portrait.image.shape[1], rng)
+    return mirrored_and_lit(images, box, rng)
 
 
 def framed(view: View, rng: np.random.Generator) -> list[float]:

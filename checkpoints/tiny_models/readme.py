@@ -19,7 +19,7 @@ DURATIONS, RECORD = "durations.jsonl", "runs.json"
 PARTS = {
     "sd15": "Stable Diffusion 1.5 type pipeline: tokenizer, text encoder, VAE, U-Net",
     "sdxl": "SDXL type pipeline, trained from the U-Net of `sd15/`; it shares the VAE and the text encoder of `sd15/`",
-    "reward": "BLIP reward model, pretrained on drawn faces and spoiled copies, in place of ImageReward",
+    "reward": "BLIP reward model, pretrained on drawn faces and worse copies, in place of ImageReward",
     "scorer": "the same after stage 2 on inpainted pairs, in place of Face Score",
     "restorer": "portrait prior of stage 5 and ControlNet of stage 6",
     "judge": "ConvNeXt that orders faces, for measuring only: no other model is trained with it",
@@ -84,7 +84,8 @@ def write_readme(config, work: Path) -> None:
     lines = [HEADER, "| folder | what it is | MB |", "|---|---|---|"]
     for kind, what in PARTS.items():
         size = sum(f.stat().st_size for f in (tiny.tiny_folder() / kind).rglob("*") if f.is_file()) / 1e6
-        lines.append(f"| `{kind}/` | {what} | {size:.1f} |")
+        if size or kind != "judge":  # which ships once it is good enough
+            lines.append(f"| `{kind}/` | {what} | {size:.1f} |")
     lines += ["", "| run | steps | loss at the end | hours | result |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(str(row[key]) for key in COLUMNS)} |" for row in runs]
     machines = "; ".join(sorted({row["machine"] for row in runs}))
