@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints.tiny_models.judge import crop_face
+from checkpoints.tiny_models.damage import PHOTOMETRIC
+from checkpoints.tiny_models.judge import WAYS, crop_face, make_rungs
 from checkpoints.tiny_models.ladders import (
     DEGRADATIONS,
     RUNGS,
@@ -21,7 +22,7 @@ from checkpoints.tiny_models.ladders import (
     ladder_loss,
     mirrored_and_lit,
     mixed_ladder,
-    person_ladder,
+    spoil,
     strength_ladder,
     weaker,
 )
@@ -43,9 +44,10 @@ def test_ladder_loss_by_hand():
     """Three rungs, 2 ln 3, ln 3 and 0: margins ln 3, ln 9, ln 3, so sigmoids 3/4, 9/10, 3/4."""
     scores = math.log(3) * torch.tensor([[2.0, 1.0, 0.0]])
     torch.testing.assert_close(ladder_loss(scores), -torch.tensor([0.75, 0.9, 0.75]).log().mean())
-    # with steepness 2, 1 and 2: ln 9, ln 9, ln 9
+    # with steepness 2, 1 and 2: ln 9, ln 9, ln 9, of which the first and the last count half; or only the middle counts
     steep = torch.tensor([[2.0, 1.0, 2.0]])
-    torch.testing.assert_close(ladder_loss(scores, steep), -torch.tensor(0.9).log())
+    torch.testing.assert_close(ladder_loss(scores, steep), -torch.tensor(0.9).log() * 2 / 3)
+    torch.testing.assert_close(ladder_loss(scores, steep, torch.tensor([[0.0, 1.0, 0.0]])), -torch.tensor(0.9).log())
     assert in_order(scores) == 1 and in_order(-scores) == 0
     assert in_order(torch.tensor([[2.0, 0.0, 1.0]])).item() == pytest.approx(2 / 3)
 
@@ -98,11 +100,7 @@ def test_a_mild_blur_is_on_one_of_two_like_sides(view):
 
 
 def test_faces_are_seen_whole_and_in_their_box(view):
-    """Half of the degraded are judged in the whole image; the others in the face's box, moved by a tenth at most."""
-    person = Person(view, view, [flat(10 * step, view.box) for step in range(5)], (0.04, 0.3, 0.5, 0.7, 0.9))
-    assert all(
-        person_ladder(person, np.random.default_rng(seed), degraded=0)[1] != [0, 0, 128, 128] for seed in range(20)
-    )
+    """Half in the whole image; the others in the face's box, moved by a tenth at most."""
     boxes = [framed(view, np.random.default_rng(seed)) for seed in range(60)]
     whole = [box == [0, 0, 128, 128] for box in boxes]
     assert 15 < sum(whole) < 45
@@ -112,6 +110,39 @@ def test_faces_are_seen_whole_and_in_their_box(view):
             moved = np.abs(np.array(box) - view.box) / (width, height, width, height)
             assert moved.max() <= 0.1 + 1e-6
     assert jitter((0, 0, 128, 128), 128, np.random.default_rng(0))[0] >= 0
+
+
+def test_spoiled_faces(view):
+    """Every damage paints its strength: it rises, or the four are clean, lightly veiled, broken, veiled and broken."""
+
+    def paint(image, landmarks, strength, rng):
+        return np.full_like(image, round(100 * strength))
+
+    damages, kinds = dict.fromkeys((*PHOTOMETRIC, "warp", "erase"), paint), set()
+    for seed in range(30):
+        rungs, kind = spoil(view, np.zeros((5, 2)), damages, np.random.default_rng(seed))
+        painted = [int(rung[0, 0, 0]) for rung in rungs if (rung == rung[0, 0, 0]).all()]
+        kinds.add(kind)
+        if kind == "blurred":
+            veiled, broken, both = painted
+            assert veiled == both <= 25 < 40 <= broken and (rungs[0] == view.image).all()
+        else:
+            assert painted == sorted({*painted}) and {*painted} <= {20, 40, 60, 80, 100}
+            assert len(painted) == RUNGS or (len(painted) == RUNGS - 1 and (rungs[0] == view.image).all())
+    assert kinds == {"broken", "degraded", "blurred"}
+
+
+def test_what_the_judge_sees(view):
+    """Four squares of every way down; rungs that are grey levels stay in order whatever happens to all of them."""
+    person = Person(view, view, [flat(10 + 40 * step, view.box) for step in range(5)], (0.04, 0.3, 0.5, 0.7, 0.9))
+    landmarks = np.array(draw_portrait(5, 128).landmarks, np.float32)
+    sample = {"person": person, "portrait": view, "landmarks": landmarks}
+    for way in WAYS:
+        rungs = make_rungs(sample, np.random.default_rng(1), way)["rungs"]
+        assert rungs.shape == (RUNGS, 3, 128, 128) and (rungs[0] != rungs[-1]).any(), way
+    for seed in range(10):
+        levels = make_rungs(sample, np.random.default_rng(seed), "strength")["rungs"].mean(dim=(1, 2, 3)).tolist()
+        assert levels == sorted(levels)
 
 
 def test_a_mirrored_box_follows_its_face():

@@ -1,7 +1,8 @@
 """The judge: a small ConvNet that orders faces, for measuring only. Nothing is trained with it or towards it.
 
-It shares nothing with the scorer: another architecture, other drawn people, the other base's ladders, no pairs. So it
-can tell whether the scorer, or a model tuned by it, is better or only better at pleasing the scorer.
+Its architecture, the people it sees and the base whose ladders it climbs are not the scorer's, and it sees no pairs. So
+it can tell whether the scorer, or a model tuned by it, is better or only better at pleasing the scorer. What both learn
+alike is what a spoiled and a degraded drawing looks like.
 """
 
 import json
@@ -12,10 +13,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
-from checkpoints.tiny_models.data import tidy_configs, write_info
-from checkpoints.tiny_models.ladders import People, in_order, ladder_loss, person_ladder
+from checkpoints.tiny_models.damage import DAMAGES, TRAINING_ONLY
+from checkpoints.tiny_models.data import Drawings, tidy_configs, write_info
+from checkpoints.tiny_models.ladders import (
+    People,
+    View,
+    alike,
+    degradation_ladder,
+    framed,
+    in_order,
+    jitter,
+    ladder_loss,
+    mirrored_and_lit,
+    mixed_ladder,
+    spoil,
+    strength_ladder,
+)
 from faceprior import tiny
 from faceprior.images import as_array, cv2
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, seeded
@@ -23,6 +39,9 @@ from faceprior.training import TrainingRun, make_accelerator, make_optimizer, se
 SEED = 1  # every other tiny model has the seed 0
 WIDER = (1.2, 1.1, 1.3)  # side of the square that the judge sees, in units of the box's larger side; first: in training
 BATCH = 12  # ladders
+SHARE = 1 / 3  # of the drawings, from the last: of 9000 the reward model, its pairs and its ladders see only others
+# The ways down a ladder, and how often each is taken, as for the reward model, without pairs.
+WAYS = {"strength": 0.4, "mixed": 0.1, "spoiled": 0.3, "degraded": 0.2}
 
 
 class FaceJudge(nn.Module):
@@ -83,23 +102,44 @@ def crop_face(image: np.ndarray, box: Sequence[float], wider: float = WIDER[0]) 
     return torch.from_numpy(resized).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def make_rungs(sample: dict, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Return one of a person's ladders: "rungs", (4, 3, R, R), the best first."""
-    images, box = person_ladder(sample["person"], rng)
-    return {"rungs": torch.stack([crop_face(image, box) for image in images])}
+class JudgedFaces(Dataset):
+    """What the judge learns from: {"person": on the SDXL type base's ladders, "portrait": drawn, "landmarks"}."""
 
-
-class Ladders(torch.utils.data.Dataset):
-    """People as samples of a training: {"person"}."""
-
-    def __init__(self, people: People):
-        self.people = people
+    def __init__(self, work: Path):
+        self.people, drawings = People(work, "sdxl"), Drawings(work, "train")
+        first = round(len(drawings) * (1 - SHARE))
+        self.portraits = [
+            (View(drawings.images[index], face["box"]), np.array(face["landmarks"], np.float32))
+            for index, record in enumerate(drawings.records)
+            if record["kind"] == "portrait" and index >= first
+            for face in record["faces"]
+        ]
 
     def __len__(self) -> int:
-        return len(self.people)
+        return max(len(self.people), len(self.portraits))
 
     def __getitem__(self, index: int) -> dict:
-        return {"person": self.people[index]}
+        portrait, landmarks = self.portraits[index % len(self.portraits)]
+        return {"person": self.people[index % len(self.people)], "portrait": portrait, "landmarks": landmarks}
+
+
+def make_rungs(sample: dict, rng: np.random.Generator, way: str | None = None) -> dict[str, Tensor]:
+    """Return one of a face's ladders: "rungs", (4, 3, R, R), the best first.
+
+    way: a key of WAYS, chosen at random if None. Only a degradation is judged in the whole image, too.
+    """
+    way = str(rng.choice(list(WAYS), p=list(WAYS.values()))) if way is None else way
+    person, portrait = sample["person"], sample["portrait"]
+    if way == "degraded":
+        view = (person.portrait, person.aligned, person.aligned, person.rungs[0])[rng.integers(4)]
+        images, box = mirrored_and_lit(degradation_ladder(view, rng), framed(view, rng), rng)
+    elif way == "spoiled":
+        images, _ = spoil(portrait, sample["landmarks"], {**DAMAGES, **TRAINING_ONLY}, rng)
+        images, box = alike(images, jitter(portrait.box, portrait.image.shape[1], rng), rng)
+    else:
+        images = (strength_ladder if way == "strength" else mixed_ladder)(person, rng)
+        images, box = alike(images, jitter(person.portrait.box, person.portrait.image.shape[1], rng), rng)
+    return {"rungs": torch.stack([crop_face(image, box) for image in images])}
 
 
 def train_judge(config, work: Path) -> None:
@@ -109,9 +149,10 @@ def train_judge(config, work: Path) -> None:
         return
 
     # ---- the network, the people that only it knows, and the run
+    folder = tiny.tiny_folder() / "judge"
     with seeded(SEED, "judge"):
-        judge = FaceJudge.untrained()
-    people = Ladders(People(work, "sdxl"))
+        judge = FaceJudge.from_pretrained(folder) if config.go_on else FaceJudge.untrained()
+    faces = JudgedFaces(work)
     accelerator = make_accelerator(config.device, config.mixed_precision)
     optimizer = make_optimizer(judge.parameters(), "adamw", config.judge_learning_rate, 0.05)
     model, optimizer = accelerator.prepare(judge.train(), optimizer)
@@ -126,7 +167,7 @@ def train_judge(config, work: Path) -> None:
         schedule="cosine",
     )
 
-    for batch in run.batches(people, BATCH, seed=SEED, augment=make_rungs):
+    for batch in run.batches(faces, BATCH, seed=SEED, augment=make_rungs):
         # ---- every upper rung above every lower one, with a pull towards small scores
         with accelerator.autocast():
             scores = model(batch["rungs"].flatten(0, 1)).unflatten(0, (-1, batch["rungs"].shape[1]))  # (B, L)
@@ -138,7 +179,6 @@ def train_judge(config, work: Path) -> None:
         run.log(loss=loss, in_order=in_order(scores))
 
     # ---- the weights in float16
-    folder = tiny.tiny_folder() / "judge"
     judge.save_pretrained(folder)
     tidy_configs(folder)
     write_info(folder, run.steps, SEED)

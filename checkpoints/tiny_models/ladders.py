@@ -17,9 +17,11 @@ import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.damage import LEVELS, PHOTOMETRIC
 from checkpoints.tiny_models.data import save_arrays
 from faceprior import tiny
 from faceprior.align import align_face
@@ -27,7 +29,6 @@ from faceprior.bases import load_pipeline
 from faceprior.degrade import PRESETS, Degradation, apply_degradation, sample_degradation, scaled
 from faceprior.diffusion import decode_latents, is_xl, sampled_with
 from faceprior.images import cv2, to_pil
-from faceprior.losses import pairwise_ranking_loss
 from faceprior.procedural import TRAIN_SEEDS, draw_portrait
 
 RUNGS = 4  # images of a ladder in training
@@ -41,6 +42,7 @@ SEEDS = {"sd15": TRAIN_SEEDS + 3000, "sdxl": TRAIN_SEEDS + 6000}
 MILD = (0.005, 0.04)  # sigma of a mild blur, as a fraction of the face's width: 0.3 to 2.4 pixels of 60
 STRONG = (0.015, 0.15)  # sigma at the foot of a ladder of blur, the same
 DEGRADATIONS = ("blur", "blur", *PRESETS)
+HARD = ("warp", "eye_shift", "nose_shift", "stretch", "shear")  # moved features: chosen three times as often
 
 
 @dataclass(frozen=True)
@@ -257,18 +259,28 @@ def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(image, (0, 0), max(sigma, 1e-3))
 
 
-def person_ladder(person: Person, rng: np.random.Generator, degraded: float = 0.3) -> tuple[list, list]:
-    """Return one of a person's ladders and the box to judge it in.
+def spoil(
+    view: View, landmarks: np.ndarray, damages: dict[str, Callable], rng: np.random.Generator
+) -> tuple[list[np.ndarray], str]:
+    """Return a face and worse ones, and their kind: "broken", "degraded" or "blurred".
 
-    degraded: probability of a degradation ladder, half of the time in the whole image; else the base's own damage,
-    sometimes with mild blur, in the face's box.
+    They show one damage in rising strength, or (the last kind) a light photometric damage on the face, on the face with
+    a structural one, and on neither. damages: by name, as in DAMAGES.
     """
-    if rng.random() < degraded:
-        view = (person.portrait, person.aligned, person.aligned, person.rungs[0])[rng.integers(4)]
-        return mirrored_and_lit(degradation_ladder(view, rng), framed(view, rng), rng)
-    images = (strength_ladder if rng.random() < 0.8 else mixed_ladder)(person, rng)
-    box = jitter(person.portrait.box, person.portrait.image.shape[1], rng)
-    return mirrored_and_lit(images, box, rng)
+    seed = int(rng.integers(2**31))
+    structural = [name for name in damages if name not in PHOTOMETRIC]
+    structural += [name for name in HARD if name in damages] * 2
+
+    def damaged(image: np.ndarray, name: str, strength: float) -> np.ndarray:
+        return damages[name](image, landmarks, strength, np.random.default_rng(seed)) if strength else image
+
+    if rng.random() < 0.6:
+        name = str(rng.choice([*PHOTOMETRIC, *structural]))
+        levels = np.sort(rng.choice((0.0, *LEVELS), RUNGS, replace=False))
+        return [damaged(view.image, name, level) for level in levels], "degraded" if name in PHOTOMETRIC else "broken"
+    broken = damaged(view.image, str(rng.choice(structural)), rng.uniform(0.4, 1.0))
+    veil, strength = str(rng.choice(PHOTOMETRIC)), rng.uniform(0.05, 0.25)
+    return [view.image, damaged(view.image, veil, strength), broken, damaged(broken, veil, strength)], "blurred"
 
 
 def framed(view: View, rng: np.random.Generator) -> list[float]:
@@ -314,15 +326,17 @@ def alike(images: Sequence[np.ndarray], box: Sequence[float], rng: np.random.Gen
     return mirrored_and_lit(result, box, rng)
 
 
-def ladder_loss(scores: Tensor, steepness: Tensor | None = None) -> Tensor:
-    """-log sigmoid(s(upper) - s(lower)), averaged over all pairs of rungs (Face Score, Eq. 5, on every pair).
+def ladder_loss(scores: Tensor, steepness: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """-log sigmoid(k (s(upper) - s(lower))) / k, averaged over all pairs of rungs (Face Score, Eq. 5, on every pair).
 
-    scores: (B, L), the best rung first; steepness: (B, L (L - 1) / 2), a factor of each pair's margin, the pairs as
-    `torch.triu_indices` has them. A pair of steepness k is content with a margin k times as small.
+    scores: (B, L), the best rung first; steepness: (B, L (L - 1) / 2), k of each pair, the pairs as
+    `torch.triu_indices` has them, 1 if None: a pair is content with a margin k times as small, and pulls no harder;
+    weights: the same shape, of each pair in the average.
     """
     upper, lower = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
-    steepness = 1 if steepness is None else steepness
-    return pairwise_ranking_loss(steepness * scores[:, upper], steepness * scores[:, lower])
+    steepness = torch.ones(()) if steepness is None else steepness
+    losses = -F.logsigmoid(steepness * (scores[:, upper] - scores[:, lower])) / steepness
+    return losses.mean() if weights is None else (weights * losses).sum() / weights.sum()
 
 
 def in_order(scores: Tensor) -> Tensor:

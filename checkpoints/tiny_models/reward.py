@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from checkpoints.tiny_models.damage import DAMAGES, LEVELS, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
+from checkpoints.tiny_models.damage import DAMAGES, TRAINING_ONLY, UNSEEN
 from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs, write_info
 from checkpoints.tiny_models.ladders import (
     RUNGS,
@@ -32,6 +32,7 @@ from checkpoints.tiny_models.ladders import (
     ladder_loss,
     mirrored_and_lit,
     mixed_ladder,
+    spoil,
     strength_ladder,
     with_blurred,
 )
@@ -44,20 +45,19 @@ from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
 # The ways down a ladder, and how often each is taken. Degradations are learnt soonest.
-WAYS = {"inpainted": 0.45, "spoiled": 0.1, "strength": 0.2, "mixed": 0.1, "degraded": 0.15}
+WAYS = {"inpainted": 0.4, "spoiled": 0.1, "strength": 0.25, "mixed": 0.1, "degraded": 0.15}
 # A degradation has to show in the score, a broken face has to weigh more: with equal margins blur would outweigh it.
-STEEP = 3.0  # steepness of the loss where two rungs differ in a degradation
+STEEP = 8.0  # steepness of the loss where two rungs differ in a degradation
 STEEPNESS = {
     "degraded": (STEEP,) * 6,
     "blurred": (STEEP, 1.0, 1.0, 1.0, 1.0, STEEP),  # good, good blurred, bad, bad blurred
     "broken": (1.0,) * 6,
 }
+# A good face under a mild blur, above the sharp bad one, is the order that is lost soonest.
+WEIGHTS = {"degraded": (1.0,) * 6, "blurred": (1.0, 1.0, 1.0, 3.0, 1.0, 1.0), "broken": (1.0,) * 6}
 DRAWN = 3000  # most drawings of a split that are used
 BATCH = 8  # ladders
 SEEN = {**{name: damage for name, damage in DAMAGES.items() if name not in UNSEEN}, **TRAINING_ONLY}
-STRUCTURAL = tuple(name for name in SEEN if name not in PHOTOMETRIC)
-HARD = ("warp", "eye_shift", "nose_shift", "stretch", "shear")  # moved features: chosen three times as often
-CHOSEN = (*PHOTOMETRIC, *STRUCTURAL, *HARD, *HARD)
 
 
 class DrawnFaces(Dataset):
@@ -118,7 +118,7 @@ def round_trip(vae: AutoencoderKL, drawings: Drawings) -> np.ndarray:
 class FaceLadder:
     """Makes a ladder of a sample of `DrawnFaces`, see `make_ladder`.
 
-    "rungs", (4, 3, 224, 224), as the scorer preprocesses faces; "steepness", (6,), see `ladder_loss`.
+    "rungs", (4, 3, 224, 224), as the scorer preprocesses faces; "steepness" and "weights", (6,), see `ladder_loss`.
     """
 
     def __init__(self, scorer: FaceScorer):
@@ -129,6 +129,7 @@ class FaceLadder:
         return {
             "rungs": self.preprocess(as_images(images), [box] * RUNGS),
             "steepness": torch.tensor(STEEPNESS[kind]),
+            "weights": torch.tensor(WEIGHTS[kind]),
         }
 
 
@@ -149,27 +150,8 @@ def make_ladder(sample: dict, rng: np.random.Generator, way: str | None = None) 
     if way == "inpainted" and sample["pair"]:
         good, bad = sample["pair"]()
         return *alike(with_blurred(good, bad, rng), jitter(good.box, good.image.shape[1], rng), rng), "blurred"
-    images, kind = spoil(portrait, sample["landmarks"], rng)
+    images, kind = spoil(portrait, sample["landmarks"], SEEN, rng)
     return *alike(images, jitter(portrait.box, portrait.image.shape[1], rng), rng), kind
-
-
-def spoil(view: View, landmarks: np.ndarray, rng: np.random.Generator) -> tuple[list[np.ndarray], str]:
-    """Return a face and worse ones, and a key of STEEPNESS.
-
-    They show one damage in rising strength, or a light photometric damage on the face, on the face with a structural
-    one, and on neither.
-    """
-    seed = int(rng.integers(2**31))
-
-    def damaged(image: np.ndarray, name: str, strength: float) -> np.ndarray:
-        return SEEN[name](image, landmarks, strength, np.random.default_rng(seed)) if strength else image
-
-    if rng.random() < 0.6:
-        name, levels = str(rng.choice(CHOSEN)), np.sort(rng.choice((0.0, *LEVELS), RUNGS, replace=False))
-        return [damaged(view.image, name, level) for level in levels], "degraded" if name in PHOTOMETRIC else "broken"
-    broken = damaged(view.image, str(rng.choice(CHOSEN[len(PHOTOMETRIC) :])), rng.uniform(0.4, 1.0))
-    veil, strength = str(rng.choice(PHOTOMETRIC)), rng.uniform(0.05, 0.25)
-    return [view.image, damaged(view.image, veil, strength), broken, damaged(broken, veil, strength)], "blurred"
 
 
 def train_reward(config, work: Path) -> None:
@@ -203,7 +185,7 @@ def train_reward(config, work: Path) -> None:
         # ---- the ranking loss (Face Score, Eq. 5), with a pull towards small margins around zero
         with accelerator.autocast():
             rewards = model(batch["rungs"].flatten(0, 1)).float().unflatten(0, (-1, RUNGS))  # (B, L)
-        loss = ladder_loss(rewards, batch["steepness"]) + 2e-3 * rewards.square().mean()
+        loss = ladder_loss(rewards, batch["steepness"], batch["weights"]) + 2e-3 * rewards.square().mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(scorer.parameters(), 1.0)
         optimizer.step()
