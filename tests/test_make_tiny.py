@@ -12,7 +12,7 @@ from PIL import Image
 
 from checkpoints.tiny_models import bases
 from checkpoints.tiny_models import ladders as ladders_module
-from checkpoints.tiny_models.damage import DAMAGES, PHOTOMETRIC, UNSEEN
+from checkpoints.tiny_models.damage import DAMAGES, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
 from checkpoints.tiny_models.data import Drawings, describe, draw_one, save_arrays
 from checkpoints.tiny_models.judge import FaceJudge, train_judge
 from checkpoints.tiny_models.ladders import RUNGS, People, alike, make_ladders
@@ -221,7 +221,7 @@ def test_min_snr_weights_by_hand():
 
 def test_every_damage_grows_with_its_strength():
     drawing = draw_portrait(10_007, 128)
-    for name, damage in DAMAGES.items():
+    for name, damage in {**DAMAGES, **TRAINING_ONLY}.items():
         weak, strong = (damage(drawing.image, drawing.landmarks, s, np.random.default_rng(1)) for s in (0.2, 1.0))
         again = damage(drawing.image, drawing.landmarks, 1.0, np.random.default_rng(1))
         assert strong.shape == drawing.image.shape and strong.dtype == np.uint8 and (strong == again).all(), name

@@ -45,7 +45,7 @@ from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
 # The ways down a ladder, and how often each is taken. Degradations are learnt soonest.
-WAYS = {"inpainted": 0.4, "spoiled": 0.1, "strength": 0.25, "mixed": 0.1, "degraded": 0.15}
+WAYS = {"inpainted": 0.3, "spoiled": 0.3, "strength": 0.15, "mixed": 0.1, "degraded": 0.15}
 # A degradation has to show in the score, a broken face has to weigh more: with equal margins blur would outweigh it.
 STEEP = 8.0  # steepness of the loss where two rungs differ in a degradation
 STEEPNESS = {
@@ -53,8 +53,8 @@ STEEPNESS = {
     "blurred": (STEEP, 1.0, 1.0, 1.0, 1.0, STEEP),  # good, good blurred, bad, bad blurred
     "broken": (1.0,) * 6,
 }
-# A good face under a mild blur, above the sharp bad one, is the order that is lost soonest.
-WEIGHTS = {"degraded": (1.0,) * 6, "blurred": (1.0, 1.0, 1.0, 3.0, 1.0, 1.0), "broken": (1.0,) * 6}
+# In the same order: that a good face under a mild blur is above the sharp bad one is the order that is lost soonest.
+WEIGHTS = {"degraded": (1.0,) * 6, "blurred": (3.0, 1.0, 1.0, 3.0, 1.0, 3.0), "broken": (1.0,) * 6}
 DRAWN = 3000  # most drawings of a split that are used
 BATCH = 8  # ladders
 SEEN = {**{name: damage for name, damage in DAMAGES.items() if name not in UNSEEN}, **TRAINING_ONLY}
