@@ -16,7 +16,7 @@ from faceprior.images import ImageSource, cv2, load_image
 
 Resampling = Image.Resampling
 
-_OVAL_END = 1.3  # of `face_mask`, where the weight is 0, in radii of the face
+_OVAL_END = 1.4  # of `face_mask`, where the weight is 0, in radii of the face
 _CORNER_RADIUS = 0.35  # of `crop_mask`, a fraction of half its side
 _FILTER_REACH = 4  # pixels that the filters of `_sample` look at beyond a sample, and some to spare
 _HALF = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel centres -> edges
@@ -222,7 +222,7 @@ def _fineness(inverse: np.ndarray) -> int:
 def _sample(
     image: np.ndarray, inverse: np.ndarray, size: tuple[int, int], fine: int, kernel: str = "cubic"
 ) -> np.ndarray:
-    """Sample `image` (H, W[, C]), uint8 or float32, under `inverse`, the (3, 3) map of edges to it, `fine` times denser.
+    """Sample `image` (H, W[, C]), uint8 or float32, under `inverse`, the (3, 3) map of edges to it, `fine` times finer.
 
     size: (width, height). kernel: cubic or linear. Returns (height * fine, width * fine[, C]) of the image's type;
     beyond the image its outermost pixels are repeated. Positions are rounded to 1/32 pixel of the image.
@@ -263,21 +263,20 @@ def face_mask(landmarks: np.ndarray, size: int) -> np.ndarray:
 
     landmarks: (5, 2) in pixels of the crop. With e the distance of the eyes and m the vector from their middle to the
     middle of the mouth, the face is an ellipse along m from 1.05 |m| above the eyes to 1.75 |m| below them, at each
-    side 1.1 e, or |m| where that is wider: in a profile, whose eyes lie close to each other. It is shifted away from the
-    nose by half of what the nose lies beside the line m. The weight falls from 1 at the ellipse to 0 at one 1.3 times
-    as large, with the profile 3 t^2 - 2 t^3, and is 0 on the crop's border, whatever the landmarks (`crop_mask`).
+    side 1.1 e, or |m| where that is wider: in a profile, whose eyes lie close to each other. It is shifted away from
+    the nose by half of what the nose lies beside the line m. The weight falls from 1 at the ellipse to 0 at one 1.4
+    times as large, with the profile 3 t^2 - 2 t^3, and is 0 on the crop's border, whatever the landmarks (`crop_mask`).
     """
     points = _checked_landmarks(landmarks)
     eyes = (points[0] + points[1]) / 2
     down = (points[3] + points[4]) / 2 - eyes
-    length = np.hypot(*down)
-    if length < 1e-3:
-        raise AlignmentError("`landmarks` span no face: the mouth lies between the eyes")
-    down = down / length
+    length, between = float(np.hypot(*down)), float(np.hypot(*(points[1] - points[0])))
+    if length < 0.1 * between:  # a crop is upright
+        down, length = np.array([0, between]), between
+    down = down / max(length, 1e-6)
     across = np.array([down[1], -down[0]])
-    nose = float((points[2] - eyes) @ across)
-    centre = eyes + 0.35 * length * down - 0.5 * nose * across
-    half_height, half_width = 1.4 * length, max(1.1 * float(np.hypot(*(points[1] - points[0]))), length)
+    centre = eyes + 0.35 * length * down - 0.5 * ((points[2] - eyes) @ across) * across
+    half_height, half_width = max(1.4 * length, 1e-6), max(1.1 * between, length, 1e-6)
     x, y = np.meshgrid(np.arange(size) - centre[0], np.arange(size) - centre[1])
     radius = np.hypot((x * across[0] + y * across[1]) / half_width, (x * down[0] + y * down[1]) / half_height)
     return _soft_step((_OVAL_END - radius) / (_OVAL_END - 1)) * crop_mask(size)
@@ -300,8 +299,8 @@ def paste_face(
 
     crop: square, of the size that `matrix` (2, 3), photograph -> crop, was made for. mask: (size, size) weights in
     [0, 1] in the crop's pixels, or a grey image, such as `face_mask`; without it `crop_mask(size, feather)`. Returns a
-    new image; the photograph itself is not changed. Where the weight is 0, and outside of the crop, all pixels equal the
-    photograph's; where the crop is finer than the photograph it is antialiased. A crop may lie partly outside.
+    new image; the photograph itself is not changed. Where the weight is 0, and outside of the crop, all pixels equal
+    the photograph's; where the crop is finer than the photograph it is antialiased. A crop may lie partly outside.
 
     before: the aligned crop that `crop` was made from. With it the change, `crop` minus `before`, is added to the
     photograph, so that detail finer than the crop's pixels stays, and an untouched crop changes nothing. Without it
