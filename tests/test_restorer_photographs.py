@@ -6,15 +6,18 @@ import logging
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance
+from matplotlib import cbook
+from PIL import Image, ImageEnhance, ImageOps
 from skimage import data
 
 from faceprior import tiny
 from faceprior.align import align_face, alignment_quad
-from faceprior.detect import Face
+from faceprior.detect import Face, detect_faces
+from faceprior.errors import is_out_of_memory
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
-from faceprior.restorer import AuthFaceRestorer, RestorerSettings
+from faceprior.restorer import AuthFaceRestorer, RestoredImage, RestorerSettings
+from faceprior.restorer.photographs import PhotographOptions, restore_photographs
 
 FAST = {"num_inference_steps": 2, "keep_sharp": False}  # the drawn faces are sharper than a model of 64 pixels
 
@@ -199,3 +202,304 @@ def test_another_resolution_for_one_call(restorer, group):
     changed = difference(expected.image, photograph).max(axis=2) > 0
     inside = inside_of(faces[0], photograph.size)
     assert not changed[~inside].any() and changed[inside].mean() > 0.5
+
+
+# ------------------------------------------------------------------------------------------- many photographs
+
+
+def tinted(crops):
+    """Stands for the network where only the way of the crops counts: each becomes 40 grey levels darker."""
+    return [Image.fromarray(np.maximum(np.asarray(crop), 40) - np.uint8(40)) for crop in crops]
+
+
+def through(images, faces=None, restore_crops=tinted, resolution=64, **options):
+    options = PhotographOptions(**{"keep_sharp": False, **options})
+    return restore_photographs(images, faces, restore_crops, resolution, options)
+
+
+def test_photographs_that_share_batches_are_restored_as_alone(restorer, group):
+    """Three photographs of 2, 0 and 1 faces in one batch: up to rounding what each gives alone, in their order."""
+    photograph, faces = group
+    images = [photograph, Image.new("RGB", (50, 40), "gray"), ImageOps.mirror(photograph)]
+    known = [faces, [], [mirrored(faces[1], 200)]]
+    alone = [restorer.restore(image, own, **FAST).image for image, own in zip(images, known, strict=True)]
+    sizes = []
+    crops = restorer.restore_crops
+    restorer.restore_crops = lambda batch, *rest, **options: sizes.append(len(batch)) or crops(batch, *rest, **options)
+    together = list(restorer.restore_all(images, known, batch_size=3, **FAST))
+    del restorer.restore_crops
+    assert sizes == [0, 3]  # 0: the check of the options
+    assert [len(result.faces) for result in together] == [2, 0, 1]
+    for result, expected in zip(together, alone, strict=True):
+        assert difference(result.image, expected).max() <= 1
+    assert difference(together[0].image, photograph).max() > 1
+
+
+def mirrored(face, width):
+    x0, y0, x1, y1 = face.box
+    return Face((width - x1, y0, width - x0, y1), ([width - 1, 0] + face.landmarks * [-1, 1])[[1, 0, 2, 4, 3]], 1.0)
+
+
+def test_a_bad_image_yields_its_error_and_the_others_go_on(group, tmp_path):
+    photograph, faces = group
+    (tmp_path / "torn.png").write_bytes(b"no image")
+    images = [photograph, tmp_path / "torn.png", tmp_path / "missing.png", 3, photograph]
+    results = list(through(images, [faces] * 5))
+    assert [type(result).__name__ for result in results] == [
+        "RestoredImage",
+        "ImageError",
+        "FileNotFoundError",
+        "TypeError",
+        "RestoredImage",
+    ]
+    assert "torn.png" in str(results[1])
+    assert results[0].image.tobytes() == results[4].image.tobytes()
+
+
+def test_photographs_are_read_when_their_turn_comes(group):
+    """With batches of 4 faces, 2 photographs of 2 faces fill one: the third is not read before its result is asked."""
+    photograph, faces = group
+    read = []
+
+    def endless():
+        while True:
+            read.append(len(read))
+            yield photograph
+
+    results = through(endless(), ([faces] * 100).__iter__(), batch_size=4)
+    assert read == []
+    next(results)
+    assert read == [0, 1]
+    next(results)
+    assert read == [0, 1]
+    next(results)
+    assert read == [0, 1, 2, 3]
+
+
+def test_few_pixels_wait(group, monkeypatch):
+    """With a limit of 60,000 pixels two photographs of 200 x 128 wait for a full batch, not three."""
+    monkeypatch.setattr("faceprior.restorer.photographs.MAX_WAITING", 60_000)
+    photograph, faces = group
+    sizes = []
+    results = through([photograph] * 5, [faces[:1]] * 5, lambda crops: sizes.append(len(crops)) or crops, batch_size=8)
+    assert len(list(results)) == 5 and sizes == [2, 2, 1]
+
+
+def test_wrong_options_are_no_photographs_error(restorer):
+    """They are raised by the call, before an image is read."""
+    for options, error, match in (
+        ({"upscale": 5}, ValueError, "`upscale` has to be a whole number from 1 to 4 but is 5"),
+        ({"upscale": 1.5}, ValueError, "`upscale`"),
+        ({"background": "esrgan"}, TypeError, "`background` has to be a function"),
+        ({"keep_better": True}, ValueError, "pass a `scorer`"),
+        ({"max_drift": 0.5}, ValueError, "pass an `identity`"),
+        ({"batch_size": 0}, ValueError, "`batch_size` has to be at least 1"),
+        ({"color_fix": "lab"}, ValueError, "`color_fix`"),
+        ({"stepps": 3}, TypeError, "stepps"),
+    ):
+        with pytest.raises(error, match=match):
+            restorer.restore_all(["missing.png"], **options)
+
+
+def test_what_fails_in_a_batch_ends_only_its_own_photograph(group):
+    """The network fails for the large face of the second photograph: the batch is tried face by face."""
+    photograph, faces = group
+    dark = Image.fromarray(np.asarray(photograph) // 4)
+
+    def fails_for_dark(crops):
+        if any(np.asarray(crop).mean() < 40 for crop in crops):
+            raise ValueError("too dark")
+        return tinted(crops)
+
+    results = list(through([photograph, dark, photograph], [faces] * 3, fails_for_dark, batch_size=4))
+    assert [isinstance(result, Exception) for result in results] == [False, True, False]
+    assert str(results[1]) == "too dark"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_memory_that_does_not_suffice_names_the_way_out(group, error):
+    """Batches of 3 faces fit, one of 5 does not: its photographs have the error, the others their results."""
+    photograph, faces = group
+
+    def limited(crops):
+        if len(crops) > 3:
+            raise error
+        return tinted(crops)
+
+    known = [faces[:1], faces, faces, faces[:1]]  # 1 + 2 + 2, then 1
+    results = list(through([photograph] * 4, known, limited, batch_size=5))
+    assert all(isinstance(result, torch.OutOfMemoryError) for result in results[:3])
+    assert "batch of 5 faces" in str(results[0]) and "`batch_size`" in str(results[0])
+    assert "`quantization='8bit'`" in str(results[0]) and is_out_of_memory(results[0])
+    assert isinstance(results[3], RestoredImage)
+
+
+def test_timings_name_every_phase(restorer, group):
+    photograph, faces = group
+    scorer = tiny.tiny_scorer()
+    result = restorer.restore(photograph, faces, scorer=scorer, keep_better=False, **FAST)
+    assert result.timings.keys() == {"read", "detect", "align", "restore", "score", "paste"}
+    assert all(seconds >= 0 for seconds in result.timings.values()) and result.timings["restore"] > 0
+
+
+# ------------------------------------------------------------------------------------------- what is pasted
+
+
+class Brightness:
+    """Scores a crop by its mean grey level, in hundreds."""
+
+    def score_crops(self, crops):
+        return [float(np.asarray(crop).mean()) / 100 for crop in crops]
+
+
+def lighter(crops):
+    return [crop.point(lambda value: min(value + 50, 255)) for crop in crops]
+
+
+def test_only_what_gains_is_pasted(group):
+    """Face Score as the mean grey level in hundreds: darker faces fall by 0.4, lighter ones rise by 0.5 at most."""
+    photograph, faces = group
+    (fallen,) = through([photograph], [faces], scorer=Brightness())
+    assert fallen.restored == [] and fallen.image.tobytes() == photograph.tobytes()
+    for face in fallen.left:
+        assert face.reason == f"Face Score would fall from {face.score_before:.3f} to {face.score_after:.3f}"
+        assert face.score_after < face.score_before and face.after.size == face.before.size == (64, 64)
+    (risen,) = through([photograph], [faces], lighter, scorer=Brightness(), min_gain=0.1)
+    assert len(risen.restored) == 2 and all(face.reason == "" for face in risen.faces)
+    (little,) = through([photograph], [faces], lighter, scorer=Brightness(), min_gain=0.6)
+    assert little.restored == [] and "rise from" in little.left[0].reason and "0.6" in little.left[0].reason
+    (anyway,) = through([photograph], [faces], scorer=Brightness(), keep_better=False)
+    assert len(anyway.restored) == 2 and anyway.faces[0].score_before > anyway.faces[0].score_after
+
+
+class Distance:
+    """The identity distance is how much darker a crop became, of 100."""
+
+    def distance(self, before, after):
+        return None if after.width == 32 else float(np.asarray(before).mean() - np.asarray(after).mean()) / 100
+
+
+def test_a_face_that_would_become_another_person_is_left(group):
+    photograph, faces = group
+    (result,) = through([photograph], [faces], identity=Distance(), max_drift=0.1)
+    assert result.restored == [] and result.image.tobytes() == photograph.tobytes()
+    for face in result.faces:
+        assert face.identity_distance > 0.1 and f"would be {face.identity_distance:.2f}, above 0.1" in face.reason
+    (result,) = through([photograph], [faces], identity=Distance(), max_drift=0.5)
+    assert len(result.restored) == 2
+    (result,) = through([photograph], [faces], identity=Distance())
+    assert len(result.restored) == 2 and result.faces[0].identity_distance > 0.1
+    (result,) = through([photograph], [faces], resolution=32, identity=Distance(), max_drift=0.5)
+    assert result.restored == [] and "could not be measured" in result.left[0].reason
+
+
+def portrait(name):
+    """A real portrait and the landmarks of its face."""
+    if name == "astronaut":
+        image = Image.fromarray(data.astronaut())
+    else:
+        with cbook.get_sample_data("grace_hopper.jpg") as file:
+            image = Image.open(file).convert("RGB")
+    return image, detect_faces(image, "mtcnn")[:1]
+
+
+def enlarged_from(image, factor):
+    size = image.width // factor, image.height // factor
+    return image.resize(size, Image.LANCZOS).resize(image.size, Image.BICUBIC)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "hopper"])
+def test_a_face_sharper_than_the_model_is_left_and_a_soft_one_is_not(name):
+    """Squares of 172 and 349 pixels against 128 and 256: sharp as they are, soft after enlarging from a quarter."""
+    image, faces = portrait(name)
+    resolution = 128 if name == "astronaut" else 256
+    (sharp,) = through([image], [faces], resolution=resolution, keep_sharp=None)
+    assert sharp.restored == [] and sharp.image.tobytes() == image.tobytes()
+    assert "it is sharp" in sharp.left[0].reason and f"the model's {resolution}" in sharp.left[0].reason
+    assert sharp.left[0].before.size == (resolution, resolution) and sharp.left[0].after is None
+    (soft,) = through([enlarged_from(image, 4)], [faces], resolution=resolution, keep_sharp=None)
+    (small,) = through([image], [faces], resolution=512, keep_sharp=None)  # the model is finer than the face
+    (off,) = through([image], [faces], resolution=resolution)
+    (scored,) = through([image], [faces], lighter, resolution, keep_sharp=None, scorer=Brightness())
+    for result in (soft, small, off, scored):
+        assert len(result.restored) == 1
+
+
+def test_a_large_face_keeps_what_is_finer_than_the_model():
+    """The network makes a square of 349 pixels at 64 pixels 10 levels darker: so becomes every pixel of the photograph
+    in the middle of the face, with all its grain, which the crop alone would have lost."""
+    image, faces = portrait("hopper")
+    (result,) = through(
+        [image], [faces], lambda crops: [crop.point(lambda value: max(value - 10, 0)) for crop in crops]
+    )
+    x, y = faces[0].landmarks[2].astype(int)
+    window = np.s_[y - 30 : y + 30, x - 30 : x + 30]
+    before, after = np.asarray(image, int)[window], np.asarray(result.image, int)[window]
+    darker = (before - after)[before > 40]
+    assert np.median(darker) == 10 and np.abs(darker - 10).max() <= 2
+    assert np.abs(np.diff(after, axis=1)).mean() > 0.95 * np.abs(np.diff(before, axis=1)).mean()
+
+
+# ------------------------------------------------------------------------------------------- size and background
+
+
+def test_an_untouched_face_leaves_no_trace_at_any_size():
+    """The network changes nothing: the result is the photograph enlarged, whatever lies below the faces."""
+    image, faces = portrait("astronaut")
+    for upscale in (1, 2, 3):
+        (result,) = through([image], [faces], lambda crops: crops, upscale=upscale)
+        expected = image.resize((512 * upscale, 512 * upscale), Image.LANCZOS)
+        assert result.image.size == expected.size and len(result.restored) == 1
+        assert difference(result.image, expected).max() <= 1
+        assert result.source.rgb.size == (512, 512)
+
+
+def test_the_enlarged_face_stands_where_the_face_was(group):
+    """Restored at twice the size and shrunk again, it is the face restored at once, but for the resampling."""
+    photograph, faces = group
+    (large,) = through([photograph], [faces], upscale=2)
+    (plain,) = through([photograph], [faces])
+    assert large.image.size == (400, 256)
+    assert difference(large.image.reduce(2), plain.image).mean() < 1
+
+
+@pytest.mark.parametrize("upscale", [1, 2])
+def test_the_background_is_what_the_function_makes(group, upscale):
+    photograph, faces = group
+    seen = []
+
+    def plain(image):
+        seen.append(image.tobytes())
+        image.paste("black", (0, 0, 200, 128))  # its own copy
+        return Image.new("L", (800, 512), 200)
+
+    (result,) = through([photograph], [faces], background=plain, upscale=upscale)
+    pixels = np.asarray(result.image)
+    assert result.image.size == (200 * upscale, 128 * upscale) and result.image.mode == "RGB"
+    assert seen == [photograph.tobytes()]
+    x, y = (faces[0].landmarks[2] * upscale).astype(int)
+    assert (pixels[:4] == 200).all() and (pixels[y - 3 : y + 3, x - 3 : x + 3] != 200).any()
+    (bare,) = through([photograph], [[]], background=plain, upscale=upscale)
+    assert (np.asarray(bare.image) == 200).all()
+
+
+def test_a_background_of_another_kind_or_shape(group):
+    photograph, faces = group
+    (result,) = through([photograph], [faces], background=np.asarray)
+    assert isinstance(result, TypeError) and "`background` has to return a PIL image but returned ndarray" in str(
+        result
+    )
+    (result,) = through([photograph], [faces], background=lambda image: image.resize((200, 200)))
+    assert isinstance(result, ValueError) and "made 200x200 of 200x128" in str(result)
+
+
+def test_transparency_is_enlarged_too(group):
+    photograph, faces = group
+    alpha = Image.new("L", photograph.size, 255)
+    alpha.paste(0, (0, 0, 20, 128))
+    cut = photograph.copy()
+    cut.putalpha(alpha)
+    (result,) = through([cut], [faces], upscale=2)
+    assert result.image.mode == "RGBA" and result.image.size == (400, 256)
+    found = np.asarray(result.image)[..., 3]
+    assert (found[:, :34] == 0).all() and (found[:, 46:] == 255).all()

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from faceprior.align import AlignedFace, AlignmentError, align_face, alignment_quad, enlarged, face_mask, paste_onto
-from faceprior.detect import Face, detect_faces
+from faceprior.detect import Face, detect_all_orientations
 from faceprior.errors import is_out_of_memory
 from faceprior.images import ImageSource, SourceImage, read_source
 from faceprior.quality import fine_detail
@@ -200,7 +200,7 @@ class _Photograph:
         with self._phase("detect"):
             if known is None:
                 limits = options.min_confidence, options.min_face_size
-                known = detect_faces(self.source.rgb, options.detector, *limits, turned=True)
+                known = detect_all_orientations(self.source.rgb, options.detector, *limits)
         if self.error is not None:
             return
         with self._phase("align"):
