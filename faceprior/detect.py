@@ -221,17 +221,31 @@ def search_orientations(
     those of the turned image (`np.rot90(rgb, turns)`), as `detect_faces` returns them. An image in which an upright
     face is found with SURE is not turned, nor is one in which no orientation is clearly better than upright.
     """
-    rgb = as_array(image)
-    upright = _search(rgb, detector, min_confidence, min_face_size)
+    small, factors = _at_search_size(image, detector)
+
+    def search(turns: int) -> list[Face]:
+        turned = np.ascontiguousarray(np.rot90(small, turns))
+        found = _search(turned, detector, min_confidence, min_face_size / max(factors))
+        return [_scale_face(face, factors[::-1] if turns % 2 else factors) for face in found]
+
+    upright = search(0)
     if _certainty(upright) >= SURE:
         return 0, upright
-    limits = min_confidence, min_face_size
-    found = {turns: _search(np.ascontiguousarray(np.rot90(rgb, turns)), detector, *limits) for turns in (1, 2, 3)}
+    found = {turns: search(turns) for turns in (1, 2, 3)}
     turns = max(found, key=lambda turns: _certainty(found[turns]))
     doubt = 1 - _certainty(found[turns])
     if doubt > 1 - TURNED_CONFIDENCE or MORE_SURE * doubt > 1 - _certainty(upright):
         return 0, upright
     return turns, found[turns]
+
+
+def _at_search_size(image: ImageSource, detector: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The image at the size at which the detector would search it, and the factors (2,) for x and y back.
+
+    Shrunk once, before it is turned: the copies of a large photograph take most of the memory.
+    """
+    rgb = as_array(image)
+    return _shrink(rgb, MAX_DETECTION_SIDE) if isinstance(detector, str | Detector) else (rgb, np.ones(2))
 
 
 def detect_all_orientations(
@@ -247,22 +261,29 @@ def detect_all_orientations(
     1024 px. In 75 photographs and drawings with upright faces MTCNN found no face at another place. A function as the
     detector is taken to find every orientation itself.
     """
-    rgb = as_array(image)
-    limits = min_confidence, min_face_size
-    main, found = search_orientations(rgb, detector, *limits)
+    rgb, factors = _at_search_size(image, detector)
+    least = min_face_size / max(factors)
+    main, found = search_orientations(rgb, detector, min_confidence, least)
     faces = [_turn_back(face, main, rgb.shape[1], rgb.shape[0]) for face in found]
-    if not isinstance(detector, str | Detector):
-        return faces
+    if isinstance(detector, str | Detector):
+        faces = _with_turned(faces, rgb, {0, 1, 2, 3} - {main}, detector, min_confidence, least)
+    return sorted((_scale_face(face, factors) for face in faces), key=lambda face: face.area, reverse=True)
+
+
+def _with_turned(
+    faces: list[Face], rgb: np.ndarray, orientations: set[int], detector: Any, min_confidence: float, least: float
+) -> list[Face]:
+    """`faces` and those of the other `orientations`, in quarter turns, where none of `faces` has landmarks."""
     small, factors = _shrink(rgb, MAX_TURNED_SIDE)
-    for turns in {0, 1, 2, 3} - {main}:
+    for turns in orientations:
         turned = np.ascontiguousarray(np.rot90(small, turns))
-        for face in _search(turned, detector, min_confidence, min_face_size / max(factors)):
+        for face in _search(turned, detector, min_confidence, least / max(factors)):
             face = _scale_face(_turn_back(face, turns, small.shape[1], small.shape[0]), factors)
             same = [other for other in faces if _same_place(face.box, other.box)]
             # one that was found upright, too, without landmarks that fit, lies on its side
             if face.landmarks is not None and all(other.landmarks is None for other in same):
                 faces = [other for other in faces if other not in same] + [face]
-    return sorted(faces, key=lambda face: face.area, reverse=True)
+    return faces
 
 
 def _same_place(first: Sequence[float], second: Sequence[float]) -> bool:
@@ -400,6 +421,8 @@ def _shrink(rgb: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _scale_face(face: Face, factors: np.ndarray) -> Face:
     """Scale a face by factors (2,) for x and y. Boxes refer to the edges of pixels, landmarks to their centres."""
+    if (factors == 1).all():
+        return face
     box = np.array(face.box) * np.tile(factors, 2)
     landmarks = None if face.landmarks is None else (face.landmarks + 0.5) * factors - 0.5
     return Face(tuple(box), landmarks, face.confidence)

@@ -1,4 +1,4 @@
-"""Measurements of an image: sharpness, noise, JPEG blocks, and a perceptual hash."""
+"""Measurements of an image: sharpness, fine detail, noise, JPEG blocks, and a perceptual hash."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def fine_detail(gray: np.ndarray, scale: float) -> float:
     gray: (H, W). scale: above 1. The energy of the octave above the smaller image's highest frequency, 0.5 / scale
     cycles per pixel, divided by that of the octave below: about 1 for a sharp photograph, whose octaves have equal
     energies, and 0 for one that was enlarged or blurred. A scale below 2 leaves less than an octave; what it has is
-    scaled up to one.
+    scaled up to one. One below 1.25, or an image below 16 pixels, leaves too little to measure: 0.
 
     Noise does not count: spread evenly, it determines the median of the band, from which its variance follows as for
     Gaussian values (1.4826 median)^2, whereas detail stands in few places. Nor do the borders of JPEG blocks: of the 64
@@ -94,7 +94,7 @@ def fine_detail(gray: np.ndarray, scale: float) -> float:
     """
     octaves = min(1.0, math.log2(scale)) if scale > 1 else 0.0
     height, width = (side - side % 8 for side in gray.shape)
-    if octaves < 0.1 or min(height, width) < 16:
+    if octaves < math.log2(1.25) or min(height, width) < 16:
         return 0.0
     spectrum = cv2.dct(np.ascontiguousarray(gray[:height, :width], np.float32))
     frequency = np.hypot(np.arange(height)[:, None] / (2 * height), np.arange(width) / (2 * width))

@@ -2,6 +2,9 @@
 
 import io
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -503,3 +506,57 @@ def test_transparency_is_enlarged_too(group):
     assert result.image.mode == "RGBA" and result.image.size == (400, 256)
     found = np.asarray(result.image)[..., 3]
     assert (found[:, :34] == 0).all() and (found[:, 46:] == 255).all()
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+MEASURED = """
+import gc
+import numpy as np
+from PIL import Image
+from skimage import data
+from faceprior.detect import Face
+from faceprior.restorer.photographs import PhotographOptions, restore_photographs
+
+def memory(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
+
+def restored(images, faces, **options):
+    options = PhotographOptions(keep_sharp=False, **options)
+    return restore_photographs(images, faces, lambda crops: [crop.rotate(1) for crop in crops], 128, options)
+
+def face(scale):
+    landmarks = np.array([[206, 102], [249, 105], [227, 130], [204, 142], [247, 144]]) * scale
+    return Face((180 * scale, 60 * scale, 275 * scale, 180 * scale), landmarks, 1.0)
+
+def photographs(count, side):
+    for number in range(count):
+        yield Image.fromarray(data.astronaut()).resize((side, side)).rotate(number / 100)
+
+# 400 photographs of 256 x 256 pixels
+for number, result in enumerate(restored(photographs(400, 256), ([face(0.5)] for _ in range(400)))):
+    assert len(result.restored) == 1
+    if number == 9:
+        after_10 = memory("VmRSS")
+print(memory("VmRSS") - after_10)
+
+# one of 4096 x 4096 pixels, whose face takes a square of 1376
+del result
+gc.collect()
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts here
+before = memory("VmRSS")
+for result in restored(photographs(1, 4096), [[face(8)]]):
+    assert len(result.restored) == 1
+print((memory("VmHWM") - before) / 4096**2)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory is Linux's")
+def test_memory_is_bounded():
+    """Photograph 400 needs at most 30 MB more than photograph 10, and a large one 12 bytes per pixel at its peak:
+    Pillow's RGB takes 4, and there are the photograph and its result."""
+    run = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    growth, per_pixel = map(float, run.stdout.split())
+    assert growth < 30e6 and 7 < per_pixel <= 12
