@@ -553,6 +553,7 @@ print((memory("VmHWM") - before) / 4096**2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory is Linux's")
 def test_memory_is_bounded():
     """Photograph 400 needs at most 30 MB more than photograph 10, and a large one 12 bytes per pixel at its peak:
