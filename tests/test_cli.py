@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from faceprior.cli import main, make_parser
 from faceprior.cli import restore as restore_command
@@ -28,7 +28,7 @@ from faceprior.cli.drawing import COLOR
 from faceprior.cli.outputs import RestoreRecord, plan_outputs
 from faceprior.cli.results import ImageScores
 from faceprior.cli.score_file import ScoreFile
-from faceprior.images import save_image
+from faceprior.images import load_image, save_image
 from faceprior.models import DEFAULT_PROMPT
 from faceprior.procedural import draw_portrait
 from faceprior.restorer import AuthFaceRestorer, RestorerSettings
@@ -621,6 +621,9 @@ def test_a_prompt_without_its_tokenizer_ends_before_the_first_image(portraits, s
 
 def test_restore_keeps_the_tree_the_size_and_the_background(archive, tmp_path, restorer, capsys):
     output = tmp_path / "restored"
+    # a face sharper than this restorer's 64 pixels would be left alone
+    blurred = load_image(archive / "astronaut.png").filter(ImageFilter.GaussianBlur(2))
+    save_image(blurred, archive / "astronaut.png")
     assert main(["restore", str(archive), "-o", str(output), "--checkpoint", restorer, "--compare"]) == 1
     out, err = capsys.readouterr()
     names = {path.relative_to(output).as_posix() for path in output.rglob("*.png")}

@@ -1,20 +1,15 @@
-"""AuthFaceRestorer: sampling by hand, the photograph around the faces, and the folders that it reads."""
+"""AuthFaceRestorer: sampling by hand, and the folders that it reads."""
 
-import io
 import json
-import logging
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
-from PIL import Image, ImageEnhance
-from skimage import data
+from PIL import Image
 
 from faceprior import tiny
-from faceprior.align import align_face, alignment_quad
-from faceprior.detect import Face
 from faceprior.images import to_pil
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
@@ -55,31 +50,8 @@ def crops():
     return [Image.fromarray(draw_portrait(seed, 64).image) for seed in (1, 2, 3)]
 
 
-@pytest.fixture(scope="module")
-def group():
-    """A photograph of 200 x 128 pixels with two drawn people, and their faces, largest first."""
-    image, faces = Image.new("RGB", (200, 128), "gray"), []
-    for seed, size, x in ((4, 128, 0), (5, 64, 132)):
-        drawing = draw_portrait(seed, size)
-        image.paste(Image.fromarray(drawing.image), (x, 0))
-        x0, y0, x1, y1 = drawing.box
-        faces.append(Face((x0 + x, y0, x1 + x, y1), drawing.landmarks + [x, 0], 1.0))
-    return image, faces
-
-
 def difference(one, other):
     return np.abs(np.asarray(one, int) - np.asarray(other, int))
-
-
-def inside_of(face, size):
-    """(H, W) bool: the pixels whose centres lie in the square that is cut out around a face, or next to it."""
-    corner, below, _, right = alignment_quad(face.landmarks)
-    y, x = np.mgrid[: size[1], : size[0]]
-    offset = np.stack([x, y], axis=2) - corner
-    across, down = right - corner, below - corner
-    fractions = [(offset @ side) / (side @ side) for side in (across, down)]
-    margin = 1.5 / np.hypot(*across)
-    return np.all([(f >= -margin) & (f <= 1 + margin) for f in fractions], axis=0)
 
 
 # -------------------------------------------------------------------------------------------- sampling
@@ -231,138 +203,6 @@ def test_an_unknown_color_fix_or_setting(restorer, crops):
         restorer.restore_crops(crops, start="lq")
     with pytest.raises(TypeError, match="stepps"):
         restorer.restore(crops[0], faces=[], stepps=3)
-
-
-# ------------------------------------------------------------------------------------------ photographs
-
-
-def test_only_the_faces_of_a_photograph_change(restorer, group):
-    photograph, faces = group
-    result = restorer.restore(photograph, faces=faces, **FAST)
-    assert result.image.size == photograph.size and result.image.mode == "RGB"
-    inside = [inside_of(face, photograph.size) for face in faces]
-    changed = difference(result.image, photograph).max(axis=2) > 0
-    assert not (changed & ~inside[0] & ~inside[1]).any()
-    for region in inside:
-        assert changed[region].mean() > 0.5
-    assert [found.face for found in result.faces] == faces
-    for found, face in zip(result.faces, faces, strict=True):
-        assert found.before.tobytes() == align_face(photograph, face.landmarks, 64).crop.tobytes()
-        assert found.after.size == (64, 64) and difference(found.before, found.after).max() > 1
-
-
-def in_mode(image, mode):
-    """The photograph as a grey or toned one: file's mode, or the way that it came to its colours."""
-    grey = image.convert("L")
-    if mode == "sepia":
-        return Image.fromarray((np.asarray(grey)[..., None] / 255 * [255, 232, 195]).astype(np.uint8))
-    if mode == "JPEG":
-        buffer = io.BytesIO()
-        grey.convert("RGB").save(buffer, "JPEG", quality=60)
-        return Image.open(buffer)
-    if mode == "LA":
-        grey.putalpha(200)
-    return grey.convert(mode)
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "I", "JPEG", "sepia"])
-@pytest.mark.parametrize("color_fix", ["wavelet", "none"])
-def test_a_grey_or_toned_photograph_stays_so(restorer, group, mode, color_fix):
-    """Whatever the network draws, which here is coloured noise."""
-    photograph = in_mode(group[0], mode)
-    if mode == "I":
-        photograph = Image.fromarray(np.asarray(photograph, np.int32) * 257)
-    result = restorer.restore(photograph, faces=group[1], color_fix=color_fix, num_inference_steps=1)
-    pixels = np.asarray(result.image.convert("RGB")).astype(int)
-    assert result.image.mode == ("RGBA" if mode == "LA" else "RGB") and len(result.faces) == 2
-    assert difference(pixels, np.asarray(result.source.rgb)).max() > 5
-    if mode == "sepia":
-        red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
-        off = np.maximum(np.abs(green - red * 232 / 255), np.abs(blue - red * 195 / 255))
-        assert (off < 2.5).mean() > 0.98  # but where the resampling of the noise overshoots white
-        assert (red >= green).all() and (green >= blue).all()
-    else:
-        assert not np.ptp(pixels, axis=2).any()
-
-
-def test_a_photograph_in_colours_is_not_toned(restorer, group, monkeypatch):
-    """A pale one, too: as if the tone was never looked at."""
-    pale = ImageEnhance.Color(group[0]).enhance(0.3)
-    found = restorer.restore(pale, faces=group[1], num_inference_steps=1).image
-    monkeypatch.setattr("faceprior.restorer.restorer.keep_tone", lambda content, style: content)
-    assert restorer.restore(pale, faces=group[1], num_inference_steps=1).image.tobytes() == found.tobytes()
-
-
-def test_transparency_stays(restorer, group):
-    photograph, faces = group
-    alpha = Image.new("L", photograph.size, 255)
-    alpha.paste(0, (0, 0, 20, 128))
-    alpha.paste(100, (20, 0, 50, 128))
-    cut = photograph.copy()
-    cut.putalpha(alpha)
-    result = restorer.restore(cut, faces=faces[:1], num_inference_steps=1)
-    before, after = np.asarray(cut).astype(int), np.asarray(result.image).astype(int)
-    assert result.image.mode == "RGBA" and (after[..., 3] == before[..., 3]).all()
-    outside = ~inside_of(faces[0], photograph.size) | (before[..., 3] == 0)
-    assert (after[outside] == before[outside]).all() and (after != before).any()
-
-
-def test_several_faces_do_not_depend_on_the_batch(restorer, group):
-    photograph, faces = group
-    results = [restorer.restore(photograph, faces=faces, batch_size=size, **FAST) for size in (1, 2)]
-    assert difference(results[0].image, results[1].image).max() <= 1
-
-
-def test_the_larger_face_goes_on_top(restorer, group):
-    """A second face of the same place, listed after the first, does not show in the middle of the first."""
-    photograph, (face, _) = group
-    moved = Face(face.box, face.landmarks + [6, 0], 1.0)
-    alone = restorer.restore(photograph, faces=[face], **FAST).image
-    both = restorer.restore(photograph, faces=[face, moved], **FAST).image
-    middle = align_face(photograph, face.landmarks, 64)
-    x, y = (np.linalg.inv(np.vstack([middle.matrix, [0, 0, 1]])) @ [32, 32, 1])[:2].astype(int)
-    area = (x - 10, y - 10, x + 10, y + 10)
-    assert difference(alone.crop(area), both.crop(area)).max() <= 1
-    assert difference(alone, both).max() > 1
-
-
-def test_a_detected_face(restorer):
-    photograph = data.astronaut()
-    result = restorer.restore(photograph, detector="mtcnn", num_inference_steps=1)
-    (found,) = result.faces
-    inside = inside_of(found.face, (512, 512))
-    assert (np.asarray(result.image)[~inside] == photograph[~inside]).all()
-    assert difference(result.image, photograph)[inside].mean() > 1
-
-
-def test_a_photograph_without_a_face_comes_back(restorer):
-    photograph = Image.fromarray(data.coffee()).resize((120, 80))
-    result = restorer.restore(photograph, detector="mtcnn")
-    assert result.faces == [] and result.image.tobytes() == photograph.tobytes()
-    assert restorer.restore(photograph, detector=lambda rgb: []).faces == []
-
-
-def test_a_face_that_cannot_be_aligned_is_left_with_a_warning(restorer, group, caplog):
-    photograph, (face, other) = group
-    swapped = Face(other.box, other.landmarks[[1, 0, 2, 3, 4]], 1.0)
-    with caplog.at_level(logging.WARNING):
-        result = restorer.restore(photograph, faces=[Face(other.box, None, 1.0), swapped, face], **FAST)
-    assert [found.face for found in result.faces] == [face]
-    assert [left.face.landmarks is None for left in result.left] == [True, False]
-    assert result.left[0].reason == "it has no landmarks" and "contradict each other" in result.left[1].reason
-    assert "has no landmarks" in caplog.text and "contradict each other" in caplog.text
-    assert f"the face at ({other.box[0]:.0f}, " in caplog.text
-
-
-def test_another_resolution_for_one_call(restorer, group):
-    """The crop is aligned at the size that it is restored at, so that it fits back into its place."""
-    photograph, faces = group
-    result = restorer.restore(photograph, faces=faces[:1], resolution=32, **FAST)
-    assert result.faces[0].before.size == result.faces[0].after.size == (32, 32)
-    expected = restorer.restore(photograph, faces=faces[:1], resolution=32, **FAST, color_fix="none")
-    changed = difference(expected.image, photograph).max(axis=2) > 0
-    inside = inside_of(faces[0], photograph.size)
-    assert not changed[~inside].any() and changed[inside].mean() > 0.5
 
 
 # ------------------------------------------------------------------------------------------------ files

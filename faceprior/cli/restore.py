@@ -109,8 +109,8 @@ def run(options: argparse.Namespace) -> int:
     settings = _digest(options, restorer, detector.name, sampling)
 
     def restore(file: str) -> "RestoredImage":
-        limits = options.min_confidence, options.min_face_size
-        return restorer.restore(_read(file), detector, *limits, color_fix=options.color_fix, **sampling)
+        limits = {key: getattr(options, key) for key in ("min_confidence", "min_face_size")}
+        return restorer.restore(_read(file), detector=detector, **limits, color_fix=options.color_fix, **sampling)
 
     # ---- restore
     failed = {file: error for file, error in inputs.entries.items() if error}
@@ -169,7 +169,7 @@ def _restored(
         return f"finished before -> {record.folder / _main_output(done)}"
     require_short(file, names)
     result = restore(file)
-    names = {kind: name for kind, name in names.items() if kind != (COPY if result.faces else RESULT)}
+    names = {kind: name for kind, name in names.items() if kind != (COPY if result.restored else RESULT)}
     record.claim(file, names)
     _write(result, file, {kind: record.folder / name for kind, name in names.items()})
     record.finish(file, names, settings)
@@ -201,7 +201,7 @@ def _main_output(names: dict[str, str]) -> str:
 
 def _done(result: "RestoredImage") -> str:
     """Say what was done with the faces of an image, and what its result does not hold."""
-    restored, left = len(result.faces), len(result.left)
+    restored, left = len(result.restored), len(result.left)
     reasons = "; ".join(dict.fromkeys(face.reason for face in result.left))
     if not restored:
         return f"{f'no face restored ({reasons})' if left else 'no face found'}, copied as it is"

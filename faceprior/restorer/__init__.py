@@ -11,15 +11,14 @@ restorer     `AuthFaceRestorer`
 """
 
 from faceprior.restorer.restorer import AuthFaceRestorer
-from faceprior.restorer.results import LeftFace, RestoredFace, RestoredImage
+from faceprior.restorer.results import FaceResult, RestoredImage
 from faceprior.restorer.settings import NEGATIVE_PROMPT, PROMPT, RestorerSettings
 
 __all__ = [
     "NEGATIVE_PROMPT",
     "PROMPT",
     "AuthFaceRestorer",
-    "LeftFace",
-    "RestoredFace",
+    "FaceResult",
     "RestoredImage",
     "RestorerSettings",
 ]

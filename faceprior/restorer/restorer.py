@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -19,12 +21,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from faceprior.align import paste_face
 from faceprior.color import adain_color_fix, keep_tone, wavelet_color_fix
-from faceprior.detect import Face, detect_faces
+from faceprior.detect import Face
 from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_like, report_long_prompts
 from faceprior.files import atomic_write
-from faceprior.images import ImageSource, SourceImage, read_source, to_pil, to_pixel_values
+from faceprior.images import ImageSource, SourceImage, to_pil, to_pixel_values
 from faceprior.models import (
     MODEL_FILES,
     RESTORER_ID,
@@ -34,8 +35,8 @@ from faceprior.models import (
     require_quantization,
     resolve_model,
 )
-from faceprior.restorer.photographs import align_faces
-from faceprior.restorer.results import RestoredFace, RestoredImage
+from faceprior.restorer.photographs import PhotographOptions, restore_photographs
+from faceprior.restorer.results import RestoredImage
 from faceprior.restorer.settings import SETTINGS_FILE, RestorerSettings, read_settings
 
 COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": lambda content, style: content}
@@ -117,43 +118,93 @@ class AuthFaceRestorer:
     def restore(
         self,
         image: ImageSource | SourceImage,
-        detector="auto",
-        min_confidence: float = 0.9,
-        min_face_size: int = 20,
         faces: list[Face] | None = None,
+        detector: str | Callable = "auto",
+        min_confidence: float = 0.9,
+        min_face_size: float = 20,
+        upscale: int = 1,
+        background: Callable[[Image.Image], Image.Image] | None = None,
         color_fix: str = "wavelet",
+        keep_sharp: bool | None = None,
+        scorer: Any = None,
+        keep_better: bool | None = None,
+        min_gain: float = 0.0,
+        identity: Any = None,
+        max_drift: float | None = None,
         batch_size: int = 4,
         **sampling,
     ) -> RestoredImage:
-        """Restore every face of a photograph and paste it back.
+        """Restore every face of a photograph and paste it back, where that makes it better.
 
         image: path, PIL image, array, or what `read_source` read. faces: known faces with landmarks, instead of
-        detection. color_fix: `wavelet`, `adain` or `none`; a grey or toned face keeps its tone with each of them.
-        batch_size: faces per pass through the network. sampling: overrides of the settings
+        detection (`detector`, `min_confidence`, `min_face_size`: see `detect_faces`). upscale: whole factor of the
+        result's size, 1 to 4. background: function from the photograph to an image of the same shape, such as an
+        upscaler, for what is outside of the faces. color_fix: `wavelet`, `adain` or `none`; a grey or toned face keeps
+        its tone with each of them. batch_size: faces per pass through the network. sampling: overrides of the settings
         (num_inference_steps, guidance_scale, controlnet_conditioning_scale, seed, prompt, ...).
 
-        Outside of the faces every pixel is that of the photograph, also in its transparency; an image without a face is
-        returned unchanged. A face that cannot be aligned, since its landmarks are missing or do not span a face, is
-        left unchanged, with a warning in the log.
+        What is not pasted is left as it is, and the result says why:
+
+        - a face that cannot be aligned, since its landmarks are missing or do not span a face, with a warning in the
+          log;
+        - keep_sharp: a face larger in the photograph than the model's resolution that is really sharper than it (see
+          `quality.fine_detail`); on by default where no scorer decides;
+        - scorer, an object with `score_crops(crops)` such as a FaceScorer, with keep_better, on by default with it: a
+          face whose Face Score does not rise by `min_gain` at least;
+        - identity, an object with `distance(before, after)` such as an IdentityModel, with max_drift: a face whose
+          distance is above it.
+
+        A larger face that is soft keeps the photograph's grain and texture that are finer than the model's pixels.
+        Without a `background` every pixel outside of the faces is that of the photograph, also in its transparency, or
+        of the photograph enlarged by LANCZOS; an image without a face is returned unchanged.
         """
-        source = image if isinstance(image, SourceImage) else read_source(image)
-        photograph, settings = source.rgb, replace(self.settings, **sampling)
+        results = self.restore_all(
+            [image],
+            [faces],
+            color_fix,
+            detector=detector,
+            min_confidence=min_confidence,
+            min_face_size=min_face_size,
+            upscale=upscale,
+            background=background,
+            keep_sharp=keep_sharp,
+            scorer=scorer,
+            keep_better=keep_better,
+            min_gain=min_gain,
+            identity=identity,
+            max_drift=max_drift,
+            batch_size=batch_size,
+            **sampling,
+        )
+        (result,) = results
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-        # ---- detect and align: upright square crops, the largest face first
-        if faces is None:
-            faces = detect_faces(photograph, detector, min_confidence, min_face_size, turned=True)
-        aligned, left = align_faces(photograph, faces, settings.resolution)
+    def restore_all(
+        self,
+        images: Iterable[ImageSource | SourceImage],
+        faces: Iterable[list[Face] | None] | None = None,
+        color_fix: str = "wavelet",
+        **options,
+    ) -> Iterator[RestoredImage | Exception]:
+        """Restore many photographs, whose faces share batches -> their results, in the order of `images`.
 
-        # ---- restore the crops
-        before = [place.crop for _, place in aligned]
-        after = self.restore_crops(before, color_fix, batch_size, **sampling)
+        images: any iterable; it is read as the results are asked for, as far ahead as a batch needs, and a few
+        photographs at most are in memory. faces: for each photograph its known faces, or None. options: those of
+        `restore`. A photograph that fails has its exception in the place of its result, and the others go on; so do
+        the photographs of a batch for which the memory did not suffice.
+        """
+        names = {field.name for field in fields(PhotographOptions)}
+        own = PhotographOptions(**{name: value for name, value in options.items() if name in names})
+        sampling = {name: value for name, value in options.items() if name not in names}
 
-        # ---- paste back: the largest face last, so that it lies on top
-        result = photograph
-        for crop, (_, place) in reversed(list(zip(after, aligned, strict=True))):
-            result = paste_face(result, crop, place.matrix)
-        restored = [RestoredFace(face, place.crop, crop) for crop, (face, place) in zip(after, aligned, strict=True)]
-        return RestoredImage(source.with_pixels(result), restored, left, source)
+        def restore_crops(crops: list[Image.Image]) -> list[Image.Image]:
+            return self.restore_crops(crops, color_fix, own.batch_size, **sampling)
+
+        restore_crops([])  # wrong options are no photograph's error
+        resolution = replace(self.settings, **sampling).resolution
+        return restore_photographs(images, faces, restore_crops, resolution, own)
 
     @torch.no_grad()
     def restore_crops(
