@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from faceprior.diffusion import PromptEmbeddings, encode_prompts
+from faceprior.diffusion import PromptEmbeddings, encode_prompts, networks_of
 from faceprior.files import atomic_write, size_text
 from faceprior.memory import ENCODING, Rehearsal
 from faceprior.models import placed
@@ -157,7 +157,7 @@ def rehearse_cache(
 
     To plan with (see `faceprior.memory`); `encode`, `prompt` as in `cache_dataset`.
     """
-    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    networks = networks_of(pipeline)
 
     def alone(*models: nn.Module) -> AbstractContextManager[None]:
         return rehearsal.away(*(network for network in networks if network not in models))
