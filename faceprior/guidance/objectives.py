@@ -31,7 +31,6 @@ from faceprior.models import device_of, to_device
 from faceprior.reward_tuning import FaceReward
 from faceprior.training import drop_prompts, sample_timesteps
 
-TRAIN = ("self_attention", "lora", "full")
 # Objective -> the losses that are added.
 OBJECTIVES = {
     "guidance": ("guidance",),

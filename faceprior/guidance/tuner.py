@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class GuidanceTuner(Objectives):
-    """A base model that is tuned with (good, bad) pairs.
+    """A base model, the part of its network that is trained, and the losses on (good, bad) pairs of faces.
 
-    Arguments: what is trained, see `TunedPipeline`; the losses, see `Objectives`. verdict: of the last `fit` with a
-    scorer.
+    `from_pretrained` loads a base, `fit` trains, `save_pretrained` writes what was trained. The constructor's arguments
+    say what is trained (see `TunedPipeline`) and how the losses are computed (see `Objectives`). verdict: of the last
+    `fit` with a scorer.
     """
 
     verdict: Verdict | None = None
