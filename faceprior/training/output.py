@@ -65,6 +65,7 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
 
 
 def other_samples(output: Path, samples: int, parts: tuple[int, int, int]) -> str:
+    """Return the message for a run whose steps had another number of samples than `parts` multiply to."""
     batch_size, accumulation, processes = parts
     return (
         f"{output} holds a run with {samples} samples a step, but `batch_size` {batch_size} x `accumulation` "
