@@ -20,7 +20,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from faceprior.diffusion import PromptEmbeddings, encode_prompts
-from faceprior.files import atomic_write
+from faceprior.diffusion import PromptEmbeddings, encode_prompts, networks_of
+from faceprior.files import atomic_write, size_text
 from faceprior.memory import ENCODING, Rehearsal
-from faceprior.training import collate, size_text
+from faceprior.models import placed
+from faceprior.training import collate
 
 logger = logging.getLogger(__name__)
 # Part of every folder's name: raise it when the code makes other tensors than before of the same images and prompts.
@@ -156,16 +157,16 @@ def rehearse_cache(
 
     To plan with (see `faceprior.memory`); `encode`, `prompt` as in `cache_dataset`.
     """
-    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    networks = networks_of(pipeline)
 
     def alone(*models: nn.Module) -> AbstractContextManager[None]:
         return rehearsal.away(*(network for network in networks if network not in models))
 
     encoders = _encoders(pipeline)
     with torch.no_grad():
-        with alone(*encoders), _moved(encoders, device), rehearsal.phase(ENCODING):
+        with alone(*encoders), placed(encoders, device), rehearsal.phase(ENCODING):
             rows = vars(encode_prompts(pipeline, [str(number) for number in range(_PROMPTS_AT_ONCE)]))
-        with alone(pipeline.vae), _moved([pipeline.vae], device), rehearsal.phase(ENCODING):
+        with alone(pipeline.vae), placed([pipeline.vae], device), rehearsal.phase(ENCODING):
             encoded = encode(batch)
     for name, rows_of in rows.items():
         for start in ("", DROPPED) if rows_of is not None else ():
@@ -268,9 +269,11 @@ def _fill(
     for share in (own, files.keys() - own):
         missing = [file for file in files if file in share and not _is_whole(file)]
         if missing:
-            with _moved(models, accelerator.device), torch.no_grad():
+            with placed(models, accelerator.device), torch.no_grad():
                 entries = encode([files[file] for file in missing])
                 _write(missing, entries, what, accelerator)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the encoders took, for other processes, too
         accelerator.wait_for_everyone()
 
 
@@ -311,21 +314,6 @@ def _require_space(folder: Path, size: int) -> None:
     logger.info("%s: about %s are to be written, %s are free", folder, size_text(size), size_text(free))
     if size > free:
         raise OSError(f"about {size_text(size)} are needed, {size_text(free)} are free")
-
-
-@contextmanager
-def _moved(models: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Keep models on `device`; at the end they are where they were."""
-    places = [model.device for model in models]
-    for model in models:
-        model.to(device)
-    try:
-        yield
-    finally:
-        for model, place in zip(models, places, strict=True):
-            model.to(place)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what the encoders took, for other processes, too
 
 
 def _rows(batch: dict[str, Tensor | None]) -> Iterator[dict[str, Tensor]]:

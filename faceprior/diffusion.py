@@ -44,6 +44,11 @@ def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
     return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
+def networks_of(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """Return all networks of a pipeline: that which is trained, the VAE, the text encoders."""
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
 def is_flux(pipeline: DiffusionPipeline) -> bool:
     """Tell whether the pipeline is of FLUX.1 type, whose transformer takes latents as tokens and timesteps as s."""
     return isinstance(getattr(pipeline, "transformer", None), FluxTransformer2DModel)

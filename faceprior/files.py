@@ -211,6 +211,11 @@ def printable(text: str, encoding: str | None = "utf-8") -> str:
     return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
 
 
+def size_text(size: float) -> str:
+    """Return a number of bytes as MB or GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 # ---- writing
 
 

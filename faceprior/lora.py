@@ -277,7 +277,7 @@ def find_lora(path: Path) -> Path | None:
 
 def load_lora(pipeline: DiffusionPipeline, file: Path) -> None:
     """Load a LoRA into a pipeline; ValueError if it does not fit, or if a part of it would be dropped."""
-    denoiser, part = denoiser_of(pipeline), "unet" if hasattr(pipeline, "unet") else "transformer"
+    denoiser, part = denoiser_of(pipeline), _part(pipeline)
     if any("dora_scale" in name for name in _tensor_names(file)):
         raise ValueError(
             f"{file} is a DoRA, whose `dora_scale` diffusers would drop: merge it into its base where it was trained"

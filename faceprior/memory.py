@@ -242,8 +242,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        run = _run_on_fakes if self._rehearsal.fake else _run
-        result = run(function, args, kwargs)
+        result = _run_on_fakes(function, args, kwargs) if self._rehearsal.fake else function(*args, **kwargs)
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
@@ -288,10 +287,6 @@ class _LiveBytes(TorchDispatchMode):
         entry[1] = size
         self.now += size - before
         self.parts[part] += size - before
-
-
-def _run(function, args, kwargs):
-    return function(*args, **kwargs)
 
 
 def _run_on_fakes(function, args, kwargs):

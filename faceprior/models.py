@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,12 @@ def require_weights(what: str, model: torch.nn.Module) -> None:
         raise ValueError(f"the weights of {what} lack {', '.join(missing[:3])} ({len(missing)} in all)")
 
 
+def differing_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of the tensors that only one of two models has, or in another shape than the other."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (one, other)]
+    return [name for name in sorted(one.keys() | other.keys()) if shapes[0].get(name) != shapes[1].get(name)]
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message: the libraries' go on for pages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -241,6 +247,20 @@ def weight_dtype(mixed_precision: str) -> torch.dtype:
 def device_of(module: torch.nn.Module) -> torch.device:
     """Return the device of a module's first weight; diffusers' `.device` searches all modules for offloading first."""
     return next(module.parameters()).device
+
+
+@contextmanager
+def placed(models: Iterable[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """Keep models on `device`; at the end they are where they were."""
+    places = [(model, model.device) for model in models]
+    try:
+        for model, _ in places:
+            model.to(device)
+        yield
+    finally:
+        for model, place in places:
+            if model.device != place:
+                model.to(place)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

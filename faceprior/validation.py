@@ -15,7 +15,7 @@ prompts that are given; how the model does on prompts that it was not trained on
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from faceprior.diffusion import sample_images, sampled_with
 from faceprior.images import save_image
 from faceprior.jsonl import resume_rows, rewrite_rows
 from faceprior.metrics import mean_interval
-from faceprior.models import SCORER_ID
+from faceprior.models import SCORER_ID, placed
 from faceprior.training import TrainingRun
 
 VALIDATION, SAMPLES = "validation.jsonl", "samples.jsonl"
@@ -296,18 +296,9 @@ class Validation:
         with sampled_with(self.sampler, pipeline):
             return sample_images(pipeline, [self._prompt(index)], [seed], *options)[0]
 
-    @contextmanager
-    def _scoring(self):
+    def _scoring(self) -> AbstractContextManager[None]:
         """Have the scorer on the run's device, and back where it was afterwards."""
-        if self.scorer is None:
-            yield
-            return
-        home = self.scorer.device
-        self.scorer.to(self.run.accelerator.device)
-        try:
-            yield
-        finally:
-            self.scorer.to(home)
+        return placed([self.scorer] if self.scorer else [], self.run.accelerator.device)
 
     def _score(self, image: Image.Image) -> Score:
         return None if self.scorer is None else score_face(image, self.scorer, self.detector)["score"]

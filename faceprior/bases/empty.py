@@ -16,13 +16,12 @@ from transformers import PreTrainedTokenizerBase, T5Tokenizer
 from faceprior.bases.folder import find_folder
 from faceprior.bases.parts import (
     LOADING_ERRORS,
-    NO_CHECKER,
-    SD3,
     TEXT_TO_IMAGE,
     VAE_HINT,
     Part,
     architecture_of,
     class_problem,
+    left_out,
     parts_of_folder,
     pipeline_class_of_folder,
     read_json,
@@ -86,10 +85,7 @@ def load_empty(
             module.eval()
 
     # ---- the pipeline, with the scheduler and the other tokenizers from their files
-    if "safety_checker" in read_json(folder / "model_index.json"):
-        parts |= NO_CHECKER
-    if architecture == SD3 and "text_encoder_3" not in described:
-        parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    parts |= left_out(folder, described)
     try:
         return TEXT_TO_IMAGE.get(architecture, DiffusionPipeline).from_pretrained(folder, **parts)
     except LOADING_ERRORS as error:
