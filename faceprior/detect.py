@@ -225,10 +225,8 @@ def search_orientations(
     upright = _search(rgb, detector, min_confidence, min_face_size)
     if _certainty(upright) >= SURE:
         return 0, upright
-    found = {
-        turns: _search(np.ascontiguousarray(np.rot90(rgb, turns)), detector, min_confidence, min_face_size)
-        for turns in (1, 2, 3)
-    }
+    images = {turns: np.ascontiguousarray(np.rot90(rgb, turns)) for turns in (1, 2, 3)}
+    found = {turns: _search(image, detector, min_confidence, min_face_size) for turns, image in images.items()}
     turns = max(found, key=lambda turns: _certainty(found[turns]))
     doubt = 1 - _certainty(found[turns])
     if doubt > 1 - TURNED_CONFIDENCE or MORE_SURE * doubt > 1 - _certainty(upright):

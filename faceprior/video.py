@@ -1,9 +1,9 @@
 """Videos: every face followed over the frames, the frames restored one after the other, the sound copied.
 
 A face that is found anew in every frame trembles: a detector's landmarks jump by a pixel or two, and the restored face
-with them. `follow_faces` joins the faces of successive frames to tracks, smooths each track over time and bridges frames
-in which a face was missed. `restore_video` reads a video twice: once for the tracks, which are small, and once to restore
-and write it, so that it holds a few frames at a time.
+with them. `follow_faces` joins the faces of successive frames to tracks, smooths each track over time and bridges
+frames in which a face was missed. `restore_video` reads a video twice: once for the tracks, which are small, and once
+to restore and write it, so that it holds a few frames at a time.
 
 PyAV, which brings FFmpeg, is imported on first use: `pip install faceprior[video]`.
 """
@@ -178,14 +178,15 @@ def restore_video(
     path: str | Path,
     target: str | Path,
     detect: Callable[[Image.Image], list[Face]],
-    restore: Callable[[Iterable[tuple[Image.Image, list[Face]]]], Iterable[Image.Image]],
+    restore: Callable[[Iterable[Image.Image], list[list[Face]]], Iterable[Image.Image]],
     smoothing: float = SMOOTHING,
 ) -> RestoredVideo:
-    """Restore the faces of a video and write it with the same size, time stamps, rotation and sound, whole or not at all.
+    """Restore the faces of a video and write it with the same size, time stamps, rotation and sound, whole or not at
+    all.
 
-    detect: finds the faces of an upright frame. restore: maps upright frames with their faces to restored frames of the
-    same size, lazily and in order. target: its suffix names the container (see `container_suffix`). The picture is
-    encoded as H.264 (VP9 in WebM), where PyAV has it; sound is copied packet by packet. Without any face nothing is
+    detect: finds the faces of an upright frame. restore: maps upright frames, and the faces of each, to restored frames
+    of the same size, lazily and in order. target: its suffix names the container (see `container_suffix`). The picture
+    is encoded as H.264 (VP9 in WebM), where PyAV has it; sound is copied packet by packet. Without any face nothing is
     written.
 
     Raises ImportError without PyAV, VideoError for a file that is no video, is damaged, or has too large frames.
@@ -223,19 +224,18 @@ def _write(path: Path, target: Path, tracks: list[list[Face]], restore: Callable
             encoder.set_display_rotation(first.rotation)
         waiting: deque[tuple[Any, Image.Image]] = deque()
 
-        def frames() -> Iterator[tuple[Image.Image, list[Face]]]:
-            packets = _copied(container.demux(stream, *container.streams.audio), sounds, output)
-            for frame, faces in zip(_decoded(packets), tracks, strict=True):
+        def images() -> Iterator[Image.Image]:
+            for frame in _decoded(_copied(container.demux(stream, *container.streams.audio), sounds, output)):
                 if (frame.width, frame.height) != (first.width, first.height):
                     raise VideoError(f"{path} changes its size at {frame.time:.2f} s: split it there first")
                 image = _upright(frame)
                 waiting.append((frame, image))
-                yield image, faces
+                yield image
 
         # ---- restore and encode, as the frames come
         largest = max(range(len(tracks)), key=lambda i: max((face.area for face in tracks[i]), default=0))
         shown: tuple[Image.Image | None, Image.Image | None] = (None, None)
-        for number, image in enumerate(restore(frames())):
+        for number, image in enumerate(restore(images(), tracks)):
             frame, before = waiting.popleft()
             if number == largest:
                 shown = before, image
