@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from faceprior.images import ImageSource, as_array, cv2
+from faceprior.images import ImageSource, as_array, cv2, load_image
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +202,18 @@ def detect_faces(
     px, where faces below 12 px are not found whatever `min_face_size`; a function as the detector gets the full image,
     and its landmarks are taken as they are.
     """
+    detector = resolve_detector(detector) if isinstance(detector, str) else detector
+    if isinstance(detector, Detector) and not isinstance(image, np.ndarray):
+        # shrunk before it becomes an array, which takes as much memory as the photograph again
+        photograph = load_image(image)
+        scale = MAX_DETECTION_SIDE / max(photograph.size)
+        if scale < 1:
+            size = tuple(max(1, round(edge * scale)) for edge in photograph.size)
+            small = photograph.resize(size, Image.BOX)
+            factors = np.array(photograph.size) / size
+            found = detect_faces(small, detector, min_confidence, min_face_size * scale, turned)
+            return [_scale_face(face, factors) for face in found]
+        image = photograph
     rgb = as_array(image)
     if not turned:
         return _search(rgb, detector, min_confidence, min_face_size)
@@ -317,6 +329,7 @@ def _clamp(face: Face, width: int, height: int) -> Face:
 
 
 MAX_DETECTION_SIDE = 2048
+KEPT_PIXELS = 1_000_000  # a model that searched more is given up: it keeps 120 bytes for each; a new one takes 20 ms
 MTCNN_WINDOW = 12  # pixels, the smallest face that its network sees
 # Offset of MTCNN's landmarks to the right and below, in widths and heights of its box. The first can be measured
 # without known landmarks: in a mirrored image they err to the same side, in photographs and drawings at every size.
@@ -378,7 +391,8 @@ class MTCNNDetector(Detector):
         # for faces below its window the image would be enlarged: slow, and of no use
         model.min_face_size = max(MTCNN_WINDOW, round(min_face_size))
         found = model.detect_faces(rgb)
-        self._idle.append(model)
+        if rgb.shape[0] * rgb.shape[1] < KEPT_PIXELS:
+            self._idle.append(model)
         return [_face_from_mtcnn(entry) for entry in found if min(entry["box"][2:]) > 0]
 
 
