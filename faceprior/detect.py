@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from faceprior.images import ImageSource, as_array, cv2, load_image
+from faceprior.images import ImageSource, as_array, cv2
 
 logger = logging.getLogger(__name__)
 
@@ -202,18 +202,6 @@ def detect_faces(
     px, where faces below 12 px are not found whatever `min_face_size`; a function as the detector gets the full image,
     and its landmarks are taken as they are.
     """
-    detector = resolve_detector(detector) if isinstance(detector, str) else detector
-    if isinstance(detector, Detector) and not isinstance(image, np.ndarray):
-        # shrunk before it becomes an array, which takes as much memory as the photograph again
-        photograph = load_image(image)
-        scale = MAX_DETECTION_SIDE / max(photograph.size)
-        if scale < 1:
-            size = tuple(max(1, round(edge * scale)) for edge in photograph.size)
-            small = photograph.resize(size, Image.BOX)
-            factors = np.array(photograph.size) / size
-            found = detect_faces(small, detector, min_confidence, min_face_size * scale, turned)
-            return [_scale_face(face, factors) for face in found]
-        image = photograph
     rgb = as_array(image)
     if not turned:
         return _search(rgb, detector, min_confidence, min_face_size)
