@@ -310,6 +310,7 @@ def _encodable(image: Image.Image, frame: Any, pix_fmt: str, number: int) -> Any
     made = av.VideoFrame.from_image(image.transpose(_TURNS[turns]) if turns else image)
     made = made.reformat(format=pix_fmt, dst_colorspace=_matrix(frame))
     made.pts, made.time_base = frame.pts if frame.pts is not None else number, frame.time_base
+    made.duration = frame.duration
     return made
 
 
