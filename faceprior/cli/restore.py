@@ -56,6 +56,7 @@ SPARE = "`--dtype bfloat16`, `--quantization nf4`"  # options that need less mem
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} IMAGE [IMAGE ...] -o DIR [options]"
     parser.add_argument(
         "images",
         nargs="*",
@@ -423,8 +424,8 @@ class _Work:
 
     def _video(self, file: str) -> Outcome:
         options, names = self.options, dict(self.names[file])
-        if given := [o for o in ("only_faces", "aligned", "upscale") if getattr(options, o) not in (None, False, 1)]:
-            name = f"--{given[0].replace('_', '-')}"
+        refused = {"--only-faces": options.only_faces, "--aligned": options.aligned, "--upscale": options.upscale}
+        if name := next((name for name, value in refused.items() if value), None):
             raise ValueError(f"{file} is a video, which {name} does not take: restore it without {name}")
         require_short(file, names)
         base, target = self._base(file), self.folder / names[RESULT]
