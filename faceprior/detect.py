@@ -317,7 +317,6 @@ def _clamp(face: Face, width: int, height: int) -> Face:
 
 
 MAX_DETECTION_SIDE = 2048
-KEPT_PIXELS = 1_000_000  # a model that searched more is given up: it keeps 120 bytes for each; a new one takes 20 ms
 MTCNN_WINDOW = 12  # pixels, the smallest face that its network sees
 # Offset of MTCNN's landmarks to the right and below, in widths and heights of its box. The first can be measured
 # without known landmarks: in a mirrored image they err to the same side, in photographs and drawings at every size.
@@ -325,6 +324,7 @@ MTCNN_SHIFT = np.array([0.026, 0.0125], np.float32)
 
 _RETINAFACE_SUFFIXES = {"tensorflow": ".h5", "pytorch": ".pth", "onnx": ".onnx"}
 _RETINAFACE_THRESHOLD = 0.5
+_KEPT_PIXELS = 1_000_000  # a model that searched more is given up: it keeps 120 bytes for each; a new one takes 20 ms
 
 
 class Detector:
@@ -379,7 +379,7 @@ class MTCNNDetector(Detector):
         # for faces below its window the image would be enlarged: slow, and of no use
         model.min_face_size = max(MTCNN_WINDOW, round(min_face_size))
         found = model.detect_faces(rgb)
-        if rgb.shape[0] * rgb.shape[1] < KEPT_PIXELS:
+        if rgb.shape[0] * rgb.shape[1] < _KEPT_PIXELS:
             self._idle.append(model)
         return [_face_from_mtcnn(entry) for entry in found if min(entry["box"][2:]) > 0]
 
