@@ -22,13 +22,13 @@ import skimage.data
 import torch
 from PIL import Image
 
+from faceprior import detect
 from faceprior.cli import main, make_parser
 from faceprior.cli import restore as restore_command
 from faceprior.cli.drawing import COLOR
 from faceprior.cli.outputs import RestoreRecord, plan_outputs
 from faceprior.cli.results import ImageScores
 from faceprior.cli.score_file import ScoreFile
-from faceprior.detect import MTCNNDetector
 from faceprior.images import save_image
 from faceprior.models import DEFAULT_PROMPT
 from faceprior.procedural import draw_portrait
@@ -942,14 +942,14 @@ def test_what_a_file_holds_besides_rgb(tmp_path, restore):
 def test_one_image_that_fails_does_not_end_the_batch(tmp_path, restore, monkeypatch, error):
     for number in (1, 2, 3):
         save_image(landscape(number), tmp_path / f"in/{number}.png")
-    original = MTCNNDetector._detect
+    original = detect.MTCNNDetector._detect
 
     def fail(detector, rgb, min_face_size):
         if rgb.max() == landscape(2).max():
             raise error
         return original(detector, rgb, min_face_size)
 
-    monkeypatch.setattr(MTCNNDetector, "_detect", fail)
+    monkeypatch.setattr(detect.MTCNNDetector, "_detect", fail)
     code, out, err = restore(tmp_path / "in", tmp_path / "gone.png", "-o", tmp_path / "out")
     assert code == 1 and out.count("copied as it is") == 2 and "2.png: error" in out
     assert f"{tmp_path}/in/2.png: " in err and "no file or folder at" in err and "2 of 4 images failed" in err
