@@ -133,7 +133,7 @@ def _load_identity(options: argparse.Namespace) -> Any:
         return None
     from faceprior.identity import IdentityModel
 
-    return IdentityModel()
+    return IdentityModel(options.detector)
 
 
 def _place(restorer: "AuthFaceRestorer", options: argparse.Namespace) -> None:
