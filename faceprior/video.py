@@ -375,4 +375,5 @@ def _named(path: Path) -> Iterator[None]:
     except VideoError:
         raise
     except av.FFmpegError as error:
-        raise VideoError(f"{path} cannot be read or written as a video ({error}): convert it to MP4") from error
+        text = error.strerror or type(error).__name__
+        raise VideoError(f"{path} cannot be read or written as a video ({text}): convert it to MP4") from error
