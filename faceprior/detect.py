@@ -324,7 +324,7 @@ MTCNN_SHIFT = np.array([0.026, 0.0125], np.float32)
 
 _RETINAFACE_SUFFIXES = {"tensorflow": ".h5", "pytorch": ".pth", "onnx": ".onnx"}
 _RETINAFACE_THRESHOLD = 0.5
-_KEPT_PIXELS = 1_000_000  # a model that searched more is given up: it keeps 120 bytes for each; a new one takes 20 ms
+_KEPT_PIXELS = 500_000  # a model that searched more is given up: it keeps 120 bytes for each; a new one takes 20 ms
 
 
 class Detector:
