@@ -200,4 +200,5 @@ def print_plan(options: argparse.Namespace) -> int:
     """Print the memory that restoring with these options needs, without loading any weights."""
     from faceprior.restorer import print_restoring_plan
 
+    options.checkpoint = tiny.resolve(options.checkpoint, "restorer")
     return print_restoring_plan(options)
