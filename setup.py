@@ -18,6 +18,8 @@ setup(
     packages=find_packages(include=["faceprior", "faceprior.*"]),
     package_data={
         "faceprior.bases": ["configs/**/*.json", "configs/clip/*"],  # clip: the vocabulary with its licence
+        "faceprior.cli": ["templates/*.html"],
+        "faceprior.html": ["templates/*"],
         "faceprior.report": ["templates/*.html"],
     },
     python_requires=">=3.10",

@@ -384,6 +384,7 @@ MTCNN_SHIFT = np.array([0.026, 0.0125], np.float32)
 
 _RETINAFACE_SUFFIXES = {"tensorflow": ".h5", "pytorch": ".pth", "onnx": ".onnx"}
 _RETINAFACE_THRESHOLD = 0.5
+_KEPT_PIXELS = 500_000  # a model that searched more is given up: it keeps 120 bytes for each; a new one takes 20 ms
 
 
 class Detector:
@@ -445,7 +446,8 @@ class MTCNNDetector(Detector):
         # for faces below its window the image would be enlarged: slow, and of no use
         model.min_face_size = max(MTCNN_WINDOW, round(min_face_size))
         found = model.detect_faces(rgb)
-        self._idle.append(model)
+        if rgb.shape[0] * rgb.shape[1] < _KEPT_PIXELS:
+            self._idle.append(model)
         return [_face_from_mtcnn(entry) for entry in found if min(entry["box"][2:]) > 0]
 
 

@@ -22,6 +22,7 @@ import skimage.data
 import torch
 from PIL import Image, ImageFilter
 
+from faceprior import detect
 from faceprior.cli import main, make_parser
 from faceprior.cli import restore as restore_command
 from faceprior.cli.drawing import COLOR
@@ -818,11 +819,11 @@ def test_a_name_that_is_too_long_fails_before_the_work(tmp_path, restore, monkey
     save_image(landscape(), tmp_path / "in/a.jpg")
     shutil.copy(tmp_path / "in/a.jpg", tmp_path / "in" / long)
     shutil.copy(tmp_path / "in/a.jpg", tmp_path / "in" / f"{'x' * 251}.jpg")
-    calls, original = [], AuthFaceRestorer.restore
+    read, original = [], restore_command.read_source
     with monkeypatch.context() as counted:
-        counted.setattr(AuthFaceRestorer, "restore", lambda *a, **k: calls.append(1) or original(*a, **k))
+        counted.setattr(restore_command, "read_source", lambda file: read.append(file) or original(file))
         code, out, err = restore(tmp_path / "in", "-o", tmp_path / "out", "--compare")
-    assert code == 1 and len(calls) == 2 and "a.jpg: no face found" in out and "1 of 3 images failed" in err
+    assert code == 1 and len(read) == 2 and "a.jpg: no face found" in out and "1 of 3 images failed" in err
     assert f"{'x' * 251}.jpg: the name of its comparison would have 263 bytes" in err
     assert "rename the image, or restore it without --compare" in err
     code, out, err = restore(tmp_path / "in", "-o", tmp_path / "out")
@@ -944,14 +945,14 @@ def test_what_a_file_holds_besides_rgb(tmp_path, restore):
 def test_one_image_that_fails_does_not_end_the_batch(tmp_path, restore, monkeypatch, error):
     for number in (1, 2, 3):
         save_image(landscape(number), tmp_path / f"in/{number}.png")
-    original = AuthFaceRestorer.restore
+    original = detect.MTCNNDetector._detect
 
-    def fail(restorer, image, *arguments, **options):
-        if np.asarray(image.rgb).max() == (landscape(2)).max():
+    def fail(detector, rgb, min_face_size):
+        if rgb.max() == landscape(2).max():
             raise error
-        return original(restorer, image, *arguments, **options)
+        return original(detector, rgb, min_face_size)
 
-    monkeypatch.setattr(AuthFaceRestorer, "restore", fail)
+    monkeypatch.setattr(detect.MTCNNDetector, "_detect", fail)
     code, out, err = restore(tmp_path / "in", tmp_path / "gone.png", "-o", tmp_path / "out")
     assert code == 1 and out.count("copied as it is") == 2 and "2.png: error" in out
     assert f"{tmp_path}/in/2.png: " in err and "no file or folder at" in err and "2 of 4 images failed" in err

@@ -7,6 +7,7 @@ import sys
 
 from faceprior import __version__
 from faceprior.cli import restore, score
+from faceprior.cli.options import hyphenated
 from faceprior.cli.results import say
 
 
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     0, or 1 if any input failed, 2 if nothing (more) could be done, 130 after Ctrl-C, 141 if nobody reads stdout.
     """
-    options = make_parser().parse_args(arguments)
+    options = make_parser().parse_args(hyphenated(sys.argv[1:] if arguments is None else arguments))
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("faceprior").setLevel(logging.INFO)  # which detector, which weights
     try:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import faceprior
-from faceprior.report.run import BAD_INPUT, STAGES, Lost, Run, number
+from faceprior.html import Lost
+from faceprior.report.run import BAD_INPUT, STAGES, Run, number
 from faceprior.report.summary import duration
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")

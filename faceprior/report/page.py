@@ -1,24 +1,22 @@
 """The page: its sections in the order of the stages, its head, and the HTML that the templates make of them."""
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from faceprior.files import atomic_write
+from faceprior.html import environment
 from faceprior.report import evaluation, making, pairs, photographs, portraits, restoration, scorer, tuning
-from faceprior.report.run import BAD_INPUT, STAGES, Lost, Run
+from faceprior.report.run import BAD_INPUT, STAGES, Run
 
 MAX_BYTES = 8_000_000  # of the file; above it, all images are embedded smaller
 SCALES = (1.0, 0.7, 0.5, 0.35)  # of the images' sides, tried in turn
 PROBLEMS = 50  # most that are listed
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -241,20 +239,4 @@ def _render(template: str, **values: Any) -> Markup:
 
 @functools.cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_readable,
-    )
-    environment.tests["lost"] = lambda value: isinstance(value, Lost)
-    return environment
-
-
-def _readable(value: Any) -> Any:
-    """Return what a template writes of a value: nothing of None, and of a text no control characters."""
-    if value is None:
-        return ""
-    return _CONTROL.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return environment(Path(__file__).with_name("templates"))

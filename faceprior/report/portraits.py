@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from faceprior.report.run import STAGES, EmbeddedImage, Run
+from faceprior.html import EmbeddedImage
+from faceprior.report.run import STAGES, Run
 from faceprior.report.summary import heading, reasons, spread
 
 FOLDER = STAGES["03_curate_portraits"]
