@@ -30,7 +30,7 @@ from faceprior.cli.outputs import (
     result_suffix,
 )
 from faceprior.cli.restore_report import RestoreReport, check_report, describe_pair, describe_photograph
-from faceprior.cli.restoring import Restoring, as_result, load_restoring, print_plan
+from faceprior.cli.restoring import Restoring, load_restoring, print_plan
 from faceprior.cli.results import reason, say, show
 from faceprior.files import copy_file, is_video
 from faceprior.html import shrunk
@@ -381,7 +381,6 @@ class _Work:
         """Write the outputs of a photograph, the one that counts last."""
         if isinstance(result, Exception):
             raise result
-        result = as_result(result)
         if self.options.only_faces:
             return self._faces(file, result)
         names = dict(self.names[file])

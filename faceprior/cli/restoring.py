@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -65,13 +64,7 @@ _UNJUDGED = {"keep_sharp": False}
 
 def _restore_all(restorer: Any, sources: Iterable[Any], faces: Any, options: dict[str, Any]) -> Iterator[Any]:
     """Restore photographs in batches that span them; faces: those of each, or None to find them."""
-    if hasattr(restorer, "restore_all"):
-        return restorer.restore_all(sources, faces=faces, **options)
-    options = {key: value for key, value in options.items() if key != "keep_sharp"}
-    if faces is not None:
-        known = iter(faces)
-        return (restorer.restore(source, faces=next(known), **options) for source in sources)
-    return _one_by_one(restorer, sources, options)
+    return restorer.restore_all(sources, faces=faces, **options)
 
 
 def _one_by_one(restorer: Any, sources: Iterable[Any], options: dict[str, Any]) -> Iterator[Any]:
@@ -179,21 +172,6 @@ def _sampled_by(restorer: "AuthFaceRestorer", given: dict[str, Any]) -> Any:
     if hasattr(restorer.settings, "override"):
         return restorer.settings.override(**given)
     return dataclasses.replace(restorer.settings, **given)
-
-
-def as_result(result: Any) -> Any:
-    """A result by the names of `RestoredImage`."""
-    if hasattr(result, "restored"):
-        return result
-    restored = [SimpleNamespace(**vars(face), action="restored", reason="", **_UNMEASURED) for face in result.faces]
-    left = [
-        SimpleNamespace(**vars(face), action="left", before=None, after=None, **_UNMEASURED) for face in result.left
-    ]
-    made = {"image": result.image, "source": result.source, "timings": {}, "faces": restored + left}
-    return SimpleNamespace(**made, restored=restored, left=left)
-
-
-_UNMEASURED = {"score_before": None, "score_after": None, "identity_distance": None}
 
 
 def print_plan(options: argparse.Namespace) -> int:
