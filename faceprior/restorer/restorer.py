@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -20,9 +21,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from faceprior.align import paste_face
-from faceprior.color import adain_color_fix, keep_tone, wavelet_color_fix
+from faceprior.color import COLOR_FIXES, keep_tone
 from faceprior.detect import Face, detect_faces
-from faceprior.diffusion import decode_latents, encode_latents, is_xl, noise_like, report_long_prompts
+from faceprior.diffusion import is_xl
 from faceprior.files import atomic_write
 from faceprior.images import ImageSource, SourceImage, read_source, to_pil, to_pixel_values
 from faceprior.models import (
@@ -34,11 +35,11 @@ from faceprior.models import (
     require_quantization,
     resolve_model,
 )
+from faceprior.restorer.aligned import restore_aligned
 from faceprior.restorer.photographs import align_faces
 from faceprior.restorer.results import RestoredFace, RestoredImage
-from faceprior.restorer.settings import SETTINGS_FILE, RestorerSettings, read_settings
-
-COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": lambda content, style: content}
+from faceprior.restorer.sampling import FaceSampler, make_generator, to_condition
+from faceprior.restorer.settings import NEGATIVE_PROMPT, PROMPT, SETTINGS_FILE, RestorerSettings, read_settings
 
 
 class AuthFaceRestorer:
@@ -49,11 +50,10 @@ class AuthFaceRestorer:
 
     def __init__(self, pipeline: StableDiffusionXLControlNetPipeline, settings: RestorerSettings | None = None):
         self.pipeline, self.settings = pipeline, settings or RestorerSettings()
-        # DDPM, as in the official code, whatever scheduler the folder has. Clipping, the default, is meant for pixels
-        # and would damage latents.
-        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-        pipeline.set_progress_bar_config(disable=True)
-        self._reported: set[str] = set()  # prompts whose length was looked at
+        # DDPM, as in the official code, whatever scheduler the folder has
+        if not isinstance(pipeline.scheduler, DDPMScheduler):
+            pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.sampler = FaceSampler(pipeline)
 
     @classmethod
     def from_prior(
@@ -64,7 +64,10 @@ class AuthFaceRestorer:
             raise ValueError(
                 f"the prior has to be of SDXL type, with two text encoders, but is a {type(prior).__name__}"
             )
-        parts = {k: prior.components[k] for k in ("vae", "unet", "scheduler", *_TEXT_PARTS)}
+        parts = {k: prior.components[k] for k in ("vae", "unet", *_TEXT_PARTS)}
+        # without clipping, the default, which is meant for pixels and would damage latents: also for who loads the
+        # saved folder with other code
+        parts["scheduler"] = DDPMScheduler.from_config(prior.scheduler.config, clip_sample=False)
         pipeline = StableDiffusionXLControlNetPipeline(**parts, controlnet=controlnet, add_watermarker=False)
         return cls(pipeline, settings)
 
@@ -108,11 +111,97 @@ class AuthFaceRestorer:
 
     @property
     def device(self) -> torch.device:
-        return self.pipeline.unet.device
+        """Where the U-Net works, also while offloading keeps it elsewhere."""
+        return self.sampler.device
 
     def to(self, device: torch.device | str) -> AuthFaceRestorer:
-        self.pipeline.to(device)
+        """Move the networks. The text encoders stay on the CPU: they visit the device for each new prompt."""
+        if hasattr(self.pipeline.unet, "_hf_hook"):
+            raise ValueError("the restorer cannot be moved: it is offloaded, which moves its networks by itself")
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, torch.nn.Module):
+                part.to("cpu" if name in _TEXT_PARTS else device)
         return self
+
+    # ---- less memory, more speed; each returns the restorer
+
+    def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> AuthFaceRestorer:
+        """Have on the device, by default the GPU, only the networks that are at work; as diffusers' pipelines do."""
+        self.pipeline.enable_model_cpu_offload(device=device)
+        return self
+
+    def enable_sequential_cpu_offload(self, device: torch.device | str | None = None) -> AuthFaceRestorer:
+        """Have on the device only the layer that is at work: least memory, and several times as slow."""
+        self.pipeline.enable_sequential_cpu_offload(device=device)
+        return self
+
+    def enable_vae_tiling(self) -> AuthFaceRestorer:
+        """Have the VAE work image by image, and on large ones tile by tile."""
+        self.pipeline.vae.enable_slicing()
+        self.pipeline.vae.enable_tiling()
+        return self
+
+    def compile(self, **options) -> AuthFaceRestorer:
+        """Compile U-Net and ControlNet in place by `torch.compile`, whose `options` these are (mode, backend, ...).
+
+        The first faces of each size and batch wait for it, for a minute or more.
+        """
+        self.pipeline.unet.compile(**options)
+        self.pipeline.controlnet.compile(**options)
+        return self
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        images: list[Image.Image],
+        prompt: str = PROMPT,
+        negative_prompt: str | None = NEGATIVE_PROMPT,
+        guidance_scale: float = 8.0,
+        num_inference_steps: int = 50,
+        controlnet_conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "np",
+    ) -> np.ndarray | Tensor:
+        """Denoise under degraded images, which is the official inference to the letter: its recipe, and no colour fix.
+
+        images: RGB, of one size, whose sides are multiples of 8. negative_prompt: None is zeros in
+        place of embeddings, as in the stock pipeline; not read where guidance_scale <= 1, which is without guidance.
+        generator: one for the batch (default: of seed 123, on the CPU), or a list with one for each image.
+
+        Returns (B, H, W, 3) float32 in [0, 1], or, with output_type `latent`, the latents (B, C, h, w) as the stock
+        pipeline returns them, not yet divided by the VAE's scaling factor. Raises ValueError for images of other or
+        unequal sizes, another `output_type`, or a value out of range.
+        """
+        if output_type not in ("np", "latent"):
+            raise ValueError(f"`output_type` has to be np or latent but is {output_type!r}")
+        sizes = {image.size for image in images}
+        if len(sizes) != 1:
+            found = ", ".join(f"{w} x {h}" for w, h in sorted(sizes)) or "none"
+            raise ValueError(
+                f"`images` have to be of one size but are {found}: resize them to one, or sample each alone"
+            )
+        if any(side % 8 for side in images[0].size):
+            raise ValueError(f"the sides of `images` have to be multiples of 8 but are {images[0].size}: resize them")
+        settings = self.settings.override(
+            "official",
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start,
+            control_guidance_end=control_guidance_end,
+        )
+        generator = generator or torch.Generator().manual_seed(settings.seed)
+        if output_type == "latent":
+            return self.sampler(to_condition(images), settings, generator, "latent")
+        return self.pipeline.image_processor.postprocess(
+            self.sampler(to_condition(images), settings, generator), output_type="np"
+        )
 
     def restore(
         self,
@@ -123,6 +212,11 @@ class AuthFaceRestorer:
         faces: list[Face] | None = None,
         color_fix: str = "wavelet",
         batch_size: int = 4,
+        recipe: str | None = None,
+        aligned: bool = False,
+        upscale: int = 1,
+        process_size: int | None = None,
+        fidelity: float | None = None,
         **sampling,
     ) -> RestoredImage:
         """Restore every face of a photograph and paste it back.
@@ -137,7 +231,10 @@ class AuthFaceRestorer:
         left unchanged, with a warning in the log.
         """
         source = image if isinstance(image, SourceImage) else read_source(image)
-        photograph, settings = source.rgb, replace(self.settings, **sampling)
+        if aligned:
+            options = {"color_fix": color_fix, "recipe": recipe, "fidelity": fidelity, **sampling}
+            return RestoredImage(restore_aligned(self, source.rgb, upscale, process_size, **options), [], [], source)
+        photograph, settings = source.rgb, self.settings.override(recipe, fidelity, **sampling)
 
         # ---- detect and align: upright square crops, the largest face first
         if faces is None:
@@ -146,7 +243,7 @@ class AuthFaceRestorer:
 
         # ---- restore the crops
         before = [place.crop for _, place in aligned]
-        after = self.restore_crops(before, color_fix, batch_size, **sampling)
+        after = self.restore_crops(before, color_fix, batch_size, recipe, fidelity, **sampling)
 
         # ---- paste back: the largest face last, so that it lies on top
         result = photograph
@@ -157,66 +254,38 @@ class AuthFaceRestorer:
 
     @torch.no_grad()
     def restore_crops(
-        self, crops: list[Image.Image], color_fix: str = "wavelet", batch_size: int = 4, **sampling
+        self,
+        crops: list[Image.Image],
+        color_fix: str = "wavelet",
+        batch_size: int = 4,
+        recipe: str | None = None,
+        fidelity: float | None = None,
+        **sampling,
     ) -> list[Image.Image]:
-        """Restore aligned square crops; each is resized to the model's resolution and depends on its own pixels only.
+        """Restore aligned square crops, each resized to the model's resolution.
 
-        Raises ValueError for an unknown `color_fix` or `start`, TypeError for a key that no setting has.
+        recipe, fidelity, sampling: in place of the restorer's own settings, see `RestorerSettings.override`. A face
+        depends on its own pixels only, whatever the batch, unless its noise is that of a batch, as in `official`.
+
+        Raises ValueError for an unknown `color_fix` or a value out of range, TypeError for a key that no setting has.
         """
         if color_fix not in COLOR_FIXES:
             raise ValueError(f"`color_fix` has to be one of {', '.join(COLOR_FIXES)} but is {color_fix!r}")
         if batch_size < 1:
             raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
-        settings = replace(self.settings, **sampling)
-        prompts = {settings.prompt, settings.negative_prompt}
-        report_long_prompts(self.pipeline, sorted(prompts - self._reported))
-        self._reported |= prompts
+        settings = self.settings.override(recipe, fidelity, **sampling)
         restored = []
         for start in range(0, len(crops), batch_size):
             # ---- pixels of the degraded crops: (B, 3, R, R) in [-1, 1]
             degraded = to_pixel_values(crops[start : start + batch_size], settings.resolution).to(self.device)
 
-            # ---- x_0 by DDPM, under the ControlNet
-            pixels = self._sample(degraded, settings)
+            # ---- x_0 under the ControlNet
+            pixels = self.sampler(degraded / 2 + 0.5, settings, make_generator(settings, len(degraded)))
 
             # ---- detail of the result, colours of the degraded crop: none where that is grey, whatever was drawn
             fixed = COLOR_FIXES[color_fix](pixels.clamp(-1, 1), degraded)
             restored += to_pil(keep_tone(fixed, degraded))
         return restored
-
-    def _sample(self, degraded: Tensor, settings: RestorerSettings) -> Tensor:
-        """Sample the restored faces under the degraded ones: (B, 3, R, R) in [-1, 1] -> the same, about [-1, 1]."""
-        # ---- x_T: pure noise, drawn by the pipeline, or the degraded latents under noise
-        count = len(degraded)
-        generators = [torch.Generator().manual_seed(settings.seed) for _ in range(count)]
-        noisy_latents = (
-            self._noised(degraded, settings.num_inference_steps, generators) if settings.start == "degraded" else None
-        )
-
-        # ---- x_T -> x_0; at each step the ControlNet reads the degraded faces in [0, 1] (AuthFace, Fig. 4)
-        latents = self.pipeline(
-            prompt=[settings.prompt] * count,
-            negative_prompt=[settings.negative_prompt] * count,
-            image=(degraded / 2 + 0.5).to(self.pipeline.controlnet.dtype),
-            height=settings.resolution,
-            width=settings.resolution,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            controlnet_conditioning_scale=float(settings.controlnet_conditioning_scale),
-            generator=generators,
-            latents=noisy_latents,
-            output_type="latent",
-        ).images
-
-        # ---- decoded here: float16 parts beside a float32 VAE raise a dtype error in the pipeline's own decoding
-        return decode_latents(self.pipeline.vae, latents.float())
-
-    def _noised(self, degraded: Tensor, steps: int, generators: list[torch.Generator]) -> Tensor:
-        """Return the degraded faces' latents (B, C, h, w) under the noise of the first of `steps` timesteps."""
-        scheduler, latents = self.pipeline.scheduler, encode_latents(self.pipeline.vae, degraded)
-        scheduler.set_timesteps(steps)
-        first = scheduler.timesteps[:1].expand(len(latents)).to(latents.device)
-        return scheduler.add_noise(latents, noise_like(latents, generators), first).to(self.pipeline.unet.dtype)
 
 
 _TEXT_PARTS = {
