@@ -419,6 +419,7 @@ SAMPLERS = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "euler": ("EulerDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
 }
 
 
@@ -426,8 +427,8 @@ def make_sampler(name: str, scheduler):
     """Return the scheduler to sample by, with the noise schedule and prediction type of a base's own `scheduler`.
 
     name: `base` (its own), `pndm` (arXiv 2202.09778; Face Score, section 6.1), `ddim` (2010.02502), `ddpm` (2006.11239;
-    AuthFace), `euler` (2206.00364) or `dpm++` (2211.01095). Raises ValueError for another name, and where the sampler
-    does not know what the base was trained with.
+    AuthFace), `euler` (2206.00364), `dpm++` (2211.01095) or `sde-dpm++`, which draws fresh noise in each step. Raises
+    ValueError for another name, and where the sampler does not know what the base was trained with.
     """
     if name == "base":
         return scheduler

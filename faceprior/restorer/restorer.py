@@ -64,7 +64,7 @@ class AuthFaceRestorer:
             raise ValueError(
                 f"the prior has to be of SDXL type, with two text encoders, but is a {type(prior).__name__}"
             )
-        parts = {k: prior.components[k] for k in ("vae", "unet", *_TEXT_PARTS)}
+        parts = {k: prior.components[k] for k in ("vae", "unet", *TEXT_PARTS)}
         # without clipping, the default, which is meant for pixels and would damage latents: also for who loads the
         # saved folder with other code
         parts["scheduler"] = DDPMScheduler.from_config(prior.scheduler.config, clip_sample=False)
@@ -87,10 +87,10 @@ class AuthFaceRestorer:
             "restorer",
             "`python stages/06_train_restorer.py` trains one, and `--checkpoint tiny` takes the small one that ships",
             required=("unet/config.json",),
-            patterns=(SETTINGS_FILE, *(f"{part}/{file}" for part in _PARTS for file in MODEL_FILES)),
+            patterns=(SETTINGS_FILE, *(f"{part}/{file}" for part in PARTS for file in MODEL_FILES)),
         )
         parts = {}
-        for name, part_class in _PARTS.items():
+        for name, part_class in PARTS.items():
             part_dtype = torch.float32 if name == "vae" else dtype
             parts[name] = load_part(part_class, folder, name, part_dtype, name, _CONFIGS.get(name, ("config.json",)))
             if isinstance(parts[name], torch.nn.Module) and name != "vae":
@@ -120,7 +120,7 @@ class AuthFaceRestorer:
             raise ValueError("the restorer cannot be moved: it is offloaded, which moves its networks by itself")
         for name, part in self.pipeline.components.items():
             if isinstance(part, torch.nn.Module):
-                part.to("cpu" if name in _TEXT_PARTS else device)
+                part.to("cpu" if name in TEXT_PARTS else device)
         return self
 
     # ---- less memory, more speed; each returns the restorer
@@ -288,14 +288,14 @@ class AuthFaceRestorer:
         return restored
 
 
-_TEXT_PARTS = {
+TEXT_PARTS = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
     "tokenizer": CLIPTokenizer,
     "tokenizer_2": CLIPTokenizer,
 }
-_PARTS = {
-    **_TEXT_PARTS,
+PARTS = {
+    **TEXT_PARTS,
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
     "controlnet": ControlNetModel,
