@@ -137,12 +137,18 @@ def memory_options(values: dict[str, Any]) -> list[dict[str, Any]]:
         factor = 2 if size % 2 == 0 else size
         rest = {"accumulation": micro_batches * factor} if micro_batches else {}
         options.append({"batch_size": size // factor, **rest})
+    if value("vae_tiling") is False:
+        options.append({"vae_tiling": True})
     if value("gradient_checkpointing") is False:
         options.append({"gradient_checkpointing": True})
     if value("ema_decay") and value("ema_device") == "auto":
         options.append({"ema_device": "cpu"})
     if value("mixed_precision") == "no":
         options.append({"mixed_precision": "bf16"})
+    if value("dtype") == "float32":
+        options.append({"dtype": "bfloat16"})
+    if value("offload") == "none":
+        options.append({"offload": "model"})
     if value("optimizer") == "adamw":
         options.append({"optimizer": "adamw8bit"})
     lora = {} if value("train") in (None, "lora") else {"train": "lora"}
@@ -150,6 +156,8 @@ def memory_options(values: dict[str, Any]) -> list[dict[str, Any]]:
         options.append(lora)
     if value("quantization") in ("none", "8bit"):
         options.append({**lora, "quantization": "nf4"})
+    if value("offload") in ("none", "model"):
+        options.append({"offload": "sequential"})
     return options + [{name: None} for name in values if name.endswith("resolution")]
 
 

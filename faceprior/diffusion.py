@@ -24,6 +24,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
 )
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -137,7 +138,7 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str | None]) -> Pr
     """
     texts = [prompt or "" for prompt in prompts]
     unique = sorted(set(texts))
-    device = pipeline.text_encoder.device
+    device = get_module_execution_device(pipeline.text_encoder)  # where it works, if it is offloaded otherwise
     options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     if is_xl(pipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(unique, **options)
@@ -215,8 +216,9 @@ def encode_latents(vae: AutoencoderKL, pixel_values: Tensor, generator=None) -> 
 
     `generator` (one, or a list with one per sample) samples E(x) from the posterior; without it the mean is taken.
     """
-    with torch.autocast(vae.device.type, enabled=False):  # SDXL's VAE overflows in float16, a caller's autocast too
-        posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+    device = get_module_execution_device(vae)
+    with torch.autocast(device.type, enabled=False):  # SDXL's VAE overflows in float16, a caller's autocast too
+        posterior = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist
     if generator is None:
         latents = posterior.mode()
     else:
@@ -229,7 +231,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Decode scaled latents (B, C, h, w) to (B, 3, H, W), about [-1, 1]: x = D(z std / scale + mean)."""
     latents = latents.to(vae.dtype)
     mean, scale = _latent_statistics(vae, latents)
-    with torch.autocast(vae.device.type, enabled=False):
+    with torch.autocast(latents.device.type, enabled=False):
         return vae.decode(latents / scale + mean).sample
 
 
@@ -422,6 +424,7 @@ SAMPLERS = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "euler": ("EulerDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
 }
 
 
@@ -429,8 +432,8 @@ def make_sampler(name: str, scheduler):
     """Return the scheduler to sample by, with the noise schedule and prediction type of a base's own `scheduler`.
 
     name: `base` (its own), `pndm` (arXiv 2202.09778; Face Score, section 6.1), `ddim` (2010.02502), `ddpm` (2006.11239;
-    AuthFace), `euler` (2206.00364) or `dpm++` (2211.01095). Raises ValueError for another name, and where the sampler
-    does not know what the base was trained with.
+    AuthFace), `euler` (2206.00364), `dpm++` (2211.01095) or `sde-dpm++`, which draws fresh noise in each step. Raises
+    ValueError for another name, and where the sampler does not know what the base was trained with.
     """
     if name == "base":
         return scheduler

@@ -125,14 +125,30 @@ class Rehearsal:
     @contextmanager
     def away(self, *modules: nn.Module) -> Iterator[None]:
         """Do not count modules that are on another device meanwhile."""
-        tensors = [tensor for module in modules for tensor in _tensors_of(module)]
-        for tensor in tensors:
-            self._live.forget(tensor)
+        self._put(modules, there=False)
         try:
             yield
         finally:
-            for tensor in tensors:
-                self._live.add(tensor)
+            self._put(modules, there=True)
+
+    @contextmanager
+    def away_by_layer(self, *modules: nn.Module) -> Iterator[None]:
+        """Count of modules only the layer that is at work, as accelerate's `cpu_offload` brings them, one by one."""
+        handles = []
+        for layer in (layer for module in modules for layer in module.modules()):
+            if layer._parameters:
+                handles.append(layer.register_forward_pre_hook(lambda layer, *_: self._put([layer], there=True)))
+                handles.append(layer.register_forward_hook(lambda layer, *_: self._put([layer], there=False)))
+        try:
+            with self.away(*modules):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _put(self, modules: Iterable[nn.Module], there: bool) -> None:
+        for tensor in (tensor for module in modules for tensor in _tensors_of(module)):
+            (self._live.add if there else self._live.forget)(tensor)
 
     # ---- phases
 

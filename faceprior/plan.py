@@ -89,11 +89,11 @@ def make_plan(rehearse: Callable[[Any, Any], None], config: Any) -> Plan:
     from faceprior.memory import Rehearsal
 
     device = "cpu" if config.device == "cpu" else "cuda"
+    values = {"device": "cpu"}
     # both 16-bit types take the same memory, and a CPU does not train in float16
-    values = {
-        "device": "cpu",
-        "mixed_precision": "bf16" if config.mixed_precision == "fp16" else config.mixed_precision,
-    }
+    for name, half, brain in (("mixed_precision", "fp16", "bf16"), ("dtype", "float16", "bfloat16")):
+        if getattr(config, name, "") == half:
+            values[name] = brain
     if getattr(config, "optimizer", "").startswith("paged_"):  # pages that fit stay on the card, and a CPU has none
         values["optimizer"] = config.optimizer.removeprefix("paged_")
     rehearsal = Rehearsal(device)
@@ -151,15 +151,19 @@ def find_fitting(
             left = [(o, tried) for o, tried in left if o != option]
 
 
-def show_plan(rehearse: Callable[[Any, Any], None], config: Any, size: str = "") -> int:
+def show_plan(
+    rehearse: Callable[[Any, Any], None], config: Any, size: str = "", title: str = "", link: str = "_"
+) -> int:
     """Print the memory that a stage needs and, for a `size` such as 8GB, the options with which it fits.
+
+    title: what is planned, for what is not a stage; link: what joins the words of an option there.
 
     Returns the exit code: 0, or 1 if it does not fit, with or without options.
     """
     quiet_libraries()
     limit = parse_size(size) if size else None
     plan = make_plan(rehearse, config)
-    print(f"{stage_name(type(config))}: a step rehearsed without data, for {plan.device}")
+    print(f"{title or f'{stage_name(type(config))}: a step'} rehearsed without data, for {plan.device}")
     print(plan, flush=True)
     if limit is None:
         return 0
@@ -172,22 +176,23 @@ def show_plan(rehearse: Callable[[Any, Any], None], config: Any, size: str = "")
     added: dict[str, Any] = {}
     for option, lower, kept in find_fitting(rehearse, config, limit, plan):
         note = "" if kept else "  saves nothing here, left out"
-        print(f"  {command_options(option):40} {text(lower.needed):>10}{note}", flush=True)
+        print(f"  {command_options(option, link):40} {text(lower.needed):>10}{note}", flush=True)
         if kept:
             plan, added = lower, added | option
     if added:
         print(plan)
     if plan.needed > limit:
-        least = f" with {command_options(added)}" if added else ""
+        least = f" with {command_options(added, link)}" if added else ""
         print(f"nothing fits into {text(limit)}: the least is {text(plan.needed)}{least}")
         return 1
-    print(f"it fits into {text(limit)} with {command_options(added)}")
+    print(f"it fits into {text(limit)} with {command_options(added, link)}")
     return 0
 
 
-def command_options(values: dict[str, Any]) -> str:
-    """Write settings as a stage's command line takes them."""
+def command_options(values: dict[str, Any], link: str = "_") -> str:
+    """Write settings as a stage's command line takes them, or, with another `link` of words, another command's."""
     flags = {True: "--{0}", False: "--no-{0}"}
+    values = {name.replace("_", link): value for name, value in values.items()}
     return " ".join(
         flags.get(v, "--{0} {1}").format(k, v) if isinstance(v, bool) else f"--{k} {v}" for k, v in values.items()
     )

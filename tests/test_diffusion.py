@@ -362,7 +362,7 @@ def test_the_vae_keeps_its_dtype_under_autocast(sd15):
 # samplers
 
 
-@pytest.mark.parametrize("name", ["pndm", "ddim", "ddpm", "euler", "dpm++"])
+@pytest.mark.parametrize("name", ["pndm", "ddim", "ddpm", "euler", "dpm++", "sde-dpm++"])
 def test_samplers_have_the_noise_schedule_of_the_base(name):
     """PNDM in 50 steps calls the network 51 times, the linear multistep alone; the base's own comes back afterwards."""
     own = DDIMScheduler(

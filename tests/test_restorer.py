@@ -1,4 +1,4 @@
-"""AuthFaceRestorer: sampling by hand, and the folders that it reads."""
+"""AuthFaceRestorer: the folders that it reads and writes."""
 
 import json
 import shutil
@@ -6,11 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from faceprior import tiny
-from faceprior.images import to_pil
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
@@ -52,157 +50,6 @@ def crops():
 
 def difference(one, other):
     return np.abs(np.asarray(one, int) - np.asarray(other, int))
-
-
-# -------------------------------------------------------------------------------------------- sampling
-
-
-def sample_by_hand(
-    restorer,
-    crop,
-    prompt,
-    negative_prompt,
-    num_inference_steps,
-    guidance_scale,
-    controlnet_conditioning_scale,
-    seed,
-    start="noise",
-):
-    """DDPM with classifier-free guidance, one step after the other; pixels (1, 3, R, R)."""
-    pipeline, size = restorer.pipeline, crop.width
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(num_inference_steps)
-    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    texts = [pipeline.encode_prompt(text, **options) for text in (negative_prompt, prompt)]
-    embeds, pooled = torch.cat([text[0] for text in texts]), torch.cat([text[2] for text in texts])
-    conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[float(size), size, 0, 0, size, size]] * 2)}
-    degraded = torch.from_numpy(np.asarray(crop) / np.float32(255)).permute(2, 0, 1)[None].repeat(2, 1, 1, 1)
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(1, 4, size // 4, size // 4, generator=generator)
-    if start == "degraded":
-        clean = pipeline.vae.encode(2 * degraded[:1] - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
-        kept = scheduler.alphas_cumprod[scheduler.timesteps[0]]
-        z = kept.sqrt() * clean + (1 - kept).sqrt() * z
-    for t in scheduler.timesteps:
-        entry = z.repeat(2, 1, 1, 1)
-        down, mid = pipeline.controlnet(
-            entry,
-            t,
-            encoder_hidden_states=embeds,
-            controlnet_cond=degraded,
-            added_cond_kwargs=conditions,
-            return_dict=False,
-        )
-        without, with_prompt = pipeline.unet(
-            entry,
-            t,
-            encoder_hidden_states=embeds,
-            added_cond_kwargs=conditions,
-            down_block_additional_residuals=[controlnet_conditioning_scale * residual for residual in down],
-            mid_block_additional_residual=controlnet_conditioning_scale * mid,
-        ).sample.chunk(2)
-        noise = without + guidance_scale * (with_prompt - without)
-        z = scheduler.step(noise, t, z, generator=generator).prev_sample
-    return pipeline.vae.decode(z / pipeline.vae.config.scaling_factor).sample
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("start", ["noise", "degraded"])
-def test_sampling_by_hand(restorer, crops, start):
-    """As the official code: pure noise, DDPM, CFG, time ids (H, W, 0, 0, H, W), condition in [0, 1], its scale."""
-    values = {
-        "prompt": "a man",
-        "negative_prompt": "bad face",
-        "num_inference_steps": 3,
-        "guidance_scale": 3.0,
-        "seed": 5,
-    }
-    values["start"] = start
-    expected = to_pil(sample_by_hand(restorer, crops[0], controlnet_conditioning_scale=0.7, **values))[0]
-    ours = restorer.restore_crops(crops[:1], color_fix="none", controlnet_conditioning_scale=0.7, **values)[0]
-    assert difference(ours, expected).max() <= 1
-    for change in (
-        {"controlnet_conditioning_scale": 1.0},
-        {"guidance_scale": 2.0},
-        {"prompt": "a woman"},
-        {"seed": 6},
-        {"num_inference_steps": 2},
-    ):
-        other = restorer.restore_crops(
-            crops[:1], color_fix="none", **{"controlnet_conditioning_scale": 0.7, **values, **change}
-        )[0]
-        assert difference(other, expected).max() > 1, change
-
-
-def test_a_fresh_controlnet_leaves_the_base_unchanged(crops):
-    """Its outputs are zero: for every face the image is that of the SDXL pipeline alone."""
-    fresh = tiny.tiny_restorer()
-    images = fresh.restore_crops(crops[:2], color_fix="none", resolution=64, **FAST)
-    assert images[0].tobytes() == images[1].tobytes()
-    parts = {name: part for name, part in fresh.pipeline.components.items() if name != "controlnet"}
-    base = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 64, "width": 64}
-    expected = base("", negative_prompt="", generator=torch.Generator().manual_seed(123), **options).images[0]
-    assert difference(images[0], expected).max() <= 1
-
-
-@pytest.mark.parametrize(("grey", "value"), [(255, 1.0), (0, 0.0), (51, 0.2)])
-def test_the_condition_is_the_face_in_0_to_1(restorer, grey, value):
-    seen = []
-    controlnet = restorer.pipeline.controlnet
-    hook = controlnet.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    restorer.restore_crops([Image.new("RGB", (64, 64), (grey,) * 3)], num_inference_steps=1)
-    hook.remove()
-    torch.testing.assert_close(seen[0]["controlnet_cond"], torch.full((1, 3, 64, 64), value))
-    assert seen[0]["added_cond_kwargs"]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
-
-
-def test_latents_are_not_clipped():
-    """Schedulers without the key, as Euler's, would make a DDPM that clips at 1, which is for pixels."""
-    prior = tiny.tiny_sdxl()
-    prior.scheduler = EulerDiscreteScheduler()
-    made = AuthFaceRestorer.from_prior(prior, tiny.tiny_controlnet(prior.unet))
-    assert type(made.pipeline.scheduler) is DDPMScheduler and not made.pipeline.scheduler.config.clip_sample
-    assert type(prior.scheduler) is EulerDiscreteScheduler
-
-
-def test_crops_keep_their_order_whatever_the_batch(restorer, crops):
-    """Each depends on its own pixels only; sums in another batch round differently, by one grey level at most."""
-    alone = [restorer.restore_crops([crop], **FAST)[0] for crop in crops]
-    for batch_size in (1, 2, 4):
-        together = restorer.restore_crops(crops, batch_size=batch_size, **FAST)
-        assert len(together) == 3
-        assert max(difference(a, b).max() for a, b in zip(alone, together, strict=True)) <= 1
-    assert min(difference(alone[0], other).max() for other in alone[1:]) > 1
-    assert restorer.restore_crops([]) == []
-    with pytest.raises(ValueError, match="`batch_size` has to be at least 1 but is 0"):
-        restorer.restore_crops(crops, batch_size=0)
-
-
-def test_the_seed_matters_and_repeats(restorer, crops):
-    first, again, other = (restorer.restore_crops(crops[:1], **FAST, seed=seed)[0] for seed in (1, 1, 2))
-    assert first.tobytes() == again.tobytes() and difference(first, other).max() > 1
-
-
-def test_colours_come_from_the_degraded_face(restorer, crops):
-    """The mean of each channel: `wavelet` takes the lowest band, `adain` mean and deviation; to 12 grey levels, as the
-    results are clamped to 8 bits."""
-    plain, *fixed = (
-        restorer.restore_crops(crops[:1], color_fix=kind, **FAST)[0] for kind in ("none", "wavelet", "adain")
-    )
-    mean = np.asarray(crops[0]).mean(axis=(0, 1))
-    before = np.abs(np.asarray(plain).mean(axis=(0, 1)) - mean).max()
-    for image in fixed:
-        assert np.abs(np.asarray(image).mean(axis=(0, 1)) - mean).max() < min(12, before)
-
-
-def test_an_unknown_color_fix_or_setting(restorer, crops):
-    with pytest.raises(ValueError, match="`color_fix` has to be one of wavelet, adain, none but is 'lab'"):
-        restorer.restore_crops(crops, color_fix="lab")
-    with pytest.raises(ValueError, match="`start` has to be one of noise, degraded but is 'lq'"):
-        restorer.restore_crops(crops, start="lq")
-    with pytest.raises(TypeError, match="stepps"):
-        restorer.restore(crops[0], faces=[], stepps=3)
 
 
 # ------------------------------------------------------------------------------------------------ files
