@@ -251,7 +251,8 @@ def main(config: Config) -> None:
         verdict = validation.judge(config.num_samples)
         run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs), verdict=verdict.to_dict())
         print_problems(problems, "pair")
-        print(f"{output}: tuned for {run.describe()}; samples before and after in {output / 'samples'}")
+        drawn = f"; samples before and after in {output / 'samples'}" if config.num_samples else ""
+        print(f"{output}: tuned for {run.describe()}{drawn}")
         print(f"Face Score, tuned against untuned: {verdict}")
         if tuner.reward:
             print("That Face Score was trained for: look at the samples, and at the other measures in metrics.jsonl")
