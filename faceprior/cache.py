@@ -311,7 +311,8 @@ def _write(files: list[Path], entries: Iterable[dict[str, Tensor]], what: str, a
 def _require_space(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    logger.info("%s: about %s are to be written, %s are free", folder, size_text(size), size_text(free))
+    with tqdm.external_write_mode():  # a bar is on the line
+        logger.info("%s: about %s are to be written, %s are free", folder, size_text(size), size_text(free))
     if size > free:
         raise OSError(f"about {size_text(size)} are needed, {size_text(free)} are free")
 

@@ -278,7 +278,7 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
     if stored is not None:
         if config.overwrite:
             _empty(output)
-        elif any(path.name != CONFIG_FILE for path in _entries(output)):
+        elif not all(path.name == CONFIG_FILE or _is_empty_log(path) for path in _entries(output)):
             free = RUN_KEYS | getattr(type(config), "FREE", frozenset()) | frozenset(free)
             _require_same_settings(output, stored, _plain(config), free)
     elif output.is_dir() and (found := _entries(output)):
@@ -498,6 +498,11 @@ def _entries(output: Path) -> list[Path]:
     order = {DONE_FILE: 0, CONFIG_FILE: 2}
     found = [p for p in output.iterdir() if p.name != UNSAVED_FILE and not (p.is_dir() and any(p.rglob(CONFIG_FILE)))]
     return sorted(found, key=lambda path: (order.get(path.name, 1), path.name))
+
+
+def _is_empty_log(path: Path) -> bool:
+    """Tell whether a file is the log of a run that has not taken a step."""
+    return path.name == METRICS_FILE and path.is_file() and path.stat().st_size == 0
 
 
 def _empty(output: Path) -> None:

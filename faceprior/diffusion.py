@@ -67,6 +67,23 @@ def require_side(pipeline: DiffusionPipeline, side: int) -> None:
         raise ValueError(f"`resolution` has to be a multiple of {multiple} for this base but is {side}")
 
 
+def report_small_side(pipeline: DiffusionPipeline, side: int) -> None:
+    """Log it where `side`, in pixels, is less than half of the side that a base is meant for: it draws no faces there.
+
+    Nothing is logged of a base whose config does not say its side.
+    """
+    size = denoiser_of(pipeline).config.get("sample_size", getattr(pipeline, "default_sample_size", None))
+    native = size * pipeline.vae_scale_factor if isinstance(size, int) else 0
+    if 2 * side < native:
+        logger.warning(
+            "`resolution` is %d, and this base is meant for %d pixels: its faces will be poor; give `--resolution %d`, "
+            "or a preset of its kind",
+            side,
+            native,
+            native,
+        )
+
+
 # ---- the training scheduler
 
 

@@ -62,7 +62,9 @@ def read_manifest(
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"no {what}s in {folder}: `python stages/{stage}.py` makes them")
+        raise FileNotFoundError(
+            f"no {what}s in {folder}: `python stages/{stage}.py` makes them, with the same `--config`"
+        )
     rows, problems = read_rows(path)
     items = []
     for number, row in enumerate(rows, 1):

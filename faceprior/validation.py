@@ -13,6 +13,7 @@ judge them: the verdict has other seeds, because the best of many validations is
 prompts that are given; how the model does on prompts that it was not trained on is for stage 7 to measure.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -33,6 +34,7 @@ from faceprior.metrics import mean_interval
 from faceprior.models import SCORER_ID, placed
 from faceprior.training import TrainingRun
 
+logger = logging.getLogger(__name__)
 VALIDATION, SAMPLES = "validation.jsonl", "samples.jsonl"
 FIRST_SEED = 2**20  # of the validation images; the samples that are judged at the end have the seeds 0, 1, 2 ...
 SMALL = 256  # longest side of a validation image on the disk, in pixels
@@ -234,6 +236,13 @@ class Validation:
             self._rows = [row for row in resume_rows(self.run.output / VALIDATION) if row["step"] <= self.run.step]
         rows = [row for row in self._rows if row["step"] == 0] or self._draw(0)
         self._untuned = [row["score"] for row in rows]
+        if self._writes and self.scorer is not None and _worst(self._untuned) is None:
+            logger.warning(
+                "no face was found in the %d untuned validation images: there is no Face Score to compare with%s; "
+                "other `prompts`, or more images (`num_validation`), may show one",
+                len(rows),
+                ", and the last weights are kept" if self.run.keep_best else "",
+            )
         if self.run.step == 0 and self._writes and self.scorer is not None:
             rewrite_rows(self.run.output / METRICS_FILE, [{"step": 0, **self._values(self._untuned)}])
 

@@ -63,7 +63,7 @@ class Config:
     captions: Literal["both", "sidecar", "measured"] = "both"  # source of the tags: caption file, measured light, both
     review: str = ""  # text file with the ids that a person rejected, one per line
     seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
-    overwrite: bool = False  # start over in an output folder that holds a run
+    overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
     FREE = frozenset({"review"})
     RENAMED = {"min_sharpness": "min_laplacian"}

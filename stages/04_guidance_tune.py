@@ -28,8 +28,15 @@ from faceprior.bases import BaseInfo, require_base, require_single_file
 from faceprior.bases.parts import SD1, SD2, SDXL
 from faceprior.cache import rehearse_cache
 from faceprior.config import is_complete, print_problems, run_stage
-from faceprior.detect import Face
-from faceprior.diffusion import make_sampler, noise_like, report_long_prompts, require_side, sample_images
+from faceprior.detect import Face, resolve_detector
+from faceprior.diffusion import (
+    make_sampler,
+    noise_like,
+    report_long_prompts,
+    report_small_side,
+    require_side,
+    sample_images,
+)
 from faceprior.dino import dino_distance
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner
@@ -158,6 +165,8 @@ def main(config: Config) -> None:
             accelerator.print(f"{output} is complete")
             return
         scorer = load_scorer(config.scorer, base)
+        if scorer or "reward" in config.objective:
+            resolve_detector(config.detector)  # one that cannot be had is found now, not after the cache is filled
 
     # ---- The base, and which of its weights are trained
     tuner = make_tuner(config, base)
@@ -167,6 +176,7 @@ def main(config: Config) -> None:
     # ---- The pairs; with a cache, the VAE and the text encoders are on the device only while they fill it
     dataset = PairDataset(pairs, config.resolution)
     if accelerator.is_main_process:
+        report_small_side(tuner.pipeline(), config.resolution)
         report_long_prompts(tuner.pipeline(), [*sample_prompts, *(pair.prompt for pair in pairs)])
     if config.cache:
         dataset = tuner.cached(dataset, config.cache, accelerator, config.batch_size, config.num_workers)
@@ -241,7 +251,8 @@ def main(config: Config) -> None:
         verdict = validation.judge(config.num_samples)
         run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs), verdict=verdict.to_dict())
         print_problems(problems, "pair")
-        print(f"{output}: tuned for {run.describe()}; samples before and after in {output / 'samples'}")
+        drawn = f"; samples before and after in {output / 'samples'}" if config.num_samples else ""
+        print(f"{output}: tuned for {run.describe()}{drawn}")
         print(f"Face Score, tuned against untuned: {verdict}")
         if tuner.reward:
             print("That Face Score was trained for: look at the samples, and at the other measures in metrics.jsonl")

@@ -95,7 +95,7 @@ class Config:
     num_workers: int = 0  # processes that load and degrade images, [0, 64]
     seed: int = 0  # seed of the data order, degradations, timesteps and noise, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # start over in an output folder that holds a run
+    overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
     AFTER_TRAINING = frozenset({"official_prompts", "num_samples", "sample_steps", "guidance_scale", "start"})
 

@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -69,12 +70,14 @@ MODELS = {
 
 @dataclass
 class Config:
-    scorer: str = "checkpoints/scorer"  # folder of stage 2, or another scorer's folder or hub id; empty: none
+    scorer: str = "checkpoints/scorer"  # folder of stage 2, another scorer's folder or hub id, or tiny; empty: none
     base: str = "tiny"  # model that stage 4 tuned: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
     guided: str = "checkpoints/guided"  # folder of stage 4; empty: no generation
-    restorer: str = "checkpoints/restorer"  # folder of stage 6, or another restorer's folder or hub id; empty: none
+    restorer: str = (
+        "checkpoints/restorer"  # folder of stage 6, another restorer's folder or hub id, or tiny; empty: none
+    )
     output: str = "results"  # folder for tables and images
     prompts: str = ""  # text file, one prompt a line; empty: the captions of drawn test portraits
     num_prompts: int = 8  # number of images per model, [1, inf)
@@ -91,13 +94,13 @@ class Config:
         "base"  # sampler of the generated images (the paper: pndm); base: the base's own
     )
     guidance_scale: float = 2.5  # classifier-free guidance scale of the generated images, [1, 30]
-    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
+    detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto: without a download
     min_confidence: float = 0.9  # lowest confidence of the detector that counts as a face, [0, 1]
     min_face_size: int = 16  # minimum shorter side of a face box in pixels, [8, 1024]
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the networks
     seed: int = 0  # seed of the noise and the degradations, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # whether to start over in an output folder that holds a run
+    overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
     RENAMED = {"resolution": ("generation_resolution", "restoration_resolution")}
 
@@ -107,11 +110,10 @@ def main(config: Config) -> None:
     quiet_libraries()
     device = resolve_device(config.device)
     missing = missing_models(config)
-    prompts, (faces, problems) = choose_prompts(config), clean_faces(config)
-
     base = tiny.resolve(config.base, "sd15")
     if "guided" not in missing and (config.overwrite or not is_complete(config.output)):
         require_base(base, "tune", config.vae, config.prediction_type)
+    prompts, (faces, problems) = choose_prompts(config), clean_faces(config)
 
     # ---- open the output folder; a complete one only prints its table, unless a model has come since
     output = open_output(config)
@@ -124,7 +126,11 @@ def main(config: Config) -> None:
     forget_partial(output, missing)
 
     # ---- measure: one row per image in rows.jsonl, where a run that was stopped resumes
-    scorer = None if "scorer" in missing else FaceScorer.from_pretrained(config.scorer).to(device).eval()
+    scorer = (
+        None
+        if "scorer" in missing
+        else FaceScorer.from_pretrained(tiny.resolve(config.scorer, "scorer")).to(device).eval()
+    )
     failed = []
     if "guided" not in missing:
         failed += evaluate_generation(config, output, base, scorer, prompts, device)
@@ -184,16 +190,17 @@ def choose_prompts(config: Config) -> list[str]:
     return read_prompts(config.prompts)[: config.num_prompts]
 
 
-def clean_faces(config: Config) -> tuple[list[tuple[str, Image.Image]], list[tuple[str, str]]]:
-    """Return (name, aligned face) pairs, and (file, reason) of the images that cannot be read."""
-    if not config.images:
-        return [drawn_face(TEST_SEEDS + i, config.restoration_resolution) for i in range(config.num_faces)], []
+def clean_faces(config: Config) -> tuple[list[tuple[str, Callable[[], Image.Image]]], list[tuple[str, str]]]:
+    """Return the name of every aligned face and what gives it, and (file, reason) of the images that cannot be read."""
+    if not config.images:  # each is drawn when its turn comes: a thousand take minutes
+        seeds = range(TEST_SEEDS, TEST_SEEDS + config.num_faces)
+        return [(f"drawn_{seed}", partial(drawn_face, seed, config.restoration_resolution)) for seed in seeds], []
     faces = []
     photographs, problems = find_photographs(config.images, [Path(config.output) / "pictures"])
     for photograph in sorted(photographs, key=lambda item: natural_key(item.name))[: config.num_faces]:
         try:
             size = (config.restoration_resolution, config.restoration_resolution)
-            faces.append((safe_name(photograph.name), photograph.load().resize(size, Image.LANCZOS)))
+            faces.append((safe_name(photograph.name), photograph.load().resize(size, Image.LANCZOS).copy))
         except UNREADABLE as error:
             problems.append((photograph.name, str(error)))
     if not faces:
@@ -201,9 +208,9 @@ def clean_faces(config: Config) -> tuple[list[tuple[str, Image.Image]], list[tup
     return faces, problems
 
 
-def drawn_face(seed: int, resolution: int) -> tuple[str, Image.Image]:
+def drawn_face(seed: int, resolution: int) -> Image.Image:
     drawing = draw_portrait(seed, 2 * resolution)
-    return f"drawn_{seed}", align_face(drawing.image, drawing.landmarks, resolution).crop
+    return align_face(drawing.image, drawing.landmarks, resolution).crop
 
 
 def evaluate_generation(
@@ -268,17 +275,19 @@ def evaluate_restoration(
     What needs a scorer or a restorer is not in the rows without one.
     """
     done = {row["id"] for row in resume_rows(output / ROWS) if row["part"] == "restoration"}
-    left = {name: (i, name, clean) for i, (name, clean) in enumerate(faces) if name not in done}
+    left = {name: (i, name, load) for i, (name, load) in enumerate(faces) if name not in done}
     if not left:
         return []
     ranges = PRESETS[config.degradation]
     ranges = scaled(ranges, config.restoration_resolution) if config.scale_degradation else ranges
     restorer = None
     if has_restorer:
-        restorer = AuthFaceRestorer.from_pretrained(config.restorer, weight_dtype(config.mixed_precision)).to(device)
+        name = tiny.resolve(config.restorer, "restorer")
+        restorer = AuthFaceRestorer.from_pretrained(name, weight_dtype(config.mixed_precision)).to(device)
 
-    def restore(i: int, name: str, clean: Image.Image) -> dict:
+    def restore(i: int, name: str, load: Callable[[], Image.Image]) -> dict:
         # ---- degrade and restore
+        clean = load()
         degraded = Image.fromarray(degrade(as_array(clean), ranges, np.random.default_rng([config.seed, i])))
         images = {"clean": clean, "degraded": degraded}
         if restorer:

@@ -434,6 +434,14 @@ def test_other_settings_are_refused_with_their_keys(config):
     assert (Path(config.output) / "row").read_text() == "kept"
 
 
+def test_a_log_without_a_step_is_no_result(config):
+    (open_output(config) / "metrics.jsonl").touch()
+    open_output(dataclasses.replace(config, rate=0.5))
+    (Path(config.output) / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(FileExistsError, match=r"rate \(0.5 there, 0.001 now\)"):
+        open_output(config)
+
+
 @pytest.mark.parametrize("left", ["row", "drawn", None])
 def test_settings_that_made_nothing_yet_are_replaced(config, left):
     """A run that failed before its first result can be corrected; a file or folder of its own is a result."""
@@ -789,6 +797,17 @@ def test_the_rows_of_a_table_differ_in_what_the_paper_compares():
         row = settings(name)
         assert {key: value for key, value in row.items() if dino[key] != value and key != "output"} == difference
     assert dino["train"] == "self_attention" and (dino["t_end"], dino["learning_rate"]) == (0.5, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PRESETS if p.parent.name == "rows" or "_table" in p.stem], ids=lambda p: p.stem
+)
+def test_the_evaluation_of_a_row_measures_its_own_model(path):
+    tuned, measured = (
+        parse_config(load_stage(name).Config, ["--config", str(path)]) for name in ("04_guidance_tune", "07_eval")
+    )
+    assert measured.guided == tuned.output and (measured.base, measured.vae) == (tuned.base, tuned.vae)
+    assert measured.output == tuned.output.replace("checkpoints/", "results/")
 
 
 def test_stage_1_reads_the_former_names_of_its_strengths():

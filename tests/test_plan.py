@@ -264,9 +264,12 @@ def test_the_presets_name_bases_that_are_known():
     assert {name for name in named if not Path(name).exists()} <= KNOWN.keys()
 
 
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none"))):
-        load_pipeline(str(tmp_path / "none"), weights=False)
+@pytest.mark.parametrize("name", ["none", "my_model.safetensors", ""])
+def test_a_path_without_a_base_is_named_and_not_sought_on_the_hub(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"no base model (at|in) {re.escape(str(tmp_path / name))}"):
+        load_pipeline(str(tmp_path / name), weights=False)
+    with pytest.raises(FileNotFoundError, match=r"no base model at my_model\.safetensors: the path does not exist"):
+        load_pipeline("my_model.safetensors", weights=False)
 
 
 # ---- the stages

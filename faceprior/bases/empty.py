@@ -27,7 +27,7 @@ from faceprior.bases.parts import (
     read_json,
 )
 from faceprior.bases.single_file import CONFIGS, configs_of_file, make_tokenizer, parts_of_file
-from faceprior.models import first_line, resolve_model
+from faceprior.models import first_line, looks_like_path, resolve_model
 
 logger = logging.getLogger(__name__)
 _LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
@@ -107,6 +107,8 @@ def _describe(base: str | Path, vae: str | None, prediction_type: str) -> tuple[
         folder = find_folder(base, vae, weights=False)
         return folder, parts_of_folder(folder, replaced)
     except FileNotFoundError:
+        if looks_like_path(base) or path.exists():
+            raise  # what is a path is not on the hub
         folder, changes = _known(str(base))
     parts = parts_of_folder(folder, replaced)
     network = "transformer" if "transformer" in parts else "unet"
@@ -120,6 +122,8 @@ def _find_vae(name: str) -> Path:
     try:
         return resolve_model(name, "VAE", hint, subfolder=subfolder, patterns=("*.json",))
     except FileNotFoundError:
+        if looks_like_path(name) or Path(name).expanduser().exists():
+            raise
         return _known(name)[0] / "vae"
 
 

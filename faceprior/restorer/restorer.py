@@ -86,7 +86,7 @@ class AuthFaceRestorer:
         folder = resolve_model(
             path_or_id,
             "restorer",
-            "`python stages/06_train_restorer.py` trains one, and `--checkpoint tiny` takes the small one that ships",
+            "`python stages/06_train_restorer.py` trains one; on the command line `tiny` is the small one that ships",
             required=("unet/config.json",),
             patterns=(SETTINGS_FILE, *(f"{part}/{file}" for part in PARTS for file in MODEL_FILES)),
         )
