@@ -144,7 +144,8 @@ def find_fitting(
         except ValueError as error:  # a base or another setting does not go with it
             logger.debug("%s: %s", option, error)
             continue
-        kept = plan.excess(size) - lower.excess(size) > WORTHWHILE * plan.peak
+        saves = plan.excess(size) - lower.excess(size) > WORTHWHILE * plan.peak
+        kept = saves or lower.needed <= size
         yield option, lower, kept
         if kept:
             config, plan, saved = changed, lower, saved + 1

@@ -246,13 +246,15 @@ def main(config: Config) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.use_final_weights()
-        save_tuned(config, output, tuner)
+        saved = save_tuned(config, output, tuner)
         tiny.copy_info(config.base, output)
         verdict = validation.judge(config.num_samples)
         run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs), verdict=verdict.to_dict())
         print_problems(problems, "pair")
         drawn = f"; samples before and after in {output / 'samples'}" if config.num_samples else ""
         print(f"{output}: tuned for {run.describe()}{drawn}")
+        for line in saved:
+            print(line)
         print(f"Face Score, tuned against untuned: {verdict}")
         if tuner.reward:
             print("That Face Score was trained for: look at the samples, and at the other measures in metrics.jsonl")
@@ -300,24 +302,32 @@ def require_files(config: Config, base: BaseInfo) -> None:
         require_single_file(base.architecture)
 
 
-def save_tuned(config: Config, output: Path, tuner: GuidanceTuner) -> None:
-    """Write the tuned weights in the forms that are asked for; what an earlier end of this run wrote besides, goes."""
-    written = set()
+def save_tuned(config: Config, output: Path, tuner: GuidanceTuner) -> list[str]:
+    """Write the tuned weights in the forms that are asked for -> a line about each, and by what it is loaded.
+
+    What an earlier end of this run wrote besides, goes.
+    """
+    written, lora_file = set(), LORA_FORMATS[config.lora_format]
+    reader = "`load_lora_weights` of diffusers" + (" and the web UIs" if config.lora_format == "kohya" else "")
     if config.train == "lora":
         tuner.save_lora(output, config.lora_format)
-        written.add(output / LORA_FORMATS[config.lora_format])
+        written.add(output / lora_file)
+        lines = [f"LoRA, for {reader}: {output / lora_file}"]
     else:
         tuner.save_pretrained(output)
+        lines = [f"whole model, for `DiffusionPipeline.from_pretrained`: {output}"]
     if config.extract_lora:
         lora = tuner.save_lora(output / EXTRACTED, config.lora_format, config.extract_lora)
-        written.add(output / EXTRACTED / LORA_FORMATS[config.lora_format])
-        print(f"{output / EXTRACTED}: {lora.loss()}")
+        written.add(output / EXTRACTED / lora_file)
+        lines.append(f"extracted LoRA, for {reader}: {output / EXTRACTED / lora_file}; {lora.loss()}")
     if config.single_file != "none":
         tuner.save_single_file(output / SINGLE_FILE, {"fp16": torch.float16, "fp32": torch.float32}[config.single_file])
         written.add(output / SINGLE_FILE)
+        lines.append(f"single-file checkpoint: {output / SINGLE_FILE}")
     files = [folder / file for folder in (output, output / EXTRACTED) for file in LORA_FORMATS.values()]
     for old in {*files, output / SINGLE_FILE} - written:
         old.unlink(missing_ok=True)
+    return lines
 
 
 def load_features(name: str, weights: bool = True) -> FeatureNetwork:

@@ -98,6 +98,7 @@ def test_options_keep_the_samples_of_a_step():
         {"train": "lora"},
         {"train": "lora", "quantization": "8bit"},
         {"train": "lora", "quantization": "nf4"},
+        {"scorer": "none"},
         {"resolution": 384},
         {"resolution": 256},
     ]
@@ -105,7 +106,7 @@ def test_options_keep_the_samples_of_a_step():
 
 def test_options_go_on_where_the_settings_are():
     config = load_stage(GUIDANCE).Config(batch_size=1, train="lora", quantization="8bit", cache="mine", ema_decay=0.9)
-    rest = {"mixed_precision": "bf16"}, {"optimizer": "adamw8bit"}, {"quantization": "nf4"}
+    rest = {"mixed_precision": "bf16"}, {"optimizer": "adamw8bit"}, {"quantization": "nf4"}, {"scorer": "none"}
     assert list(options(config)) == [{"gradient_checkpointing": True}, {"ema_device": "cpu"}, *rest]
 
 
