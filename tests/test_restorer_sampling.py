@@ -473,6 +473,15 @@ def test_guidance_in_an_interval_by_hand(restorer, crops):
     assert min(difference(part, other).max() for other in (without, everywhere)) > 1
 
 
+def test_the_condition_is_embedded_once(restorer, crops, monkeypatch):
+    """For each size of batch, with guidance and without; new for each call."""
+    convolved = count_calls(monkeypatch, restorer.pipeline.controlnet.controlnet_cond_embedding.conv_in)
+    options = {"guidance_scale": 2.0, "guidance_low": 0.4, "guidance_high": 0.7, "num_inference_steps": 5}
+    for _ in range(2):
+        restorer.restore_crops(crops[:2], **options)
+    assert convolved == [2, 4] * 2
+
+
 def test_the_control_net_does_not_run_where_it_is_off(restorer, crops, monkeypatch):
     passes = [count_calls(monkeypatch, getattr(restorer.pipeline, name)) for name in ("unet", "controlnet")]
     restorer.restore_crops(crops[:1], num_inference_steps=5, control_guidance_start=0.2, control_guidance_end=0.8)

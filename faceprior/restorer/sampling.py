@@ -1,7 +1,8 @@
 """The denoising of aligned faces under the ControlNet, as `StableDiffusionXLControlNetPipeline` does it, in less time.
 
-Each prompt is encoded once, and neither guidance nor the ControlNet costs anything in the steps in which it is off. The
-networks may be offloaded, compiled, in 16 bits or quantized: they are called as the pipeline calls them.
+Each prompt is encoded once, the pixels of the degraded faces are embedded once for all steps, and neither guidance nor
+the ControlNet costs anything in the steps in which it is off. The networks may be offloaded, compiled, in 16 bits or
+quantized: they are called as the pipeline calls them.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class FaceSampler:
         `resolution`, `seed` and `noise` are not read.
         """
         try:
-            latents = self._denoise(controlnet_cond, settings, generator)
+            with _embedded_once(self.pipeline.controlnet):
+                latents = self._denoise(controlnet_cond, settings, generator)
             return latents if output_type == "latent" else decode_latents(self.pipeline.vae, latents)
         finally:
             self.pipeline.maybe_free_model_hooks()
@@ -170,6 +172,33 @@ class _Conditions:
         added = added_conditions(PromptEmbeddings(embeds, pooled), *cond.shape[-2:])  # (H, W, 0, 0, H, W), each
         self.texts = {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
         self.cond = torch.cat([cond] * len(prompts))
+
+
+@contextmanager
+def _embedded_once(controlnet: nn.Module) -> Iterator[None]:
+    """Have the ControlNet's embedding of the pixels, the same in all steps, computed once for each size of batch.
+
+    At 128 pixels it is a tenth to a fifth of a step on a CPU. A compiled ControlNet computes it in its graph.
+    """
+    if controlnet._compiled_call_impl is not None:
+        yield
+        return
+    embedding, kept = controlnet.controlnet_cond_embedding, {}
+    own, replaced = embedding.forward, "forward" in vars(embedding)  # as by hooks
+
+    def remembered(cond: Tensor) -> Tensor:
+        if len(cond) not in kept:
+            kept[len(cond)] = own(cond)
+        return kept[len(cond)]
+
+    embedding.forward = remembered
+    try:
+        yield
+    finally:
+        if replaced:
+            embedding.forward = own
+        else:
+            del embedding.forward
 
 
 @contextmanager
