@@ -7,6 +7,7 @@ with its true alpha. Beside a trained LoRA there is one that is extracted from t
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from copy import copy
@@ -91,12 +92,28 @@ def add_lora(
 
     targets: see `find_lora_layers`. variant: `plain`; `rslora` has the strength alpha / sqrt(rank) (arXiv 2312.03732);
     `dora` trains the length of each output's weights too (arXiv 2402.09353).
+
+    Raises ValueError for a `rank` below 1, an `alpha` that is not above 0, and a network that has a LoRA already.
     """
+    require_no_lora(pipeline)
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"`rank` has to be a whole number of at least 1 but is {rank}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"`alpha` has to be above 0 but is {alpha}")
     if variant not in LORA_VARIANTS:
         raise ValueError(f"`lora_variant` has to be one of {', '.join(LORA_VARIANTS)} but is {variant!r}")
     options = {"init_lora_weights": "gaussian", **LORA_VARIANTS[variant]}
     layers = find_lora_layers(pipeline, targets)
     denoiser_of(pipeline).add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, **options))
+
+
+def require_no_lora(pipeline: DiffusionPipeline) -> None:
+    """Raise ValueError for a network that has a LoRA, which would be trained and saved as a part of it."""
+    if getattr(denoiser_of(pipeline), "peft_config", None):
+        raise ValueError(
+            "the pipeline's network has a LoRA already: `pipeline.fuse_lora()` and then "
+            "`pipeline.unload_lora_weights()` put it into the weights, or load the base anew"
+        )
 
 
 def adapters_of(denoiser: nn.Module) -> list[LoraLayer]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def command_options(values: dict[str, Any], link: str = "_") -> str:
 def parse_size(text: str) -> int:
     """Return the bytes of a card's size: `8GB`, `8`, `7.5GiB`, `7500MB`; GB are GiB here."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(g|m)i?b?)?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
+    if not match or not 0 < float(match[1]) < math.inf:
         raise ValueError(f"`--plan` takes the memory of a card, such as 8GB, but got {text!r}")
     return int(float(match[1]) * (2**20 if (match[2] or "g").lower() == "m" else GIB))
 

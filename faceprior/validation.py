@@ -170,6 +170,16 @@ class Verdict:
 # ---- during the training, and after it
 
 
+def require_scores(settings: Any, scorer: Any | None, validate_every: int) -> None:
+    """Raise ValueError where `settings` (a TrainingRun, a Config) has `keep_best` or `patience`, and no score to go by.
+
+    scorer: any value of a scorer that is there, such as its name.
+    """
+    for name in ("keep_best", "patience"):
+        if getattr(settings, name) and not (scorer and validate_every):
+            raise ValueError(f"`{name}` goes by the Face Score of validations: it needs `validate_every` and a scorer")
+
+
 class Validation:
     """The validation images of a training run, and the samples that are judged at its end.
 
@@ -202,11 +212,7 @@ class Validation:
     ):
         if not prompts:
             raise ValueError("`prompts` is empty: images to validate by need one at least")
-        for name in ("keep_best", "patience"):
-            if getattr(run, name) and not (scorer and validate_every):
-                raise ValueError(
-                    f"`{name}` goes by the Face Score of validations: it needs `validate_every` and a scorer"
-                )
+        require_scores(run, scorer, validate_every)
         self.run, self.tuner, self.scorer, self.prompts = run, tuner, scorer, list(prompts)
         self.resolution, self.validate_every, self.num_validation = resolution, validate_every, num_validation
         self.sample_steps, self.sampler, self.guidance_scale = sample_steps, sampler, guidance_scale

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from faceprior import tiny
-from faceprior.bases import BaseInfo, require_base, require_single_file
+from faceprior.bases import BaseInfo, describe_base, require_base, require_single_file
 from faceprior.bases.parts import SD1, SD2, SDXL
 from faceprior.cache import rehearse_cache
 from faceprior.config import is_complete, print_problems, run_stage
@@ -50,7 +50,7 @@ from faceprior.plan import show_plan
 from faceprior.reward_tuning import FaceReward
 from faceprior.scorer import FaceScorer, empty_scorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
-from faceprior.validation import Validation
+from faceprior.validation import Validation, require_scores
 
 EXTRACTED, SINGLE_FILE = "lora", "guided.safetensors"
 FILES = ("lora_format", "extract_lora", "single_file")  # the settings that say what is written
@@ -160,6 +160,7 @@ def main(config: Config) -> None:
         base = tiny.resolve(config.base, "sd15")
         if config.overwrite or not is_complete(config.output):
             require_files(config, require_base(base, "tune", config.vae, config.prediction_type, config.train))
+            require_scores(config, find_scorer(config.scorer, base), config.validate_every)
         output = open_run(config, accelerator)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
@@ -344,6 +345,10 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         # ---- The base, and which of its weights are trained
         tuner = make_tuner(config, base, weights=False)
         pipeline, trained = tuner.pipeline(), tuner.trainable_parameters()
+        require_files(config, describe_base(pipeline))  # refuse what the training refuses, and do not advise it
+        require_side(pipeline, side)
+        make_sampler(config.sampler, pipeline.scheduler)
+        require_scores(config, find_scorer(config.scorer, base), config.validate_every)
         rehearsal.name_pipeline(pipeline, trained)
         if tuner.reward:
             rehearsal.name("scorer", tuner.reward.scorer)
@@ -405,13 +410,19 @@ def load_reward(config: Config, weights: bool = True) -> FaceReward:
     return FaceReward(empty_scorer(name), lambda image: [whole_image(len(image))], min(steps, last + 2), last, *rest)
 
 
-def load_scorer(name: str, base: str, weights: bool = True) -> FaceScorer | None:
-    """Load the scorer of the images, or build it only; `auto` takes one that is here, a tiny one for a tiny base."""
+def find_scorer(name: str, base: str) -> str | None:
+    """Return which scorer the images get; `auto` takes one that is here, a tiny one for a tiny base."""
     if name == "auto":
         stage_2, is_tiny = Path("checkpoints/scorer"), tiny.info(base) is not None
         fits = (stage_2 / FaceScorer.config_name).is_file() and (tiny.info(stage_2) is not None) == is_tiny
         name = str(stage_2) if fits else tiny.NAME if is_tiny else "none"
-    if name == "none":
+    return None if name == "none" else name
+
+
+def load_scorer(name: str, base: str, weights: bool = True) -> FaceScorer | None:
+    """Load the scorer of the images, or build it only."""
+    name = find_scorer(name, base)
+    if name is None:
         return None
     return (FaceScorer.from_pretrained if weights else empty_scorer)(tiny.resolve(name, "scorer"))
 

@@ -56,7 +56,7 @@ def test_sizes(written, size):
     assert parse_size(written) == size
 
 
-@pytest.mark.parametrize("written", ["large", "8TB", "0", "-1", "8GB of it"])
+@pytest.mark.parametrize("written", ["large", "8TB", "0", "-1", "8GB of it", "9" * 400])
 def test_what_is_no_size_is_named(written):
     with pytest.raises(ValueError, match=f"`--plan` takes the memory of a card, such as 8GB, but got '{written}'"):
         parse_size(written)
@@ -343,6 +343,36 @@ def test_the_scorer_takes_memory_as_a_reward_and_while_it_scores(bases, tmp_path
     assert phases["training"]["scorer"] == pytest.approx(weights, rel=0.01)
     assert phases["scores"]["scorer"] == pytest.approx(2 * weights, rel=0.01)
     assert "VAE, float32" in phases["training"] and "text encoders, float32" not in phases["training"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("sd1", {"quantization": "nf4"}, "quantized weights cannot be trained"),
+        ("sd1", {"train": "lora", "single_file": "fp16"}, "`single_file` is a whole checkpoint"),
+        ("sd1", {"train": "lora", "extract_lora": 4}, "`extract_lora` is of trained self-attention"),
+        ("sd1", {"train": "lora", "lora_variant": "dora", "lora_format": "kohya"}, "drops the magnitudes of a DoRA"),
+        ("flux-dev", {"train": "lora", "lora_format": "kohya"}, "kohya is for U-Nets"),
+        ("flux-dev", {"train": "lora", "sampler": "ddim"}, "`sampler` is ddim, which cannot sample a base"),
+        ("sd1", {"resolution": 66}, "`resolution` has to be a multiple of 4 for this base but is 66"),
+        ("sd1", {"keep_best": True}, "`keep_best` goes by the Face Score of validations"),
+    ],
+)
+def test_a_plan_refuses_what_the_training_refuses(kind, settings, message, bases):
+    config = load_stage(GUIDANCE).Config(base=str(bases / kind), batch_size=1, device="cpu", scorer="none", **settings)
+    with pytest.raises(ValueError, match=message):
+        make_plan(load_stage(GUIDANCE).rehearse, config)
+
+
+def test_a_plan_never_advises_what_the_training_refuses(bases):
+    """A LoRA would take less, but a single file is asked for, which holds none."""
+    stage = load_stage(GUIDANCE)
+    config = stage.Config(base=str(bases / "sd1"), batch_size=1, resolution=64, device="cpu", num_samples=0, cache="c")
+    config = replace(config, gradient_checkpointing=True, mixed_precision="bf16", optimizer="adamw8bit")
+    for single_file, advised in (("none", True), ("fp16", False)):
+        config = replace(config, single_file=single_file)
+        tried = [option for option, *_ in find_fitting(stage.rehearse, config, 1, make_plan(stage.rehearse, config))]
+        assert any(option.get("train") == "lora" for option in tried) == advised
 
 
 @pytest.mark.parametrize("mode", ["8bit", "nf4"])
