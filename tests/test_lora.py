@@ -219,8 +219,9 @@ def test_a_second_lora_goes_on_a_pipeline_once_the_first_is_in_its_weights(bases
     GuidanceTuner(bases("sd1"), train="lora").save_pretrained(tmp_path)
     pipeline = bases("sd1")
     load_lora(pipeline, tmp_path / LORA_FILE)
-    with pytest.raises(ValueError, match="has a LoRA already: `pipeline.fuse_lora"):
-        GuidanceTuner(pipeline, train="lora")
+    for train in ("lora", "self_attention", "full"):
+        with pytest.raises(ValueError, match="has a LoRA already: `pipeline.fuse_lora"):
+            GuidanceTuner(pipeline, train=train)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     assert GuidanceTuner(pipeline, train="lora", rank=2).trainable_parameters()

@@ -176,6 +176,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(ValueError, match=message):
         train(tmp_path, on_step=spoil)
     assert json.loads((tmp_path / "resume/state.json").read_text())["step"] == 2
+    with pytest.raises(ValueError, match=r"is not finite after step 4; no checkpoint yet"):
+        train(None, on_step=spoil)  # nor are they what a run without a folder ends with
 
 
 # other numbers of samples
@@ -267,3 +269,18 @@ def test_sigterm_keeps_the_last_step_and_the_same_command_finishes(tmp_path):
     assert json.loads((tmp_path / "run/resume/state.json").read_text())["step"] == 4
     _, others = train(tmp_path / "run", save_every=100)
     assert same_weights(weights, others) and metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "`steps` has to be a whole number of at least 1 but is 0"),
+        ({"steps": 1.5}, "`steps` has to be a whole number of at least 1 but is 1.5"),
+        ({"save_every": 0}, "`save_every` has to be a whole number of at least 1 but is 0"),
+        ({"batch_size": 0}, "`batch_size` has to be a whole number of at least 1 but is 0"),
+        ({"accumulation": -1}, "`accumulation` has to be a whole number of at least 1 but is -1"),
+    ],
+)
+def test_numbers_with_which_nothing_is_trained(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(None, **options)

@@ -29,6 +29,16 @@ def test_killed_between_the_two_renames(tmp_path):
     assert sorted(path.name for path in cut.iterdir()) == ["metrics.jsonl", "resume"]
 
 
+def test_what_a_kill_left_of_old_checkpoints_goes(tmp_path):
+    """Killed in `save` after its second rename, at the last step: no later `save` would delete it."""
+    train(tmp_path)
+    for rest in ("resume.old", "resume.new"):
+        (tmp_path / rest).mkdir()
+        (tmp_path / rest / "parameters.safetensors").write_bytes(b"half")
+    train(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "resume"]
+
+
 def test_killed_while_the_checkpoint_is_written(tmp_path):
     """Half of a new one beside the old one is ignored; so is what is left of a deleted one."""
     _, weights = train(tmp_path / "whole")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from faceprior.bases import describe_base, load_pipeline, require_base, save_single_file
 from faceprior.diffusion import denoiser_of, networks_of
-from faceprior.lora import Lora, adapters_of, add_lora, extract_lora, save_lora, trained_lora
+from faceprior.lora import Lora, adapters_of, add_lora, extract_lora, require_no_lora, save_lora, trained_lora
 from faceprior.models import device_of, placed, quantization_of, require_trainable
 from faceprior.training import seeded
 
@@ -51,6 +51,7 @@ class TunedPipeline:
             raise ValueError(f"`train` has to be one of {', '.join(TRAIN)} but is {train!r}")
         require_base(pipeline, "tune", train=train)
         require_trainable(train, quantization_of(denoiser_of(pipeline)))
+        require_no_lora(pipeline)
         self._pipeline, self.train = pipeline, train
         for network in networks_of(pipeline):
             network.requires_grad_(False).eval()  # built by hand it may train: T5 has dropout

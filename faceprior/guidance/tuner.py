@@ -75,8 +75,9 @@ class GuidanceTuner(Objectives):
         if isinstance(pairs, str | Path):
             resolution = resolution or self.resolution
             pairs, prompts = self._read_pairs(pairs, resolution)
-            if validation:
+            if validation or keep_best or patience:
                 validation = {"prompts": prompts, **validation}
+        cache = cache or None  # as in stage 4, whose empty text is no cache
         mixed_precision = mixed_precision or precision_of(self.denoiser.dtype)
         accelerator = make_accelerator(device, mixed_precision, accumulation)
         if gradient_checkpointing:

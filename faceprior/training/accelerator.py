@@ -36,6 +36,7 @@ def make_accelerator(
     """
     if isinstance(tracker, str) and tracker not in {"none", *map(str, get_available_trackers())}:
         raise ImportError(f"`tracker` is {tracker}, which is not installed: `pip install {tracker}`")
+    require_at_least(1, accumulation=accumulation)
     kind = resolve_device(device)
     if kind.type == "cpu" and mixed_precision == "fp16":
         raise ValueError("`mixed_precision` is fp16, which a CPU cannot train in: use bf16 or no")
@@ -64,3 +65,10 @@ def make_accelerator(
             f"{accelerator.device.type}: change one of them"
         )
     return accelerator
+
+
+def require_at_least(least: int, **numbers: int) -> None:
+    """Raise ValueError, which names it, unless each of `numbers` is a whole number of at least `least`."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"`{name}` has to be a whole number of at least {least} but is {number}")

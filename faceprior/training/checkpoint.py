@@ -108,11 +108,17 @@ def _write(
 
 
 def recover_checkpoint(output: Path) -> None:
-    """Put the old checkpoint back in place if a run was killed between the two renames of `save_checkpoint`."""
+    """Put the old checkpoint back in place if a run was killed between the two renames of `save_checkpoint`.
+
+    What else a kill has left of checkpoints beside a complete one is deleted.
+    """
     folder = output / RESUME_FOLDER
     old = folder.with_suffix(".old")
     if not folder.exists() and old.exists():
         old.rename(folder)
+    if folder.exists():
+        for rest in (old, folder.with_suffix(".new")):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def load_checkpoint(output: Path, optimizers: Iterable[str]) -> Checkpoint | None:

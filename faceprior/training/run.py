@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from faceprior.config import METRICS_FILE, finish
 from faceprior.files import size_text
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
+from faceprior.training.accelerator import require_at_least
 from faceprior.training.checkpoint import (
     RESUME_FOLDER,
     Checkpoint,
@@ -76,6 +77,8 @@ class TrainingRun:
         keep_best: bool = False,
         patience: int = 0,
     ):
+        require_at_least(1, steps=steps, save_every=save_every)
+        require_at_least(0, warmup_steps=warmup_steps, patience=patience)
         self.output = Path(output) if output is not None else None
         self.steps, self.accelerator, self.save_every = steps, accelerator, save_every
         self.optimizers = optimizers
@@ -105,6 +108,8 @@ class TrainingRun:
         `batch_size` counts the samples of one micro-batch on one process. Raises ValueError if a step of the run that
         is resumed had another number of samples.
         """
+        require_at_least(1, batch_size=batch_size)
+        require_at_least(0, seed=seed)
         accumulation, self.seed = self.accelerator.gradient_accumulation_steps, seed
         parts = batch_size, accumulation, self.accelerator.num_processes
         if self.step and self._samples_per_step not in (None, math.prod(parts)):
@@ -285,9 +290,9 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write the checkpoint, in place of the last one; see `save_checkpoint`."""
+        self._require_finite(self.step)
         if self.output is None:
             return
-        self._require_finite(self.step)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state: dict[str, Any] = {"step": self.step, "samples_per_step": self._samples_per_step}
