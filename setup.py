@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["faceprior", "faceprior.*"]),
     package_data={
         "faceprior.bases": ["configs/**/*.json", "configs/clip/*"],  # clip: the vocabulary with its licence
-        "faceprior.report": ["templates/*.html"],
+        "faceprior.report": ["templates/*"],
     },
     python_requires=">=3.10",
     install_requires=[
