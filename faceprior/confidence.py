@@ -1,5 +1,5 @@
 """
-Measure at which noise a face can be seen, the time that AuthFace's facial loss is centred on (arXiv 2410.09864, app. B).
+Measure at which noise a face can be seen, where AuthFace's facial loss counts most (arXiv 2410.09864, appendix B).
 
     python -m faceprior.confidence --images ffhq/ --base stabilityai/stable-diffusion-xl-base-1.0 --resolution 512
 
@@ -173,8 +173,8 @@ class ConfidenceCurve:
         """Return m; raise ValueError if the mean confidence never crosses 0.5."""
         if self.m is None:
             raise ValueError(
-                f"`time_m` is auto, but there is no time to take it from: {self}. Give a number (the paper: {PAPER_M}), "
-                "or a detector that finds these faces"
+                f"`time_m` is auto, but there is no time to take it from: {self}. Give a number (the paper: "
+                f"{PAPER_M}), or a detector that finds these faces"
             )
         return self.m
 
@@ -256,6 +256,26 @@ def measure_confidence(
     with atomic_write(output / CHART_FILE, "w") as file:
         file.write(svg(charts(curve)))
     return curve
+
+
+def auto_time_m(
+    pipeline: DiffusionPipeline,
+    sources: Sequence[Path | int],
+    resolution: int,
+    output: str | Path,
+    detector: str | Callable = "auto",
+) -> float:
+    """Return m of the weight over time for a base and faces: measured once, then read from `output`.
+
+    Arguments as of `measure_confidence`. Raises ValueError if the curve never crosses 0.5.
+    """
+    file = Path(output) / CURVE_FILE
+    if file.is_file():
+        curve = ConfidenceCurve(**json.loads(file.read_text(encoding="utf-8")))
+    else:
+        curve = measure_confidence(pipeline, sources, resolution, output, detector)
+        logger.info("time_m: %s", curve)
+    return curve.require_m()
 
 
 def noise_levels(noise_scheduler, count: int) -> tuple[torch.Tensor, list[float]]:

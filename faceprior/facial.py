@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 from tqdm.auto import tqdm
 
+from faceprior.detect import detect_faces
 from faceprior.errors import explain, is_disk_full
 from faceprior.files import common_folder, printable
 from faceprior.images import load_image
@@ -253,6 +255,12 @@ def find_landmarks(
 
     found = {row["image"]: row["landmarks"] for row in resume_rows(output / LANDMARKS_FILE)}
     return torch.tensor([found[name] or [[math.nan] * 2] * 5 for name in names])
+
+
+def largest_landmarks(image: Image.Image, detector: str) -> np.ndarray | None:
+    """Return the landmarks (5, 2) of the largest face; an aligned face fills a large part of its image."""
+    faces = detect_faces(image, detector, min_confidence=0.5, min_face_size=min(image.size) / 4)
+    return next((face.landmarks for face in faces if face.landmarks is not None), None)
 
 
 def without_landmarks(paths: Sequence[Path], landmarks: Tensor) -> list[str]:
