@@ -9,6 +9,7 @@ The clean side does not change, so that its latents can be cached: see `CleanFac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from faceprior.cache import cache_dataset
 from faceprior.degrade import DegradationConfig, degrade
 from faceprior.diffusion import encode_latents, encode_moments, latents_from_moments
 from faceprior.files import find_images
-from faceprior.images import ImageError, as_array, load_image, to_pixel_values
+from faceprior.images import ImageError, as_array, load_image, save_image, to_pixel_values
+from faceprior.jsonl import rewrite_rows
 
 MIRRORED = [1, 0, 2, 4, 3]  # the landmarks of a mirrored face, in the order of `faceprior.detect.LANDMARK_NAMES`
 FLIPPED = "flipped_"  # before the names of a mirrored face's moments
+SAMPLES_FILE = "samples.jsonl"
 MOMENTS = ("latent_mean", "latent_std")
 
 
@@ -150,3 +153,24 @@ def clean_latents(vae: AutoencoderKL, batch: dict[str, Any], generators: list[to
     if MOMENTS[0] in batch:
         return latents_from_moments(vae, *(batch[name] for name in MOMENTS), generators)
     return encode_latents(vae, batch["pixel_values"], generators)
+
+
+def save_samples(
+    output: str | Path,
+    faces: CleanFaces,
+    ranges: DegradationConfig,
+    restore_crops: Callable[[list[Image.Image]], list[Image.Image]],
+    count: int,
+    seed: int,
+) -> None:
+    """Degrade the first `count` faces, restore them, and save the three of each, with a row in `samples.jsonl`."""
+    output, rows = Path(output), []
+    for index in range(min(count, len(faces))):
+        clean = faces[index]["clean"]
+        degraded = Image.fromarray(degrade(clean, ranges, np.random.default_rng([seed, index])))
+        images = {"clean": Image.fromarray(clean), "degraded": degraded, "restored": restore_crops([degraded])[0]}
+        files = {kind: f"samples/{index:03d}_{kind}.png" for kind in images}
+        for kind, image in images.items():
+            save_image(image, output / files[kind])
+        rows.append(files)
+    rewrite_rows(output / SAMPLES_FILE, rows)

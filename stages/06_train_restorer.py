@@ -22,7 +22,6 @@ from typing import Any, Literal
 from faceprior import tiny  # first: it silences bitsandbytes, which diffusers loads
 
 # isort: split
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import ControlNetModel, DDPMScheduler, DiffusionPipeline
@@ -30,10 +29,10 @@ from PIL import Image
 
 from faceprior.bases import load_pipeline, require_base
 from faceprior.cache import moved, rehearse_cache, text_encoders
-from faceprior.clean_faces import CleanFaces, DegradedPair, MomentEncoder, clean_latents, readable_images
+from faceprior.clean_faces import CleanFaces, DegradedPair, MomentEncoder, clean_latents, readable_images, save_samples
 from faceprior.confidence import auto_time_m
 from faceprior.config import is_complete, print_problems, run_stage
-from faceprior.degrade import degrade, ranges_of
+from faceprior.degrade import ranges_of
 from faceprior.diffusion import (
     added_conditions,
     encode_prompts,
@@ -50,8 +49,6 @@ from faceprior.facial import (
     without_landmarks,
 )
 from faceprior.files import printable
-from faceprior.images import save_image
-from faceprior.jsonl import rewrite_rows
 from faceprior.losses import facial_loss, noise_loss, normalized_time, step_weights
 from faceprior.memory import ENCODING, Rehearsal
 from faceprior.models import load_part, looks_like_path, quantize, quiet_libraries, weight_dtype
@@ -61,8 +58,6 @@ from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, Restor
 from faceprior.reward_tuning import FaceReward
 from faceprior.scorer import FaceScorer, empty_scorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run, sample_timesteps, seeded
-
-SAMPLES = "samples.jsonl"
 
 
 @dataclass
@@ -145,6 +140,16 @@ class Config:
     AFTER_TRAINING = frozenset({"official_prompts", "num_samples", "sample_steps", "guidance_scale", "start"})
 
 
+@dataclass
+class Networks:
+    """The frozen prior, the trained ControlNet, prepared, the noise, and what `null_prompt` returns."""
+
+    prior: DiffusionPipeline
+    controlnet: torch.nn.Module
+    noise_scheduler: DDPMScheduler
+    prompt: dict[str, Any]
+
+
 def main(config: Config) -> None:
     quiet_libraries()
 
@@ -180,14 +185,14 @@ def main(config: Config) -> None:
     controlnet = make_controlnet(config, prior)
     quantize(prior.unet, config.quantization)  # after the ControlNet was made, which may start from its encoder
     with moved(text_encoders(prior), accelerator.device):
-        noise_scheduler, prompt = make_noise_scheduler(prior), null_prompt(config, prior)
+        prompt = null_prompt(config, prior)
     if config.facial_loss == "time_aware" and config.time_m == "auto":
         with accelerator.main_process_first(), moved([prior.vae], accelerator.device):
             measured = (config.resolution, output, config.detector)
             config = replace(config, time_m=auto_time_m(prior, paths[: config.time_faces], *measured))
     if config.cache:
-        parts = (prior, accelerator, config.batch_size, config.num_workers, config.flip_prob > 0)
-        faces = faces.cached(config.cache, *parts)
+        loading = (config.batch_size, config.num_workers, config.flip_prob > 0)
+        faces = faces.cached(config.cache, prior, accelerator, *loading)
     if not config.cache or config.reward_weight:
         prior.vae.to(accelerator.device)
     prior.unet.to(accelerator.device)
@@ -204,11 +209,11 @@ def main(config: Config) -> None:
     run = TrainingRun(output, config.steps, accelerator, modules, optimizers, *schedule)
 
     # ---- Training with `compute_loss` (section 3.2)
-    networks = (prior, model, noise_scheduler, prompt)
+    networks = Networks(prior, model, make_noise_scheduler(prior), prompt)
     for batch in run.batches(faces, config.batch_size, config.seed, augment, config.num_workers):
         generators = run.generators(batch)
         with accelerator.accumulate(model), accelerator.autocast():
-            loss, parts, prediction, latents = compute_loss(config, *networks, batch, generators, facial, reward)
+            loss, parts, prediction, latents = compute_loss(config, networks, batch, generators, facial, reward)
             run.check(loss, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -225,7 +230,7 @@ def main(config: Config) -> None:
         # From time to time: does the Face Score rise because of better faces?
         if reward and run.every(config.reward_watch):
             with torch.no_grad(), accelerator.autocast():
-                seen = predict_clean(config, *networks, batch, run.generators(batch, "watch"), config.reward_t_end)
+                seen = predict_clean(networks, batch, run.generators(batch, "watch"), config.reward_t_end)
             run.log(**reward.watch(seen["prediction"], seen["latents"], run.state.setdefault("reward_watch", [])))
 
     # ---- The restorer, restored samples, and the summary
@@ -240,7 +245,9 @@ def main(config: Config) -> None:
         saved.save_pretrained(output)
         tiny.copy_info(config.prior, output)
         controlnet.to(dtype)  # saved in float32, sampled in the prior's dtype
-        restore_samples(config, output, restorer, faces)
+        save_samples(
+            output, faces, ranges, lambda image: restorer.restore_crops([image])[0], config.num_samples, config.seed
+        )
         measured = {"time_m": config.time_m} if facial else {}
         run.finish(trained_parameters=sum(p.numel() for p in controlnet.parameters()), faces=len(faces), **measured)
         print_problems(problems, "image")
@@ -252,20 +259,14 @@ def main(config: Config) -> None:
 
 
 def predict_clean(
-    config: Config,
-    prior: DiffusionPipeline,
-    model: torch.nn.Module,
-    noise_scheduler: DDPMScheduler,
-    prompt: dict[str, Any],
-    batch: dict[str, torch.Tensor],
-    generators: list[torch.Generator],
-    t_end: float = 1.0,
+    networks: Networks, batch: dict[str, torch.Tensor], generators: list[torch.Generator], t_end: float = 1.0
 ) -> dict[str, torch.Tensor]:
     """Return latents z_0, prediction z0_hat, model_pred and its target, (B, 4, h, w) each, and timesteps (B,).
 
-    model: the prepared ControlNet; prompt: what `null_prompt` returns; generators: one per sample; t_end: end of the
-    timesteps that are drawn, as a fraction of all.
+    generators: one per sample; t_end: end of the timesteps that are drawn, as a fraction of all.
     """
+    prior, noise_scheduler, prompt = networks.prior, networks.noise_scheduler, networks.prompt
+
     # z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) e, at any timestep
     num_train_timesteps, dtype = noise_scheduler.config.num_train_timesteps, prior.unet.dtype
     latents = clean_latents(prior.vae, batch, generators)  # (B, 4, h, w)
@@ -275,7 +276,7 @@ def predict_clean(
 
     # e_theta(z_t, t, [""], c): the ControlNet sees the degraded face c, the frozen U-Net its residuals
     condition = batch["controlnet_cond"]  # (B, 3, H, W)
-    down, mid = model(noisy_latents, timesteps, controlnet_cond=condition, return_dict=False, **prompt)
+    down, mid = networks.controlnet(noisy_latents, timesteps, controlnet_cond=condition, return_dict=False, **prompt)
     model_pred = prior.unet(
         noisy_latents,
         timesteps,
@@ -292,19 +293,16 @@ def predict_clean(
 
 def compute_loss(
     config: Config,
-    prior: DiffusionPipeline,
-    model: torch.nn.Module,
-    noise_scheduler: DDPMScheduler,
-    prompt: dict[str, Any],
+    networks: Networks,
     batch: dict[str, torch.Tensor],
     generators: list[torch.Generator],
     facial: FacialFeatureLoss | None,
-    reward: RestorationReward | None = None,
+    reward: RestorationReward | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Return the loss of a micro-batch, its parts, z0_hat and z_0, (B, 4, h, w) each; arguments: `predict_clean`."""
-    step = predict_clean(config, prior, model, noise_scheduler, prompt, batch, generators)
+    """Return the loss of a micro-batch, its parts, z0_hat and z_0, (B, 4, h, w) each; generators: one per sample."""
+    step = predict_clean(networks, batch, generators)
     prediction, latents, timesteps = step["prediction"], step["latents"], step["timesteps"]
-    num_train_timesteps, parts = noise_scheduler.config.num_train_timesteps, {}
+    num_train_timesteps, parts = networks.noise_scheduler.config.num_train_timesteps, {}
 
     # Eq. 1: L_noise = ||e - e_theta(z_t, t, [""], c)||^2
     loss = noise_loss(step["model_pred"], step["target"])
@@ -348,14 +346,13 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         controlnet = make_controlnet(replace(config, init=""), prior)
         quantize(prior.unet, config.quantization)
         rehearsal.name_pipeline(prior, controlnet.parameters())
-        encoders = text_encoders(prior)
         with rehearsal.away(prior.unet, prior.vae, controlnet), rehearsal.phase(ENCODING):
             prompt = null_prompt(config, prior)
 
         # ---- The faces; with a cache, the VAE is away afterwards, as the text encoders are
         batch = {name: torch.zeros(count, 3, side, side) for name in ("pixel_values", "controlnet_cond")}
         batch["landmarks"] = torch.zeros(count, 5, 2)
-        away = list(encoders)
+        away = text_encoders(prior)
         if config.cache:
             encode = MomentEncoder(prior.vae, config.flip_prob > 0)
             with rehearsal.away(controlnet):
@@ -372,7 +369,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
                 controlnet.parameters(), config.optimizer, config.learning_rate, config.weight_decay
             )
             model, facial = accelerator.prepare(controlnet), make_facial(config, prior, accelerator)
-            parts = (prior, model, make_noise_scheduler(prior), prompt, batch)
+            networks = Networks(prior, model, make_noise_scheduler(prior), prompt)
             generators = [torch.Generator() for _ in range(count)]
             latents = clean_latents(prior.vae, batch, generators)
             if facial:
@@ -380,7 +377,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
                 facial.train_discriminators(latents, latents, batch["landmarks"])
                 rehearsal.name_state(facial.optimizer)
             rehearsal.step(
-                lambda: compute_loss(config, *parts, generators, facial, reward)[0],
+                lambda: compute_loss(config, networks, batch, generators, facial, reward)[0],
                 controlnet.parameters(),
                 optimizer,
                 config.accumulation,
@@ -390,7 +387,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
                 with rehearsal.phase("training"):
                     facial.train_discriminators(latents, latents, batch["landmarks"])
 
-        # ---- A face, as `restore_samples` restores them
+        # ---- A face, as `save_samples` restores them
         if config.num_samples:
             controlnet = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval().to(prior.unet.dtype)
             rehearsal.name("trained weights", controlnet)
@@ -453,21 +450,6 @@ def settings(config: Config) -> RestorerSettings:
         negative_prompt=prompts[1],
         start=config.start,
     )
-
-
-def restore_samples(config: Config, output: Path, restorer: AuthFaceRestorer, faces: CleanFaces) -> None:
-    """Degrade the first faces, restore them, and save the three side by side."""
-    ranges, rows = ranges_of(config, config.resolution), []
-    for index in range(min(config.num_samples, len(faces))):
-        clean = faces[index]["clean"]
-        degraded = degrade(clean, ranges, np.random.default_rng([config.seed, index]))
-        restored = restorer.restore_crops([Image.fromarray(degraded)])[0]
-        images = {"clean": Image.fromarray(clean), "degraded": Image.fromarray(degraded), "restored": restored}
-        files = {kind: f"samples/{index:03d}_{kind}.png" for kind in images}
-        for kind, image in images.items():
-            save_image(image, output / files[kind])
-        rows.append(files)
-    rewrite_rows(output / SAMPLES, rows)
 
 
 if __name__ == "__main__":

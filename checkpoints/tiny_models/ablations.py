@@ -101,7 +101,7 @@ def main(config: Config) -> None:
         priors = {"prior": str(bench.folder("sdxl"))} if "sdxl" in name else {"prior": str(prior)}
         options = {"images": bench.work / "faces", **priors, "init": start, "seed": config.seed}
         options |= {"steps": config.steps, "batch_size": 8, "learning_rate": config.learning_rate}
-        options |= {"schedule": "cosine", "warmup_steps": config.steps // 10, "save_every": 50, "num_samples": 0}
+        options |= {"schedule": "cosine", "warmup_steps": config.steps // 10, "save_every": 25, "num_samples": 0}
         options |= {"mixed_precision": config.mixed_precision, "device": config.device}
         run(STAGE, bench.work / name, config=ROWS / f"{name}.yaml", **options)
         images[name] = restored(bench, name)
