@@ -46,11 +46,11 @@ class RestorationReward:
 
         `measures`: rewarded, the fraction of the batch; face_score and structure, their means over the rewarded.
         """
-        rewarded = (t < self.t_end).nonzero()[:, 0]
+        rewarded = t < self.t_end  # (B,)
         zero = 0 * prediction.float().sum()
-        self.measures = {"rewarded": zero.detach() + len(rewarded) / len(t)}
+        self.measures = {"rewarded": rewarded.float().mean()}
         self.measures |= {"face_score": zero.detach(), "structure": zero.detach()}
-        if not len(rewarded):
+        if not rewarded.any():
             return zero
         images = decode_checkpointed(self.vae, prediction[rewarded])  # (R, 3, H, W)
         with torch.no_grad():
