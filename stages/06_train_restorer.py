@@ -245,9 +245,7 @@ def main(config: Config) -> None:
         saved.save_pretrained(output)
         tiny.copy_info(config.prior, output)
         controlnet.to(dtype)  # saved in float32, sampled in the prior's dtype
-        save_samples(
-            output, faces, ranges, lambda image: restorer.restore_crops([image])[0], config.num_samples, config.seed
-        )
+        save_samples(output, faces, ranges, restorer.restore_crops, config.num_samples, config.seed)
         measured = {"time_m": config.time_m} if facial else {}
         run.finish(trained_parameters=sum(p.numel() for p in controlnet.parameters()), faces=len(faces), **measured)
         print_problems(problems, "image")

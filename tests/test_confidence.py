@@ -111,7 +111,7 @@ def test_a_measurement_resumes_and_is_read_again(tmp_path):
 
 
 def test_the_tiny_base_loses_faces_under_noise(tmp_path, monkeypatch):
-    """By MTCNN: sure without noise, blind at its end; the command leaves a curve, a chart and m, and reads them again."""
+    """By MTCNN: sure without noise, blind at its end; the command leaves curve, chart and m, and reads them again."""
     monkeypatch.chdir(tmp_path)
     config = Config(output="out", num_images=3, levels=8, device="cpu")
     main(config)
