@@ -186,7 +186,7 @@ def main(config: Config) -> None:
     quantize(prior.unet, config.quantization)  # after the ControlNet was made, which may start from its encoder
     with moved(text_encoders(prior), accelerator.device):
         prompt = null_prompt(config, prior)
-    if config.facial_loss == "time_aware" and config.time_m == "auto":
+    if config.facial_loss != "none" and config.time_m == "auto":
         with accelerator.main_process_first(), moved([prior.vae], accelerator.device):
             measured = (config.resolution, output, config.detector)
             config = replace(config, time_m=auto_time_m(prior, paths[: config.time_faces], *measured))
