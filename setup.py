@@ -20,7 +20,7 @@ setup(
         "faceprior.bases": ["configs/**/*.json", "configs/clip/*"],  # clip: the vocabulary with its licence
         "faceprior.cli": ["templates/*.html"],
         "faceprior.html": ["templates/*"],
-        "faceprior.report": ["templates/*.html"],
+        "faceprior.report": ["templates/*"],
     },
     python_requires=">=3.10",
     install_requires=[

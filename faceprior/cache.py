@@ -81,13 +81,14 @@ def cache_dataset(
     accelerator: Accelerator,
     batch_size: int = 1,
     num_workers: int = 0,
-    prompt: str = "prompt",
+    prompt: str | None = "prompt",
 ) -> CachedDataset:
     """Return `dataset` with tensors from the cache in `folder`, where those that are missing are computed first.
 
     encode: makes of a batch of the dataset's samples, on the CPU, named tensors (B, ...) by `pipeline.vae`; kind: a
     word for what it makes, part of a folder's name; batch_size: samples encoded at once; num_workers: processes that
-    load them; prompt: the sample's key that holds the prompt.
+    load them; prompt: the sample's key that holds the prompt, None if the samples have none: then there are no
+    embeddings either.
 
     The dataset may have `source(index)`, which returns the sample's values that are no tensors, and what its tensors
     depend on: numbers, texts and paths of files, whose contents count. Without it every sample is loaded, and its
@@ -104,10 +105,10 @@ def cache_dataset(
 
     # ---- The entries, by what they depend on
     sources = [_source(dataset, index) for index in range(len(dataset))]
-    texts = [values[prompt] for values, _ in sources]
+    texts = [values[prompt] for values, _ in sources] if prompt else []
     place = folder / f"{kind}-{fingerprint(pipeline.vae)}"
     samples = [_file(place, name) for name in _sample_names([identity for _, identity in sources])]
-    prompts = _prompt_files(folder, pipeline, texts)
+    prompts = _prompt_files(folder, pipeline, texts) if prompt else {}
 
     # ---- Those that are missing
     def encode_samples(indices: list[int]) -> Iterator[dict[str, Tensor]]:
@@ -123,10 +124,12 @@ def cache_dataset(
                 yield {f"{DROPPED if text is None else ''}{name}": tensor for name, tensor in row.items()}
 
     # the prompts first: they take the least time, and may take the most space
-    _fill(dict(zip(prompts.values(), prompts, strict=True)), encode_texts, "prompts", accelerator, _encoders(pipeline))
+    encoders = text_encoders(pipeline)
+    _fill(dict(zip(prompts.values(), prompts, strict=True)), encode_texts, "prompts", accelerator, encoders)
     _fill({file: index for index, file in enumerate(samples)}, encode_samples, kind, accelerator, [pipeline.vae])
 
-    files = [(file, prompts[text], prompts[None]) for file, text in zip(samples, texts, strict=True)]
+    of_prompts = [(prompts[text], prompts[None]) for text in texts] or [()] * len(samples)
+    files = [(file, *own) for file, own in zip(samples, of_prompts, strict=True)]
     size = sum(file.stat().st_size for file in {file for row in files for file in row})
     if accelerator.is_main_process:
         logger.info("%s holds %s for this run: it is kept for others, and may be deleted", folder, size_text(size))
@@ -151,7 +154,7 @@ def rehearse_cache(
     encode: Callable[[dict[str, Any]], dict[str, Tensor]],
     batch: dict[str, Any],
     device: torch.device,
-    prompt: str = "prompt",
+    prompt: str | None = "prompt",
 ) -> dict[str, Any]:
     """Return what a batch of the cached dataset holds in place of `batch`, and count what `cache_dataset` takes for it.
 
@@ -162,16 +165,17 @@ def rehearse_cache(
     def alone(*models: nn.Module) -> AbstractContextManager[None]:
         return rehearsal.away(*(network for network in networks if network not in models))
 
-    encoders = _encoders(pipeline)
+    encoders, rows = text_encoders(pipeline), {}
     with torch.no_grad():
-        with alone(*encoders), placed(encoders, device), rehearsal.phase(ENCODING):
-            rows = vars(encode_prompts(pipeline, [str(number) for number in range(_PROMPTS_AT_ONCE)]))
+        if prompt:
+            with alone(*encoders), placed(encoders, device), rehearsal.phase(ENCODING):
+                rows = vars(encode_prompts(pipeline, [str(number) for number in range(_PROMPTS_AT_ONCE)]))
         with alone(pipeline.vae), placed([pipeline.vae], device), rehearsal.phase(ENCODING):
             encoded = encode(batch)
     for name, rows_of in rows.items():
         for start in ("", DROPPED) if rows_of is not None else ():
             encoded[f"{start}{name}"] = rows_of.new_zeros(len(batch[prompt]), *rows_of.shape[1:])
-    return {**encoded, prompt: batch[prompt]}
+    return {**encoded, prompt: batch[prompt]} if prompt else encoded
 
 
 # ---- names: what an entry depends on
@@ -236,13 +240,13 @@ def _prompt_files(folder: Path, pipeline: DiffusionPipeline, texts: list[str]) -
         pipeline.config.get("force_zeros_for_empty_prompt", False),
         [[type(t).__name__, t.model_max_length, t.pad_token_id, t.padding_side] for t in tokenizers],
     ]
-    folder = folder / f"prompts-{fingerprint(*_encoders(pipeline), settings=settings)}"
+    folder = folder / f"prompts-{fingerprint(*text_encoders(pipeline), settings=settings)}"
     prompts = [None, *dict.fromkeys(texts)]
     tokens = [t([prompt or "" for prompt in prompts], verbose=False).input_ids for t in tokenizers]
     return {prompt: _file(folder, _hash([prompt, ids])) for prompt, *ids in zip(prompts, *tokens, strict=True)}
 
 
-def _encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
+def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
     """Return the pipeline's text encoders."""
     return [part for name, part in pipeline.components.items() if "text_encoder" in name and part is not None]
 

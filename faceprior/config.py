@@ -424,9 +424,15 @@ def _cast(key: str, value: Any, hint: Any) -> Any:
     """Cast a YAML or command line value to a field's type. PyYAML reads `5e-5` as text, hence the casts of text."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        if type(None) in args and (value is None or (isinstance(value, str) and value.lower() in ("", "none", "null"))):
             return None
-        return _cast(key, value, next(a for a in args if a is not type(None)))
+        words = [word for option in args for word in _choices(option)]
+        if value in words:  # as the `auto` of `float | Literal["auto"]`
+            return value
+        try:
+            return _cast(key, value, next(a for a in args if a is not type(None)))
+        except ValueError as error:
+            raise ValueError(f"{error}; or {', '.join(words)}" if words else str(error)) from None
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"`{key}` has to be a list but is {value!r}")

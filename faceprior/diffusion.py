@@ -233,13 +233,20 @@ def encode_latents(vae: AutoencoderKL, pixel_values: Tensor, generator=None) -> 
 
     `generator` (one, or a list with one per sample) samples E(x) from the posterior; without it the mean is taken.
     """
+    return latents_from_moments(vae, *encode_moments(vae, pixel_values), generator)
+
+
+def encode_moments(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode (B, 3, H, W) in [-1, 1] to the posterior's mean and standard deviation, (B, C, h, w) each, unscaled."""
     device = get_module_execution_device(vae)
     with torch.autocast(device.type, enabled=False):  # SDXL's VAE overflows in float16, a caller's autocast too
         posterior = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist
-    if generator is None:
-        latents = posterior.mode()
-    else:
-        latents = posterior.mean + posterior.std * noise_like(posterior.mean, generator)
+    return posterior.mean, posterior.std
+
+
+def latents_from_moments(vae: AutoencoderKL, mean: Tensor, std: Tensor, generator=None) -> Tensor:
+    """Return scaled latents (B, C, h, w) of a posterior by `encode_moments`, as `encode_latents` does."""
+    latents = mean if generator is None else mean + std * noise_like(mean, generator)
     mean, scale = _latent_statistics(vae, latents)
     return (latents - mean) * scale
 

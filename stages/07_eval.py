@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from faceprior.align import align_face
 from faceprior.bases import load_pipeline, require_base
 from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, print_problems, run_stage
-from faceprior.degrade import PRESETS, degrade, scaled
+from faceprior.degrade import degrade, ranges_of
 from faceprior.detect import Face, detect_faces, representative_face
 from faceprior.diffusion import make_sampler, report_long_prompts, sample_images
 from faceprior.errors import explain, is_disk_full, is_out_of_memory
@@ -86,9 +86,18 @@ class Config:
     generation_resolution: int = 128  # side of the generated images in pixels, [64, 2048]
     restoration_resolution: int = 128  # side of the degraded and restored faces in pixels, [64, 2048]
     degradation: Literal["authface", "gfpgan", "diffbir", "codeformer"] = (
-        "authface"  # preset of the ranges of blur, noise and JPEG
+        "authface"  # preset of the ranges below, each of two numbers, for a face of 512 pixels
     )
     scale_degradation: bool = True  # whether blur and downsampling, meant for 512 pixels, shrink with the resolution
+    blur_kernel: int | None = None  # side of the blur's kernel in pixels, odd; none: the preset's, [1, 255]
+    blur_sigma: tuple[float, ...] = ()  # range of the blur's standard deviation in pixels; 0 0: none, [0, inf)
+    isotropic_prob: float | None = None  # probability of a round blur; none: the preset's, [0, 1]
+    downsample: tuple[float, ...] = ()  # range of the downsampling factor; 1 1: none, [0.001, inf)
+    noise: tuple[float, ...] = ()  # range of the degradation's noise, of 255; 0 0: none, [0, inf)
+    jpeg: tuple[int, ...] = ()  # range of the JPEG quality; 0 0: no JPEG, [0, 100]
+    jitter_prob: float | None = None  # probability of a colour shift; none: the preset's, [0, 1]
+    jitter_shift: float | None = None  # largest shift of a colour channel, of 255; none: the preset's, [0, 255]
+    gray_prob: float | None = None  # probability that the degraded face is grey; none: the preset's, [0, 1]
     sample_steps: int = 25  # sampling steps of the generated images (the paper: 50), [1, 1000]
     sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = (
         "base"  # sampler of the generated images (the paper: pndm); base: the base's own
@@ -278,8 +287,7 @@ def evaluate_restoration(
     left = {name: (i, name, load) for i, (name, load) in enumerate(faces) if name not in done}
     if not left:
         return []
-    ranges = PRESETS[config.degradation]
-    ranges = scaled(ranges, config.restoration_resolution) if config.scale_degradation else ranges
+    ranges = ranges_of(config, config.restoration_resolution)
     restorer = None
     if has_restorer:
         name = tiny.resolve(config.restorer, "restorer")

@@ -800,7 +800,9 @@ def test_the_rows_of_a_table_differ_in_what_the_paper_compares():
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in PRESETS if p.parent.name == "rows" or "_table" in p.stem], ids=lambda p: p.stem
+    "path",
+    [p for p in PRESETS if (p.parent.name == "rows" or "_table" in p.stem) and not p.stem.startswith("authface")],
+    ids=lambda p: p.stem,
 )
 def test_the_evaluation_of_a_row_measures_its_own_model(path):
     tuned, measured = (
@@ -808,6 +810,45 @@ def test_the_evaluation_of_a_row_measures_its_own_model(path):
     )
     assert measured.guided == tuned.output and (measured.base, measured.vae) == (tuned.base, tuned.vae)
     assert measured.output == tuned.output.replace("checkpoints/", "results/")
+
+
+def test_the_rows_of_authface_differ_in_what_the_paper_compares():
+    """Table 2 in prior and facial loss, Table 4 in m and s; tiny rows as the real ones."""
+    config_class = load_stage("06_train_restorer").Config
+
+    def settings(name):
+        return dataclasses.asdict(parse_config(config_class, ["--config", str(STAGES / "presets" / f"{name}.yaml")]))
+
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+    expected = {
+        "table2_sdxl_none": ("sdxl_none", {"facial_loss": "none", "prior": sdxl}),
+        "table2_tuned_none": ("none", {"facial_loss": "none"}),
+        "table2_tuned_constant": ("constant", {"facial_loss": "constant"}),
+        "table4_m_0": ("m_0", {"time_m": 0.0}),
+        "table4_m_0.5": ("m_0.5", {"time_m": 0.5}),
+        "table4_s_0.5": ("s_0.5", {"time_s": 0.5}),
+    }
+    real, tiny = settings("authface_table2_tuned_time_aware"), settings("rows/authface_time_aware")
+    assert (real["facial_loss"], real["time_m"], real["time_s"]) == ("time_aware", -0.5, 1.0)
+    assert real["prior"] == "checkpoints/prior" and real["reward_weight"] == 0
+    for name, (row, difference) in expected.items():
+        own, small = settings(f"authface_{name}"), settings(f"rows/authface_{row}")
+        assert {key: v for key, v in own.items() if real[key] != v and key != "output"} == difference
+        in_small = difference | ({"prior": "tiny"} if "prior" in difference else {})
+        assert {key: v for key, v in small.items() if tiny[key] != v and key != "output"} == in_small
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("-0.25", -0.25), ("1e-1", 0.1)])
+def test_a_number_or_a_word(text, value):
+    config_class = load_stage("06_train_restorer").Config
+    assert parse_config(config_class, ["--time_m", text]).time_m == value
+    with pytest.raises(ValueError, match="`time_m` has to be a number but is 'soon'; or auto"):
+        make_config(config_class, {"time_m": "soon"})
+
+
+@pytest.mark.parametrize("text", ["", "none", None])
+def test_an_empty_value_of_an_optional_number_is_none(text):
+    assert make_config(load_stage("06_train_restorer").Config, {"gray_prob": text}).gray_prob is None
 
 
 def test_stage_1_reads_the_former_names_of_its_strengths():

@@ -313,6 +313,20 @@ def as_with_data(name, config, tolerance=0.01):
 
 
 @pytest.mark.parametrize(
+    "options", [{"cache": "unused", "flip_prob": 0.5}, {"reward_weight": 0.1, "reward_t_end": 1.0}]
+)
+def test_the_restorer_with_a_cache_or_a_reward(options, bases, tmp_path, monkeypatch):
+    """With a cache the VAE is away in the step; the text encoders are in any case."""
+    monkeypatch.chdir(tmp_path)
+    scorer = {"reward_scorer": "tiny"} if "reward_weight" in options else {}
+    config = replace(settings(bases, RESTORER), facial_loss="none", **options, **scorer)
+    phases = as_with_data(RESTORER, config)
+    held = [part for part in phases["training"] if phases["training"][part]]
+    assert not [part for part in held if part.startswith("text encoders")]
+    assert any(part.startswith("VAE") for part in held) == ("cache" not in options)
+
+
+@pytest.mark.parametrize(
     ("kind", "options"),
     [
         ("sd1", {"objective": "dpo", "cache": "unused", "ema_decay": 0.9, "validate_every": 1}),
@@ -444,6 +458,21 @@ def test_a_lora_preset_fits(preset, size, monkeypatch):
         parts = plan.phases["training"]
         assert parts["U-Net, bfloat16"] == pytest.approx(2 * 859_520_964, rel=0.001)
         assert parts["activations"] > 4 * 2 * 64 * 64 * 320  # at least one of the U-Net's widest maps
+
+
+@pytest.mark.slow
+def test_the_restorer_fits_into_24_gb(monkeypatch):
+    """By the preset: neither encoders nor VAE are there in the step, and the frozen U-Net is in 4 bits."""
+    monkeypatch.setattr("faceprior.bases.empty.find_folder", not_reached)
+    stage = load_stage(RESTORER)
+    path = Path(stage.__file__).parent / "presets" / "sdxl_lora.yaml"
+    values = load_section(path, RESTORER, stage.Config) | {"prior": "stabilityai/stable-diffusion-xl-base-1.0"}
+    plan = make_plan(stage.rehearse, make_config(stage.Config, values))
+    assert plan.device == "cuda" and plan.needed < 18 * GIB
+    step = plan.phases["training"]
+    assert not [part for part, size in step.items() if part.startswith(("text encoders", "VAE")) and size]
+    assert step["U-Net, 4-bit and bfloat16"] < 2 * GIB
+    assert step["optimizer state"] < 0.6 * step["trained weights"]  # two moments of a byte for weights of four
 
 
 @pytest.mark.slow

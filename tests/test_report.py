@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from faceprior.images import load_image
@@ -304,6 +305,25 @@ def test_any_value_of_the_checks_may_be_wrong(root, wrong):
             objects(path, {**whole, part: {"expected_error": 0.0, "bins": [row]} if part == "calibration" else [row]})
             page = read(root)
             assert page.balanced and other in page.text
+
+
+def test_the_facial_loss_is_drawn(root):
+    """The accuracy of both discriminators, the weight with the m that was measured, and the curve it is from."""
+    folder = root / "checkpoints/restorer"
+    for step in (1, 2):
+        accuracy = {f"{region}_{side}": 0.5 for region in ("eyes", "mouth") for side in ("real", "fake")}
+        rows(folder / "metrics.jsonl", {"step": step, "loss": 0.1, **accuracy})
+    objects(
+        folder / "confidence.json",
+        {"t": [0, 0.5], "mean": [1, 0], "low": [1, 0], "high": [1, 0.1], "n": 7, "m": 0.25},
+    )
+    settings = {"facial_loss": "time_aware", "time_m": "auto", "time_s": 0.5}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"06_train_restorer": settings}))
+    text = (write_report(root, root / "report.html")).read_text()
+    for title in ("discriminator, eyes", "discriminator, mouth", "m = 0.25, s = 0.5", "under noise, n = 7"):
+        assert title in text
+    (folder / "confidence.json").write_text('{"t": [0], "n": 7}')
+    assert "confidence.json could not be shown" in write_report(root, root / "report.html").read_text()
 
 
 def test_a_photograph_that_was_not_restored_is_named(root):

@@ -638,6 +638,47 @@ def test_facial_loss_changes_the_restorer_by_its_gradient_only(workplace, tiny_m
         assert zero["loss"] == none["loss"] and none.keys() == {"step", "loss", "learning_rate"}
 
 
+def test_the_restorer_with_a_cache_a_measured_time_and_a_reward(workplace, tiny_models, monkeypatch):
+    """With the cache, and stopped and trained further, the weights are those of one run without it, bit for bit.
+
+    On the tiny base that ships: only in what a trained VAE decodes can a detector see faces.
+    """
+    from faceprior import confidence
+
+    values = settings(tiny_models)[RESTORER] | {"prior": str(tiny.tiny_folder() / "sdxl"), "num_samples": 0}
+    values |= {"schedule": "constant", "warmup_steps": 0, "flip_prob": 0.5, "time_m": "auto", "time_faces": 2}
+    values |= {"reward_weight": 0.1, "reward_scorer": str(tiny_models / "scorer"), "reward_watch": 2}
+    values |= {"reward_t_end": 1.0, "device": "cpu"}
+    run(RESTORER, **values, output="whole")
+    measured = json.loads(Path("whole/confidence.json").read_text())
+    assert json.loads(Path("whole/done.json").read_text())["time_m"] == measured["m"]
+
+    monkeypatch.setattr(confidence, "RESAMPLES", 200)
+    parts = values | {"cache": "cache", "output": "parts"}
+    run(RESTORER, **parts | {"steps": 1})
+    files, curve = snapshot(Path("cache")), Path("parts/confidence.json").stat().st_mtime_ns
+    assert len(files) == len(rows(Path("parts/landmarks.jsonl")))
+    run(RESTORER, **parts)
+    assert snapshot(Path("cache")) == files and Path("parts/confidence.json").stat().st_mtime_ns == curve
+    name = "controlnet/diffusion_pytorch_model.safetensors"
+    one, other = (load_file(f"{output}/{name}") for output in ("whole", "parts"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+    logs = [rows(Path(output) / "metrics.jsonl") for output in ("whole", "parts")]
+    assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
+    for row in logs[0]:
+        assert row["loss"] == pytest.approx(row["noise"] + row["facial"] + row["reward"], rel=1e-5)
+        assert row["rewarded"] == 1 and 0 <= row["eyes_real"] <= 1 and 0 <= row["mouth_fake"] <= 1
+    assert [("hacking" in row) for row in logs[0]] == [False, True, True]
+
+
+def test_a_detector_that_sees_nothing_gives_no_time(workplace, tiny_models):
+    """An untrained VAE decodes no faces: the curve lies below 0.5 from the start, which is said with its numbers."""
+    values = settings(tiny_models)[RESTORER] | {"time_m": "auto", "time_faces": 2, "output": "auto"}
+    with pytest.raises(ValueError, match=r"`time_m` is auto, but .*2 faces: without noise .* is 0.00.*Give a number"):
+        run(RESTORER, **values)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stage_leaves_its_log_settings_and_mark(chain, name, tiny_models):
     stage = load_stage(name)

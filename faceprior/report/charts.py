@@ -98,6 +98,16 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: 
     return Chart(title, axes, tuple(_curve(axes, name, points) for name, points in series.items()), note)
 
 
+def band_chart(
+    title: str, name: str, middle: Points, low: Points, high: Points, series: Mapping[str, Points], *labels: str
+) -> Chart:
+    """Draw a curve in full colour between the two pale ones of its interval, and one more of `series` over it."""
+    every = [point for points in (middle, low, high, *series.values()) for point in points]
+    axes = Axes([x for x, _ in every], [y for _, y in every], *labels)
+    lines = tuple(" ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in points) for points in (low, high, middle))
+    return Chart(title, axes, (Series(name, lines), *(_curve(axes, *item) for item in series.items())))
+
+
 def _curve(axes: Axes, name: str, points: Points) -> Series:
     curves = [points, running_mean(points)] if len(points) >= NOISY else [points]
     lines = tuple(" ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in curve) for curve in curves)

@@ -1,7 +1,7 @@
 """The page: its sections in the order of the stages, its head, and the HTML that the templates make of them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from markupsafe import Markup
 from faceprior.files import atomic_write
 from faceprior.html import environment
 from faceprior.report import evaluation, making, pairs, photographs, portraits, restoration, scorer, tuning
+from faceprior.report.charts import Chart
 from faceprior.report.run import BAD_INPUT, STAGES, Run
 
 MAX_BYTES = 8_000_000  # of the file; above it, all images are embedded smaller
@@ -231,6 +232,16 @@ def _listed(names: list[str]) -> str:
 
 
 # ---- templates
+
+
+def svg(charts: Sequence[Chart]) -> str:
+    """Return charts side by side as one SVG file."""
+    width = sum(chart.axes.width for chart in charts)
+    height = max(chart.axes.height + _HEAD * (1 + len(chart.series)) for chart in charts)
+    return str(_render("charts.svg", charts=charts, width=width, height=height, line=_HEAD))
+
+
+_HEAD = 18  # height of a line above a chart
 
 
 def _render(template: str, **values: Any) -> Markup:
