@@ -111,6 +111,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which faces are restored")
     add_detection_options(group)
     group.add_argument(
+        "--keep-sharp",
+        action=argparse.BooleanOptionalAction,
+        help="leave a face that is larger in the photograph than the model's resolution and really sharper than it"
+        " (default: on, off where a scorer decides)",
+    )
+    group.add_argument(
         "--keep-better",
         action=argparse.BooleanOptionalAction,
         help="paste a face only if its Face Score rises (default: on with --scorer); without --scorer by the published"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from faceprior.restorer import AuthFaceRestorer, RestoredImage
 
 SAMPLING = ("num_inference_steps", "seed", "start")  # options that are settings of the restorer
-PHOTOGRAPHS = ("upscale", "min_gain", "max_drift", "keep_better")  # options that are about photographs, not frames
+PHOTOGRAPHS = ("upscale", "keep_sharp", "min_gain", "max_drift", "keep_better")  # options that are about photographs, not frames
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,9 @@ def _settings(
     pipeline = restorer.pipeline
     parts = (pipeline.unet, pipeline.controlnet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     keys = ("dtype", "min_confidence", "min_face_size", "color_fix", "aligned", "upscale", "process_size")
-    keys += ("keep_better", "min_gain", "identity", "max_drift", "format")
+    keys += ("keep_sharp", "keep_better", "min_gain", "identity", "max_drift", "format")
     settings = {
-        **dataclasses.asdict(_sampled_by(restorer, given)),
-        "given": given,
+        **dataclasses.asdict(restorer.settings.override(**given)),
         "version": faceprior.__version__,
         "weights": fingerprint(*parts),
         "scorer": scorer and fingerprint(scorer),
@@ -166,12 +165,6 @@ def _settings(
         "quality": None if options.format == "png" else options.quality,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sampled_by(restorer: "AuthFaceRestorer", given: dict[str, Any]) -> Any:
-    if hasattr(restorer.settings, "override"):
-        return restorer.settings.override(**given)
-    return dataclasses.replace(restorer.settings, **given)
 
 
 def print_plan(options: argparse.Namespace) -> int:
