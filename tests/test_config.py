@@ -425,6 +425,22 @@ def test_same_settings_resume(config):
     assert (open_output(config) / "row").read_text() == "kept"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_folder_in_which_another_process_runs_is_refused(config, monkeypatch):
+    """It is held as long as that process lives, and once by all that one process does in it."""
+    monkeypatch.setattr("faceprior.config._PATIENCE", 0)
+    Path(config.output).mkdir()
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", code, config.output]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(FileExistsError, match="another process is running in .*run: wait until it has ended"):
+            open_output(config)
+        other.kill()
+    open_output(config)
+    open_output(dataclasses.replace(config))
+
+
 def test_other_settings_are_refused_with_their_keys(config):
     (open_output(config) / "row").write_text("kept")
     with pytest.raises(FileExistsError) as refused:
