@@ -1166,4 +1166,4 @@ def test_weight_decay_reaches_the_optimizer(workplace, tiny_models):
 def test_stage_configs_hold_scalars_only():
     for name in NAMES:
         for field in dataclasses.fields(load_stage(name).Config):
-            assert isinstance(field.default, bool | int | float | str | tuple), (name, field.name)
+            assert isinstance(field.default, bool | int | float | str | tuple | None), (name, field.name)
