@@ -50,13 +50,13 @@ def load_stage(name: str) -> ModuleType:
 def presets() -> None:
     """Print what each preset's stages need, and restoring. A restorer's prior is the base that stage 5 tunes.
 
-    Without `common`, which is not run by itself, and the rows of Face Score's tables, which change a setting of the
+    Without `common`, which is not run by itself, and the rows of the papers' tables, which change a setting of the
     preset that they extend.
     """
     print("| preset | stage | options | tensors | on the card | highest in |")
     print("|---|---|---|---|---|---|")
     for path in sorted((STAGES / "presets").glob("*.yaml")):
-        if path.stem == "common" or path.stem.startswith("face_score_table"):
+        if path.stem == "common" or "_table" in path.stem:
             continue
         for name in (SCORER, GUIDANCE, PRIOR, RESTORER):
             stage = load_stage(name)
