@@ -77,7 +77,7 @@ def presets() -> None:
         config = RestoringConfig(dtype="bfloat16", **options)
         plan = make_plan(rehearse_restoring, config)
         highest = max(plan.phases, key=lambda phase: sum(plan.phases[phase].values()))
-        words = " ".join(["--dtype bfloat16", command_options(options, "-")])
+        words = " ".join(filter(None, ["--dtype bfloat16", command_options(options, "-")]))
         print(f"| `faceprior restore` | | {words} | {text(plan.peak)} | {text(plan.needed)} | {highest} |", flush=True)
 
 
