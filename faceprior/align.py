@@ -18,6 +18,7 @@ Resampling = Image.Resampling
 
 _OVAL_END = 1.4  # of `face_mask`, where the weight is 0, in radii of the face
 _CORNER_RADIUS = 0.35  # of `crop_mask`, a fraction of half its side
+_MOST_SIDES = 1000  # of a photograph's longer side: of a larger square nothing is seen, and its border takes memory
 _FILTER_REACH = 4  # pixels that the filters of `_sample` look at beyond a sample, and some to spare
 _HALF = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel centres -> edges
 _BAND = 2**18  # pixels that are pasted at once, so that the memory does not grow with the face
@@ -87,11 +88,18 @@ def align_face(image: ImageSource, landmarks: np.ndarray, size: int = 512) -> Al
     reflection, blurred as in FFHQ (sigma 0.02 of the square's side) and fading to the median colour; unlike in FFHQ,
     the photograph's own pixels near its border are not blurred.
 
-    Raises AlignmentError for landmarks that span no face or whose square lies outside of the photograph.
+    Raises AlignmentError for landmarks that span no face or whose square lies outside of the photograph, is smaller
+    than a pixel, or more than 1000 times as large as the photograph.
     """
     if size < 1:
         raise ValueError(f"`size` has to be at least 1 pixel but is {size}")
     photograph, quad = load_image(image), alignment_quad(landmarks)
+    side = np.hypot(*(quad[3] - quad[0]))
+    if not 1 <= side <= _MOST_SIDES * max(photograph.size):
+        raise AlignmentError(
+            f"the square around the face has a side of {side:.3g} pixels in a photograph of {photograph.size} (width,"
+            " height): nothing of a face can be seen"
+        )
     matrix = _matrix_of_quad(quad, size)
 
     # the part of the photograph around the square, so that no step works on the rest

@@ -112,8 +112,8 @@ class ConfidenceCurve:
 
     t: the levels, from 0, clean (through the VAE); mean, low, high: of each level; n: faces; not_found: further ones in
     which the detector finds nothing without noise, either, and which do not count. crossing: t at which the mean falls
-    below 0.5, None if it does not; m: of the weight over time, by `m_of`; the other two: their intervals, or None where
-    more than one in forty of the resampled curves has no crossing. noise: `ddpm` or `flow`, by which t is defined.
+    below 0.5, None if it does not; m: of the weight over time, by `m_of`; the other two: their intervals, or None for
+    one face, or where more than one in forty of the resampled curves has no crossing. noise: `ddpm` or `flow`, by which t is defined.
     """
 
     t: list[float]
@@ -142,7 +142,8 @@ class ConfidenceCurve:
         crossing = crossing_of(t, mean)
         values = [crossing_of(t, own) for own in resampled] if crossing is not None else [None]
         known = [value for value in values if value is not None]
-        interval = np.quantile(known, (0.025, 0.975)) if len(known) >= 0.975 * len(values) else None
+        is_known = n > 1 and len(known) >= 0.975 * len(values)
+        interval = np.quantile(known, (0.025, 0.975)) if is_known else None
         return cls(
             t=_rounded(t),
             mean=_rounded(mean),
@@ -182,14 +183,14 @@ class ConfidenceCurve:
 def crossing_of(t: Sequence[float], mean: Sequence[float]) -> float | None:
     """Return where a curve first falls from at least 0.5 to below it, on the line between two levels; None if nowhere.
 
-    Also None where it begins below.
+    Also None where it begins below, or at 0.5 and falls at once: the logit of t = 0 is no number.
     """
     below = np.flatnonzero(np.asarray(mean) < HALF)
     if not len(below) or below[0] == 0:
         return None
     place = below[0]
     (t0, t1), (high, low) = t[place - 1 : place + 1], mean[place - 1 : place + 1]
-    return float(t0 + (high - HALF) / (high - low) * (t1 - t0))
+    return float(t0 + (high - HALF) / (high - low) * (t1 - t0)) or None
 
 
 def m_of(crossing: float) -> float:

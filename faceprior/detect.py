@@ -569,9 +569,14 @@ def resolve_detector(name: str = "auto") -> Detector:
     name: "mtcnn"; "retinaface", which downloads its weights if they are missing; or "auto", RetinaFace if its weights
     are on the disk, else MTCNN.
     """
-    if name not in _DETECTORS:
-        raise ValueError(f"`detector` has to be one of {', '.join(_DETECTORS)} or a function but is {name!r}")
+    require_detector(name)
     return _DETECTORS[name]()
+
+
+def require_detector(detector: Any) -> None:
+    """Raise ValueError for what is neither a function nor the name of a detector; nothing is loaded."""
+    if not callable(detector) and detector not in _DETECTORS:
+        raise ValueError(f"`detector` has to be one of {', '.join(_DETECTORS)} or a function but is {detector!r}")
 
 
 # ---- the face that stands for an image of several people

@@ -16,6 +16,11 @@ from typing import IO, Any
 
 from PIL import Image
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 logger = logging.getLogger(__name__)
 
 # A file with such a suffix is an image, and an error if it cannot be read; of others, the content decides
@@ -282,6 +287,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     temporary = path.with_name(f".faceprior-{uuid.uuid4().hex}.tmp")  # short, however long `path` is
     try:
         with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            _lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())  # a row that names the file must not outlive it in a power cut
@@ -289,6 +295,25 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what killed processes left of `atomic_write` in a folder; those that are alive have locked theirs."""
+    for path in Path(folder).glob(".faceprior-*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if _lock(file):
+                path.unlink()
+
+
+def _lock(file: IO[Any]) -> bool:
+    """Lock a file for as long as it is open; False where another process has locked it, or locks are not known."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def copy_file(source: str | Path, path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -194,6 +194,8 @@ def restore_video(
     path, target = Path(path), Path(target)
     with _named(path):
         tracks = follow_faces(_detected(path, detect), smoothing)
+        if not tracks:
+            raise VideoError(f"{path} has no frame that can be decoded: it is damaged, copy it again, or leave it out")
         if not any(tracks):
             return RestoredVideo(len(tracks), 0, 0)
         return _write(path, target, tracks, restore)
@@ -266,7 +268,9 @@ def _add_encoder(output: Any, stream: Any, first: Any, target: Path) -> Any:
     if stream.sample_aspect_ratio:
         encoder.codec_context.sample_aspect_ratio = stream.sample_aspect_ratio
     for key in ("colorspace", "color_primaries", "color_trc"):
-        setattr(encoder.codec_context, key, getattr(stream.codec_context, key))
+        value = getattr(stream.codec_context, key)
+        if (key, value) != ("colorspace", _RGB):  # which no YUV has: players would show it green and pink
+            setattr(encoder.codec_context, key, value)
     return encoder
 
 
@@ -315,7 +319,7 @@ def _encodable(image: Image.Image, frame: Any, pix_fmt: str, number: int) -> Any
 
 
 _TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-_BT709 = 1  # FFmpeg's number of the colour matrix of HD video
+_RGB, _BT709 = 0, 1  # FFmpeg's numbers of no colour matrix, and of that of HD video
 
 
 def _matrix(frame: Any) -> str:
@@ -327,10 +331,11 @@ def _lost(container: Any, first: Any) -> tuple[str, ...]:
     bits = max((component.bits for component in first.format.components), default=8)
     if bits > 8:
         lost.append(f"{bits} bits per channel")
-    kinds: dict[str, int] = {}
-    for stream in container.streams:
-        if stream.type not in ("video", "audio"):
-            kinds[stream.type] = kinds.get(stream.type, 0) + 1
+    if any(component.is_alpha for component in first.format.components):
+        lost.append("transparency")
+    kinds = Counter(stream.type for stream in container.streams if stream.type not in ("video", "audio"))
+    if len(container.streams.video) > 1:
+        kinds["further video"] = len(container.streams.video) - 1
     return (*lost, *(f"{count} {kind} stream{'s' * (count > 1)}" for kind, count in kinds.items()))
 
 

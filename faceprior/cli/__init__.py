@@ -9,6 +9,7 @@ from faceprior import __version__
 from faceprior.cli import restore, score
 from faceprior.cli.options import hyphenated
 from faceprior.cli.results import say
+from faceprior.errors import explain, is_disk_full
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail as well
         return 141
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        for line in (str(error) or type(error).__name__).splitlines():
+        text = explain(error) if is_disk_full(error) else str(error)
+        for line in (text or type(error).__name__).splitlines():
             say(f"faceprior: error: {line}")
         return 2
 

@@ -1,5 +1,6 @@
 """The images that a command is given: files, folders, globs and lists, without what faceprior itself wrote."""
 
+import codecs
 import functools
 import glob
 import os
@@ -73,8 +74,9 @@ def _arguments(images: list[str]) -> Iterator[str]:
     """The arguments, with `-` replaced by the lines of stdin (read as bytes: a file name may not be valid text)."""
     for argument in images:
         if argument == "-":
-            lines = (line.rstrip(b"\r") for line in sys.stdin.buffer.read().split(b"\n"))
-            yield from (os.fsdecode(line) for line in lines if line)
+            text = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
+            lines = (line.rstrip(b"\r") for line in text.split(b"\n"))
+            yield from (os.fsdecode(line) for line in lines if line.strip())
         else:
             yield argument
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,18 @@ def require_no_inputs(targets: Iterable[Path], images: Iterable[str], option: st
             raise ValueError(f"{option} would overwrite the input {image}{link}: give another place")
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Make a folder; ValueError if no file can be written to it, which else shows when the first image is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option}: nothing can be written to {folder} ({error.strerror}): give another place"
+        ) from error
+
+
 def require_apart(drawings: Iterable[Path], images: Iterable[str], folder: Path) -> None:
     """Raise ValueError if a drawing may have the name of a copy, `folder`/RANK_NAME."""
     names = {_key(Path(image).name) for image in images}
@@ -221,7 +234,8 @@ class RestoreRecord:
         """Raise ValueError that names the outputs that exist and that no earlier run wrote, or not of this image."""
         most = 10
         free = {key for key, (owner, _) in self._owned.items() if image is None or owner == self._owner(image)}
-        unowned = [name for name in dict.fromkeys(names) if _key(name) not in free]
+        # a link is not what a run wrote, and writing would go through it
+        unowned = [n for n in dict.fromkeys(names) if _key(n) not in free or os.path.islink(self.folder / n)]
         found = [str(self.folder / name) for name in unowned if os.path.lexists(self.folder / name)]
         if found:
             more = f" and {len(found) - most} more" if len(found) > most else ""

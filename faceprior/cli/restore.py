@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,14 @@ from faceprior.cli.outputs import (
     plan_outputs,
     require_no_inputs,
     require_short,
+    require_writable,
     result_suffix,
 )
 from faceprior.cli.restore_report import RestoreReport, check_report, describe_pair, describe_photograph
 from faceprior.cli.restoring import Restoring, load_restoring, print_plan
 from faceprior.cli.results import reason, say, show
-from faceprior.files import copy_file, is_video
+from faceprior.errors import is_disk_full
+from faceprior.files import copy_file, is_video, printable, remove_leftovers
 from faceprior.html import shrunk
 from faceprior.images import (
     JPEG_QUALITY,
@@ -247,6 +250,13 @@ def run(options: argparse.Namespace) -> int:
 
     # ---- the restorer, and the settings that decide what comes out
     restoring = load_restoring(options)
+
+    # ---- places that can be written to, without what killed runs left there
+    require_writable(options.output, "-o")
+    if options.report:
+        require_writable(options.report.parent, "--report")
+    for folder in {(options.output / name).parent for planned in names.values() for name in planned.values()}:
+        remove_leftovers(folder)
     report = RestoreReport(options.report, restoring.settings, len(inputs.files)) if options.report else None
     work = _Work(options, inputs, record, names, restoring, report)
 
@@ -395,9 +405,11 @@ class _Work:
         base, targets = self._base(file), {kind: self.folder / name for kind, name in names.items()}
         self.record.claim(file, base, names)
         lost = _write(result, file, targets, self.options.quality)
-        line = _faces_text(result) + ("" if is_changed else ", copied as it is")
+        text = "restored as an aligned face" if self.options.aligned else _faces_text(result)
+        line = text + ("" if is_changed else ", copied as it is")
         line += f", not kept: {', '.join(lost)}" if lost else ""
         outcome = _outcome(file, f"{line} -> {targets.get(RESULT) or targets[COPY]}", result)
+        outcome = replace(outcome, restored=1) if self.options.aligned else outcome
         return self._finish(outcome, base, names, result, is_changed)
 
     def _faces(self, file: str, result: "RestoredImage") -> Outcome:
@@ -435,7 +447,7 @@ class _Work:
         require_short(file, names)
         base, target = self._base(file), self.folder / names[RESULT]
         self.record.claim(file, base, names)
-        with tqdm(unit="frame", desc=Path(file).name, disable=None, leave=False, file=sys.stderr) as bar:
+        with tqdm(unit="frame", desc=printable(Path(file).name), disable=None, leave=False, file=sys.stderr) as bar:
 
             def detect(image: Image.Image) -> list:
                 bar.update(0.5)  # a frame is looked at twice: to follow the faces, and to restore them
@@ -452,6 +464,9 @@ class _Work:
             del names[COPY]
             line = f"{counted(result.faces, 'face')} restored in {result.restored} of {counted(result.frames, 'frame')}"
             line += f", not kept: {', '.join(result.lost)}" if result.lost else ""
+            judges = {"--scorer": options.scorer or options.keep_better, "--max-drift": options.max_drift is not None}
+            given = " and ".join(name for name, is_given in judges.items() if is_given)
+            line += f"; {given} left no face, as a video would flicker" if given else ""
         else:
             del names[RESULT]
             target = self.folder / names[COPY]
@@ -469,6 +484,8 @@ class _Work:
         try:
             return work(file, *arguments)
         except Exception as error:  # whatever fails in one file, the others are restored
+            if is_disk_full(error):  # but not for nothing
+                raise
             return _failed(file, error)
 
     def _finished(self, file: str) -> Outcome | None:
@@ -515,6 +532,8 @@ def _write(result: "RestoredImage", file: str, targets: dict[str, Path], quality
     source, target = result.source, targets[RESULT]
     image = source.in_own_mode(result.image)
     lost = source.lost + not_held(image, source.metadata, target)
+    if source.rgba is not None and "A" not in result.image.getbands():
+        lost += ("transparency",)
     if "A" in image.getbands() and target.suffix.lower() in _WITHOUT_ALPHA:
         image = load_image(image)  # over white
         image.info = {"icc_profile": source.icc_profile} if source.icc_profile else {}

@@ -18,6 +18,7 @@ from jinja2 import Environment
 from PIL import Image
 
 from faceprior.cli.outcomes import Summary
+from faceprior.cli.outputs import MAX_NAME_BYTES
 from faceprior.files import atomic_write, printable
 from faceprior.html import EmbeddedImage, data_uri, environment, shrunk
 from faceprior.images import load_image
@@ -36,7 +37,7 @@ class RestoreReport:
     def __init__(self, path: Path, settings: str, files: int):
         """Raise ValueError if `path` is no HTML file, or one of others."""
         self.path, self.settings = path, settings
-        self.part = path.with_name(f".{path.name}.part")
+        self.part = _part_of(path)
         self.side = LARGE if files <= FEW else SMALL
         self._keys: dict[str, str] = {}  # {file: key of its card}
         self._places = {**_cards(path), **_cards(self.part)}  # {key: (file, start, length)}
@@ -109,12 +110,27 @@ def check_report(path: Path) -> None:
         raise ValueError(f"--report {path} has to end in .html")
     if path.is_dir():
         raise ValueError(f"--report {path} is a folder: give a file in it")
+    part = _part_of(path)
+    if len(os.fsencode(part.name)) > MAX_NAME_BYTES:
+        raise ValueError(f"--report {path}: the name is too long for the file {part.name} beside it: shorten it")
+    if os.path.lexists(part) and not (part.is_file() and _begins_with(part, _OPEN)):
+        raise ValueError(f"{part}, where --report keeps its cards, is no file of an earlier run: move it away")
     if path.exists():
         with open(path, "rb") as file:
             if MARK.encode() not in file.read(2000):
                 raise ValueError(
                     f"--report {path} exists, and no run of `faceprior restore` wrote it: give another file"
                 )
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _begins_with(path: Path, start: bytes) -> bool:
+    """Whether a file begins so, as far as it goes."""
+    with open(path, "rb") as file:
+        return start.startswith(file.read(len(start)))
 
 
 def _cards(path: Path) -> dict[str, tuple[Path, int, int]]:

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from faceprior.restorer import AuthFaceRestorer, RestoredImage
 
 SAMPLING = ("num_inference_steps", "seed", "start")  # options that are settings of the restorer
-# options that are about photographs, not frames
-PHOTOGRAPHS = ("upscale", "keep_sharp", "min_gain", "max_drift", "keep_better")
+PHOTOGRAPHS = ("upscale", "keep_sharp", "min_gain", "max_drift", "keep_better")  # options that are not about frames
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from faceprior.color import COLOR_FIXES
 from faceprior.restorer.sampling import make_generator, to_condition
+from faceprior.restorer.settings import require_whole
 
 if TYPE_CHECKING:
     from faceprior.restorer.restorer import AuthFaceRestorer
@@ -37,12 +38,11 @@ def restore_aligned(
     to (process_size, process_size) whatever the shape, as its faces are FFHQ's, which are square; an image that is not
     square is stretched.
     """
-    if upscale < 1 or upscale != int(upscale):
-        raise ValueError(f"`upscale` has to be a whole number of at least 1 but is {upscale}")
-    if process_size is not None and process_size < 1:
-        raise ValueError(f"`process_size` has to be at least 1 pixel but is {process_size}")
+    require_whole("upscale", upscale)
+    if process_size is not None:
+        require_whole("process_size", process_size)
     if upscale > 1:
-        image = image.resize((image.width * int(upscale), image.height * int(upscale)))
+        image = image.resize((image.width * upscale, image.height * upscale))
     if recipe == "official":
         result = _official(restorer, image, color_fix, fidelity, **sampling)
         process_size = process_size or OFFICIAL_SIZE

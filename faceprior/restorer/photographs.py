@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -17,16 +18,18 @@ import torch
 from PIL import Image
 
 from faceprior.align import AlignedFace, AlignmentError, align_face, alignment_quad, enlarged, face_mask, paste_onto
-from faceprior.detect import Face, detect_all_orientations
+from faceprior.detect import Face, detect_all_orientations, require_detector
 from faceprior.errors import is_out_of_memory
 from faceprior.images import ImageSource, SourceImage, read_source
 from faceprior.quality import fine_detail
 from faceprior.restorer.results import FaceResult, RestoredImage
+from faceprior.restorer.settings import require_whole
 
 logger = logging.getLogger(__name__)
 
 MAX_UPSCALE = 4
 MAX_WAITING = 64_000_000  # pixels of the photographs whose faces wait for a full batch
+MAX_PHOTOGRAPHS = 64  # of any size that wait, also without a face, behind one whose face waits
 # Of `fine_detail`: a face that has as much is sharper than the model. Two portraits have 0.10 to 0.27 in squares 1.2 to
 # 2.8 times as large as the resolution, after shrinking to it and enlarging 0.05 at most, 0.04 after a blur of 1 pixel.
 SHARP_DETAIL = 0.07
@@ -53,8 +56,21 @@ class PhotographOptions:
     batch_size: int = 4
 
     def __post_init__(self):
-        if self.upscale not in range(1, MAX_UPSCALE + 1):
-            raise ValueError(f"`upscale` has to be a whole number from 1 to {MAX_UPSCALE} but is {self.upscale}")
+        require_whole("upscale", self.upscale, 1, MAX_UPSCALE)
+        require_whole("batch_size", self.batch_size)
+        require_detector(self.detector)
+        if not 0 <= self.min_confidence <= 1:  # so written that NaN is refused, here and below
+            raise ValueError(f"`min_confidence` has to be in [0, 1] but is {self.min_confidence}")
+        if not 0 < self.min_face_size < math.inf:
+            raise ValueError(f"`min_face_size` has to be above 0 pixels but is {self.min_face_size}")
+        if not math.isfinite(self.min_gain):
+            raise ValueError(f"`min_gain` has to be a finite number but is {self.min_gain}")
+        if self.max_drift is not None and not 0 <= self.max_drift < math.inf:
+            raise ValueError(f"`max_drift` has to be a finite number of at least 0 but is {self.max_drift}")
+        for name, method in (("scorer", "score_crops"), ("identity", "distance")):
+            judge = getattr(self, name)
+            if judge is not None and not callable(getattr(judge, method, None)):
+                raise TypeError(f"`{name}` has to be an object with `{method}` but is a {type(judge).__name__}")
         if self.background is not None and not callable(self.background):
             kind = type(self.background).__name__
             raise TypeError(f"`background` has to be a function from an image to an image but is {kind}")
@@ -62,8 +78,6 @@ class PhotographOptions:
             raise ValueError("`keep_better` compares Face Scores: pass a `scorer`, such as a FaceScorer")
         if self.max_drift is not None and self.identity is None:
             raise ValueError("`max_drift` compares identities: pass an `identity`, such as an IdentityModel")
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` has to be at least 1 but is {self.batch_size}")
 
     @property
     def judges_score(self) -> bool:
@@ -87,7 +101,6 @@ def restore_photographs(
     `resolution` pixels, at most `options.batch_size`, to the restored ones. Photographs are read when the next result
     is asked for, as many as fill a batch, and at most about MAX_WAITING pixels wait.
     """
-    pairs = ((image, None) for image in images) if faces is None else zip(images, faces, strict=True)
     waiting: deque[_Photograph] = deque()  # in the input's order
     pending: deque[tuple[_Photograph, _Work]] = deque()  # their faces that were not sampled yet
 
@@ -100,10 +113,20 @@ def restore_photographs(
         while waiting and waiting[0].is_done:
             yield waiting.popleft().result(options)
 
-    for image, known in pairs:
+    pairs, failure = _paired(images, faces), None
+    while True:
+        try:
+            image, known = next(pairs)
+        except StopIteration:
+            break
+        except Exception as error:  # the caller's own: what was read before is finished first
+            failure = error
+            break
+
         # ---- read; where too many pixels wait, their faces are sampled in a batch that is not full
         photograph = _Photograph.read(image)
-        if sum(other.pixels for other in waiting) + photograph.pixels > MAX_WAITING:
+        pixels = sum(other.pixels for other in waiting) + photograph.pixels
+        if pixels > MAX_WAITING or len(waiting) == MAX_PHOTOGRAPHS:
             sample(1)
             yield from finished()
 
@@ -118,6 +141,23 @@ def restore_photographs(
         yield from finished()
     sample(1)
     yield from finished()
+    if failure is not None:
+        raise failure
+
+
+def _paired(images: Iterable[Any], faces: Iterable[Any] | None) -> Iterator[tuple[Any, Any]]:
+    """Each photograph with its known faces, or None."""
+    if faces is None:
+        yield from zip(images, itertools.repeat(None))
+        return
+    end = object()
+    for number, (image, known) in enumerate(itertools.zip_longest(images, faces, fillvalue=end)):
+        if image is end or known is end:
+            more, fewer = ("faces", "images") if image is end else ("images", "faces")
+            raise ValueError(
+                f"`{more}` has more entries than `{fewer}`, which has {number}: give one for each photograph"
+            )
+        yield image, known
 
 
 # ---- one photograph
@@ -347,15 +387,22 @@ def _sample_batch(
         after = restore_crops(before)
     if options.scorer is not None:
         with _shared_time(entries, "score"):
-            scores = options.scorer.score_crops([*before, *after])
+            scores = _scores(options.scorer, [*before, *after])
         for work, old, new in zip(works, scores[: len(works)], scores[len(works) :], strict=True):
-            work.score_before, work.score_after = float(old), float(new)
+            work.score_before, work.score_after = old, new
     if options.identity is not None:
         with _shared_time(entries, "identity"):
             for work, old, new in zip(works, before, after, strict=True):
                 work.identity_distance = options.identity.distance(old, new)
     for work, crop in zip(works, after, strict=True):
         work.reason, work.after = _why_left(work, options), crop
+
+
+def _scores(scorer: Any, crops: list[Image.Image]) -> list[float]:
+    scores = [float(score) for score in scorer.score_crops(crops)]
+    if len(scores) != len(crops):
+        raise ValueError(f"`scorer` has to return a score for each of {len(crops)} crops but returned {len(scores)}")
+    return scores
 
 
 @contextmanager
@@ -371,11 +418,13 @@ def _why_left(work: _Work, options: PhotographOptions) -> str:
     """Why a sampled face is not pasted; empty where it is."""
     old, new = work.score_before, work.score_after
     if options.judges_score and not new - old >= options.min_gain:  # so written that NaN is left, too
-        if not new > old:
+        if not (math.isfinite(old) and math.isfinite(new)):
+            return "whether its Face Score would rise could not be measured"
+        if new < old:
             return f"Face Score would fall from {old:.3f} to {new:.3f}"
         return f"Face Score would rise from {old:.3f} to {new:.3f} only, by less than {options.min_gain:g}"
     if options.max_drift is not None:
-        if work.identity_distance is None:
+        if work.identity_distance is None or not math.isfinite(work.identity_distance):
             return "whether it would still be the same person could not be measured"
         if work.identity_distance > options.max_drift:
             return (

@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from faceprior.color import COLOR_FIXES, keep_tone
 from faceprior.detect import Face
-from faceprior.diffusion import is_xl
+from faceprior.diffusion import is_xl, require_side
 from faceprior.files import atomic_write
 from faceprior.images import ImageSource, SourceImage, read_source, to_pil, to_pixel_values
 from faceprior.models import (
@@ -40,7 +40,14 @@ from faceprior.restorer.aligned import restore_aligned
 from faceprior.restorer.photographs import PhotographOptions, restore_photographs
 from faceprior.restorer.results import RestoredImage
 from faceprior.restorer.sampling import FaceSampler, make_generator, to_condition
-from faceprior.restorer.settings import NEGATIVE_PROMPT, PROMPT, SETTINGS_FILE, RestorerSettings, read_settings
+from faceprior.restorer.settings import (
+    NEGATIVE_PROMPT,
+    PROMPT,
+    SETTINGS_FILE,
+    RestorerSettings,
+    read_settings,
+    require_whole,
+)
 
 
 class AuthFaceRestorer:
@@ -299,11 +306,18 @@ class AuthFaceRestorer:
         images: any iterable; it is read as the results are asked for, as far ahead as a batch needs, and a few
         photographs at most are in memory. faces: for each photograph its known faces, or None. options: those of
         `restore`. A photograph that fails has its exception in the place of its result, and the others go on; so do
-        the photographs of a batch for which the memory did not suffice.
+        the photographs of a batch for which the memory did not suffice. What `images` itself raises is raised after
+        the results of the photographs before. The noise is each face's own, also of the official recipe, so that a
+        photograph does not depend on those beside it.
         """
         names = {field.name for field in fields(PhotographOptions)}
         own = PhotographOptions(**{name: value for name, value in options.items() if name in names})
-        sampling = {name: value for name, value in options.items() if name not in names}
+        # a face's own noise: with that of a batch, a photograph would depend on those beside it
+        sampling = {"noise": "face", **{name: value for name, value in options.items() if name not in names}}
+        if isinstance(images, str | Path | bytes | Image.Image):
+            raise TypeError(
+                f"`images` has to be a list or iterable of photographs but is {images!r}: `restore` takes one"
+            )
 
         def restore_crops(crops: list[Image.Image]) -> list[Image.Image]:
             return self.restore_crops(crops, color_fix, own.batch_size, **sampling)
@@ -331,9 +345,12 @@ class AuthFaceRestorer:
         """
         if color_fix not in COLOR_FIXES:
             raise ValueError(f"`color_fix` has to be one of {', '.join(COLOR_FIXES)} but is {color_fix!r}")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}")
+        require_whole("batch_size", batch_size)
         settings = self.settings.override(recipe, fidelity, **sampling)
+        require_side(self.pipeline, settings.resolution)
+        require_whole(
+            "num_inference_steps", settings.num_inference_steps, 1, self.pipeline.scheduler.config.num_train_timesteps
+        )
         restored = []
         for start in range(0, len(crops), batch_size):
             # ---- pixels of the degraded crops: (B, 3, R, R) in [-1, 1]

@@ -8,6 +8,7 @@ quantized: they are called as the pipeline calls them.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,7 +37,8 @@ _KEPT_PROMPTS = 64  # of SDXL's, 0.3 to 0.6 MB each
 def to_condition(images: list[Image.Image]) -> Tensor:
     """Images of one size -> (B, 3, H, W) float32 in [0, 1], what the ControlNet reads."""
     arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
+    # contiguous, as the pipeline's: in 16 bits other strides round differently
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous() / 255
 
 
 def make_generator(settings: RestorerSettings, count: int) -> torch.Generator | list[torch.Generator]:
@@ -47,11 +49,15 @@ def make_generator(settings: RestorerSettings, count: int) -> torch.Generator | 
 
 
 class FaceSampler:
-    """Samples restored faces by a pipeline's networks, with the prompts that were met before already encoded."""
+    """Samples restored faces by a pipeline's networks, with the prompts that were met before already encoded.
+
+    Threads may share it: they sample one after the other.
+    """
 
     def __init__(self, pipeline: StableDiffusionXLControlNetPipeline):
         self.pipeline = pipeline
         self._prompts: dict[tuple[str, int], PromptEmbeddings] = {}
+        self._lock = threading.Lock()  # networks and scheduler have a state while they sample
 
     @torch.no_grad()
     def __call__(
@@ -67,12 +73,13 @@ class FaceSampler:
         where the networks are in 16 bits, or `latent`: scaled as the U-Net's. H and W may differ; of the settings
         `resolution`, `seed` and `noise` are not read.
         """
-        try:
-            with _embedded_once(self.pipeline.controlnet):
-                latents = self._denoise(controlnet_cond, settings, generator)
-            return latents if output_type == "latent" else decode_latents(self.pipeline.vae, latents)
-        finally:
-            self.pipeline.maybe_free_model_hooks()
+        with self._lock:
+            try:
+                with _embedded_once(self.pipeline.controlnet):
+                    latents = self._denoise(controlnet_cond, settings, generator)
+                return latents if output_type == "latent" else decode_latents(self.pipeline.vae, latents)
+            finally:
+                self.pipeline.maybe_free_model_hooks()
 
     @property
     def device(self) -> torch.device:

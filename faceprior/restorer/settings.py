@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +69,20 @@ class RestorerSettings:
     half_residuals: bool = False
 
     def __post_init__(self):
+        for field in fields(self):
+            if field.name != "negative_prompt" or self.negative_prompt is not None:
+                _require_kind(field.name, getattr(self, field.name), type(field.default))
         choices = {"start": STARTS, "scheduler": ("base", *SAMPLERS), "noise": NOISES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` has to be one of {', '.join(allowed)} but is {getattr(self, name)!r}")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` has to be at least 1 but is {self.num_inference_steps}")
+        for name in ("num_inference_steps", "resolution"):
+            require_whole(name, getattr(self, name))
+        require_whole("seed", self.seed, -(2**63), 2**64 - 1)  # what torch takes
+        if not self.controlnet_conditioning_scale >= 0:
+            raise ValueError(
+                f"`controlnet_conditioning_scale` has to be at least 0 but is {self.controlnet_conditioning_scale}"
+            )
         if not 0 < self.strength <= 1:
             raise ValueError(f"`strength` has to be in (0, 1] but is {self.strength}")
         if self.strength < 1 and self.start != "degraded":
@@ -121,11 +131,32 @@ def _of_fidelity(fidelity: float, settings: RestorerSettings) -> dict[str, Any]:
     Sampling starts from the degraded face, and runs the last 1 - 0.9 f of the steps: from all of its noise to a little.
     The ControlNet's own scale is multiplied by 0.7 + 0.3 f. `tests/benchmarks/restoring.py fidelity` shows the curve.
     """
+    _require_kind("fidelity", fidelity, float)
     if not 0 <= fidelity <= 1:
         raise ValueError(f"`fidelity` has to be in [0, 1] but is {fidelity}")
     scale = settings.controlnet_conditioning_scale * (LOWEST_SCALE + (1 - LOWEST_SCALE) * fidelity)
     strength = 1 - (1 - LOWEST_STRENGTH) * fidelity
     return {"start": "degraded", "strength": strength, "controlnet_conditioning_scale": scale}
+
+
+_KINDS = {bool: (bool, "true or false"), int: (Integral, "a whole number"), float: (Real, "a finite number")}
+
+
+def _require_kind(name: str, value: Any, kind: type) -> None:
+    """Raise ValueError for a value of another kind than bool, int, float or str; a bool is no number."""
+    allowed, words = _KINDS.get(kind, (kind, "a text"))
+    is_kind = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+    if not is_kind or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"`{name}` has to be {words} but is {value!r}")
+
+
+def require_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Raise ValueError for what is not a whole number in [least, most]; True is none."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < least or (most is not None and value > most):
+        rule = f"at least {least}" if is_whole else f"a whole number of at least {least}"
+        rule = rule if most is None else f"a whole number from {least} to {most}"
+        raise ValueError(f"`{name}` has to be {rule} but is {value!r}")
 
 
 def read_settings(path: Path) -> RestorerSettings:
