@@ -113,7 +113,8 @@ class ConfidenceCurve:
     t: the levels, from 0, clean (through the VAE); mean, low, high: of each level; n: faces; not_found: further ones in
     which the detector finds nothing without noise, either, and which do not count. crossing: t at which the mean falls
     below 0.5, None if it does not; m: of the weight over time, by `m_of`; the other two: their intervals, or None for
-    one face, or where more than one in forty of the resampled curves has no crossing. noise: `ddpm` or `flow`, by which t is defined.
+    one face, or where more than one in forty of the resampled curves has no crossing. noise: `ddpm` or `flow`, by which
+    t is defined.
     """
 
     t: list[float]

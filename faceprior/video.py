@@ -219,6 +219,7 @@ def _write(path: Path, target: Path, tracks: list[list[Face]], restore: Callable
         # ---- the streams of the result: the picture, encoded anew, and copies of the sound
         stream = _picture(container, path)
         first = _first_frame(path)
+        lost = _lost(container, first)  # now: a closed container has no streams
         encoder = _add_encoder(output, stream, first, target)
         sounds = {s.index: output.add_stream_from_template(s) for s in container.streams.audio}
         output.metadata.update(container.metadata)
@@ -243,7 +244,6 @@ def _write(path: Path, target: Path, tracks: list[list[Face]], restore: Callable
                 shown = before, image
             output.mux(encoder.encode(_encodable(image, frame, encoder.pix_fmt, number)))
         output.mux(encoder.encode(None))
-    lost = _lost(container, first)
     with_faces = sum(bool(faces) for faces in tracks)
     people = max(len(faces) for faces in tracks)
     return RestoredVideo(len(tracks), with_faces, people, lost, *shown)

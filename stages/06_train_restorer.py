@@ -39,6 +39,7 @@ from faceprior.diffusion import (
     make_noise_scheduler,
     noise_like,
     pred_original_sample,
+    require_side,
     training_target,
 )
 from faceprior.facial import (
@@ -182,6 +183,7 @@ def main(config: Config) -> None:
     # ---- The frozen prior with the null prompt, whose encoders then leave the device, and the trained ControlNet
     dtype = weight_dtype(config.mixed_precision)
     prior = load_pipeline(base, dtype)
+    require_side(prior, config.resolution)
     controlnet = make_controlnet(config, prior)
     quantize(prior.unet, config.quantization)  # after the ControlNet was made, which may start from its encoder
     with placed(text_encoders(prior), accelerator.device):
@@ -341,6 +343,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         # ---- The frozen prior and the ControlNet, here always of the sizes of the prior's encoder
         base = tiny.resolve(config.prior, "sdxl")
         prior = load_pipeline(base, weight_dtype(config.mixed_precision), weights=False)
+        require_side(prior, side)
         controlnet = make_controlnet(replace(config, init=""), prior)
         quantize(prior.unet, config.quantization)
         rehearsal.name_pipeline(prior, controlnet.parameters())

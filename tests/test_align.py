@@ -175,6 +175,8 @@ def test_photographs_much_smaller_than_the_square(shape):
         (face_at(50, 50)[[1, 0, 2, 4, 3]], "as seen in the image"),
         (face_at(5000, 50), "outside"),
         (face_at(50, -5000), "outside"),
+        (np.full((5, 2), 50.0) + (face_at(0, 0) - face_at(0, 0).mean(0)) * 1e-3, "nothing of a face can be seen"),
+        (np.full((5, 2), 50.0) + (face_at(0, 0) - face_at(0, 0).mean(0)) * 1e5, "nothing of a face can be seen"),
     ],
 )
 def test_landmarks_that_make_no_face(landmarks, match):

@@ -36,6 +36,7 @@ def test_crossing_by_hand():
     assert crossing_of(t, [1.0, 0.8, 0.3, 0.7, 0.1]) == pytest.approx(0.32)
     assert crossing_of(t, [1.0, 0.9, 0.8, 0.7, 0.5]) is None  # never below
     assert crossing_of(t, [0.4, 0.9, 0.3, 0.2, 0.1]) is None  # not above without noise
+    assert crossing_of(t, [0.5, 0.3, 0.3, 0.2, 0.1]) is None  # at t = 0, whose logit is no number
 
 
 def test_the_papers_crossing_gives_the_papers_m():
@@ -59,6 +60,14 @@ def test_interval_of_the_crossing():
     spans = [np.ptp(curve.crossing_interval) for curve in (wide, narrow)]
     assert spans[1] < spans[0] / 3
     assert wide.n == 12 and json.loads(json.dumps(vars(wide)))["crossing"] == wide.crossing
+
+
+def test_one_face_has_no_interval():
+    """Two do, also where the one is never seen, so that many resampled curves begin at 0.5, or below."""
+    t = [0.0, 0.2, 0.4]
+    assert ConfidenceCurve.of(t, np.array([[1.0, 0.8, 0.0]])).crossing_interval is None
+    curve = ConfidenceCurve.of(t, np.array([[1.0, 0.8, 0.0], [0.0, 0.0, 0.0]]))
+    assert curve.crossing is None and curve.m is None
 
 
 @pytest.mark.parametrize("confidences", [[[0.9, 0.9, 0.8]] * 3, [[0.3, 0.2, 0.0]] * 3])

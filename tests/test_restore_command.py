@@ -1,6 +1,7 @@
 """`faceprior restore`: formats, faces alone, videos, the report, the summary; called as a user calls it."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from faceprior.cli import restore as restore_command
 from faceprior.cli.options import hyphenated
 from faceprior.cli.outcomes import Outcome, Summary, reason_kind
 from faceprior.cli.outputs import RestoreRecord
+from faceprior.files import atomic_write
 from faceprior.html import data_uri, shrunk
 from faceprior.images import Metadata, SourceImage, read_source, save_image
 from faceprior.procedural import draw_portrait
@@ -188,6 +190,89 @@ def test_faces_overwrite_neither_inputs_nor_files_of_others(tmp_path, restore, p
         assert image.size == (160, 160)
 
 
+def test_aligned_faces_are_counted_and_what_they_lose_is_said(tmp_path, restore, portrait):
+    portrait.save(tmp_path / "a.jpg")
+    see_through = portrait.convert("RGBA")
+    see_through.putalpha(100)
+    see_through.save(tmp_path / "b.png")
+    code, out, err = restore(tmp_path / "a.jpg", tmp_path / "b.png", "-o", tmp_path / "out", "--aligned")
+    assert code == 0 and "2 files: 2 faces restored" in err and "without a face" not in err
+    assert "a.jpg: restored as an aligned face -> " in out
+    assert "b.png: restored as an aligned face, not kept: transparency -> " in out
+
+
+# ---- places that cannot be written to
+
+
+def test_nothing_is_written_through_a_link(tmp_path, restore, portrait):
+    """One of the results was replaced by a link to a photograph elsewhere; then the settings change."""
+    portrait.save(tmp_path / "a.jpg")
+    portrait.save(tmp_path / "precious.png")
+    precious = (tmp_path / "precious.png").read_bytes()
+    assert restore(tmp_path / "a.jpg", "-o", tmp_path / "out")[0] == 0
+    (tmp_path / "out/a.png").unlink()
+    (tmp_path / "out/a.png").symlink_to(tmp_path / "precious.png")
+    code, _, err = restore(tmp_path / "a.jpg", "-o", tmp_path / "out", "--seed", "5")
+    assert code == 2 and "a.png exists, and no run of `faceprior restore` wrote it" in err
+    assert (tmp_path / "precious.png").read_bytes() == precious
+
+
+def test_places_that_cannot_be_written_to_are_said_before_a_face_is_restored(tmp_path, restore, portrait, monkeypatch):
+    portrait.save(tmp_path / "a.png")
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / ".r.html.part").write_bytes(b"mine, too")
+    monkeypatch.setattr(AuthFaceRestorer, "restore_all", None)
+    for output, report, reason in (
+        (tmp_path / "file/out", None, "-o: nothing can be written to"),
+        (tmp_path / "out", tmp_path / "file/r.html", "--report: nothing can be written to"),
+        (tmp_path / "out", tmp_path / "r.html", ".r.html.part, where --report keeps its cards, is no file of"),
+        (tmp_path / "out", tmp_path / f"{'r' * 248}.html", "the name is too long"),
+    ):
+        code, out, err = restore(tmp_path / "a.png", "-o", output, *(("--report", report) if report else ()))
+        assert code == 2 and not out and reason in err
+    assert (tmp_path / ".r.html.part").read_bytes() == b"mine, too" and not names_in(tmp_path / "out")
+
+
+def test_a_full_disk_ends_the_run(tmp_path, restore, portrait, monkeypatch):
+    """The second of three results does not fit; the third is not restored for nothing."""
+    for name in "abc":
+        portrait.save(tmp_path / f"{name}.png")
+    written = []
+
+    def save(image, path, *rest, **options):
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(save_image(image, path, *rest, **options))
+
+    monkeypatch.setattr(restore_command, "save_image", save)
+    images = [tmp_path / f"{name}.png" for name in "abc"]
+    code, _, err = restore(*images, "-o", tmp_path / "out")
+    assert code == 2 and "error: the disk is full" in err and "2 not reached: the same command resumes" in err
+    monkeypatch.undo()
+    code, out, err = restore(*images, "-o", tmp_path / "out")
+    assert code == 0 and out.count("finished before") == 1 and "3 files: 3 faces restored" in err
+
+
+def test_what_a_kill_left_goes_with_the_next_run(tmp_path, restore, portrait):
+    (tmp_path / "in/sub").mkdir(parents=True)
+    portrait.save(tmp_path / "in/sub/a.png")
+    (tmp_path / "out/sub").mkdir(parents=True)
+    (tmp_path / "out/sub/.faceprior-0a.tmp").write_bytes(b"half an image")
+    with atomic_write(tmp_path / "out/sub/of_another_process.png") as file:
+        assert restore(tmp_path / "in", "-o", tmp_path / "out")[0] == 0
+        file.write(b"whole")
+    assert names_in(tmp_path / "out") == {"sub/a.png", "sub/of_another_process.png"}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_list_with_blank_lines(tmp_path, restore, portrait, monkeypatch):
+    portrait.save(tmp_path / "a.png")
+    lines = b"\xef\xbb\xbf" + os.fsencode(tmp_path / "a.png") + b"\r\n\r\n   \n\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    code, _, err = restore("-", "-o", tmp_path / "out")
+    assert code == 0 and "1 file: 1 face restored" in err
+
+
 # ---- videos
 
 
@@ -216,6 +301,9 @@ def test_videos_beside_photographs(tmp_path, restore, portrait):
     assert (tmp_path / "out/empty.avi").read_bytes() == (tmp_path / "in/empty.avi").read_bytes()
     code, out, _ = restore(*command)
     assert out.count("finished before") == 3
+    judged = ("--scorer", "tiny", "--min-gain", "99", "--detector", "mtcnn")
+    _, out, _ = restore(tmp_path / "in/film.mp4", "-o", tmp_path / "judged", *judged)
+    assert "1 face restored in 4 of 4 frames; --scorer left no face, as a video would flicker" in out
     code, _, err = restore(tmp_path / "in/film.mp4", "-o", tmp_path / "faces", "--only-faces")
     assert code == 1 and "film.mp4 is a video, which --only-faces does not take" in err
     assert not names_in(tmp_path / "faces")

@@ -1,6 +1,7 @@
 """Photographs: faces out of them, in batches through the network, and back into them."""
 
 import io
+import itertools
 import logging
 import os
 import subprocess
@@ -22,6 +23,7 @@ from faceprior.procedural import draw_portrait
 from faceprior.restorer import AuthFaceRestorer, RestoredImage, RestorerSettings
 from faceprior.restorer.photographs import PhotographOptions, restore_photographs
 
+NAN = float("nan")
 FAST = {"num_inference_steps": 2, "keep_sharp": False}  # the drawn faces are sharper than a model of 64 pixels
 
 
@@ -296,12 +298,70 @@ def test_wrong_options_are_no_photographs_error(restorer):
         ({"background": "esrgan"}, TypeError, "`background` has to be a function"),
         ({"keep_better": True}, ValueError, "pass a `scorer`"),
         ({"max_drift": 0.5}, ValueError, "pass an `identity`"),
+        ({"upscale": True}, ValueError, "`upscale`"),
         ({"batch_size": 0}, ValueError, "`batch_size` has to be at least 1"),
+        ({"batch_size": 1.5}, ValueError, "`batch_size` has to be a whole number"),
+        ({"detector": "haar"}, ValueError, "`detector` has to be one of auto, mtcnn, retinaface"),
+        ({"min_confidence": NAN}, ValueError, "`min_confidence` has to be in"),
+        ({"min_face_size": NAN}, ValueError, "`min_face_size` has to be above 0"),
+        ({"min_gain": NAN}, ValueError, "`min_gain` has to be a finite number but is nan"),
+        ({"identity": Distance(), "max_drift": NAN}, ValueError, "`max_drift` has to be a finite number"),
+        ({"identity": Distance(), "max_drift": -1}, ValueError, "`max_drift` .* at least 0 but is -1"),
+        ({"identity": "dlib"}, TypeError, "`identity` has to be an object with `distance` but is a str"),
+        ({"scorer": "tiny"}, TypeError, "`scorer` has to be an object with `score_crops` but is a str"),
+        ({"num_inference_steps": 10**6}, ValueError, "`num_inference_steps` has to be a whole number from 1 to 1000"),
+        ({"resolution": 66}, ValueError, "`resolution` has to be a multiple of 4"),
+        ({"guidance_scale": NAN}, ValueError, "`guidance_scale` has to be a finite number"),
+        ({"seed": 1.5}, ValueError, "`seed` has to be a whole number"),
         ({"color_fix": "lab"}, ValueError, "`color_fix`"),
         ({"stepps": 3}, TypeError, "stepps"),
     ):
         with pytest.raises(error, match=match):
             restorer.restore_all(["missing.png"], **options)
+
+
+def test_one_photograph_is_no_list_of_them(restorer):
+    with pytest.raises(TypeError, match="`images` has to be a list .* but is 'photo.jpg': `restore` takes"):
+        restorer.restore_all("photo.jpg")
+
+
+def test_what_an_iterable_raises_comes_after_what_it_gave(group):
+    """Two photographs of one face each wait for a batch of 8 when the third cannot be got, or is missing."""
+    photograph, faces = group
+
+    def torn():
+        yield photograph
+        yield photograph
+        raise OSError("the card was removed")
+
+    for images, known, error, match in (
+        (torn(), None, OSError, "the card was removed"),
+        ([photograph] * 3, [faces[:1]] * 2, ValueError, "`images` has more entries than `faces`, which has 2"),
+        ([photograph] * 2, [faces[:1]] * 3, ValueError, "`faces` has more entries than `images`, which has 2"),
+    ):
+        results = through(images, known, batch_size=8, detector=lambda image: faces[:1])
+        assert all(len(next(results).restored) == 1 for _ in range(2))
+        with pytest.raises(error, match=match):
+            next(results)
+
+
+def test_few_photographs_wait_behind_a_face(group, monkeypatch):
+    """One face waits for a batch of 4; without end come photographs without any, and files that cannot be read."""
+    monkeypatch.setattr("faceprior.restorer.photographs.MAX_PHOTOGRAPHS", 5)
+    photograph, faces = group
+    for follower in (Image.new("RGB", (8, 8)), "missing.png"):
+        read = []
+        images = (read.append(number) or (follower if number else photograph) for number in itertools.count())
+        results = through(images, ([] if number else faces[:1] for number in itertools.count()), batch_size=4)
+        assert len(next(results).restored) == 1 and len(read) == 6
+
+
+def test_a_photograph_depends_on_itself_by_the_official_recipe_too(restorer, group):
+    photograph, faces = group
+    options = {**FAST, "recipe": "official", "resolution": 64, "guidance_scale": 1.0}
+    alone, both = (restorer.restore(photograph, faces, batch_size=size, **options).image for size in (1, 2))
+    assert difference(alone, both).max() <= 1
+    assert difference(alone, photograph).max() > 10
 
 
 def test_what_fails_in_a_batch_ends_only_its_own_photograph(group):
@@ -371,8 +431,33 @@ def test_only_what_gains_is_pasted(group):
     assert len(risen.restored) == 2 and all(face.reason == "" for face in risen.faces)
     (little,) = through([photograph], [faces], lighter, scorer=Brightness(), min_gain=0.6)
     assert little.restored == [] and "rise from" in little.left[0].reason and "0.6" in little.left[0].reason
+    (same,) = through([photograph], [faces], lambda crops: crops, scorer=Brightness(), min_gain=0.1)
+    assert same.restored == [] and "rise from" in same.left[0].reason
     (anyway,) = through([photograph], [faces], scorer=Brightness(), keep_better=False)
     assert len(anyway.restored) == 2 and anyway.faces[0].score_before > anyway.faces[0].score_after
+
+
+class Constant:
+    """Says the same of every face. numbers: of faces that are scored, if not all."""
+
+    def __init__(self, value, numbers=None):
+        self.value, self.numbers = value, numbers
+
+    def score_crops(self, crops):
+        return [self.value] * (len(crops) if self.numbers is None else self.numbers)
+
+    def distance(self, before, after):
+        return self.value
+
+
+def test_what_cannot_be_measured_is_not_pasted(group):
+    photograph, faces = group
+    for judge in ({"scorer": Constant(NAN)}, {"identity": Constant(NAN), "max_drift": 0.5}):
+        (result,) = through([photograph], [faces], **judge)
+        assert result.restored == [] and "could not be measured" in result.left[0].reason
+        assert result.image.tobytes() == photograph.tobytes()
+    (error,) = through([photograph], [faces[:1]], scorer=Constant(1.0, numbers=1))
+    assert str(error) == "`scorer` has to return a score for each of 2 crops but returned 1"
 
 
 class Distance:

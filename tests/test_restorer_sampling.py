@@ -1,6 +1,7 @@
 """How faces are sampled: the official inference to the letter, settings and recipes, and what saves time or memory."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -82,8 +83,18 @@ def published(folder):
 
 @pytest.fixture(scope="module")
 def official(folder):
-    """The official inference by stock diffusers alone: every part by its sub-folder, residuals in float16."""
-    parts = {name: part.from_pretrained(folder, subfolder=name) for name, part in PARTS.items()}
+    return official_pipeline(folder)
+
+
+def official_pipeline(folder, dtype=torch.float32):
+    """The official inference by stock diffusers alone: every part by its sub-folder, residuals in float16.
+
+    dtype: of all but the VAE; the residuals are in float16 where it is that, or float32.
+    """
+    dtypes = {name: torch.float32 if name == "vae" else dtype for name in PARTS}
+    dtypes |= dict.fromkeys(("tokenizer", "tokenizer_2", "scheduler"))
+    options = {name: {"torch_dtype": kind} if kind else {} for name, kind in dtypes.items()}
+    parts = {name: part.from_pretrained(folder, subfolder=name, **options[name]) for name, part in PARTS.items()}
     assert parts["scheduler"].config.clip_sample and parts["scheduler"].config.timestep_spacing == "leading"
     parts["controlnet"].register_forward_hook(
         lambda module, inputs, outputs: ([residual.half() for residual in outputs[0]], outputs[1].half())
@@ -296,6 +307,15 @@ def test_crops_keep_their_order_whatever_the_batch(restorer, crops):
         restorer.restore_crops(crops, batch_size=0)
 
 
+def test_threads_share_a_restorer(restorer, crops):
+    """Each gets its own face back, though what a network embeds is kept for all steps of one call."""
+    alone = [restorer.restore_crops([crop], **FAST)[0].tobytes() for crop in crops]
+    with ThreadPoolExecutor(len(crops)) as threads:
+        for _ in range(3):
+            together = threads.map(lambda crop: restorer.restore_crops([crop], **FAST)[0].tobytes(), crops)
+            assert list(together) == alone
+
+
 def test_the_seed_matters_and_repeats(restorer, crops):
     first, again, other = (restorer.restore_crops(crops[:1], **FAST, seed=seed)[0] for seed in (1, 1, 2))
     assert first.tobytes() == again.tobytes() and difference(first, other).max() > 1
@@ -347,6 +367,16 @@ def test_sampling_is_the_official_codes(published, official, pair, options):
     pixels = published.sample(pair, **options, generator=torch.Generator().manual_seed(7), output_type="np")
     assert pixels.shape == (2, 72, 56, 3) and pixels.dtype == np.float32
     np.testing.assert_allclose(pixels, official_pixels(official, expected), atol=1e-4)
+
+
+def test_in_float16_too(folder, pair):
+    """To the bit: with another order of the condition's pixels in memory its last digits differed."""
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "negative_prompt": None}
+    expected = official_latents(official_pipeline(folder, torch.float16), pair, seed=7, **options)
+    published = AuthFaceRestorer.from_pretrained(str(folder), dtype=torch.float16)
+    generator = torch.Generator().manual_seed(7)
+    found = published.sample(pair, prompt="a man", **options, generator=generator, output_type="latent")
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("size", "upscale", "process_size"), [((70, 67), 2, 96), ((64, 64), 1, None)])
@@ -593,6 +623,16 @@ def test_moved_networks_leave_the_text_encoders_on_the_cpu():
         ({"scheduler": "heun"}, "`scheduler` has to be one of base, "),
         ({"noise": "image"}, "`noise` has to be one of face, batch but is 'image'"),
         ({"num_inference_steps": 0}, "`num_inference_steps` has to be at least 1 but is 0"),
+        ({"num_inference_steps": 2.5}, "`num_inference_steps` has to be a whole number but is 2.5"),
+        ({"resolution": 0}, "`resolution` has to be at least 1 but is 0"),
+        ({"resolution": True}, "`resolution` has to be a whole number but is True"),
+        ({"seed": 2**70}, "`seed` has to be a whole number from "),
+        ({"seed": None}, "`seed` has to be a whole number but is None"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` has to be a finite number but is nan"),
+        ({"controlnet_conditioning_scale": -1}, "`controlnet_conditioning_scale` has to be at least 0 but is -1"),
+        ({"prompt": None}, "`prompt` has to be a text but is None"),
+        ({"negative_prompt": 3}, "`negative_prompt` has to be a text but is 3"),
+        ({"half_residuals": "yes"}, "`half_residuals` has to be true or false but is 'yes'"),
         ({"strength": 0.0, "start": "degraded"}, r"`strength` has to be in \(0, 1\] but is 0.0"),
         ({"strength": 0.5}, "`strength` is 0.5, below 1, which only `start` degraded can have"),
         ({"guidance_low": 0.6, "guidance_high": 0.5}, "but are 0.6 and 0.5"),
@@ -603,6 +643,21 @@ def test_moved_networks_leave_the_text_encoders_on_the_cpu():
 def test_settings_out_of_range(options, reason):
     with pytest.raises(ValueError, match=reason):
         RestorerSettings(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    made = RestorerSettings(resolution=np.int64(64), guidance_scale=np.float32(2), seed=-1, negative_prompt=None)
+    assert made == RestorerSettings(resolution=64, guidance_scale=2.0, seed=-1, negative_prompt=None)
+    for fidelity in ("1", True, float("nan")):
+        with pytest.raises(ValueError, match="`fidelity` has to be a finite number but is"):
+            made.override(fidelity=fidelity)
+
+
+def test_what_the_networks_cannot_sample_is_said_before_they_run(restorer):
+    with pytest.raises(ValueError, match="`resolution` has to be a multiple of 4 for this base but is 66"):
+        restorer.restore_crops([], resolution=66)
+    with pytest.raises(ValueError, match="`num_inference_steps` has to be a whole number from 1 to 1000 but is 1001"):
+        restorer.restore_crops([], num_inference_steps=1001)
 
 
 def test_the_fast_recipe_leaves_what_is_the_checkpoints():

@@ -145,6 +145,37 @@ def test_what_fails_leaves_no_file_and_is_named(tmp_path, portrait, monkeypatch)
         restore_video(source, tmp_path / "out.mp4", detect, inverted)
 
 
+def test_a_video_whose_frames_are_all_damaged_is_an_error(tmp_path, portrait):
+    source = write_video(tmp_path / "in.mkv", [frame_of(portrait, i) for i in range(6)])
+    data = source.read_bytes()
+    start = data.index(b"\x1f\x43\xb6\x75") + 40  # the first cluster, whose first frame is left in part
+    (tmp_path / "torn.mkv").write_bytes(data[:start])
+    with pytest.raises(VideoError, match=r"torn.mkv has no frame that can be decoded: it is damaged"):
+        restore_video(tmp_path / "torn.mkv", tmp_path / "out.mkv", detect, inverted)
+
+
+def test_colours_of_rgb_with_transparency(tmp_path, portrait):
+    """The result is YUV, and says no more that it is RGB; that it is opaque, and has one picture of two, is said."""
+    with av.open(str(tmp_path / "in.mov"), "w") as output:
+        streams = [output.add_stream("png", rate=25) for _ in range(2)]
+        for video in streams:
+            video.width, video.height, video.pix_fmt = *SIZE, "rgba"
+        for number in range(6):
+            for video in streams:
+                frame = av.VideoFrame.from_image(frame_of(portrait, number)).reformat(format="rgba")
+                frame.pts, frame.time_base = number, Fraction(1, 25)
+                output.mux(video.encode(frame))
+        for video in streams:
+            output.mux(video.encode(None))
+    result = restore_video(tmp_path / "in.mov", tmp_path / "out.mov", detect, inverted)
+    assert result.restored == 6 and result.lost == ("transparency", "1 further video stream")
+    with av.open(str(tmp_path / "out.mov")) as container:
+        (frame, *_) = container.decode(video=0)
+    assert frame.colorspace != 0 and frame.format.name.startswith("yuv")
+    corner = frame.to_ndarray(format="rgb24")[-4:, -4:].astype(int)
+    assert np.abs(corner - (90, 120, 150)).max() <= 4
+
+
 def test_the_suffix_of_a_restored_video():
     suffixes = [container_suffix(f"a{suffix}") for suffix in (".mp4", ".MOV", ".webm", ".mkv", ".avi", ".wmv")]
     assert suffixes == [".mp4", ".mov", ".webm", ".mkv", ".mkv", ".mkv"]
