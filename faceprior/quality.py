@@ -85,8 +85,10 @@ def fine_detail(gray: np.ndarray, scale: float) -> float:
 
     gray: (H, W). scale: above 1. The energy of the octave above the smaller image's highest frequency, 0.5 / scale
     cycles per pixel, divided by that of the octave below: about 1 for a sharp photograph, whose octaves have equal
-    energies, and 0 for one that was enlarged or blurred. A scale below 2 leaves less than an octave; what it has is
-    scaled up to one. One below 1.25, or an image below 16 pixels, leaves too little to measure: 0.
+    energies, and 0 for one that was enlarged or blurred. So much blur that the octave below is empty, too, leaves two
+    remainders of compression, whose ratio says nothing: that octave counts at least 1 / 2^(k + 1) of the k-th one
+    below it, for k from 2 to 4. A scale below 2 leaves less than an octave; what it has is scaled up to one. One below
+    1.25, or an image below 16 pixels, leaves too little to measure: 0.
 
     Noise does not count: spread evenly, it determines the median of the band, from which its variance follows as for
     Gaussian values (1.4826 median)^2, whereas detail stands in few places. Nor do the borders of JPEG blocks: of the 64
@@ -99,8 +101,12 @@ def fine_detail(gray: np.ndarray, scale: float) -> float:
     spectrum = cv2.dct(np.ascontiguousarray(gray[:height, :width], np.float32))
     frequency = np.hypot(np.arange(height)[:, None] / (2 * height), np.arange(width) / (2 * width))
     limit = 0.5 / scale
-    below = np.square(spectrum[(frequency > limit / 2) & (frequency <= limit)]).sum() / spectrum.size
+    octave = [
+        float(np.square(spectrum[(frequency > limit / 2 ** (k + 1)) & (frequency <= limit / 2**k)]).sum())
+        for k in range(5)
+    ]
+    below = max(octave[0], *(octave[k] / 2 ** (k + 1) for k in range(2, 5))) / spectrum.size
     band = cv2.idct(np.where((frequency > limit) & (frequency <= min(2 * limit, 0.5)), spectrum, 0))
     noise = (1.4826 * np.median(np.abs(band))) ** 2
     phases = np.square(band).reshape(height // 8, 8, width // 8, 8).mean(axis=(0, 2))
-    return max(0.0, float(np.quantile(phases, 0.25) - noise)) / octaves / max(float(below), 1e-3)
+    return max(0.0, float(np.quantile(phases, 0.25) - noise)) / octaves / max(below, 1e-3)

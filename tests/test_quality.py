@@ -193,6 +193,9 @@ def test_fine_detail_of_waves_by_hand():
     assert fine_detail(image, 2) == pytest.approx(1, rel=0.1)  # where the wave ends, it leaks
     assert fine_detail(waves(1024, (0.1875, 20, below), (0.37, 20, quarter)), 2) == pytest.approx(0.25, rel=0.1)
     assert fine_detail(waves(1024, (0.1875, 20, below)), 2) < 0.01
+    # a nearly empty octave below counts an eighth, 400, of a wave of 0.045 with the energy 80^2 / 2; B^2 / 8 is 200
+    blurred = waves(1024, (0.1875, 2, below), (0.37, 40, quarter), (0.045, 80, below))
+    assert fine_detail(blurred, 2) == pytest.approx(0.5, rel=0.1)
 
 
 def test_noise_has_no_fine_detail():
@@ -233,6 +236,24 @@ def test_fine_detail_tells_sharp_photographs_from_soft_ones(name):
         assert fine_detail(np.asarray(Image.open(buffer), float), scale) > 0.06
         for soft in (enlarged, blurred):
             assert fine_detail(soft, scale) < 0.06 and fine_detail(soft + noise, scale) < 0.06
+
+
+@pytest.mark.parametrize("sigma", [2, 2.5, 4])
+def test_what_compression_leaves_of_a_blurred_photograph_is_no_detail(sigma):
+    """Two octaves of JPEG's remainders have like energies, whatever their ratio; saved again off its first grid."""
+    image = Image.fromarray(skimage.data.astronaut()).filter(ImageFilter.GaussianBlur(sigma))
+    for quality in (20, 40, 60):
+        sheet = Image.new("RGB", (640, 640), "gray")
+        sheet.paste(saved(image, quality), (20, 60))
+        gray = np.asarray(saved(sheet, 90).crop((190, 120, 300, 250)).convert("L"), float)
+        for scale in (1.3, 2):
+            assert fine_detail(gray, scale) < 0.06
+
+
+def saved(image, quality):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert(image.mode)
 
 
 def test_nothing_is_finer_than_an_image_of_equal_size():
