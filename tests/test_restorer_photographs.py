@@ -17,6 +17,7 @@ from faceprior import tiny
 from faceprior.align import align_face, alignment_quad
 from faceprior.detect import Face, detect_faces
 from faceprior.errors import is_out_of_memory
+from faceprior.images import read_source
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
 from faceprior.restorer import AuthFaceRestorer, RestoredImage, RestorerSettings
@@ -343,6 +344,8 @@ def test_timings_name_every_phase(restorer, group):
     result = restorer.restore(photograph, faces, scorer=scorer, keep_better=False, **FAST)
     assert result.timings.keys() == {"read", "detect", "align", "restore", "score", "paste"}
     assert all(seconds >= 0 for seconds in result.timings.values()) and result.timings["restore"] > 0
+    was_read = restorer.restore(read_source(photograph), faces, **FAST)
+    assert was_read.timings.keys() == {"detect", "align", "restore", "paste"}
 
 
 # ------------------------------------------------------------------------------------------- what is pasted
@@ -416,15 +419,19 @@ def test_a_face_sharper_than_the_model_is_left_and_a_soft_one_is_not(name):
     """Squares of 172 and 349 pixels against 128 and 256: sharp as they are, soft after enlarging from a quarter."""
     image, faces = portrait(name)
     resolution = 128 if name == "astronaut" else 256
-    (sharp,) = through([image], [faces], resolution=resolution, keep_sharp=None)
+    (sharp,) = through([image], [faces], resolution=resolution, keep_sharp=True)
     assert sharp.restored == [] and sharp.image.tobytes() == image.tobytes()
-    assert "it is sharp" in sharp.left[0].reason and f"the model's {resolution}" in sharp.left[0].reason
+    assert "it is sharper" in sharp.left[0].reason and f"pixels against {resolution}" in sharp.left[0].reason
     assert sharp.left[0].before.size == (resolution, resolution) and sharp.left[0].after is None
-    (soft,) = through([enlarged_from(image, 4)], [faces], resolution=resolution, keep_sharp=None)
-    (small,) = through([image], [faces], resolution=512, keep_sharp=None)  # the model is finer than the face
+    (scored,) = through([image], [faces], lighter, resolution, keep_sharp=True, scorer=Brightness())
+    assert (
+        scored.restored == [] and "it is sharper" in scored.left[0].reason
+    )  # the crop has lost what the scorer misses
+    (soft,) = through([enlarged_from(image, 4)], [faces], resolution=resolution, keep_sharp=True)
+    (small,) = through([image], [faces], resolution=512, keep_sharp=True)  # the model is finer than the face
     (off,) = through([image], [faces], resolution=resolution)
-    (scored,) = through([image], [faces], lighter, resolution, keep_sharp=None, scorer=Brightness())
-    for result in (soft, small, off, scored):
+    (off_scored,) = through([image], [faces], lighter, resolution, scorer=Brightness())
+    for result in (soft, small, off, off_scored):
         assert len(result.restored) == 1
 
 

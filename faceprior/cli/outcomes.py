@@ -64,8 +64,8 @@ class Summary:
 
 
 def reason_kind(reason: str) -> str:
-    """What reasons have in common: the words without the measured numbers."""
-    return re.sub(r"-?\d[\d.,]*(?<![.,])", "…", reason)
+    """What reasons have in common: the words without the measured numbers, or what stands before a colon."""
+    return re.sub(r"-?\d[\d.,]*(?<![.,])", "…", reason.partition(": ")[0])
 
 
 def counted(number: int, noun: str) -> str:

@@ -44,7 +44,7 @@ class PhotographOptions:
     min_face_size: float = 20
     upscale: int = 1
     background: Callable[[Image.Image], Image.Image] | None = None
-    keep_sharp: bool | None = None
+    keep_sharp: bool = True
     scorer: Any = None
     keep_better: bool | None = None
     min_gain: float = 0.0
@@ -68,10 +68,6 @@ class PhotographOptions:
     @property
     def judges_score(self) -> bool:
         return self.scorer is not None if self.keep_better is None else self.keep_better
-
-    @property
-    def judges_sharpness(self) -> bool:
-        return not self.judges_score if self.keep_sharp is None else self.keep_sharp
 
 
 def restore_photographs(
@@ -164,8 +160,11 @@ class _Photograph:
     @classmethod
     def read(cls, image: ImageSource | SourceImage) -> _Photograph:
         photograph = cls()
+        if isinstance(image, SourceImage):
+            photograph.source = image
+            return photograph
         with photograph._phase("read"):
-            photograph.source = image if isinstance(image, SourceImage) else read_source(image)
+            photograph.source = read_source(image)
         return photograph
 
     @property
@@ -205,7 +204,7 @@ class _Photograph:
             return
         with self._phase("align"):
             for face in sorted(known, key=lambda face: face.area, reverse=True):
-                self.works.append(_cut_out(self.source.rgb, face, resolution, options.judges_sharpness))
+                self.works.append(_cut_out(self.source.rgb, face, resolution, options.keep_sharp))
 
     def result(self, options: PhotographOptions) -> RestoredImage | Exception:
         """Paste the faces back."""
@@ -268,7 +267,7 @@ def _cut_out(photograph: Image.Image, face: Face, resolution: int, leaves_sharp:
         return _Work(face, reason=str(error))
     side = _side(face)
     if leaves_sharp and side > resolution and _finer_detail(photograph, face, resolution) >= SHARP_DETAIL:
-        work.reason = f"it is sharp, and its square of {side:.0f} pixels is larger than the model's {resolution}"
+        work.reason = f"it is sharper than the model could draw it: {side:.0f} pixels against {resolution}"
     return work
 
 

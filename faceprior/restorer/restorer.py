@@ -214,7 +214,7 @@ class AuthFaceRestorer:
         upscale: int = 1,
         background: Callable[[Image.Image], Image.Image] | None = None,
         color_fix: str = "wavelet",
-        keep_sharp: bool | None = None,
+        keep_sharp: bool = True,
         scorer: Any = None,
         keep_better: bool | None = None,
         min_gain: float = 0.0,
@@ -246,7 +246,7 @@ class AuthFaceRestorer:
         - a face that cannot be aligned, since its landmarks are missing or do not span a face, with a warning in the
           log;
         - keep_sharp: a face larger in the photograph than the model's resolution that is really sharper than it (see
-          `quality.fine_detail`); on by default where no scorer decides;
+          `quality.fine_detail`), also where a scorer decides, which sees it at that resolution only;
         - scorer, an object with `score_crops(crops)` such as a FaceScorer, with keep_better, on by default with it: a
           face whose Face Score does not rise by `min_gain` at least;
         - identity, an object with `distance(before, after)` such as an IdentityModel, with max_drift: a face whose

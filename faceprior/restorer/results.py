@@ -35,9 +35,9 @@ class FaceResult:
 class RestoredImage:
     """A restored photograph (RGB, or RGBA if it has transparency) and all its faces, largest first.
 
-    source: the photograph, with what else its file holds. timings: seconds per phase, `read`, `detect`, `align`,
-    `restore`, `paste` and, where they were asked for, `score` and `identity`; of a batch that several photographs
-    shared each has its faces' part.
+    source: the photograph, with what else its file holds. timings: seconds per phase, `read` (but of what
+    `read_source` had read), `detect`, `align`, `restore`, `paste` and, where they were asked for, `score` and
+    `identity`; of a batch that several photographs shared each has its faces' part.
     """
 
     image: Image.Image
