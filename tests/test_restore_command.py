@@ -352,6 +352,7 @@ def test_the_summary_names_the_common_reasons():
         " face, 1 failed, 4 not reached: the same command resumes"
     )
     assert reason_kind("from 1.5 to -0.25, by 3 only.") == "from … to …, by … only."
+    assert reason_kind("it is sharper: 349 pixels against 128") == "it is sharper"
 
 
 def test_options_with_underscores():
@@ -390,6 +391,22 @@ def test_every_help_line_says_what_an_option_is():
         assert f"{group}:" in text.getvalue()
     for option in ("--recipe", "--keep-better", "--plan", "--only-faces", "--report", "--offload", "--max-drift"):
         assert option in text.getvalue()
+
+
+def test_an_enlargement_out_of_range_stops_before_the_first_image(tmp_path, restore, portrait):
+    portrait.save(tmp_path / "a.png")
+    code, out, err = restore(tmp_path / "a.png", "-o", tmp_path / "out", "--upscale", "8")
+    assert code == 2 and not out and "from 1 to 4 but is 8" in err and "resumes" not in err
+
+
+def test_aligned_faces_are_counted_as_restored(tmp_path, restore, portrait):
+    portrait.save(tmp_path / "face.png")
+    portrait.resize((160, 120)).save(tmp_path / "wide.png")
+    code, out, err = restore(tmp_path, "-o", tmp_path / "out", "--aligned", "--upscale", "2")
+    assert f"face.png: restored as one face -> {tmp_path}/out/face.png" in out
+    assert code == 1 and "wide.png: an aligned face has to be square but is 160 x 120" in err
+    assert "2 files: 1 face restored, 1 failed" in err and "without a face" not in err
+    assert "2 files: 1 face restored" in restore(tmp_path, "-o", tmp_path / "out", "--aligned", "--upscale", "2")[2]
 
 
 def test_offload_needs_a_gpu(tmp_path, restore, portrait):

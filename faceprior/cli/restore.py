@@ -113,8 +113,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep-sharp",
         action=argparse.BooleanOptionalAction,
+        default=True,
         help="leave a face that is larger in the photograph than the model's resolution and really sharper than it"
-        " (default: on, off where a scorer decides)",
+        " (default: on, also where a scorer decides, which sees the face at that resolution)",
     )
     group.add_argument(
         "--keep-better",
@@ -136,14 +137,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--identity",
         action="store_true",
-        help="measure the identity distance of every face before and after; needs `pip install faceprior[identity]`",
+        help="measure the identity distance of every face before and after, for --report; needs"
+        " `pip install faceprior[identity]`",
     )
     group.add_argument(
         "--max-drift",
         type=positive,
         metavar="X",
-        help="largest identity distance of a face that is pasted, at least 0; different people are usually above 0.6"
-        " (default: no limit)",
+        help="largest identity distance of a face that is pasted, at least 0; different people are usually above 0.6,"
+        " and much blur alone gives 0.4 to 0.5; needs what --identity needs (default: no limit)",
     )
     group.add_argument(
         "--aligned",
@@ -395,9 +397,11 @@ class _Work:
         base, targets = self._base(file), {kind: self.folder / name for kind, name in names.items()}
         self.record.claim(file, base, names)
         lost = _write(result, file, targets, self.options.quality)
-        line = _faces_text(result) + ("" if is_changed else ", copied as it is")
+        text = "restored as one face" if self.options.aligned else _faces_text(result)
+        line = text + ("" if is_changed else ", copied as it is")
         line += f", not kept: {', '.join(lost)}" if lost else ""
-        outcome = _outcome(file, f"{line} -> {targets.get(RESULT) or targets[COPY]}", result)
+        line += f" -> {targets.get(RESULT) or targets[COPY]}"
+        outcome = Outcome(file, line, 1) if self.options.aligned else _outcome(file, line, result)
         return self._finish(outcome, base, names, result, is_changed)
 
     def _faces(self, file: str, result: "RestoredImage") -> Outcome:

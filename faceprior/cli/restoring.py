@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from faceprior.restorer import AuthFaceRestorer, RestoredImage
 
 SAMPLING = ("num_inference_steps", "seed", "start")  # options that are settings of the restorer
-PHOTOGRAPHS = ("upscale", "keep_sharp", "min_gain", "max_drift", "keep_better")  # options that are about photographs, not frames
+PHOTOGRAPHS = ("upscale", "keep_sharp", "min_gain", "max_drift", "keep_better")  # options about photographs, not frames
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def _one_by_one(restorer: Any, sources: Iterable[Any], options: dict[str, Any]) 
 def load_restoring(options: argparse.Namespace) -> Restoring:
     """Load what the options name; options that cannot work fail here, before the first image."""
     from faceprior.detect import resolve_detector
+    from faceprior.restorer.photographs import PhotographOptions
 
     # ---- the restorer, and the judges
     checkpoint = checkpoint_of(options.checkpoint, "restorer")
@@ -105,6 +106,8 @@ def load_restoring(options: argparse.Namespace) -> Restoring:
     if options.aligned:
         aligned = {"aligned": True, "upscale": options.upscale or 1}
         aligned |= {"process_size": options.process_size} if options.process_size else {}
+    else:
+        PhotographOptions(**judges)  # what cannot work fails here
     settings = _settings(options, restorer, scorer, given, detector.name)
     _place(restorer, options)
     return Restoring(restorer, settings, restored, judges, aligned)

@@ -41,17 +41,17 @@ def restore_aligned(
         raise ValueError(f"`upscale` has to be a whole number of at least 1 but is {upscale}")
     if process_size is not None and process_size < 1:
         raise ValueError(f"`process_size` has to be at least 1 pixel but is {process_size}")
+    if recipe != "official" and image.width != image.height:
+        raise ValueError(
+            f"an aligned face has to be square but is {image.width} x {image.height}: crop it, let it be found in the"
+            " image (without `aligned`), or take the official recipe, which samples any shape"
+        )
     if upscale > 1:
         image = image.resize((image.width * int(upscale), image.height * int(upscale)))
     if recipe == "official":
         result = _official(restorer, image, color_fix, fidelity, **sampling)
         process_size = process_size or OFFICIAL_SIZE
     else:
-        if image.width != image.height:
-            raise ValueError(
-                f"an aligned face has to be square but is {image.width} x {image.height}: crop it, let it be found in "
-                "the image (`aligned=False`), or take the official recipe, which samples any shape"
-            )
         result = restorer.restore_crops([image], color_fix, 1, recipe, fidelity, **sampling)[0]
     if process_size and result.size != (process_size, process_size):
         result = result.resize((process_size, process_size), Image.LANCZOS)
