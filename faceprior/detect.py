@@ -551,7 +551,7 @@ def _auto() -> Detector:
     if _has_retinaface_weights():
         logger.info("detector: retinaface")
         return resolve_detector("retinaface")
-    logger.info("detector: mtcnn (detector='retinaface' is more accurate and downloads its weights once)")
+    logger.info("detector: mtcnn (retinaface is more accurate; choosing it downloads its weights once)")
     return resolve_detector("mtcnn")
 
 

@@ -52,7 +52,9 @@ def print_restoring_plan(options: argparse.Namespace) -> int:
     names = RestoringConfig.__dataclass_fields__
     values = {name: value for name, value in vars(options).items() if name in names and value is not None}
     config = RestoringConfig(**values)
-    return show_plan(rehearse, config, options.plan or "", f"restore: {config.batch_size} faces,", "-")
+    return show_plan(
+        rehearse, config, options.plan or "", f"restore: {config.batch_size} face{'s' * (config.batch_size > 1)},", "-"
+    )
 
 
 def rehearse(config: RestoringConfig, rehearsal: Rehearsal) -> None:

@@ -28,7 +28,7 @@ from faceprior.diffusion import (
     report_long_prompts,
 )
 from faceprior.models import device_of
-from faceprior.restorer.settings import RestorerSettings
+from faceprior.restorer.settings import NEGATIVE_PROMPT, RestorerSettings
 
 _KEPT_PROMPTS = 64  # of SDXL's, 0.3 to 0.6 MB each
 
@@ -89,7 +89,8 @@ class FaceSampler:
         dropped = prompt is None and self.pipeline.config.force_zeros_for_empty_prompt
         key = (prompt or "", copies)
         if key not in self._prompts:
-            report_long_prompts(self.pipeline, [key[0]])
+            if key[0] != NEGATIVE_PROMPT:  # which is cut in the official code, too
+                report_long_prompts(self.pipeline, [key[0]])
             options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
             with _visiting(self.device, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
                 embeds, _, pooled, _ = self.pipeline.encode_prompt([key[0]] * copies, **options)
