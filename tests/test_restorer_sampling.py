@@ -442,6 +442,15 @@ def test_what_cannot_be_sampled_is_named(published, pair):
         published.restore_crops(pair, recipe="quick")
 
 
+def test_only_prompts_of_the_user_are_reported_as_cut(caplog):
+    made, official = tiny.tiny_restorer(), RestorerSettings()
+    for prompt in (official.prompt, official.negative_prompt):
+        made.sampler.encode(prompt)
+    assert "were cut" not in caplog.text
+    made.sampler.encode(official.prompt + ", of my grandmother")
+    assert "1 of 1 prompts are longer than 77 tokens and were cut" in caplog.text
+
+
 def test_an_aligned_image_by_another_recipe(restorer, crops):
     """Is restored as a crop is, at the restorer's resolution; nothing is looked for in it."""
     image = crops[0].resize((80, 80))

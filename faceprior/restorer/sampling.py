@@ -29,7 +29,7 @@ from faceprior.diffusion import (
     report_long_prompts,
 )
 from faceprior.models import device_of
-from faceprior.restorer.settings import NEGATIVE_PROMPT, RestorerSettings
+from faceprior.restorer.settings import NEGATIVE_PROMPT, PROMPT, RestorerSettings
 
 _KEPT_PROMPTS = 64  # of SDXL's, 0.3 to 0.6 MB each
 
@@ -96,7 +96,7 @@ class FaceSampler:
         dropped = prompt is None and self.pipeline.config.force_zeros_for_empty_prompt
         key = (prompt or "", copies)
         if key not in self._prompts:
-            if key[0] != NEGATIVE_PROMPT:  # which is cut in the official code, too
+            if key[0] not in (PROMPT, NEGATIVE_PROMPT):  # which are cut in the official code, too
                 report_long_prompts(self.pipeline, [key[0]])
             options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
             with _visiting(self.device, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
