@@ -20,7 +20,7 @@ from faceprior.cli import main, make_parser
 from faceprior.cli import restore as restore_command
 from faceprior.cli.options import hyphenated
 from faceprior.cli.outcomes import Outcome, Summary, reason_kind
-from faceprior.cli.outputs import RestoreRecord
+from faceprior.cli.outputs import RECORD_FILE, RestoreRecord
 from faceprior.files import atomic_write
 from faceprior.html import data_uri, shrunk
 from faceprior.images import Metadata, SourceImage, read_source, save_image
@@ -215,6 +215,31 @@ def test_nothing_is_written_through_a_link(tmp_path, restore, portrait):
     code, _, err = restore(tmp_path / "a.jpg", "-o", tmp_path / "out", "--seed", "5")
     assert code == 2 and "a.png exists, and no run of `faceprior restore` wrote it" in err
     assert (tmp_path / "precious.png").read_bytes() == precious
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base": "../precious", "outputs": {"result": "../precious.png"}},
+        {"outputs": {"result": "/precious.png"}},
+        {"outputs": {"result": 5}},
+        {"removed": ["../precious.png"]},
+        {"faces": {"left": 5}},
+    ],
+    ids=str,
+)
+def test_a_record_names_no_file_outside_of_its_folder(tmp_path, restore, portrait, change):
+    """As that of an archive from elsewhere might, whose results are gone."""
+    portrait.save(tmp_path / "a.jpg")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious.png").write_bytes(b"mine")
+    row = {"source": "../a.jpg", "base": "a", "outputs": {"result": "a.png"}, "settings": "other", **change}
+    (tmp_path / "out" / RECORD_FILE).write_text(json.dumps(row) + "\n")
+    code, _, err = restore(tmp_path / "a.jpg", "-o", tmp_path / "out")
+    assert code == 2 and "is damaged" in err and "start over with --overwrite" in err
+    assert restore(tmp_path / "a.jpg", "-o", tmp_path / "out", "--overwrite")[0] == 0
+    assert names_in(tmp_path) == {"a.jpg", "precious.png", "out/a.png"}
+    assert (tmp_path / "precious.png").read_bytes() == b"mine"
 
 
 def test_places_that_cannot_be_written_to_are_said_before_a_face_is_restored(tmp_path, restore, portrait, monkeypatch):

@@ -672,6 +672,12 @@ def test_the_restorer_with_a_cache_a_measured_time_and_a_reward(workplace, tiny_
     assert [("hacking" in row) for row in logs[0]] == [False, True, True]
 
 
+def test_a_size_that_the_prior_cannot_make_is_named(workplace, tiny_models):
+    values = settings(tiny_models)[RESTORER] | {"resolution": 66, "facial_loss": "none", "output": "odd"}
+    with pytest.raises(ValueError, match="`resolution` has to be a multiple of 4 for this base but is 66"):
+        run(RESTORER, **values)
+
+
 def test_a_detector_that_sees_nothing_gives_no_time(workplace, tiny_models):
     """An untrained VAE decodes no faces: the curve lies below 0.5 from the start, which is said with its numbers."""
     values = settings(tiny_models)[RESTORER] | {"time_m": "auto", "time_faces": 2, "output": "auto"}

@@ -211,9 +211,7 @@ class RestoreRecord:
         exists = self.path.is_file()
         for row in (read_rows(self.path)[0] if overwrite else resume_rows(self.path)) if exists else ():
             try:
-                require_keys({"removed": [], **row}, {"source": str, "outputs": dict, "removed": list})
-                if not row["outputs"].keys() & {RESULT, COPY} and not row.get("only_faces"):
-                    raise ValueError("`outputs` names neither a result nor a copy")
+                _check_row(row)
             except ValueError as error:
                 if overwrite:
                     continue
@@ -294,8 +292,7 @@ class RestoreRecord:
     def _stale(self, owner: "_Owner", outputs: Mapping[str, str]) -> list[str]:
         """The files in the folder that earlier runs wrote for the image, without its `outputs`."""
         current = {_key(name) for name in outputs.values()}
-        older = [name for key, (other, name) in self._owned.items() if other == owner and key not in current]
-        return [name for name in older if not Path(name).is_absolute() and ".." not in Path(name).parts]
+        return [name for key, (other, name) in self._owned.items() if other == owner and key not in current]
 
     def _remember(self, row: dict[str, Any]) -> None:
         owner = (row["source"], bool(row.get("only_faces")))
@@ -314,6 +311,18 @@ class RestoreRecord:
             return utf8_text(Path(os.path.relpath(image, self.folder)).as_posix())
         except ValueError:  # on another drive
             return utf8_text(os.path.abspath(image))
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a row that no run wrote, such as one that names a file outside of the folder."""
+    row = {"removed": [], "base": "", "faces": {}, **row}
+    require_keys(row, {"source": str, "outputs": dict, "removed": list, "base": str, "faces": dict})
+    require_keys({"restored": 0, "left": [], **row["faces"]}, {"restored": int, "left": list})
+    if not row["outputs"].keys() & {RESULT, COPY} and not row.get("only_faces"):
+        raise ValueError("`outputs` names neither a result nor a copy")
+    for name in (row["base"], *row["outputs"].values(), *row["removed"]):
+        if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} is no name of a file in the folder")
 
 
 _Owner = tuple[str, bool]  # an image relative to the folder, and whether it is about its faces only
