@@ -378,6 +378,7 @@ def test_a_plan_refuses_what_the_training_refuses(kind, settings, message, bases
         make_plan(load_stage(GUIDANCE).rehearse, config)
 
 
+@pytest.mark.slow
 def test_a_plan_never_advises_what_the_training_refuses(bases):
     """A LoRA would take less, but a single file is asked for, which holds none."""
     stage = load_stage(GUIDANCE)
