@@ -25,16 +25,13 @@ import io
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import sys
 import textwrap
-import time
 import tokenize
 import types
 import typing
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,13 +39,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from faceprior.errors import explain, is_out_of_memory
-from faceprior.files import printable
+from faceprior.files import hold_folder, printable
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +278,7 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"`output` has to be a folder but {output} is a file")
     if output.is_dir():
-        _hold(output, config)
+        hold_folder(output, config)
     stored = saved_settings(config)
     if stored is not None:
         if config.overwrite:
@@ -299,47 +291,9 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
             f"{output} was not made by {section} but has {found[0].name} in it: choose another `output`"
         )
     output.mkdir(parents=True, exist_ok=True)
-    _hold(output, config)
+    hold_folder(output, config)
     save_config(config, output)
     return output
-
-
-_HELD: dict[tuple[int, int], int] = {}  # the folders that this process holds, by device and inode: their descriptors
-_PATIENCE = 10  # seconds: the workers of a run that was killed hold its folder until they notice
-
-
-def _hold(folder: Path, owner: Any) -> None:
-    """Hold a folder for this process as long as `owner` lives; FileExistsError if another one holds it.
-
-    The system ends a lock with its process, however that ends. Where there are no locks (Windows, some network file
-    systems) nothing is held.
-    """
-    if fcntl is None:
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    state, end = os.fstat(descriptor), time.monotonic() + _PATIENCE
-    key = state.st_dev, state.st_ino
-    while key not in _HELD:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < end:
-                time.sleep(0.2)
-                continue
-            os.close(descriptor)
-            raise FileExistsError(
-                f"another process is running in {folder}: wait until it has ended, or choose another `output`"
-            ) from None
-        except OSError:
-            break
-        _HELD[key] = descriptor
-        weakref.finalize(owner, _release, key)
-        return
-    os.close(descriptor)
-
-
-def _release(key: tuple[int, int]) -> None:
-    os.close(_HELD.pop(key))
 
 
 def saved_settings(config: Any) -> dict[str, Any] | None:

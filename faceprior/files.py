@@ -1,4 +1,4 @@
-"""Files: which of them are images, names and their order, writing whole or not at all."""
+"""Files: which of them are images, names and their order, writing whole or not at all, folders that a process holds."""
 
 import contextlib
 import glob
@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import struct
+import time
 import uuid
 import warnings
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -314,6 +316,44 @@ def _lock(file: IO[Any]) -> bool:
     except OSError:
         return False
     return True
+
+
+_HELD: dict[tuple[int, int], int] = {}  # the folders that this process holds, by device and inode: their descriptors
+_PATIENCE = 10  # seconds: the workers of a run that was killed hold its folder until they notice
+
+
+def hold_folder(folder: str | Path, owner: Any) -> None:
+    """Hold a folder for this process as long as `owner` lives; FileExistsError if another process holds it.
+
+    The system ends a lock with its process, however that ends. Where there are no locks (Windows, some network file
+    systems) nothing is held.
+    """
+    if fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    state, end = os.fstat(descriptor), time.monotonic() + _PATIENCE
+    key = state.st_dev, state.st_ino
+    while key not in _HELD:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < end:
+                time.sleep(0.2)
+                continue
+            os.close(descriptor)
+            raise FileExistsError(
+                f"another process is running in {folder}: wait until it has ended, or choose another `output`"
+            ) from None
+        except OSError:
+            break
+        _HELD[key] = descriptor
+        weakref.finalize(owner, _release, key)
+        return
+    os.close(descriptor)
+
+
+def _release(key: tuple[int, int]) -> None:
+    os.close(_HELD.pop(key))
 
 
 def copy_file(source: str | Path, path: str | Path) -> Path:

@@ -428,7 +428,7 @@ def test_same_settings_resume(config):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 def test_a_folder_in_which_another_process_runs_is_refused(config, monkeypatch):
     """It is held as long as that process lives, and once by all that one process does in it."""
-    monkeypatch.setattr("faceprior.config._PATIENCE", 0)
+    monkeypatch.setattr("faceprior.files._PATIENCE", 0)
     Path(config.output).mkdir()
     code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
     command = [sys.executable, "-c", code, config.output]

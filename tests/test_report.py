@@ -3,12 +3,12 @@ import io
 import json
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from html_page import Page
 from PIL import Image
 
 from faceprior.images import load_image
@@ -22,35 +22,8 @@ from faceprior.report.pairs import PAIRS
 from faceprior.report.run import Run, face_window, points
 from faceprior.report.summary import duration, format_number, reason_kind, spread
 
-VOID = {"meta", "link", "img", "input", "br"}
 CAPTION = "portrait photo, young woman, long wavy red hair"
 PROBLEMS = "What could not be read"
-
-
-class Page(HTMLParser):
-    """A parsed report: its elements as (name, attributes), its text, and whether every tag was closed in order."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.elements, self.pieces, self.open, self.balanced = [], [], [], True
-        self.feed(path.read_text(encoding="utf-8"))
-        self.balanced = self.balanced and not self.open
-        self.text = " ".join(" ".join(self.pieces).split())
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append((name, dict(attributes)))
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_endtag(self, name):
-        self.balanced = self.balanced and bool(self.open) and self.open.pop() == name
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.pieces.append(data)
-
-    def all(self, name, class_=None):
-        return [a for n, a in self.elements if n == name and (class_ is None or class_ in a.get("class", "").split())]
 
 
 def picture(path, size=(24, 24), seed=0):

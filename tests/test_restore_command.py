@@ -8,12 +8,12 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
+from html_page import Page
 from PIL import Image
 
 from faceprior.cli import main, make_parser
@@ -335,32 +335,6 @@ def test_videos_beside_photographs(tmp_path, restore, portrait):
 
 
 # ---- the report
-
-
-class Page(HTMLParser):
-    """A parsed page: its elements as (name, attributes), its text, and whether every tag was closed in order."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.elements, self.pieces, self.open, self.balanced = [], [], [], True
-        self.feed(path.read_text(encoding="utf-8"))
-        self.balanced = self.balanced and not self.open
-        self.text = " ".join(" ".join(self.pieces).split())
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append((name, dict(attributes)))
-        if name not in {"meta", "link", "img", "input", "br"}:
-            self.open.append(name)
-
-    def handle_endtag(self, name):
-        self.balanced = self.balanced and bool(self.open) and self.open.pop() == name
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.pieces.append(data)
-
-    def count(self, name, class_):
-        return sum(n == name and class_ in a.get("class", "").split() for n, a in self.elements)
 
 
 @pytest.fixture

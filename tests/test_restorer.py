@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_restorer import small_restorer
 
 from faceprior import tiny
 from faceprior.models import quiet_libraries
@@ -23,17 +24,7 @@ def quiet():
 
 @pytest.fixture(scope="module")
 def restorer():
-    """A restorer of 64 pixels whose ControlNet has an effect: its zero-initialised outputs are changed."""
-    made = tiny.tiny_restorer()
-    generator = torch.Generator().manual_seed(0)
-    controlnet = made.pipeline.controlnet
-    with torch.no_grad():
-        for layer in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
-            layer.weight.add_(0.5 * torch.randn(layer.weight.shape, generator=generator))
-        last = controlnet.controlnet_cond_embedding.conv_out
-        last.weight.add_(torch.randn(last.weight.shape, generator=generator))
-    settings = RestorerSettings(resolution=64, guidance_scale=1.0, prompt="", negative_prompt="")
-    return AuthFaceRestorer(made.pipeline, settings)
+    return small_restorer()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from matplotlib import cbook
 from PIL import Image, ImageEnhance, ImageOps
 from skimage import data
+from small_restorer import small_restorer
 
 from faceprior import tiny
 from faceprior.align import align_face, alignment_quad
@@ -21,7 +22,7 @@ from faceprior.errors import is_out_of_memory
 from faceprior.images import read_source
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
-from faceprior.restorer import AuthFaceRestorer, RestoredImage, RestorerSettings
+from faceprior.restorer import RestoredImage
 from faceprior.restorer.photographs import PhotographOptions, restore_photographs
 
 NAN = float("nan")
@@ -35,17 +36,7 @@ def quiet():
 
 @pytest.fixture(scope="module")
 def restorer():
-    """A restorer of 64 pixels whose ControlNet has an effect: its zero-initialised outputs are changed."""
-    made = tiny.tiny_restorer()
-    generator = torch.Generator().manual_seed(0)
-    controlnet = made.pipeline.controlnet
-    with torch.no_grad():
-        for layer in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
-            layer.weight.add_(0.5 * torch.randn(layer.weight.shape, generator=generator))
-        last = controlnet.controlnet_cond_embedding.conv_out
-        last.weight.add_(torch.randn(last.weight.shape, generator=generator))
-    settings = RestorerSettings(resolution=64, guidance_scale=1.0, prompt="", negative_prompt="")
-    return AuthFaceRestorer(made.pipeline, settings)
+    return small_restorer()
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from diffusers import (
 )
 from PIL import Image
 from skimage import data
+from small_restorer import make_effective, small_restorer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from faceprior import tiny
@@ -157,20 +158,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def restorer():
-    """A restorer of 64 pixels whose ControlNet has an effect."""
-    made = tiny.tiny_restorer()
-    make_effective(made.pipeline.controlnet)
-    settings = RestorerSettings(resolution=64, guidance_scale=1.0, prompt="", negative_prompt="")
-    return AuthFaceRestorer(made.pipeline, settings)
-
-
-@torch.no_grad()
-def make_effective(controlnet):
-    """Change what is initialised with zeros, as training would."""
-    generator = torch.Generator().manual_seed(0)
-    outputs = (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block)
-    for layer in (*outputs, controlnet.controlnet_cond_embedding.conv_out):
-        layer.weight.add_(0.5 * torch.randn(layer.weight.shape, generator=generator))
+    return small_restorer()
 
 
 @pytest.fixture(scope="module")
