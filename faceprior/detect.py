@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from faceprior.images import ImageSource, as_array, cv2
+from faceprior.images import ImageSource, as_array, cv2, load_image
 
 logger = logging.getLogger(__name__)
 
@@ -199,8 +199,8 @@ def detect_faces(
 
     Boxes are clamped to the image and dropped if nothing is left; landmarks may lie outside. Landmarks that do not fit
     their box (see `landmarks_fit`) are None. If the longer side of an image is above 2048 px, it is searched at 2048
-    px, where faces below 12 px are not found whatever `min_face_size`; a function as the detector gets the full image,
-    and its landmarks are taken as they are.
+    px, where MTCNN finds no faces below 12 (of a square image 16) px whatever `min_face_size`; a function as the
+    detector gets the full image, and its landmarks are taken as they are.
     """
     rgb = as_array(image)
     if not turned:
@@ -242,10 +242,16 @@ def search_orientations(
 def _at_search_size(image: ImageSource, detector: Any) -> tuple[np.ndarray, np.ndarray]:
     """The image at the size at which the detector would search it, and the factors (2,) for x and y back.
 
-    Shrunk once, before it is turned: the copies of a large photograph take most of the memory.
+    Shrunk once, before it is turned, and before it becomes an array: the copies of a large photograph take most of the
+    memory.
     """
-    rgb = as_array(image)
-    return _shrink(rgb, MAX_DETECTION_SIDE) if isinstance(detector, str | Detector) else (rgb, np.ones(2))
+    if not isinstance(detector, str | Detector):
+        return as_array(image), np.ones(2)
+    if isinstance(image, np.ndarray):
+        return _shrink(as_array(image), MAX_DETECTION_SIDE)
+    photograph = load_image(image)
+    size, factors = _search_size(photograph.size, MAX_DETECTION_SIDE)
+    return np.asarray(photograph if size == photograph.size else photograph.resize(size, Image.BOX)), factors
 
 
 def detect_all_orientations(
@@ -384,6 +390,7 @@ MTCNN_SHIFT = np.array([0.026, 0.0125], np.float32)
 
 _RETINAFACE_SUFFIXES = {"tensorflow": ".h5", "pytorch": ".pth", "onnx": ".onnx"}
 _RETINAFACE_THRESHOLD = 0.5
+_SEARCHED_PIXELS = 2_400_000  # most pixels in which MTCNN's window is moved, which takes 160 bytes for each
 _KEPT_PIXELS = 500_000  # a model that searched more is given up: it keeps 120 bytes for each; a new one takes 20 ms
 
 
@@ -409,15 +416,19 @@ class Detector:
         raise NotImplementedError
 
 
+def _search_size(size: tuple[int, int], longest: int) -> tuple[tuple[int, int], np.ndarray]:
+    """The size (width, height) with a longer side of at most `longest`, and the factors (2,) for x and y back."""
+    scale = min(1.0, longest / max(size))
+    smaller = tuple(max(1, round(side * scale)) for side in size)
+    return smaller, np.array(size) / np.array(smaller)
+
+
 def _shrink(rgb: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """An image whose longer side is at most `longest`, and the factors (2,) for x and y back to `rgb`."""
-    height, width = rgb.shape[:2]
-    scale = min(1.0, longest / max(height, width))
-    if scale == 1.0:
-        return np.ascontiguousarray(rgb), np.ones(2)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = cv2.resize(np.ascontiguousarray(rgb), size, interpolation=cv2.INTER_AREA)
-    return small, np.array([width / size[0], height / size[1]])
+    own = rgb.shape[1], rgb.shape[0]
+    size, factors = _search_size(own, longest)
+    rgb = np.ascontiguousarray(rgb)
+    return rgb if size == own else cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), factors
 
 
 def _scale_face(face: Face, factors: np.ndarray) -> Face:
@@ -444,7 +455,8 @@ class MTCNNDetector(Detector):
         except IndexError:
             model = self._package()
         # for faces below its window the image would be enlarged: slow, and of no use
-        model.min_face_size = max(MTCNN_WINDOW, round(min_face_size))
+        bound = MTCNN_WINDOW * math.sqrt(rgb.shape[0] * rgb.shape[1] / _SEARCHED_PIXELS)
+        model.min_face_size = round(max(MTCNN_WINDOW, min_face_size, bound))
         found = model.detect_faces(rgb)
         if rgb.shape[0] * rgb.shape[1] < _KEPT_PIXELS:
             self._idle.append(model)

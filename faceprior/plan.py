@@ -153,6 +153,29 @@ def find_fitting(
             left = [(o, tried) for o, tried in left if o != option]
 
 
+def find_needless(
+    rehearse: Callable[[Any, Any], None], config: Any, size: int, chosen: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], Plan]]:
+    """Yield those of the `chosen` options that later ones have made needless, with the plan without them.
+
+    The last one stays: without it the run did not fit.
+    """
+    left = list(chosen)
+    for option in reversed(chosen[:-1]):
+        fewer = [o for o in left if o != option]
+        if _merged(fewer) == _merged(left):  # a later one of its kind goes further
+            continue
+        changed = make_config(type(config), {**dataclasses.asdict(config), **_merged(fewer)})
+        lower = make_plan(rehearse, changed)
+        if lower.needed <= size:
+            yield option, lower
+            left = fewer
+
+
+def _merged(options: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for option in options for name, value in option.items()}
+
+
 def show_plan(
     rehearse: Callable[[Any, Any], None], config: Any, size: str = "", title: str = "", link: str = "_"
 ) -> int:
@@ -175,12 +198,22 @@ def show_plan(
 
     # ---- options, cheapest first
     print(f"it does not fit into {text(limit)}; tried, cheapest first:", flush=True)
-    added: dict[str, Any] = {}
+    chosen: list[dict[str, Any]] = []
     for option, lower, kept in find_fitting(rehearse, config, limit, plan):
         note = "" if kept else "  saves nothing here, left out"
         print(f"  {command_options(option, link):40} {text(lower.needed):>10}{note}", flush=True)
         if kept:
-            plan, added = lower, added | option
+            plan = lower
+            chosen.append(option)
+    if plan.needed <= limit:
+        for option, lower in find_needless(rehearse, config, limit, chosen):
+            print(
+                f"  without {command_options(option, link):32} {text(lower.needed):>10}  not needed any more",
+                flush=True,
+            )
+            plan = lower
+            chosen.remove(option)
+    added = _merged(chosen)
     if added:
         print(plan)
     if plan.needed > limit:

@@ -22,7 +22,17 @@ from faceprior.config import load_section, make_config, memory_options, run_stag
 from faceprior.diffusion import encode_prompts
 from faceprior.memory import Rehearsal
 from faceprior.models import quantizable, quiet_libraries
-from faceprior.plan import GIB, Plan, command_options, find_fitting, make_plan, options, parse_size, show_plan
+from faceprior.plan import (
+    GIB,
+    Plan,
+    command_options,
+    find_fitting,
+    find_needless,
+    make_plan,
+    options,
+    parse_size,
+    show_plan,
+)
 from faceprior.quantization import quantized_bytes
 from faceprior.scorer import FaceScorer
 
@@ -175,6 +185,24 @@ def test_a_setting_that_cannot_be_is_passed_over():
     plan = make_plan(only_one_image, config)
     found = list(find_fitting(only_one_image, config, 200 * 1024, plan))
     assert [option for option, _, _ in found] == [{"batch_size": 1, "accumulation": 4}]
+
+
+def test_what_a_later_option_makes_needless_is_taken_back(capsys):
+    """All in one phase, 608 KB: two images 480, one 416, a LoRA 224; with the LoRA two images fit into 400 KB."""
+
+    def one_phase(config, rehearsal):
+        with rehearsal, rehearsal.phase("all"):
+            weights = 64 if config.train == "lora" else 256
+            torch.zeros((96 + weights + 64 * config.batch_size) * 1024, dtype=torch.uint8)
+
+    halved, one, lora = {"batch_size": 2, "accumulation": 2}, {"batch_size": 1, "accumulation": 4}, {"train": "lora"}
+    found = find_needless(one_phase, Config(), 400 * 1024, [halved, one, lora])
+    assert [(option, plan.peak // 1024) for option, plan in found] == [(one, 288)]
+    assert list(find_needless(one_phase, Config(), 230 * 1024, [halved, one, lora])) == []
+    assert show_plan(one_phase, Config(), f"{400 / 1024}MB") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("not needed any more" in line for line in lines) == 1
+    assert lines[-1].endswith("with --batch_size 2 --accumulation 2 --train lora")
 
 
 def test_a_stage_says_what_fits(capsys):
