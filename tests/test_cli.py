@@ -1122,16 +1122,6 @@ def test_a_folder_of_another_model_ends_with_one_line(portraits, tiny_models, ca
     assert not out and "holds the configuration of UNet2DConditionModel, not of a FaceScorer" in err.splitlines()[-1]
 
 
-def test_score_loads_no_training_code(portraits, scorer):
-    code = f"import sys, faceprior.cli as cli; cli.main(['score', {str(portraits)!r}, '--checkpoint', {scorer!r}])"
-    run = subprocess.run(
-        [sys.executable, "-c", f"{code}; print(*sys.modules)"], capture_output=True, text=True, check=True
-    )
-    loaded = set(run.stdout.splitlines()[-1].split())
-    assert "faceprior.scorer" in loaded and "1.png" in run.stdout
-    assert not loaded & {"faceprior.training", "faceprior.restorer", "faceprior.guidance"}
-
-
 @pytest.mark.parametrize(
     "command", [[sys.executable, "-m", "faceprior"], [str(Path(sys.executable).parent / "faceprior")]]
 )
