@@ -13,7 +13,7 @@ from PIL import Image
 
 from faceprior.images import load_image
 from faceprior.jsonl import append_row
-from faceprior.report import write_report
+from faceprior.report import opening, write_report
 from faceprior.report.__main__ import REPORT_FILE, main
 from faceprior.report.charts import bin_counts, running_mean, thinned, tick_texts, ticks
 from faceprior.report.making import command_text
@@ -92,8 +92,8 @@ def make_validation(folder):
 def make_scorer(folder):
     make_training(folder, start_accuracy=0.5, accuracy=0.75, training_pairs=8, validation_pairs=4)
     rows(folder / "metrics.jsonl", {"step": 4, "loss": 0.2, "accuracy": 0.5, "validation_accuracy": 0.75})
-    for index, (good, bad) in enumerate(((1.0, 0.0), (2.0, 0.5), (0.0, 1.0), (1.5, 1.0))):
-        rows(folder / "scores.jsonl", {"id": str(index), "area_ratio": 0.2, "good": good, "bad": bad})
+    for name, good, bad in (("one", 1.0, 0.0), ("two", 2.0, 0.5), ("three", 0.0, 1.0), ("four", 1.5, 1.0)):
+        rows(folder / "scores.jsonl", {"id": name, "area_ratio": 0.2, "good": good, "bad": bad})
     shortcut = {"test": "good through the VAE, above bad", "share": 0.725, "low": 0.571, "high": 0.839, "n": 40}
     missing = {**dict.fromkeys(("share", "low", "high")), "n": 0, "note": "not measured: `--vae` names a VAE"}
     calibration = {"expected_error": 0.0625, "bins": [{"pairs": 4, "margin": 0.75, "expected": 0.68, "right": 0.75}]}
@@ -200,10 +200,10 @@ def test_the_file_is_self_contained(root):
 
 
 def test_every_image_is_embedded_with_a_description(root):
-    """3 x (whole + face) for two pairs, 2 portraits, 2 x 2 samples, 3 x 2 validation images, 3 + 2 of restoration,
-    1 + 2 + 2 photographs."""
+    """3 x 2 in the opening, 3 x (whole + face) of two pairs, 2 portraits, 2 x 2 samples, 3 x 2 validations, 3 + 2
+    of restoration, 1 + 2 + 2 photographs."""
     images = read(root).all("img")
-    assert len(images) == 12 + 2 + 4 + 6 + 5 + 5
+    assert len(images) == 6 + 12 + 2 + 4 + 6 + 5 + 5
     assert all(image["alt"] for image in images)
     by_name = {image["alt"]: decoded(image["src"]) for image in images}
     good = load_image(root / "data/pairs/good/one.png")
@@ -216,10 +216,13 @@ def test_sliders_are_range_inputs_over_two_images(root):
     page = read(root)
     inputs = page.all("input")
     assert [(i["type"], i["min"], i["max"], i["aria-label"]) for i in inputs] == [
+        ("range", "0", "100", "Score: bad face: 0.5 to good face: 2.0"),
+        ("range", "0", "100", "Tune: untuned to tuned"),
+        ("range", "0", "100", "Restore: degraded to restored"),
         ("range", "0", "100", "sample 1: degraded to restored"),
         ("range", "0", "100", "astronaut.png: original to restored"),
     ]
-    assert len(page.all("div", "frame")) == 2
+    assert len(page.all("div", "frame")) == 5
 
 
 def test_the_boxes_of_scored_faces_are_drawn_in_pixels(root):
@@ -234,6 +237,19 @@ def test_the_same_run_gives_the_same_images(root):
 
 
 # --- what is not there ---
+
+
+def test_the_opening_shows_the_middle_of_what_was_scored(root):
+    """Gains of 3, 1 and 2: the last sample; a job without images has its text alone."""
+    folder = root / "checkpoints/guided"
+    (folder / "samples.jsonl").unlink()
+    for after in (3.0, 1.0, 2.0):
+        make_samples(folder, "before", "after", score_before=0.0, score_after=after)
+    (root / "checkpoints/scorer/scores.jsonl").unlink()
+    score, tune, restore = opening.describe(Run(root))
+    assert (tune.names, "of 3 samples the middle one" in tune.about) == (("untuned: 0.0", "tuned: 2.0"), True)
+    assert score.before is None and restore.after.uri
+    assert tune.origin == "By 40 steps of this run, on the tiny weights that ship with faceprior, untrained."
 
 
 def test_an_empty_folder_names_every_command(tmp_path):
@@ -303,7 +319,7 @@ def test_a_photograph_that_was_not_restored_is_named(root):
     (root / "restored/astronaut.png").unlink()
     page = read(root)
     assert "astronaut.png was not restored: faceprior restore" in page.text
-    assert len(page.all("input")) == 1
+    assert len(page.all("input")) == 4  # those of the opening, and of a sample
 
 
 def test_photographs_are_shown_without_the_stages(tmp_path):
@@ -363,7 +379,7 @@ def test_an_unreadable_image_is_named_and_has_a_placeholder(root):
     assert "data/pairs/bad/one.png" in page.text and "data/pairs/mask/two.png is missing" in page.text
     lost = [div["aria-label"] for div in page.all("div", "lost")]
     assert sum("cannot be read" in label for label in lost) == 4  # the picture and its face, twice
-    assert len(page.all("img")) == 34 - 4
+    assert len(page.all("img")) == 40 - 4
 
 
 @pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname"])

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from faceprior.files import atomic_write
 from faceprior.html import environment
-from faceprior.report import evaluation, making, pairs, photographs, portraits, restoration, scorer, tuning
+from faceprior.report import evaluation, making, opening, pairs, photographs, portraits, restoration, scorer, tuning
 from faceprior.report.charts import Chart
 from faceprior.report.run import BAD_INPUT, STAGES, Run
 
@@ -168,7 +168,7 @@ def page(run: Run) -> str:
         (section.key, section.title, _summary(run, section), run.attempt(section.title, _section, run, section))
         for section in SECTIONS
     ]
-    banner = _banner(run)
+    banner, jobs = _banner(run), opening.describe(run)
 
     # ---- what all of the above could not read
     if run.problems:
@@ -176,7 +176,7 @@ def page(run: Run) -> str:
         more = f"{len(problems) - PROBLEMS:,}" if len(problems) > PROBLEMS else None
         body = _render("problems.html", problems=problems[:PROBLEMS], more=more)
         parts.append(("problems", "What could not be read", f"{len(problems)} named", body))
-    return _render("base.html", parts=parts, banner=banner)
+    return _render("base.html", parts=parts, banner=banner, jobs=jobs)
 
 
 def _section(run: Run, section: Section) -> Markup:
