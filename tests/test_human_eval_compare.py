@@ -260,8 +260,14 @@ def test_people_compare_on_the_page(folder, browser):
         desk.enter("../evil", "cannot be the name of a file")
         desk.enter("simulated one", "0 of 4 compared")
         assert not {"ours", "second"} & set(desk.page.content().replace('"', " ").replace("/", " ").split())
+        box = desk.page.locator("#picture-A").bounding_box()
         desk.press("z")
+        desk.page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
         desk.page.wait_for_function("document.body.classList.contains('magnified')")
+        style = "[...document.querySelectorAll('.picture img')].map(i => getComputedStyle(i)).map(s => s.{})"
+        assert desk.page.evaluate(style.format("imageRendering")) == ["pixelated"] * 2
+        places = desk.page.evaluate(style.format("transformOrigin"))  # the same place of both
+        assert places[0] == places[1] and abs(float(places[0].split("px")[0]) / box["width"] - 0.25) < 0.02
         desk.press("z 1", "1 of 4 compared")
         desk.click("=")
         desk.wait("2 of 4 compared")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from faceprior import tiny
 from faceprior.bases import load_pipeline
 from faceprior.config import make_config
 from faceprior.detect import Face
@@ -16,36 +15,49 @@ from faceprior.guidance import GuidanceTuner
 from faceprior.human_eval import make
 from faceprior.human_eval.__main__ import main
 from faceprior.human_eval.files import BenchmarkError, read_benchmark
-from faceprior.human_eval.make import Config, find_prompts, find_sources, make_benchmark
+from faceprior.human_eval.make import Config, Made, find_prompts, find_sources, make_benchmark
 from faceprior.human_eval.rank import Ranking
 from faceprior.jsonl import read_rows
 
 PROMPTS = ("a man", "nobody at all", "a woman")
 
 
-@pytest.fixture
-def work(tiny_models, tmp_path, monkeypatch) -> Path:
-    """A folder with prompts.txt, and the untrained tiny models as `tiny`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tiny, "resolve", lambda name, kind: str(tiny_models / kind) if name == "tiny" else name)
-    Path("prompts.txt").write_text("\n".join(PROMPTS))
-    return tmp_path
-
-
 def settings(tiny_models, **changes) -> Config:
-    models = ("a=tiny", f"b={tiny_models / 'sd15'}", "c=tiny")
-    values = {"models": models, "prompts": "prompts.txt", "output": "bench", "resolution": 32, "sample_steps": 1}
+    values = {"models": tuple(f"{name}={tiny_models / 'sd15'}" for name in "abc"), "prompts": "prompts.txt"}
+    values |= {"output": "bench", "resolution": 32, "sample_steps": 1, "guidance_scale": 2.0, "seed": 7}
     return make_config(Config, values | {"detector": "mtcnn"} | changes)
 
 
-@pytest.fixture
-def draw():
-    """`make_benchmark` by a detector that knows the images: the untrained models draw no faces.
+def draw(config: Config) -> Made:
+    """Make a benchmark by a detector that knows which image it gets: the untrained models draw no faces.
 
     Prompt 2 has none, prompt 3 by the last model only.
     """
-    counts = iter([1, 0, 0, 1, 0, 0, 1, 0, 1] * 3)
-    return lambda config: make_benchmark(config, lambda rgb: [Face((0, 0, 30, 30), None, 1.0)] * next(counts))
+    counts = iter([1, 0, 0, 1, 0, 0, 1, 0, 1])
+    return make_benchmark(config, lambda rgb: [Face((0, 0, 30, 30), None, 1.0)] * next(counts))
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_models, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        draw(settings(tiny_models))
+    return folder
+
+
+@pytest.fixture
+def made(drawn, tmp_path, monkeypatch) -> None:
+    """A current folder with prompts.txt and the benchmark bench/."""
+    monkeypatch.chdir(shutil.copytree(drawn, tmp_path / "work"))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> None:
+    """A current folder with prompts.txt."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
 
 
 def files_in(folder: str) -> dict[str, bytes]:
@@ -53,9 +65,8 @@ def files_in(folder: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
 
 
-def test_a_triplet_without_a_face_is_discarded_and_the_rest_can_be_ranked(work, tiny_models, draw):
-    made = draw(settings(tiny_models))
-    assert (made.models, made.kept, made.discarded) == (3, 2, ("0002",))
+def test_a_triplet_without_a_face_is_discarded_and_the_rest_can_be_ranked(made, tiny_models):
+    assert draw(settings(tiny_models)) == Made(3, 2, ("0002",))  # nothing is drawn again
     benchmark = read_benchmark("bench")
     assert benchmark.prompts == {"0001": "a man", "0003": "a woman"} and list(benchmark.images) == ["a", "b", "c"]
     assert Ranking(benchmark, "anyone").current() == "0001"
@@ -64,22 +75,21 @@ def test_a_triplet_without_a_face_is_discarded_and_the_rest_can_be_ranked(work, 
     ]
     assert {path.parent.name for path in Path("bench/discarded").rglob("0002.png")} == {"a", "b", "c"}
     rows = read_rows("bench/drawn.jsonl")[0]
-    assert [(row["model"], row["seed"], row["faces"]) for row in rows[-3:]] == [("c", 0, 1), ("c", 1, 0), ("c", 2, 1)]
+    assert [(row["model"], row["seed"], row["faces"]) for row in rows[-3:]] == [("c", 7, 1), ("c", 8, 0), ("c", 9, 1)]
 
 
-def test_a_model_of_another_kind_draws_at_its_own_size(work, tiny_models, draw):
+def test_a_model_of_another_kind_draws_at_its_own_size(work, tiny_models):
     """SDXL's beside SD1.5's, without a resolution."""
-    models = ("a=tiny", "b=tiny", f"xl={tiny_models / 'sdxl'}")
+    models = tuple(f"{kind}={tiny_models / kind}" for kind in ("sd15", "sdxl"))
     draw(settings(tiny_models, models=models, resolution=0, num_prompts=1))
-    sizes = {name: native_side(load_pipeline(tiny_models / kind)) for name, kind in (("a", "sd15"), ("xl", "sdxl"))}
-    for name, side in sizes.items():
-        with Image.open(f"bench/images/{name}/0001.png") as image:
+    for kind in ("sd15", "sdxl"):
+        side = native_side(load_pipeline(tiny_models / kind))
+        with Image.open(f"bench/images/{kind}/0001.png") as image:
             assert image.size == (side, side)
 
 
-def test_each_image_is_that_of_its_prompt_and_seed(work, tiny_models, draw):
+def test_each_image_is_that_of_its_prompt_and_seed(made, tiny_models):
     """As the pipeline alone draws it; models of equal weights draw equal images."""
-    draw(settings(tiny_models, seed=7, guidance_scale=2.0))
     pipeline = load_pipeline(tiny_models / "sd15")
     alone = sample_images(pipeline, ["a woman"], [7 + 2], 32, 1, 2.0)[0]
     for model in "ab":
@@ -87,7 +97,7 @@ def test_each_image_is_that_of_its_prompt_and_seed(work, tiny_models, draw):
             assert ImageChops.difference(image.convert("RGB"), alone).getbbox() is None
 
 
-def test_killed_and_resumed_with_more_prompts(work, tiny_models, draw, monkeypatch):
+def test_killed_and_resumed_with_more_prompts(work, tiny_models, monkeypatch):
     """Killed at the fifth image: the folder cannot be ranked yet; the same command draws only what is missing."""
     saved, calls = make.save_image, []
 
@@ -110,8 +120,7 @@ def test_killed_and_resumed_with_more_prompts(work, tiny_models, draw, monkeypat
     assert draw(settings(tiny_models, num_prompts=1)).kept >= 2 and len(calls) == 10  # nothing is taken away
 
 
-def test_killed_while_images_are_moved(work, tiny_models, draw, monkeypatch):
-    draw(settings(tiny_models))
+def test_killed_while_images_are_moved(made, tiny_models):
     whole = files_in("bench")
     moved = Path("bench/discarded/b/0002.png")
     moved.replace("bench/images/b/0002.png")
@@ -120,9 +129,8 @@ def test_killed_while_images_are_moved(work, tiny_models, draw, monkeypatch):
     assert files_in("bench") == whole
 
 
-def test_a_run_of_other_settings_prompts_or_answers_is_left_alone(work, tiny_models, draw):
-    draw(settings(tiny_models))
-    with pytest.raises(FileExistsError, match=r"seed \(0 there, 1 now\)"):
+def test_a_run_of_other_settings_prompts_or_answers_is_left_alone(made, tiny_models):
+    with pytest.raises(FileExistsError, match=r"seed \(7 there, 1 now\)"):
         draw(settings(tiny_models, seed=1))
     Path("prompts.txt").write_text("a dog\nnobody at all\na woman")
     with pytest.raises(ValueError, match=r"0001 was drawn for 'a man', which is not its prompt in prompts.txt"):
@@ -131,7 +139,7 @@ def test_a_run_of_other_settings_prompts_or_answers_is_left_alone(work, tiny_mod
     with pytest.raises(FileExistsError, match=r"bench/rankings holds what people said"):
         draw(settings(tiny_models, overwrite=True))
     Path("bench/rankings").rmdir()
-    assert draw(settings(tiny_models, overwrite=True)).kept == 2
+    assert draw(settings(tiny_models, num_prompts=1, overwrite=True)).kept == 1
     assert read_benchmark("bench").prompts["0001"] == "a dog"
 
 
@@ -143,16 +151,21 @@ def test_what_stage_4_tuned_comes_with_its_base(work, tiny_models):
     tuner.save_pretrained("lora")
     Path("alone").mkdir()
     shutil.copy("lora/pytorch_lora_weights.safetensors", "alone")
-    Path("lora/config.yaml").write_text("04_guidance_tune: {base: tiny, vae: '', prediction_type: auto}")
-    models = ("lora=lora", "alone=alone", "base=tiny")
-    sources = find_sources(settings(tiny_models, models=models, base=("alone=tiny",)))
     base = str(tiny_models / "sd15")
+    Path("lora/config.yaml").write_text(f"04_guidance_tune: {{base: {base}, vae: '', prediction_type: auto}}")
+    models = ("lora=lora", "alone=alone", f"base={base}")
+    sources = find_sources(settings(tiny_models, models=models, base=(f"alone={base}",)))
     assert [(source.tuned, source.base) for source in sources.values()] == [("lora", base), ("alone", base), ("", base)]
     drawn = {
         name: sample_images(source.load(torch.float32), ["a man"], [0], 32, 1)[0] for name, source in sources.items()
     }
     assert ImageChops.difference(drawn["lora"], drawn["alone"]).getbbox() is None
     assert ImageChops.difference(drawn["lora"], drawn["base"]).getbbox() is not None
+    shutil.copytree(base, "whole")
+    shutil.copy("lora/config.yaml", "whole")
+    whole = find_sources(settings(tiny_models, models=("whole=whole", f"base={base}")))["whole"]
+    image = sample_images(whole.load(torch.float32), ["a man"], [0], 32, 1)[0]
+    assert ImageChops.difference(image, drawn["base"]).getbbox() is None
 
 
 @pytest.mark.parametrize(
@@ -162,7 +175,7 @@ def test_what_stage_4_tuned_comes_with_its_base(work, tiny_models):
         ({"models": ("a=tiny", "a=tiny")}, "`models` has to be NAME=VALUE, each name once"),
         ({"models": ("a=tiny", "b")}, "`models` has to be NAME=VALUE"),
         ({"models": ("a=tiny", "../b=tiny")}, "fit for a folder"),
-        ({"base": ("d=tiny",)}, "`base` is of d, but the models are a, b, c"),
+        ({"base": ("d=x",)}, "`base` is of d, but the models are a, b, c"),
         ({"models": ("a=tiny", "b=./nothing")}, "no model in ./nothing"),
         ({"prompts": "none.txt"}, "no prompt file none.txt"),
     ],
@@ -182,9 +195,17 @@ def test_prompts_with_ids_of_their_own(work):
         find_prompts("coco.jsonl")
 
 
-def test_without_any_face_there_is_no_benchmark(work, tiny_models, capsys):
+def test_without_any_face_there_is_no_benchmark(work, tiny_models):
     """The command, with a real detector: the untrained models draw no face."""
-    models = ("--models", "a=tiny", "b=tiny", "--prompts", "prompts.txt", "--num_prompts", "1")
+    models = (
+        "--models",
+        f"a={tiny_models / 'sd15'}",
+        f"b={tiny_models / 'sd15'}",
+        "--prompts",
+        "prompts.txt",
+        "--num_prompts",
+        "1",
+    )
     with pytest.raises(SystemExit, match=r"make.py: error: no image of any prompt has a valid face"):
         main(["make", "bench", *models, "--resolution", "32", "--sample_steps", "1", "--detector", "mtcnn"])
     with pytest.raises(SystemExit, match="name the folder to make"):
