@@ -234,6 +234,7 @@ def crossed_estimate(values: np.ndarray, note: str = "", seed: int = 0, resample
     images are both drawn with replacement, so that an answer counts as often as its person times its image was drawn
     (the pigeonhole bootstrap; Owen 2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1). Answers of one
     person, and about one image, depend on each other: an interval that takes each as a draw of its own is too narrow.
+    This one is on the wide side: up to sqrt(3) times as wide as need be where answers do not depend on each other.
     Of a single person, or a single image, only the other is drawn, and the note says so.
     """
     given = ~np.isnan(values)

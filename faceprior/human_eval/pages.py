@@ -130,7 +130,7 @@ def make_key(key: str, text: str, **options: Any) -> "gradio.Button":
     """Return a button that a key presses; key: as in the browser's `event.key`, a letter in lower case."""
     import gradio as gr
 
-    return gr.Button(text, elem_id=f"key-{key}", min_width=90, **options)
+    return gr.Button(text, elem_id=f"key-{key}", min_width=90, size="md", **options)
 
 
 def make_magnifier() -> "gradio.Button":
