@@ -177,6 +177,29 @@ def test_people_rank_on_the_page(simulated_benchmark, browser):
 
 
 @pytest.mark.browser
+def test_quick_keys_keep_their_order(simulated_benchmark, browser):
+    """The first of the three keys of a triplet takes the longest way: without an order it would arrive last."""
+    slow_first = """
+        const direct = window.fetch;
+        let sent = 0;
+        window.fetch = async (address, options) => {
+          if (String(address).includes("/queue/join") && sent++ % 3 === 1)  // the first event is the name
+            await new Promise((done) => setTimeout(done, 700));
+          return direct(address, options);
+        };"""
+    with served("rank", simulated_benchmark) as (_, address):
+        desk = Desk(browser, address)
+        desk.page.add_init_script(slow_first)
+        desk.page.reload()
+        desk.enter("simulated one", "0 of 3 ranked")
+        desk.press("3 1 2", "1 of 3 ranked")
+        places = Ranking(read_benchmark(simulated_benchmark), "simulated one").shown("0001")
+        scores = scores_on_disk(simulated_benchmark, "simulated one")
+        assert [scores["0001", model] for model in places] == [2, 1, 3]
+        desk.close()
+
+
+@pytest.mark.browser
 def test_an_image_that_cannot_be_read_locks_nobody_out(simulated_benchmark, browser):
     (simulated_benchmark / "images" / "soft" / "0001.png").write_bytes(b"no picture")
     place = Ranking(read_benchmark(simulated_benchmark), "simulated one").shown("0001").index("soft") + 1

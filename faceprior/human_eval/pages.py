@@ -29,7 +29,8 @@ EVENTS = {"show_progress": "hidden", "api_visibility": "private", "concurrency_i
 
 BLOCKS = {"analytics_enabled": False, "fill_width": True, "delete_cache": (600, 3600)}
 
-# Keys press buttons. The pointer on any picture is the place that all of them magnify, so that faces can be compared.
+# Keys press buttons. Each event is sent when the one before has arrived, since quick keys may change places on the way.
+# The pointer on any picture is the place that all of them magnify, so that faces can be compared.
 _SCRIPT = """<script>
 document.addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
@@ -42,6 +43,14 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   button.click();
 });
+const send = window.fetch;
+let sent = Promise.resolve();
+window.fetch = (address, options) => {
+  if (!String(address).includes("/queue/join")) return send(address, options);
+  const answer = sent.then(() => send(address, options));
+  sent = answer.catch(() => {});
+  return answer;
+};
 const point = (event) => {
   const picture = event.target.closest && event.target.closest(".picture");
   if (!picture) return;
