@@ -49,6 +49,7 @@ CONFIG_FILE = "config.yaml"
 UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
 DONE_FILE = "done.json"
 METRICS_FILE = "metrics.jsonl"
+REVIEW_FILE = "review.jsonl"  # what a person decided about the results: never deleted
 EXTENDS = "extends"  # key of a preset
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
 RUN_KEYS = frozenset(
@@ -503,12 +504,13 @@ def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, 
 
 
 def _entries(output: Path) -> list[Path]:
-    """Return what is in a folder, without the folders of other runs, in the order in which it may be deleted.
+    """Return what is in a folder, without other runs and people's reviews, in the order in which it may be deleted.
 
     The settings come last: killed in between, the folder is still known as the run's.
     """
     order = {DONE_FILE: 0, CONFIG_FILE: 2}
-    found = [p for p in output.iterdir() if p.name != UNSAVED_FILE and not (p.is_dir() and any(p.rglob(CONFIG_FILE)))]
+    kept = (UNSAVED_FILE, REVIEW_FILE)
+    found = [p for p in output.iterdir() if p.name not in kept and not (p.is_dir() and any(p.rglob(CONFIG_FILE)))]
     return sorted(found, key=lambda path: (order.get(path.name, 1), path.name))
 
 

@@ -103,6 +103,11 @@ class KeyedRows(dict[str, dict[str, Any]]):
             append_row(self.path, row)
             self[row[self.key]] = row
 
+    def replace(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write rows in place of those with the same keys, all or none."""
+        self.update({row[self.key]: row for row in rows})
+        rewrite_rows(self.path, self.values())
+
     def remove(self, keys: Iterable[str]) -> None:
         """Remove rows from the file; keys without a row are ignored."""
         if gone := self.keys() & set(keys):

@@ -10,9 +10,14 @@ Writes  data/portraits/: images/ (aligned squares and their captions), manifest.
         rejected/ (thumbnails, and what was rejected by hand), sheets/ (contact sheets for the review by eye),
         metrics.jsonl, config.yaml
 
-The paper's last filter is a person who looks at every image: look at sheets/, write the ids of the portraits to reject
-into a text file, one per line, and give it as `--review FILE`. The same command with an edited file takes effect on
-what is done: portraits that it names move to rejected/, others move back. Without `--review` all stay where they are.
+The paper's last filter is a person who looks at every image, on a local page (`pip install "faceprior[pages]"`):
+
+    python -m faceprior.human_eval review data/portraits
+
+The decisions are in data/portraits/review.jsonl. The same command as before finds and applies them: portraits that are
+rejected there move to rejected/, others move back. Or look at sheets/, write the ids of the portraits to reject into a
+text file, one per line, and give it as `--review FILE`, which goes before review.jsonl. Without either all stay where
+they are.
 """
 
 from dataclasses import dataclass
@@ -24,18 +29,26 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from faceprior.align import AlignmentError, align_face
-from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, print_problems, run_stage
+from faceprior.config import (
+    DONE_FILE,
+    METRICS_FILE,
+    REVIEW_FILE,
+    finish,
+    is_complete,
+    open_output,
+    print_problems,
+    run_stage,
+)
 from faceprior.degrade import DegradationConfig, degrade
 from faceprior.detect import Face, detect_faces
 from faceprior.files import atomic_write
+from faceprior.human_eval.review import REJECTED, hand_reason, is_by_hand, read_review
 from faceprior.images import as_array, load_image, save_image
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
-from faceprior.photos import UNREADABLE, Photograph, decode_text, find_photographs, safe_name
+from faceprior.photos import UNREADABLE, Photograph, find_photographs, safe_name
 from faceprior.portraits import Portrait, measure_quality, mentions_light, photographic_tags
 from faceprior.procedural import draw_folder
 
-REJECTED = "rejected.jsonl"
-BY_HAND = "rejected by hand"
 SEARCHED_FACE = 20  # pixels; smaller faces in the background of a photograph do not count as further ones
 
 
@@ -61,7 +74,7 @@ class Config:
     min_texture: float = 1.0  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
     max_clipped: float = 0.35  # maximum fraction of black and white pixels; above: badly exposed, [0, 1]
     captions: Literal["both", "sidecar", "measured"] = "both"  # source of the tags: caption file, measured light, both
-    review: str = ""  # text file with the ids that a person rejected, one per line
+    review: str = ""  # review.jsonl of the page, or a text file of rejected ids; empty: review.jsonl in the output
     seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
     overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
@@ -71,14 +84,14 @@ class Config:
 
 def main(config: Config) -> None:
     # ---- Find the photographs; the output folder may lie among them
-    review = read_review(config.review)
+    review = find_review(config)
     made = [Path(config.output) / folder for folder in ("images", "rejected", "sheets")]
     sources, problems = find_photographs(config.images, made) if config.images else (None, [])
 
     # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
     accepted, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
-    reviewed = review is not None and (accepted.keys() & review or forgiven(rejected, review))
+    reviewed = review is not None and is_new(review, accepted, rejected)
     if is_complete(output) and sources is None and not reviewed:
         print(f"{output} is complete: {len(accepted)} portraits")
         return
@@ -103,7 +116,7 @@ def main(config: Config) -> None:
     if review is not None:
         reject_by_hand(output, accepted, rejected, review)
         accept_again(output, accepted, rejected, review)
-        unknown = sorted(review - accepted.keys() - rejected.keys())
+        unknown = sorted(review.keys() - accepted.keys() - rejected.keys())
         problems += [(identity, "no portrait has this id") for identity in unknown]
 
     # ---- Sort the rows, so that interrupted and whole runs leave the same files; write the numbers and the sheets
@@ -119,38 +132,48 @@ def main(config: Config) -> None:
         raise ValueError(
             f"none of {len(sources)} photographs passed the gates: {output / REJECTED} holds their measured numbers"
         )
-    print(f"{len(accepted)} portraits in {output}; look at {output / 'sheets'} and reject by hand with `--review`")
+    print(f"{len(accepted)} portraits in {output}; look at each: `python -m faceprior.human_eval review {output}`")
 
 
-def read_review(path: str) -> set[str] | None:
-    """Return the ids that a person rejected, None without a review."""
-    if not path:
-        return None
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no review file {path}: it lists the ids of rejected portraits, one per line")
-    return set(decode_text(Path(path).read_bytes()).split())
+def find_review(config: Config) -> dict[str, str] | None:
+    """Return the portraits that a person rejected, id -> reason; None without a review."""
+    own = Path(config.output) / REVIEW_FILE
+    return read_review(config.review or own) if config.review or own.is_file() else None
+
+
+def is_new(review: dict[str, str], accepted: KeyedRows, rejected: KeyedRows) -> bool:
+    """Tell whether a review differs from what is done."""
+    return bool(accepted.keys() & review or forgiven(rejected, review) or restated(rejected, review))
 
 
 # Portraits move by renaming their files, then adding the row that names them, then removing the other row: a run that
 # was killed in between is completed by the next one.
 
 
-def reject_by_hand(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: set[str]) -> None:
+def reject_by_hand(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: dict[str, str]) -> None:
     """Move the portraits that a person rejected out of the manifest; images and numbers are kept."""
+    if changed := restated(rejected, review):
+        rejected.replace({**rejected[identity], "reason": hand_reason(review[identity])} for identity in changed)
     identities = [identity for identity in accepted if identity in review]
     for identity in identities:
         image = move_portrait(output, accepted[identity]["image"], "rejected")
         thumbnail = save_thumbnail(load_image(output / image), output, identity)
-        rejected.add({**accepted[identity], "image": image, **thumbnail, "reason": BY_HAND})
+        rejected.add({**accepted[identity], "image": image, **thumbnail, "reason": hand_reason(review[identity])})
     accepted.remove(identities)
 
 
-def forgiven(rejected: KeyedRows, review: set[str]) -> list[str]:
+def forgiven(rejected: KeyedRows, review: dict[str, str]) -> list[str]:
     """Return the ids of portraits that were rejected by hand and are no longer in the review."""
-    return [identity for identity, row in rejected.items() if row["reason"] == BY_HAND and identity not in review]
+    return [identity for identity, row in rejected.items() if is_by_hand(row) and identity not in review]
 
 
-def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: set[str]) -> None:
+def restated(rejected: KeyedRows, review: dict[str, str]) -> list[str]:
+    """Return the ids of portraits that were rejected by hand for another reason than that of the review."""
+    by_hand = (identity for identity in review if identity in rejected and is_by_hand(rejected[identity]))
+    return [identity for identity in by_hand if rejected[identity]["reason"] != hand_reason(review[identity])]
+
+
+def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: dict[str, str]) -> None:
     """Move portraits that are no longer in the review back into the manifest."""
     identities = forgiven(rejected, review)
     for identity in identities:

@@ -14,7 +14,7 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from faceprior.bases import describe_base, load_pipeline, require_base, save_single_file
-from faceprior.diffusion import denoiser_of, networks_of
+from faceprior.diffusion import denoiser_of, native_side, networks_of
 from faceprior.lora import Lora, adapters_of, add_lora, extract_lora, require_no_lora, save_lora, trained_lora
 from faceprior.models import device_of, placed, quantization_of, require_trainable
 from faceprior.training import seeded
@@ -93,8 +93,7 @@ class TunedPipeline:
     @property
     def resolution(self) -> int | None:
         """The base's native image size in pixels; None if its U-Net's config does not say."""
-        size = self.denoiser.config.get("sample_size", getattr(self._pipeline, "default_sample_size", None))
-        return size * self._pipeline.vae_scale_factor if isinstance(size, int) else None
+        return native_side(self._pipeline)
 
     def to(self, device: torch.device | str, encoders: bool = True) -> TunedPipeline:
         """Move the networks; `encoders`: also the VAE and the text encoders, else to the CPU.
