@@ -66,6 +66,7 @@ class Config:
     quantization: Literal["none", "8bit", "nf4"] = "none"  # form of the frozen weights; not none: train lora only
     rank: int = 64  # rank of the LoRA, [1, 1024]
     resolution: int = 128  # side of the training images in pixels, without multi-aspect buckets, [64, 2048]
+    tags: Literal["none", "semantic", "both"] = "both"  # groups of tags that make the captions (Table 3)
     prompt_drop: float = 0.1  # fraction of the samples whose caption is dropped, [0, 1]
     steps: int = 40  # optimizer steps, [1, inf)
     batch_size: int = 4  # portraits in a micro-batch on one process, [1, 1024]
@@ -115,7 +116,7 @@ def main(config: Config) -> None:
     source = (base, dtype, config.vae, config.prediction_type)
     pipeline = load_pipeline(*source, config.quantization).to(accelerator.device)
     if accelerator.is_main_process:
-        report_long_prompts(pipeline, (portrait.caption for portrait in portraits))
+        report_long_prompts(pipeline, (portrait.prompt(config.tags) for portrait in portraits))
     prompts = sorted({portrait.caption for portrait in portraits})[: config.num_samples]
     if accelerator.is_main_process:
         draw_before(config, output, pipeline, prompts)
@@ -127,7 +128,7 @@ def main(config: Config) -> None:
     noise_scheduler = make_noise_scheduler(pipeline)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule)
-    dataset = PortraitDataset(config.portraits, portraits, config.resolution)
+    dataset = PortraitDataset(config.portraits, portraits, config.resolution, config.tags)
 
     # ---- Training with SDXL's own objective, `compute_loss`, at one resolution (section 3.1)
     for batch in run.batches(dataset, config.batch_size, config.seed, num_workers=config.num_workers):
