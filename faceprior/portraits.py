@@ -167,4 +167,10 @@ class PortraitDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         portrait = self.portraits[index]
         pixel_values = to_pixel_values(self.folder / portrait.image, self.resolution)[0]
-        return {"id": portrait.id, "pixel_values": pixel_values, "caption": portrait.prompt(self.tags)}
+        return {"pixel_values": pixel_values, **self.source(index)[0]}
+
+    def source(self, index: int) -> tuple[dict[str, Any], Any]:
+        """Return the values that are no tensors, and what the latents depend on (see `cache_dataset`)."""
+        portrait = self.portraits[index]
+        values = {"id": portrait.id, "caption": portrait.prompt(self.tags)}
+        return values, [self.folder / portrait.image, self.resolution]

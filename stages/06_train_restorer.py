@@ -357,8 +357,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         if config.cache:
             encode = MomentEncoder(prior.vae, config.flip_prob > 0)
             with rehearsal.away(controlnet):
-                clean = {"clean": batch["pixel_values"]}
-                batch |= rehearse_cache(rehearsal, prior, encode, clean, accelerator.device, prompt=None)
+                batch |= rehearse_cache(rehearsal, prior, encode, batch, accelerator.device, prompt=None)
             away += [] if config.reward_weight else [prior.vae]
 
         # ---- A step, also of the discriminators, whose optimizer has its state from the start
