@@ -194,8 +194,8 @@ class Validation:
     steps between two validations, 0 for none; num_validation: images of each; sample_steps, sampler, guidance_scale: as
     in `sample_images` and `make_sampler`; detector: as in `detect_faces`.
 
-    Below the run's output: `validation/STEP/*.png`, at most 256 px wide, step 0 being untuned, `validation.jsonl` with a
-    row per image, and `validation.png`, a contact sheet with a row per step; in `metrics.jsonl` the step's
+    Below the run's output: `validation/STEP/*.png`, at most 256 px wide, step 0 being untuned, `validation.jsonl` with
+    a row per image, and `validation.png`, a contact sheet with a row per step; in `metrics.jsonl` the step's
     `validation_score` (see `mean_score`), `validation_without_face`, a fraction, and, from two pairs on,
     `validation_difference` to the untuned images with the ends of its 95% interval, `validation_low` and
     `validation_high`. Several processes share the images.

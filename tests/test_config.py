@@ -622,15 +622,16 @@ def test_options_that_need_less_memory():
     """Those of the same run first, with the samples of a step kept; of what is used already none."""
     config_class = load_stage("05_prior_tune").Config
     assert memory_advice(config_class(batch_size=4, accumulation=3)) == (
-        "less is needed with --batch_size 2 --accumulation 6 or --gradient_checkpointing (the same run resumes), else, "
-        "in a new run, --mixed_precision bf16, --optimizer adamw8bit, --train lora, --train lora --quantization nf4, a "
-        "smaller --resolution"
+        "less is needed with --cache data/cache or --batch_size 2 --accumulation 6 or --gradient_checkpointing (the "
+        "same run resumes), else, in a new run, --mixed_precision bf16, --optimizer adamw8bit, --train lora, "
+        "--train lora --quantization nf4, a smaller --resolution"
     )
-    lora = config_class(batch_size=1, gradient_checkpointing=True, mixed_precision="bf16", train="lora")
+    small = {"batch_size": 1, "cache": "mine", "gradient_checkpointing": True}
+    lora = config_class(**small, mixed_precision="bf16", train="lora")
     last = ", --quantization nf4, a smaller --resolution"
     assert memory_advice(lora) == f"less is needed with --optimizer adamw8bit{last}"
     spare = {"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw8bit", "train": "lora"}
-    spare |= {"quantization": "nf4"}
+    spare |= {"quantization": "nf4", "cache": "mine"}
     assert memory_advice(config_class(batch_size=1, **spare)) == "less is needed with a smaller --resolution"
     guidance = load_stage("04_guidance_tune").Config
     assert "--cache data/cache or --batch_size" in memory_advice(guidance())
