@@ -513,7 +513,7 @@ def test_the_restorer_fits_into_24_gb(monkeypatch):
 
 @pytest.mark.slow
 def test_the_prior_fits_into_24_gb(monkeypatch, capsys):
-    """A LoRA by the preset does; full tuning, of 2567 million weights with a gradient and two moments each, does not."""
+    """A LoRA by the preset does; full tuning, of 2567 million weights, their gradients and moments, does not."""
     monkeypatch.setattr("faceprior.bases.empty.find_folder", not_reached)
     stage, count = load_stage(PRIOR), 2_567_463_684
     folder = Path(stage.__file__).parent / "presets"
