@@ -104,7 +104,9 @@ class CleanFaces(Dataset):
 
 
 class MomentEncoder:
-    """Makes of a batch's `clean` faces what the cache keeps: `latent_mean` and `latent_std`, (B, C, h, w) each.
+    """Makes of a batch's images what the cache keeps: `latent_mean` and `latent_std`, (B, C, h, w) each.
+
+    The images are `clean`, B faces of `CleanFaces`, or (B, 3, H, W) `pixel_values` in [-1, 1].
 
     flips: also of the mirrored ones, under the same names after FLIPPED.
     """
@@ -113,7 +115,7 @@ class MomentEncoder:
         self.vae, self.flips = vae, flips
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        pixels = to_pixel_values(batch["clean"]) if isinstance(batch["clean"], list) else batch["clean"]
+        pixels = to_pixel_values(batch["clean"]) if "clean" in batch else batch["pixel_values"]
         moments = dict(zip(MOMENTS, encode_moments(self.vae, pixels), strict=True))
         if self.flips:
             mirrored = encode_moments(self.vae, pixels.flip(-1))

@@ -159,7 +159,9 @@ def memory_options(values: dict[str, Any]) -> list[dict[str, Any]]:
         options.append({**lora, "quantization": "nf4"})
     if value("offload") in ("none", "model"):
         options.append({"offload": "sequential"})
-    if "validate_every" in values and value("scorer") != "none" and not value("keep_best"):  # it only watches
+    if (
+        "validate_every" in values and value("scorer") not in (None, "none") and not value("keep_best")
+    ):  # it only watches
         options.append({"scorer": "none"})
     return options + [{name: None} for name in values if name.endswith("resolution")]
 

@@ -515,6 +515,14 @@ def save_image(
     return path
 
 
+def contact_sheet(images: list[np.ndarray], columns: int = 8) -> np.ndarray:
+    """Join images of one size, (H, W, 3) each, in rows of `columns`; the last row is filled with grey."""
+    blank = np.full_like(images[0], 128)
+    rows = -(-len(images) // columns)
+    padded = images + [blank] * (rows * columns - len(images))
+    return np.vstack([np.hstack(padded[r * columns : (r + 1) * columns]) for r in range(rows)])
+
+
 def not_held(image: Image.Image, metadata: Metadata, path: str | Path) -> tuple[str, ...]:
     """Name what the format that the suffix of `path` names does not hold of an image and its metadata, in words."""
     kind, lost = _written_format(Path(path)), []

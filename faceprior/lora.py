@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -274,6 +274,20 @@ def _kohya(pipeline: DiffusionPipeline, lora: Lora) -> tuple[dict[str, Tensor], 
         "ss_network_alpha": str(next(iter(lora.alphas.values()))),
     }
     return tensors, metadata
+
+
+def fuse_lora(tuned: DiffusionPipeline, base: DiffusionPipeline) -> DiffusionPipeline:
+    """Return `base` with the trained LoRA of `tuned` in its weights.
+
+    base: the same pipeline, or, where its weights are quantized, which nothing can be added to, the base loaded anew.
+    """
+    if base is not tuned:
+        network, trained = denoiser_of(base), denoiser_of(tuned)
+        network.add_adapter(trained.peft_config["default"])
+        set_peft_model_state_dict(network, get_peft_model_state_dict(trained))
+    base.fuse_lora()
+    base.unload_lora_weights()
+    return base
 
 
 # ---- reading

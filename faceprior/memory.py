@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from transformers.initialization import no_init_weights
 
 ACTIVATIONS, GRADIENTS, OPTIMIZER = "activations", "gradients", "optimizer state"
+ELSEWHERE = ""  # part of what is not counted
 # phases
 ENCODING, TRAINING, UPDATE, SAMPLES = "encoding", "training", "optimizer step", "samples"
 _BLOCK = 512  # bytes
@@ -85,6 +86,11 @@ class Rehearsal:
     def name_rest(self, part: str) -> None:
         """Count as `part` whatever is alive and has no name yet."""
         self._live.label_rest(part)
+
+    def leave_rest(self) -> None:
+        """Do not count whatever is alive and has no name yet where a GPU is planned for: it lies on the CPU there."""
+        if self.device == "cuda":
+            self._live.leave_rest()
 
     def name_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Name an optimizer's state, which exists after its first step."""
@@ -277,7 +283,7 @@ class _LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self._count, entry, 0)
             self._count(entry, -(-storage.nbytes() // _BLOCK) * _BLOCK)
             self._rehearsal._notice()
-        elif self._entries[storage][1] == 0:
+        elif self._entries[storage][1] == 0 and self._entries[storage][0] != ELSEWHERE:
             self._count(self._entries[storage], -(-storage.nbytes() // _BLOCK) * _BLOCK)
 
     def label(self, tensor: Tensor, part: str) -> None:
@@ -288,6 +294,12 @@ class _LiveBytes(TorchDispatchMode):
         for entry in self._entries.values():
             if entry[0] == ACTIVATIONS:
                 self._move(entry, part)
+
+    def leave_rest(self) -> None:
+        for entry in self._entries.values():
+            if entry[0] == ACTIVATIONS:
+                self._count(entry, 0)
+                entry[0] = ELSEWHERE
 
     def forget(self, tensor: Tensor) -> None:
         self._count(self._entries[tensor.untyped_storage()], 0)

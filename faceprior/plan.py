@@ -56,6 +56,11 @@ class Plan:
         sums = (self._with_overhead(sum(parts.values())) for parts in self.phases.values())
         return sum(max(0, total - size) for total in sums)
 
+    def training(self) -> str:
+        """Return what the run needs, and of it what grows with the number of trained weights, in words."""
+        most = {part: max(phase.get(part, 0) for phase in self.phases.values()) for part in _OF_TRAINED}
+        return f"{text(self.needed)}, of which " + ", ".join(f"{part} {text(size)}" for part, size in most.items())
+
     def _with_overhead(self, total: int) -> int:
         return total + int(CONTEXT + FRAGMENTATION * total) if self.device == "cuda" else total
 
@@ -82,6 +87,7 @@ class Plan:
 
 # The order of the table's rows and columns, by how their names begin; other networks come first, other phases last.
 _PARTS = ("VAE", "text encoders", "trained weights", "other weights", "gradients", "optimizer state", "activations")
+_OF_TRAINED = ("trained weights", "gradients", "optimizer state")
 _PHASES = ("encoding", "training", "optimizer step", "samples", "scores")
 
 
@@ -177,11 +183,17 @@ def _merged(options: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show_plan(
-    rehearse: Callable[[Any, Any], None], config: Any, size: str = "", title: str = "", link: str = "_"
+    rehearse: Callable[[Any, Any], None],
+    config: Any,
+    size: str = "",
+    title: str = "",
+    link: str = "_",
+    beside: dict[str, Any] | None = None,
 ) -> int:
     """Print the memory that a stage needs and, for a `size` such as 8GB, the options with which it fits.
 
-    title: what is planned, for what is not a stage; link: what joins the words of an option there.
+    title: what is planned, for what is not a stage; link: what joins the words of an option there; beside: settings
+    whose plan is printed in a line below, to compare, where the run has others.
 
     Returns the exit code: 0, or 1 if it does not fit, with or without options.
     """
@@ -190,6 +202,9 @@ def show_plan(
     plan = make_plan(rehearse, config)
     print(f"{title or f'{stage_name(type(config))}: a step'} rehearsed without data, for {plan.device}")
     print(plan, flush=True)
+    if changes := {key: value for key, value in (beside or {}).items() if getattr(config, key) != value}:
+        other = make_plan(rehearse, make_config(type(config), {**dataclasses.asdict(config), **changes}))
+        print(f"with {command_options(changes, link)}: {other.training()}", flush=True)
     if limit is None:
         return 0
     if plan.needed <= limit:

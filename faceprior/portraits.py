@@ -7,7 +7,6 @@ these is one measured number with one limit, so that a rejection has a stated re
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from faceprior.detect import Face
 from faceprior.images import as_array, cv2, to_pixel_values
 from faceprior.jsonl import read_manifest, require_keys, resolve_file
 from faceprior.quality import blockiness, noise_level
+from faceprior.tags import GROUPS, Tags, WhichTags, split_tags
 
 ANALYSIS_SIZE = 256  # side in pixels of the aligned crops on which sharpness, texture and light are measured
 
@@ -91,53 +91,42 @@ def photographic_tags(crop: Image.Image) -> list[str]:
     return tags + (["dark tones"] if brightness < 70 else ["light tones"] if brightness > 180 else [])
 
 
-# "light" that ends a tag or a sentence or does something ("soft light", "light from the left"), not the shade of a
-# colour ("light brown hair", "light skin"); and words that are about light only.
-_LIGHT = re.compile(
-    r"""\b(?:
-    (?<!is\s)(?<!are\s)(?<!traffic\s)(?<!street\s)lights?
-        (?= \s*(?:$|[.,;:!?)])
-          | \s+(?:from|on|through|across|over|behind|above|and|in\s(?:the|a)|is|source)\b
-          | \s+(?:falls?|falling|comes?|coming|shines?|shining)\b )
-    | lighting | illuminat(?:ed|ion) | golden\ hour
-    | (?:back|sun|moon|candle|lamp|day|spot|rim|key|window)[-\ ]?(?:light(?:ing)?|lit)
-    | (?:well|softly|dimly|side|front)[-\ ]lit
-    )\b""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
-def mentions_light(caption: str) -> bool:
-    """Whether a caption says how its subject is lit: "soft light", "backlit"; not "light brown hair"."""
-    return _LIGHT.search(caption) is not None
-
-
 # ---- Manifest and dataset
 
 
 @dataclass(frozen=True)
 class Portrait:
-    """One row of the manifest: an aligned crop, its caption, and what was measured on it.
+    """One row of the manifest: an aligned crop, its tags, and what was measured on it.
 
-    image: path relative to the manifest's folder; caption: tags, separated by commas; face_size: shorter side of the
-    face box in the photograph, pixels; quality: the numbers of `measure_quality`.
+    image: path relative to the manifest's folder; semantic, photographic: tags (`faceprior.tags`); face_size: shorter
+    side of the face box in the photograph, pixels; quality: the numbers of `measure_quality`. The row in the manifest
+    also has `caption`, both groups joined.
     """
 
     id: str
     photograph: str
     image: str
-    caption: str
+    semantic: tuple[str, ...]
+    photographic: tuple[str, ...]
     confidence: float
     face_size: float
     quality: dict[str, float]
 
+    @property
+    def caption(self) -> str:
+        return self.prompt()
+
+    def prompt(self, tags: WhichTags = "both") -> str:
+        """Return the prompt with the tags of some groups, joined by commas: none (an empty one), semantic, or both."""
+        return Tags(self.semantic, self.photographic).prompt(tags)
+
     def to_row(self) -> dict[str, Any]:
-        return asdict(self)
+        row = {**asdict(self), "caption": self.caption}
+        return {**row, **{group: list(row[group]) for group in GROUPS}}  # as JSON reads them
 
 
 _ROW_TYPES = {
-    "id": str, "photograph": str, "image": str, "caption": str, "confidence": (int, float), "face_size": (int, float),
-    "quality": dict,
+    "id": str, "photograph": str, "image": str, "confidence": (int, float), "face_size": (int, float), "quality": dict,
 }  # fmt: skip
 
 
@@ -152,15 +141,25 @@ def read_portraits(folder: str | Path) -> tuple[list[Portrait], list[tuple[str, 
 
 def _portrait_from_row(folder: Path, row: dict[str, Any]) -> Portrait:
     require_keys(row, _ROW_TYPES)
+    if not row.keys() & set(GROUPS):  # an older manifest, which has the caption only
+        require_keys(row, {"caption": str})
+        row = {**row, "semantic": split_tags(row["caption"]), "photographic": []}
+    for group in GROUPS:
+        require_keys(row, {group: list})
+        if not all(isinstance(tag, str) for tag in row[group]):
+            raise ValueError(f"`{group}` has to be a list of strings but is {row[group]!r}")
     resolve_file(folder, row["image"])
-    return Portrait(**{key: row[key] for key in _ROW_TYPES})
+    return Portrait(**{key: row[key] for key in _ROW_TYPES}, **{group: tuple(row[group]) for group in GROUPS})
 
 
 class PortraitDataset(Dataset):
-    """Portraits as tensors: id, pixel_values (3, R, R) float32 in [-1, 1], and caption."""
+    """Portraits as tensors: id, pixel_values (3, R, R) float32 in [-1, 1], and caption.
 
-    def __init__(self, folder: str | Path, portraits: list[Portrait], resolution: int):
-        self.folder, self.portraits, self.resolution = Path(folder), portraits, resolution
+    tags: the groups of tags that make the caption: none, semantic or both (AuthFace, Table 3).
+    """
+
+    def __init__(self, folder: str | Path, portraits: list[Portrait], resolution: int, tags: WhichTags = "both"):
+        self.folder, self.portraits, self.resolution, self.tags = Path(folder), portraits, resolution, tags
 
     def __len__(self) -> int:
         return len(self.portraits)
@@ -168,4 +167,10 @@ class PortraitDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         portrait = self.portraits[index]
         pixel_values = to_pixel_values(self.folder / portrait.image, self.resolution)[0]
-        return {"id": portrait.id, "pixel_values": pixel_values, "caption": portrait.caption}
+        return {"pixel_values": pixel_values, **self.source(index)[0]}
+
+    def source(self, index: int) -> tuple[dict[str, Any], Any]:
+        """Return the values that are no tensors, and what the latents depend on (see `cache_dataset`)."""
+        portrait = self.portraits[index]
+        values = {"id": portrait.id, "caption": portrait.prompt(self.tags)}
+        return values, [self.folder / portrait.image, self.resolution]

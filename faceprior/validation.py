@@ -18,26 +18,32 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from faceprior.config import METRICS_FILE
 from faceprior.detect import detect_faces, representative_face
 from faceprior.diffusion import sample_images, sampled_with
-from faceprior.images import save_image
+from faceprior.images import as_array, contact_sheet, load_image, save_image
 from faceprior.jsonl import resume_rows, rewrite_rows
 from faceprior.metrics import mean_interval
 from faceprior.models import SCORER_ID, placed
 from faceprior.training import TrainingRun
 
 logger = logging.getLogger(__name__)
-VALIDATION, SAMPLES = "validation.jsonl", "samples.jsonl"
+VALIDATION, SAMPLES, SHEET = "validation.jsonl", "samples.jsonl", "validation.png"
 FIRST_SEED = 2**20  # of the validation images; the samples that are judged at the end have the seeds 0, 1, 2 ...
 SMALL = 256  # longest side of a validation image on the disk, in pixels
+SHEET_ROWS, SHEET_COLUMNS, MARGIN = (
+    12,
+    8,
+    80,
+)  # of the contact sheet: most steps, most images of each, pixels of a label
 MIN_IMAGES = 8  # below, a few lucky images decide, and the t interval leans on the differences being normal
 WORTH = 0.2  # smallest gain that counts: the better of two faces in sigmoid(0.2) = 55% of the cases (Face Score, Eq. 5)
 
@@ -188,10 +194,11 @@ class Validation:
     steps between two validations, 0 for none; num_validation: images of each; sample_steps, sampler, guidance_scale: as
     in `sample_images` and `make_sampler`; detector: as in `detect_faces`.
 
-    Below the run's output: `validation/STEP/*.png`, at most 256 px wide, step 0 being untuned, and `validation.jsonl`
-    with a row per image; in `metrics.jsonl` the step's `validation_score` (see `mean_score`),
-    `validation_without_face`, a fraction, and, from two pairs on, `validation_difference` to the untuned images with
-    the ends of its 95% interval, `validation_low` and `validation_high`. Several processes share the images.
+    Below the run's output: `validation/STEP/*.png`, at most 256 px wide, step 0 being untuned, `validation.jsonl` with
+    a row per image, and `validation.png`, a contact sheet with a row per step; in `metrics.jsonl` the step's
+    `validation_score` (see `mean_score`), `validation_without_face`, a fraction, and, from two pairs on,
+    `validation_difference` to the untuned images with the ends of its 95% interval, `validation_low` and
+    `validation_high`. Several processes share the images.
 
     Raises ValueError where the run's `keep_best` or `patience` has no score to go by.
     """
@@ -337,7 +344,27 @@ class Validation:
         self._rows = sorted([*self._rows, *rows], key=lambda row: row["step"])
         if self._writes:
             rewrite_rows(self.run.output / VALIDATION, self._rows)
+            self._save_sheet()
         return rows
+
+    def _save_sheet(self) -> None:
+        """Write the first images of the steps so far as one, a row per step; of many steps some, the last among them.
+
+        Steps of which an image is gone are left out.
+        """
+        files: dict[int, list[Path]] = {}
+        for row in self._rows:
+            files.setdefault(row["step"], []).append(self.run.output / row["image"])
+        steps = [step for step in files if all(file.is_file() for file in files[step])]
+        shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), SHEET_ROWS)).round().astype(int))
+        images, labels = [], []
+        for step in (steps[place] for place in shown):
+            own = [as_array(load_image(file)) for file in files[step][:SHEET_COLUMNS]]
+            label = Image.new("RGB", (MARGIN, len(own[0])), "white")
+            ImageDraw.Draw(label).text((6, len(own[0]) // 2 - 6), f"step {step}" if step else "untuned", "black")
+            images, labels = [*images, *own], [*labels, np.asarray(label)]
+        columns = len(images) // len(labels)
+        save_image(np.hstack([np.vstack(labels), contact_sheet(images, columns)]), self.run.output / SHEET)
 
     def _values(self, scores: Sequence[Score]) -> dict[str, float]:
         """Return what the log says of a validation's scores; nothing without a scorer."""

@@ -46,8 +46,9 @@ from faceprior.human_eval.review import REJECTED, hand_reason, is_by_hand, read_
 from faceprior.images import as_array, load_image, save_image
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
 from faceprior.photos import UNREADABLE, Photograph, find_photographs, safe_name
-from faceprior.portraits import Portrait, measure_quality, mentions_light, photographic_tags
+from faceprior.portraits import Portrait, measure_quality, photographic_tags
 from faceprior.procedural import draw_folder
+from faceprior.tags import Tags, mentions_light, sort_tags, split_tags
 
 SEARCHED_FACE = 20  # pixels; smaller faces in the background of a photograph do not count as further ones
 
@@ -208,7 +209,7 @@ def judge(config: Config, output: Path, source: Photograph) -> dict:
 
         # ---- Alignment as in FFHQ, and photography-guided annotation
         crop = align_face(photograph, face.landmarks, config.resolution).crop
-        caption = make_caption(config, source, crop)
+        tags = make_tags(config, source, crop)
     except (Unfit, AlignmentError, *UNREADABLE) as error:
         thumbnail = save_thumbnail(photograph, output, identity) if photograph is not None else {}
         unreadable = {"unreadable": True} if isinstance(error, UNREADABLE) else {}
@@ -216,10 +217,11 @@ def judge(config: Config, output: Path, source: Photograph) -> dict:
 
     image = f"images/{identity}.png"
     with atomic_write((output / image).with_suffix(".txt"), "w") as file:
-        file.write(caption + "\n")
+        file.write(tags.prompt() + "\n")
     save_image(crop, output / image)
     size = min(face.width, face.height)
-    return Portrait(identity, source.name, image, caption, face.confidence, size, row["quality"]).to_row()
+    groups = (tags.semantic, tags.photographic)
+    return Portrait(identity, source.name, image, *groups, face.confidence, size, row["quality"]).to_row()
 
 
 def find_face(config: Config, photograph: Image.Image) -> Face:
@@ -254,15 +256,15 @@ def first_fault(config: Config, quality: dict[str, float]) -> str | None:
     return next((f"{name} {quality[name]} ({rule})" for name, passed, rule in rules if not passed), None)
 
 
-def make_caption(config: Config, source: Photograph, crop: Image.Image) -> str:
-    """Join the tags beside the photograph and, if none of them is about light, photographic tags that are measured."""
+def make_tags(config: Config, source: Photograph, crop: Image.Image) -> Tags:
+    """Return the tags beside the photograph and, if none of them is about light, the measured ones."""
     written = source.caption() if config.captions != "measured" else None
     if config.captions == "sidecar" and not written:
         raise Unfit("no caption beside it")
-    tags = (written or "portrait photo").split(", ")
+    tags = split_tags(written or "portrait photo")
     if config.captions != "sidecar" and not mentions_light(", ".join(tags)):
         tags += [tag for tag in photographic_tags(crop) if tag not in tags]
-    return ", ".join(tags)
+    return sort_tags(tags)
 
 
 def save_thumbnail(photograph: Image.Image, output: Path, identity: str) -> dict[str, str]:

@@ -373,6 +373,8 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
             denoiser, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
             keeping = {"ema_decay": config.ema_decay, "ema_device": config.ema_device}
             run = TrainingRun(None, 1, accelerator, {"unet": denoiser}, {"unet": optimizer}, **keeping)
+            if config.ema_device == "cpu":
+                rehearsal.leave_rest()
             rehearsal.name_rest("averaged weights")
             denoiser.train()
             generators = [torch.Generator() for _ in range(count)]
@@ -382,11 +384,15 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         # ---- An image, as `Validation` draws them one by one, with the VAE and the text encoders, and its score
         drawn = (["a face"], [0], side, 2, config.guidance_scale)
         if config.validate_every:
-            with rehearsal.phase(SAMPLES), run.averaged(), tuner.sampling() as tuned:
-                sample_images(tuned, *drawn)
+            with run.averaged(), tuner.sampling() as tuned:
+                rehearsal.leave_rest()  # the weights that the average stands for meanwhile
+                with rehearsal.phase(SAMPLES):
+                    sample_images(tuned, *drawn)
         if config.num_samples:
-            with rehearsal.phase(SAMPLES), tuner.untuned() as original:
-                sample_images(original, *drawn)
+            with tuner.untuned() as original:
+                rehearsal.leave_rest()  # the tuned weights
+                with rehearsal.phase(SAMPLES):
+                    sample_images(original, *drawn)
         if config.validate_every or config.num_samples:
             with rehearsal.away(*unused):
                 scorer = load_scorer(config.scorer, base, weights=False)

@@ -50,6 +50,7 @@ from faceprior.facial import (
     without_landmarks,
 )
 from faceprior.files import printable
+from faceprior.lora import find_lora
 from faceprior.losses import facial_loss, noise_loss, normalized_time, step_weights
 from faceprior.memory import ENCODING, Rehearsal
 from faceprior.models import load_part, looks_like_path, placed, quantize, quiet_libraries, weight_dtype
@@ -159,8 +160,14 @@ def main(config: Config) -> None:
         raise FileNotFoundError(f"no faces in {config.images}: `python stages/03_curate_portraits.py` makes them")
     ranges = ranges_of(config, config.resolution)
     paths, problems = readable_images(config.images)
-    if looks_like_path(config.prior) and not Path(config.prior).exists():
+    folder = Path(config.prior)
+    if looks_like_path(config.prior) and not folder.exists():
         raise FileNotFoundError(f"no prior in {config.prior}: `python stages/05_prior_tune.py` makes one")
+    if folder.is_dir() and not (folder / "model_index.json").is_file() and find_lora(folder):
+        raise ValueError(
+            f"{folder} holds a LoRA alone, and a restorer needs the whole prior: the command of stage 5 that made it "
+            "writes that with `--export folder`"
+        )
     accelerator = make_accelerator(
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
@@ -357,8 +364,7 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         if config.cache:
             encode = MomentEncoder(prior.vae, config.flip_prob > 0)
             with rehearsal.away(controlnet):
-                clean = {"clean": batch["pixel_values"]}
-                batch |= rehearse_cache(rehearsal, prior, encode, clean, accelerator.device, prompt=None)
+                batch |= rehearse_cache(rehearsal, prior, encode, batch, accelerator.device, prompt=None)
             away += [] if config.reward_weight else [prior.vae]
 
         # ---- A step, also of the discriminators, whose optimizer has its state from the start

@@ -622,15 +622,16 @@ def test_options_that_need_less_memory():
     """Those of the same run first, with the samples of a step kept; of what is used already none."""
     config_class = load_stage("05_prior_tune").Config
     assert memory_advice(config_class(batch_size=4, accumulation=3)) == (
-        "less is needed with --batch_size 2 --accumulation 6 or --gradient_checkpointing (the same run resumes), else, "
-        "in a new run, --mixed_precision bf16, --optimizer adamw8bit, --train lora, --train lora --quantization nf4, a "
-        "smaller --resolution"
+        "less is needed with --cache data/cache or --batch_size 2 --accumulation 6 or --gradient_checkpointing (the "
+        "same run resumes), else, in a new run, --mixed_precision bf16, --optimizer adamw8bit, --train lora, "
+        "--train lora --quantization nf4, a smaller --resolution"
     )
-    lora = config_class(batch_size=1, gradient_checkpointing=True, mixed_precision="bf16", train="lora")
+    small = {"batch_size": 1, "cache": "mine", "gradient_checkpointing": True}
+    lora = config_class(**small, mixed_precision="bf16", train="lora")
     last = ", --quantization nf4, a smaller --resolution"
     assert memory_advice(lora) == f"less is needed with --optimizer adamw8bit{last}"
     spare = {"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw8bit", "train": "lora"}
-    spare |= {"quantization": "nf4"}
+    spare |= {"quantization": "nf4", "cache": "mine"}
     assert memory_advice(config_class(batch_size=1, **spare)) == "less is needed with a smaller --resolution"
     guidance = load_stage("04_guidance_tune").Config
     assert "--cache data/cache or --batch_size" in memory_advice(guidance())
@@ -852,6 +853,36 @@ def test_the_rows_of_authface_differ_in_what_the_paper_compares():
         assert {key: v for key, v in own.items() if real[key] != v and key != "output"} == difference
         in_small = difference | ({"prior": "tiny"} if "prior" in difference else {})
         assert {key: v for key, v in small.items() if tiny[key] != v and key != "output"} == in_small
+
+
+def test_the_prior_is_tuned_as_the_paper_tunes_it():
+    """AuthFace, 4.1: AdamW at 5e-7, 96 portraits a step, 50k steps, squares of 1024 pixels, the whole U-Net."""
+    config = parse_config(
+        load_stage("05_prior_tune").Config, ["--config", str(STAGES / "presets" / "authface_table3_both.yaml")]
+    )
+    assert (config.optimizer, config.learning_rate, config.steps, config.train) == ("adamw", 5e-7, 50000, "full")
+    assert (config.batch_size * config.accumulation, config.resolution, config.schedule) == (96, 1024, "constant")
+    assert not (config.min_snr_gamma or config.ema_decay or config.warmup_steps) and config.quantization == "none"
+
+
+def test_the_rows_of_authface_table_3_differ_in_their_tags():
+    """Each has an output of its own; tiny rows as the real ones, which are the preset `sdxl`."""
+    config_class = load_stage("05_prior_tune").Config
+
+    def settings(name):
+        return dataclasses.asdict(parse_config(config_class, ["--config", str(STAGES / "presets" / f"{name}.yaml")]))
+
+    outputs = set()
+    for tags in ("none", "semantic", "both"):
+        for name, base in (
+            (f"authface_table3_{tags}", settings("sdxl")),
+            (f"rows/authface_tags_{tags}", dataclasses.asdict(config_class())),
+        ):
+            row = settings(name)
+            assert row["tags"] == tags and row["output"].endswith(tags)
+            assert {key for key in row if row[key] != base[key]} <= {"tags", "output"}
+            outputs.add(row["output"])
+    assert len(outputs) == 6 and config_class().output not in outputs
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("-0.25", -0.25), ("1e-1", 0.1)])

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "faceprior"
 # A floor imports lower floors only; a subpackage stands on one floor, and its own modules may import each other.
 FLOORS = {
-    0: "errors files losses memory original_layout quantization streams",
+    0: "errors files losses memory original_layout quantization streams tags",
     1: "images jsonl config models",
     2: "detect html align degrade color plan quality metrics training diffusion photos procedural",
     3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning validation identity video",

@@ -20,7 +20,7 @@ from faceprior.bases import load_pipeline
 from faceprior.bases.empty import KNOWN
 from faceprior.config import load_section, make_config, memory_options, run_stage
 from faceprior.diffusion import encode_prompts
-from faceprior.memory import Rehearsal
+from faceprior.memory import SAMPLES, Rehearsal
 from faceprior.models import quantizable, quiet_libraries
 from faceprior.plan import (
     GIB,
@@ -215,6 +215,20 @@ def test_a_stage_says_what_fits(capsys):
     assert show_plan(rehearse, config, "1MB") == show_plan(rehearse, config) == 0
 
 
+def test_a_plan_beside_it_is_a_line(capsys):
+    """Of what is trained, each part where it takes most; nothing where the run has those settings."""
+    config = replace(Config(), train="lora", quantization="nf4")
+    full = {"train": "full", "quantization": "none"}
+    phases = [{"trained weights": 2 * GIB}, {"trained weights": 2 * GIB, "gradients": GIB, "optimizer state": 4 * GIB}]
+    words = "7.00 GiB, of which trained weights 2.00 GiB, gradients 1.00 GiB, optimizer state 4.00 GiB"
+    assert Plan(dict(zip("ab", phases, strict=True)), "cpu").training() == words
+    assert show_plan(rehearse, config, beside=full) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.match("with --train full --quantization none: 0 MiB, of which trained weights 0 MiB, gradients", line)
+    assert show_plan(rehearse, replace(config, **full), beside=full) == 0
+    assert "with --train" not in capsys.readouterr().out
+
+
 def test_options_are_written_as_the_command_line_takes_them():
     values = {"gradient_checkpointing": True, "batch_size": 1, "optimizer": "adamw8bit"}
     assert command_options(values) == "--gradient_checkpointing --batch_size 1 --optimizer adamw8bit"
@@ -340,6 +354,27 @@ def as_with_data(name, config, tolerance=0.01):
     return planned
 
 
+@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_the_prior_with_all_its_options(train, bases, tmp_path, monkeypatch):
+    """With a cache the encoders are away in the step; on a GPU, an average on the CPU takes nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    options = {"train": train, "cache": "unused", "min_snr_gamma": 5.0, "ema_decay": 0.9, "validate_every": 1}
+    config = replace(settings(bases, PRIOR), **options)
+    phases = as_with_data(PRIOR, config)
+    assert not [part for part, size in phases["training"].items() if part.startswith(("text", "VAE")) and size]
+    on_gpu = replace(config, device="auto", mixed_precision="no", num_samples=1)
+    plans = {
+        place: make_plan(load_stage(PRIOR).rehearse, replace(on_gpu, ema_device=place)) for place in ("auto", "cpu")
+    }
+    trained = plans["auto"].phases["training"]["trained weights"]
+    assert plans["auto"].phases["training"]["averaged weights"] == trained
+    for phase, parts in plans["cpu"].phases.items():
+        assert "averaged weights" not in parts
+        # nor do the trained weights that are on the CPU while images are drawn
+        assert phase != SAMPLES or parts["activations"] < trained or train == "lora"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "options", [{"cache": "unused", "flip_prob": 0.5}, {"reward_weight": 0.1, "reward_t_end": 1.0}]
 )
@@ -462,7 +497,7 @@ def test_the_command_plans_and_writes_nothing(bases, tmp_path, capsys, monkeypat
 def test_plan_is_an_option_of_the_stages_that_train(capsys):
     for name in (SCORER, GUIDANCE, PRIOR, RESTORER):
         source = Path(load_stage(name).__file__).read_text()
-        assert "run_stage(main, Config, plan=partial(show_plan, rehearse))" in source
+        assert "run_stage(main, Config, plan=partial(show_plan, rehearse" in source
     stage = load_stage(GUIDANCE)
     with pytest.raises(SystemExit):
         run_stage(stage.main, stage.Config, ["--help"], show_plan)
@@ -502,6 +537,28 @@ def test_the_restorer_fits_into_24_gb(monkeypatch):
     assert not [part for part, size in step.items() if part.startswith(("text encoders", "VAE")) and size]
     assert step["U-Net, 4-bit and bfloat16"] < 2 * GIB
     assert step["optimizer state"] < 0.6 * step["trained weights"]  # two moments of a byte for weights of four
+
+
+@pytest.mark.slow
+def test_the_prior_fits_into_24_gb(monkeypatch, capsys):
+    """A LoRA by the preset does; full tuning, of 2567 million weights, their gradients and moments, does not."""
+    monkeypatch.setattr("faceprior.bases.empty.find_folder", not_reached)
+    stage, count = load_stage(PRIOR), 2_567_463_684
+    folder = Path(stage.__file__).parent / "presets"
+    lora, paper = (
+        make_config(stage.Config, load_section(folder / f"{name}.yaml", PRIOR, stage.Config))
+        for name in ("sdxl_lora", "sdxl")
+    )
+    assert show_plan(stage.rehearse, lora, "24GB", beside=stage.FULL) == 0
+    out = capsys.readouterr().out
+    size = 4 * count / GIB
+    words = f"GiB, of which trained weights {size:.2f} GiB, gradients {size:.2f} GiB, optimizer state 4."
+    assert "with --train full: " in out and words in out and out.endswith("it fits into 24.00 GiB\n")
+
+    plan = make_plan(stage.rehearse, paper)  # AdamW keeps two moments of 4 bytes
+    parts = plan.phases["optimizer step"]
+    assert parts["trained weights"] == parts["gradients"] == pytest.approx(4 * count, rel=0.001)
+    assert parts["optimizer state"] == pytest.approx(8 * count, rel=0.001) and plan.needed > 48 * GIB
 
 
 @pytest.mark.slow

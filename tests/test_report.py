@@ -184,6 +184,17 @@ def test_a_whole_run_has_every_part(root):
         assert text in page.text, text
 
 
+def test_validations_that_nobody_scored_are_images_alone(root):
+    folder = root / "checkpoints/prior"
+    for step in (0, 20):
+        picture(folder / f"validation/{step:06d}/000.png", seed=step)
+        row = {"step": step, "prompt": CAPTION, "seed": 0, "image": f"validation/{step:06d}/000.png", "score": None}
+        rows(folder / "validation.jsonl", row)
+    page = read(root)
+    assert page.text.count("Face Score of the validation images") == page.text.count("The score is the mean") == 1
+    assert page.text.count("The same prompts and noise every time.") == 2 and PROBLEMS not in page.text
+
+
 def test_the_file_is_self_contained(root):
     """Nothing is loaded from elsewhere: all sources are data URIs, all links lead into the page."""
     page = read(root)

@@ -10,7 +10,7 @@ losses; `tuner` trains in one call; `loading` reads what was written. Stage 4 ha
 
 from faceprior.guidance.loading import load_tuned
 from faceprior.guidance.objectives import OBJECTIVES
-from faceprior.guidance.tuned import TRAIN
+from faceprior.guidance.tuned import TRAIN, TunedPipeline
 from faceprior.guidance.tuner import GuidanceTuner
 
-__all__ = ["OBJECTIVES", "TRAIN", "GuidanceTuner", "load_tuned"]
+__all__ = ["OBJECTIVES", "TRAIN", "GuidanceTuner", "TunedPipeline", "load_tuned"]

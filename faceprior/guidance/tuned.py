@@ -28,7 +28,8 @@ class TunedPipeline:
     pipeline: a Stable Diffusion 1, 2, 3, SDXL or FLUX.1 pipeline; train: the U-Net's `self_attention` layers (the
     paper's choice), a `lora`, or the `full` U-Net (the paper's ablation), of the transformers of Stable Diffusion 3 and
     FLUX.1 a `lora` only; rank, alpha (rank by default), lora_targets, lora_variant: of the LoRA (see `lora.add_lora`),
-    ignored without one; seed: of the LoRA's first weights.
+    ignored without one; seed: of the LoRA's first weights; original_device: where the original weights of what is
+    trained lie, `auto`, the network's own device, or `cpu`, where `untuned` finds them, but not `original`.
 
     The original model is the same network with its LoRA off, or with its original weights in place of the trained ones.
     So a second U-Net takes the memory of the trained part only, and none with a LoRA.
@@ -46,13 +47,14 @@ class TunedPipeline:
         lora_targets: str | Sequence[str] = "self_attention",
         lora_variant: Literal["plain", "rslora", "dora"] = "plain",
         seed: int = 0,
+        original_device: Literal["auto", "cpu"] = "auto",
     ):
         if train not in TRAIN:
             raise ValueError(f"`train` has to be one of {', '.join(TRAIN)} but is {train!r}")
         require_base(pipeline, "tune", train=train)
         require_trainable(train, quantization_of(denoiser_of(pipeline)))
         require_no_lora(pipeline)
-        self._pipeline, self.train = pipeline, train
+        self._pipeline, self.train, self.original_device = pipeline, train, original_device
         for network in networks_of(pipeline):
             network.requires_grad_(False).eval()  # built by hand it may train: T5 has dropout
         if self.denoiser.dtype != torch.float32:
@@ -102,7 +104,8 @@ class TunedPipeline:
         """
         for network in networks_of(self._pipeline):
             network.to(device if encoders or network is self.denoiser else "cpu")
-        self._original = {name: tensor.to(device) for name, tensor in self._original.items()}
+        place = device if self.original_device == "auto" else self.original_device
+        self._original = {name: tensor.to(place) for name, tensor in self._original.items()}
         return self
 
     # ---- the trained weights, and the original ones
@@ -177,7 +180,7 @@ class TunedPipeline:
             with self._adapters_off(), self.sampling() as pipeline:
                 yield pipeline
             return
-        tuned = {name: parameter.detach().clone() for name, parameter in self._trained().items()}
+        tuned = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._trained().items()}
         try:
             self._copy(self._original)
             with self.sampling() as pipeline:

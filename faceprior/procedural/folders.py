@@ -1,4 +1,4 @@
-"""Drawings in files: folders of images with captions, and contact sheets."""
+"""Drawings in files: folders of images with captions."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -59,11 +59,3 @@ def save_captioned(image: np.ndarray, caption: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".txt").write_text(caption + "\n")
     return save_image(image, path)
-
-
-def contact_sheet(drawings: list[np.ndarray], columns: int = 8) -> np.ndarray:
-    """Join images of one size, (H, W, 3) each, in rows of `columns`; the last row is filled with grey."""
-    blank = np.full_like(drawings[0], 128)
-    rows = -(-len(drawings) // columns)
-    padded = drawings + [blank] * (rows * columns - len(drawings))
-    return np.vstack([np.hstack(padded[r * columns : (r + 1) * columns]) for r in range(rows)])
