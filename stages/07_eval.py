@@ -169,7 +169,8 @@ def main(config: Config) -> None:
         results["rows"] += alignment_rows(config, output, str(device))
 
     # ---- from rows to tables
-    results |= {"settings": asdict(config), "versions": library_versions()}
+    settings = {key: value for key, value in asdict(config).items() if key != "overwrite"}
+    results |= {"settings": settings, "versions": library_versions()}
     table = write_results(output, results)
     if not failed:
         lacking = {row["title"] for row in results["rows"] if row["note"].startswith(NOT_MEASURED)}
@@ -196,6 +197,8 @@ def choose_methods(config: Config) -> dict[str, list[Method]]:
     if "generation" in wanted and config.generators:
         own = (config.base, config.vae, config.prediction_type)
         methods["generation"] = generation.generators_of(config.generators, Config.generators, *own)
+        for method in methods["generation"]:
+            generation.require_model(method)
     if "restoration" in wanted and config.restorers:
         methods["restoration"] = restoration.restorers_of(config.restorers, Config.restorers)
     if not config.protocols:
