@@ -44,9 +44,10 @@ from faceprior.evaluation.results import (
 from faceprior.evaluation.rows import EvaluationRows
 from faceprior.evaluation.tables import published_rows
 from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
+from faceprior.report import write_evaluation
 from faceprior.tables import NOT_MEASURED
 
-ROWS = "rows.jsonl"
+ROWS, PAGE = "rows.jsonl", "report.html"
 Problems = list[tuple[str, str]]
 
 
@@ -172,12 +173,13 @@ def main(config: Config) -> None:
     settings = {key: value for key, value in asdict(config).items() if key != "overwrite"}
     results |= {"settings": settings, "versions": library_versions()}
     table = write_results(output, results)
+    write_evaluation(output, output / PAGE)
     if not failed:
         lacking = {row["title"] for row in results["rows"] if row["note"].startswith(NOT_MEASURED)}
         finish(output, rows=len(rows), **({"missing": sorted(lacking)} if lacking else {}))
     print_problems([*(faces.problems if faces else []), *failed], "image")
     print(table)
-    print(f"Every number with its interval: {output / TABLE}")
+    print(f"Every number with its interval: {output / TABLE}; with the images: {output / PAGE}")
     if failed:
         print(f"{len(failed)} could not be measured: the same command tries them again")
 

@@ -243,7 +243,7 @@ MEASURES = (
         "identity", "identity distance", _load_identity, "lower", needs=("reference", "face"), protocols=(RESTORATION,)
     ),
     Measure(
-        "landmarks", "landmark distance", _load_landmarks, "lower", "between the eyes", ".4f",
+        "landmarks", "landmark distance", _load_landmarks, "lower", "of the eyes' distance", ".4f",
         needs=("reference", "face"), protocols=(RESTORATION,),
     ),
     Measure("seconds", "time", None, "lower", "s per image"),

@@ -20,7 +20,7 @@ PUBLISHED = "published"
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table. text: as the table shows it."""
+    """A number of a table. text, interval: as the table shows them."""
 
     text: str = EMPTY
     value: float | None = None
@@ -28,6 +28,7 @@ class Cell:
     high: float | None = None
     n: int | None = None
     note: str = ""
+    interval: str = EMPTY
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def _cell(row: Mapping[str, Any]) -> Cell:
     text = "infinite" if row.get("is_infinite") else EMPTY
     if row["value"] is not None:
         text = f"{row['value']:{row['spec']}}"
-    return Cell(text, row["value"], row["low"], row["high"], row["n"], row.get("note", ""))
+    interval = interval_text(row["low"], row["high"], row["spec"])
+    return Cell(text, row["value"], row["low"], row["high"], row["n"], row.get("note", ""), interval)
 
 
 def _published_cells(values: Mapping[str, float], specs: Mapping[str, str]) -> dict[str, Cell]:
