@@ -51,9 +51,10 @@ class Table:
 
 
 def published_rows(table: str) -> dict[str, Any] | None:
-    """Return a published table: {title, protocol, source, rows: [{method, values: {measure key: value}}]}.
+    """Return a published table: {title, protocol, source, columns, rows: [{method, values: {measure key: value}}]}.
 
-    None for an empty id; ValueError, which names the known ones, for an unknown id.
+    columns: headers of keys that no measure has, where there are any. None for an empty id; ValueError, which names the
+    known ones, for an unknown id.
     """
     if not table:
         return None
@@ -76,6 +77,10 @@ def tables_of(results: Mapping[str, Any]) -> list[Table]:
         specs = {row["measure"]: row["spec"] for row in rows}
         published = results.get("published") or {}
         if published.get("protocol") == protocol:
+            headers = published.get("columns", {})
+            columns |= {
+                key: headers.get(key, key) for row in published["rows"] for key in row["values"] if key not in columns
+            }
             lines += [Line(row["method"], _published_cells(row["values"], specs), True) for row in published["rows"]]
         found.append(Table(protocol, columns, lines, list((results.get("notes") or {}).get(protocol, []))))
     return found

@@ -125,7 +125,8 @@ def _published(results: Mapping[str, Any]) -> dict[str, Any]:
     for row in table["rows"]:
         values = {key: number(row["values"], key) for key in row["values"]}
         rows.append({"method": str(row["method"]), "values": {k: v for k, v in values.items() if v is not None}})
-    return {"protocol": table["protocol"], "source": str(table.get("source", "")), "rows": rows}
+    columns = {str(key): str(text) for key, text in (table.get("columns") or {}).items()}
+    return {"protocol": table["protocol"], "source": str(table.get("source", "")), "columns": columns, "rows": rows}
 
 
 def _notes(run: Run, results: Mapping[str, Any]) -> dict[str, list[str]]:
