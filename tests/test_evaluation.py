@@ -361,8 +361,9 @@ def test_results_of_other_programs_stand_beside_the_input(foreign, tmp_path, cap
 def test_restorers_beside_the_input_and_a_folder(foreign, tmp_path):
     """Two of one model, with settings of their own; both are timed, the folder and the input are not."""
     added = (*foreign["restorers"], "ours=tiny,steps=2", "faithful=tiny,steps=2,fidelity=0.9")
-    results = evaluate(tmp_path / "out", **foreign | {"restorers": added, "num_faces": 2})
-    assert list(numbers(results, "psnr")) == ["input", "GFPGAN", "same", "ours", "faithful"]
+    results = evaluate(tmp_path / "out", **foreign | {"restorers": ("LQ=input", *added), "num_faces": 2})
+    assert list(numbers(results, "psnr")) == ["LQ", "input", "GFPGAN", "same", "ours", "faithful"]
+    assert numbers(results, "psnr")["LQ"]["value"] == numbers(results, "psnr")["input"]["value"]
     assert list(numbers(results, "seconds")) == ["ours", "faithful"]
     psnr = numbers(results, "psnr")
     assert psnr["ours"]["value"] != psnr["faithful"]["value"] and psnr["ours"]["n"] == 2

@@ -107,7 +107,11 @@ def restore_faces(
 ) -> Problems:
     """Write the result of a method for every face that has none -> (file or face, reason) of what failed."""
     left = [face for face in faces if face.id not in rows.of(PROTOCOL, method.name)]
-    if not left or method.missing or method.kind == "input":
+    if not left or method.missing:
+        return []
+    if method.kind == "input":  # under another name
+        for item, row in rows.of(PROTOCOL, INPUT).items():
+            rows.add(PROTOCOL, method.name, item, source=method.text, image=row["image"])
         return []
     references = {item: row["image"] for item, row in rows.of(PROTOCOL, REFERENCE).items()}
 
