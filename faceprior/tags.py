@@ -90,6 +90,14 @@ class Tags:
         """Join the tags of `which` groups by commas, the semantic ones first; `none` is the empty prompt."""
         return ", ".join({"none": (), "semantic": self.semantic, "both": self.semantic + self.photographic}[which])
 
+    def to_row(self) -> dict[str, list[str]]:
+        """Return the groups as JSON keeps them."""
+        return {group: list(getattr(self, group)) for group in GROUPS}
+
+    @classmethod
+    def from_row(cls, row: dict[str, list[str]]) -> Tags:
+        return cls(**{group: tuple(row[group]) for group in GROUPS})
+
 
 def split_tags(caption: str) -> list[str]:
     """Return the tags of a caption, which commas separate, without empty ones."""
