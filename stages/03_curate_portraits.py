@@ -37,7 +37,7 @@ from faceprior.files import atomic_write
 from faceprior.images import as_array, load_image, save_image
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
 from faceprior.models import quiet_libraries, resolve_device, weight_dtype
-from faceprior.photography import measured_tags
+from faceprior.photography import head_turn, measured_tags
 from faceprior.photos import UNREADABLE, Photograph, decode_text, find_photographs, safe_name
 from faceprior.portraits import Portrait, measure_quality
 from faceprior.procedural import draw_folder
@@ -215,7 +215,8 @@ def judge(config: Config, output: Path, source: Photograph) -> dict:
 
         # ---- Alignment as in FFHQ, and photography-guided annotation
         crop = align_face(photograph, face.landmarks, config.resolution).crop
-        found = find_tags(config, source, crop)
+        turn = round(head_turn(face.landmarks), 4)
+        found = find_tags(config, source, crop, turn)
     except (Unfit, AlignmentError, *UNREADABLE) as error:
         thumbnail = save_thumbnail(photograph, output, identity) if photograph is not None else {}
         unreadable = {"unreadable": True} if isinstance(error, UNREADABLE) else {}
@@ -227,7 +228,7 @@ def judge(config: Config, output: Path, source: Photograph) -> dict:
     size = min(face.width, face.height)
     groups = (tags.semantic, tags.photographic)
     portrait = Portrait(identity, source.name, image, *groups, face.confidence, size, row["quality"])
-    return {**portrait.to_row(), "tags": found}
+    return {**portrait.to_row(), "tags": found, "turn": turn}
 
 
 def find_face(config: Config, photograph: Image.Image) -> Face:
@@ -267,14 +268,14 @@ def first_fault(config: Config, quality: dict[str, float]) -> str | None:
 ANSWERS = "answers.jsonl"  # of the vision-language model, as it gave them
 
 
-def find_tags(config: Config, source: Photograph, crop: Image.Image) -> dict[str, dict[str, list[str]]]:
+def find_tags(config: Config, source: Photograph, crop: Image.Image, turn: float) -> dict[str, dict[str, list[str]]]:
     """Return the tags of each source but the vision-language model: those beside the photograph, and those measured."""
     written = source.tags() if "sidecar" in config.captioners else None
     if config.captioners == ("sidecar",) and not (written and written.prompt()):
         raise Unfit("no caption beside it")
     found = {"sidecar": written or Tags()}
     if "measured" in config.captioners:
-        found["measured"] = Tags(photographic=tuple(measured_tags(crop)))
+        found["measured"] = Tags(photographic=tuple(measured_tags(crop, turn)))
     return {name: tags.to_row() for name, tags in found.items()}
 
 
@@ -327,7 +328,7 @@ def import_retouched(config: Config, output: Path, accepted: KeyedRows) -> list[
     changed, problems = import_portraits(output, accepted, config.import_retouch)
     for identity, row in changed.items():
         if "measured" in row["tags"]:
-            tags = Tags(photographic=tuple(measured_tags(load_image(output / row["image"]))))
+            tags = Tags(photographic=tuple(measured_tags(load_image(output / row["image"]), row["turn"])))
             row["tags"]["measured"] = tags.to_row()
         accepted[identity] = row
     print(f"{len(changed)} portraits replaced by retouched ones of {config.import_retouch}")

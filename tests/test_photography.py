@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from faceprior.align import align_face
-from faceprior.photography import measure_photography, measured_tags
+from faceprior.photography import head_turn, measure_photography, measured_tags
 from faceprior.procedural import draw_portrait
 
 
@@ -29,7 +29,7 @@ def lit(left, right, colour=(1.0, 1.0, 1.0), side=256):
     ],
 )
 def test_the_side_of_the_light(left, right, side):
-    """The logarithm of linear light, ((v / 255 + .055) / 1.055)^2.4 and .002; limits at .135.
+    """The logarithm of linear light, ((v / 255 + .055) / 1.055)^2.4 and .002; limits at .115.
 
     123 to 117: ln .1981 - ln .1779 = .107; 130 to 110: .2232 and .1559, .356.
     """
@@ -37,6 +37,15 @@ def test_the_side_of_the_light(left, right, side):
     values = measure_photography(lit(left, right))
     assert values["light side"] == pytest.approx(math.log(light[0] / light[1]), abs=1e-3)
     assert side in measured_tags(lit(left, right))
+
+
+def test_the_turn_of_the_head_by_hand():
+    """Eyes at 10 and 30 on a slope of 45 degrees; the nose 5 pixels along it from their middle, and off it."""
+    slope, across = np.array([1, 1]) / math.sqrt(2), np.array([-1, 1]) / math.sqrt(2)
+    points = [10 * slope, 30 * slope, 25 * slope + 12 * across, 12 * slope, 28 * slope]
+    assert head_turn(np.array(points)) == pytest.approx(5 / 20)
+    values = [measure_photography(lit(130, 110), turn)["light side"] for turn in (0, 0.25)]
+    assert values[0] - values[1] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
