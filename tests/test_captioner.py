@@ -1,5 +1,7 @@
 """Tags by a vision-language model: answers of every bad shape, and a tiny random model of a real class."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,34 @@ def test_what_is_no_captioner_is_named(folder, tmp_path):
         Captioner.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`quantization` has to be one of"):
         Captioner.from_pretrained(folder, quantization="4bit")
+
+
+def test_half_precision(folder):
+    captioner = Captioner.from_pretrained(folder, torch.bfloat16)
+    assert captioner.model.dtype == torch.bfloat16 and len(captioner.answer(pictures(2), "tags", max_tokens=2)) == 2
+
+
+def test_code_in_a_repository_is_never_run(tmp_path):
+    classes = {"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model", "AutoProcessor": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of", "auto_map": classes}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(ValueError, match="no vision-language model in"):
+        Captioner.from_pretrained(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_answer_that_the_limit_cut_off_loses_its_last_tag(folder, monkeypatch):
+    """Of "young , woman , hair" three tokens are "young , woman", and whether "woman" is whole is not known."""
+    captioner = Captioner.from_pretrained(folder)
+    ids = captioner.processor.tokenizer("young , woman , hair", add_special_tokens=False)["input_ids"]
+
+    def generate(input_ids, max_new_tokens, **options):
+        answer = torch.tensor([[*ids, captioner.processor.tokenizer.eos_token_id][:max_new_tokens]])
+        return torch.cat([input_ids, answer], dim=1)
+
+    monkeypatch.setattr(captioner.model, "generate", generate)
+    answers = [captioner.answer(pictures(1), "tags", max_tokens=limit)[0] for limit in (3, 8)]
+    assert [clean_answer(answer).semantic for answer in answers] == [("young",), ("young", "woman", "hair")]
 
 
 def test_a_processor_without_a_chat_template(folder):

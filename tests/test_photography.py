@@ -1,5 +1,6 @@
 """Photographic tags that are measured: by hand on plain crops, and on a drawn portrait with known changes."""
 
+import json
 import math
 
 import cv2
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from checkpoints.tiny_models import photography as counting
 from faceprior.align import align_face
 from faceprior.photography import head_turn, measure_photography, measured_tags
 from faceprior.procedural import draw_portrait
@@ -111,3 +113,13 @@ def test_small_crops_show_no_fine_detail(crop):
 
 def test_tags_do_not_depend_on_the_size_of_large_crops():
     assert measured_tags(lit(160, 80, side=256)) == measured_tags(lit(160, 80, side=512))
+
+
+def test_the_command_counts_right_tags(tmp_path, capsys):
+    """One person, photographed in 12 ways; of the sharp and the blurred one sharpness tells which is which."""
+    counting.main(counting.Config(output=str(tmp_path), num_portraits=1, first_seed=5))
+    rows = json.loads((tmp_path / "photography.json").read_text())["rows"]
+    total = {row["attribute"]: row for row in rows if row["truth"] == "all"}
+    assert [total[name]["photographs"] for name in ("light side", "colour temperature", "sharpness")] == [1, 1, 2]
+    assert total["sharpness"]["value"] == 1 and total["sharpness"]["low"] < 0.5
+    assert "| sharpness | all | 100.0% |" in (tmp_path / "photography.md").read_text()

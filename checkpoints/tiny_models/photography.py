@@ -57,13 +57,15 @@ class Config:
 
 def main(config: Config) -> None:
     # ---- Every portrait, photographed in known ways, and what is measured on it
-    scenes = [draw_scene(config.first_seed + i, SIZE, area_bin=0).image for i in range(SCENES)]
+    scenes = [
+        draw_scene(config.first_seed + i, SIZE, area_bin=0).image for i in range(min(SCENES, config.num_portraits))
+    ]
     outcomes = {attribute.name: [] for attribute in ATTRIBUTES}  # (truth, tag or None where nothing is measured)
     attributes = {attribute.name: attribute for attribute in ATTRIBUTES}
     without_face = 0
     for index in tqdm(range(config.num_portraits), desc="measuring", unit="portrait"):
         person = sample_person(config.first_seed + index)
-        for name, truth, image in photographs(person, scenes[index % SCENES]):
+        for name, truth, image in photographs(person, scenes[index % len(scenes)]):
             faces = detect_faces(Image.fromarray(image), "mtcnn")
             if not faces or faces[0].landmarks is None:
                 without_face += 1
