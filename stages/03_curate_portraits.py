@@ -47,6 +47,7 @@ from faceprior.tags import Tags, combine_tags
 REJECTED = "rejected.jsonl"
 BY_HAND = "rejected by hand"
 SEARCHED_FACE = 20  # pixels; smaller faces in the background of a photograph do not count as further ones
+Sources = tuple[Literal["sidecar", "vlm", "measured"], ...]
 
 
 class Unfit(Exception):
@@ -70,7 +71,7 @@ class Config:
     max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
     min_texture: float = 1.0  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
     max_clipped: float = 0.35  # maximum fraction of black and white pixels; above: badly exposed, [0, 1]
-    captioners: tuple[Literal["sidecar", "vlm", "measured"], ...] = ("sidecar", "measured")  # sources of tags in order
+    captioners: Sources = ("sidecar", "measured")  # sources of tags, the most trusted first: sidecar, vlm, measured
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # vision-language model: folder or hub id; the paper's is LLaVA-1.6
     vlm_prompt: str = PROMPT  # question to the vision-language model
     vlm_tokens: int = 160  # maximum length of its answers in tokens, [1, 4096]
@@ -317,7 +318,8 @@ def annotate(config: Config, output: Path, accepted: KeyedRows, answers: dict[st
             if not tags.prompt():
                 problems.append((identity, f"no tags in the model's answer {answers[identity]['answer'][:80]!r}"))
         tags = join_tags(config, row["tags"])
-        write_caption(output / row["image"], tags)
+        if tags.prompt() != row["caption"]:
+            write_caption(output / row["image"], tags)
         accepted[identity] = {**row, **tags.to_row(), "caption": tags.prompt()}
     rewrite_rows(output / MANIFEST, accepted.values())
     return problems
