@@ -23,9 +23,15 @@ PROMPT = (
     "semantic: age and sex, hair, eyes, beard, glasses, clothes, background. "
     "photographic: expression, skin texture, make-up, lighting, lens and focus, mood, style."
 )
+_HINT = "an image-text-to-text model of transformers is expected"
 _FILES = (*MODEL_FILES, "*.jinja", "*.model")  # chat template and SentencePiece vocabulary
 
 MAX_WORDS, MAX_LETTERS, MAX_TAGS = 6, 48, 30  # of a tag, of a tag, of a group
+
+
+def find_captioner(name: str | Path) -> Path:
+    """Return the folder of a vision-language model, which is downloaded if need be; errors as in `resolve_model`."""
+    return resolve_model(name, "vision-language model", _HINT, patterns=_FILES)
 
 
 class Captioner:
@@ -57,14 +63,13 @@ class Captioner:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         require_quantization(quantization)
-        hint = "an image-text-to-text model of transformers is expected"
-        folder = resolve_model(name, "vision-language model", hint, patterns=_FILES)
+        folder = find_captioner(name)
         try:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             options = {"dtype": dtype or torch.float32, "use_safetensors": True, "trust_remote_code": False}
             model = AutoModelForImageTextToText.from_pretrained(folder, **options)
         except Exception as error:  # the libraries raise classes of their own, and bare Exceptions
-            raise ValueError(f"no vision-language model in {folder}: {first_line(error)}; {hint}") from error
+            raise ValueError(f"no vision-language model in {folder}: {first_line(error)}; {_HINT}") from error
         quantize(model.base_model, quantization)
         return cls(model, processor)
 

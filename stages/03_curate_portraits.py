@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from faceprior.align import AlignmentError, align_face
-from faceprior.captioner import PROMPT, Captioner, clean_answer
+from faceprior.captioner import PROMPT, Captioner, clean_answer, find_captioner
 from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, print_problems, run_stage
 from faceprior.degrade import DegradationConfig, degrade
 from faceprior.detect import Face, detect_faces
@@ -115,6 +115,9 @@ def main(config: Config) -> None:
         sources = find_photographs(str(output / "drawn"))[0]
 
     # ---- Judge every photograph that an earlier run did not (quality-first collection, 3.1)
+    new = [source for source in sources if safe_name(source.name) not in accepted.keys() | rejected.keys()]
+    if "vlm" in config.captioners and new:
+        find_captioner(config.vlm)  # a wrong name is an error now, not after hours of judging
     for source in tqdm(sources, desc="curating", unit="photo"):
         identity = safe_name(source.name)
         if identity not in accepted and identity not in rejected:

@@ -251,6 +251,12 @@ def test_a_killed_run_asks_no_portrait_twice(stage, photos, vlm, monkeypatch):
     assert curate(stage, **options)["manifest"] == rows and contents(Path("out")) == files
 
 
+def test_a_model_that_does_not_exist_is_named_before_anything_is_judged(stage, photos, monkeypatch):
+    monkeypatch.setattr(stage, "judge", None)  # would fail if it was called
+    with pytest.raises(FileNotFoundError, match="no vision-language model at ./nowhere"):
+        curate(stage, captioners=("vlm",), vlm="./nowhere")
+
+
 def test_the_former_setting_of_captions_is_named(stage, capsys):
     with pytest.raises(SystemExit):
         parse_config(stage.Config, ["--captions", "both"])

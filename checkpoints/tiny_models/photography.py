@@ -168,9 +168,10 @@ def markdown(results: dict) -> str:
         "nothing about photographs.",
         "",
         f"Aim: {AIM:.0%} right of every attribute; missed by: {', '.join(['light hardness', *missed])}. The hardness "
-        "of the light is not measured: single measures of contrast and of the edges of shadows were right no more often "
-        f"than always saying soft, {results['soft']:.0%} for these people. Fractions with 95% intervals (Wilson), of the "
-        f"photographs where there was something to measure; no face was found in {results['without_face']}.",
+        "of the light is not measured: single measures of contrast and of the edges of shadows were right no more "
+        f"often than always saying soft, {results['soft']:.0%} for these people. Fractions with 95% intervals "
+        "(Wilson), of the photographs where there was something to measure; no face was found in "
+        f"{results['without_face']}.",
         "",
     ]
     head = ("attribute", "true tag", "right", "95% interval", "measured", "photographs")
