@@ -56,8 +56,9 @@ ATTRIBUTES = (
     Attribute("colour temperature", (0.025, 0.104), "cool light", "neutral light", "warm light"),
     # mean grey level
     Attribute("key", (75.0, 165.0), "dark tones", "", "light tones"),
-    # sharpness of the strongest edges in the background
-    Attribute("depth of field", (1.3, 1.3), "blurred background", "", "deep depth of field"),
+    # sharpness of the strongest edges in the background; discs of light out of focus have sharp edges too, so that
+    # these alone do not make a depth of field deep
+    Attribute("depth of field", (1.3, 1.3), "blurred background"),
     # fraction of the face's contrast that is fine
     Attribute("sharpness", (0.2, 0.2), "soft focus", "", "sharp details"),
     # detail of the cheeks in grey levels

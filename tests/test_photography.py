@@ -101,9 +101,9 @@ def test_a_blurred_background_has_blurred_edges(crop):
     stripes = np.where(np.arange(256)[:, None, None] // 16 % 2, 40, 200).astype(np.uint8)
     stripes = np.broadcast_to(stripes, (256, 40, 3))
     blurred = cv2.GaussianBlur(stripes, (0, 0), 5)
-    for background, tag in ((stripes, "deep depth of field"), (blurred, "blurred background")):
+    for background, is_blurred in ((stripes, False), (blurred, True)):
         pixels[:, :40] = pixels[:, 216:] = background
-        assert tag in measured_tags(Image.fromarray(pixels))
+        assert ("blurred background" in measured_tags(Image.fromarray(pixels))) == is_blurred
 
 
 def test_small_crops_show_no_fine_detail(crop):
@@ -116,7 +116,7 @@ def test_tags_do_not_depend_on_the_size_of_large_crops():
 
 
 def test_the_command_counts_right_tags(tmp_path, capsys):
-    """One person, photographed in 12 ways; of the sharp and the blurred one sharpness tells which is which."""
+    """One person, photographed in 13 or 14 ways; of the sharp and the blurred one sharpness tells which is which."""
     counting.main(counting.Config(output=str(tmp_path), num_portraits=1, first_seed=5))
     rows = json.loads((tmp_path / "photography.json").read_text())["rows"]
     total = {row["attribute"]: row for row in rows if row["truth"] == "all"}

@@ -111,8 +111,11 @@ def photographs(person: SimpleNamespace, scene: np.ndarray) -> Iterator[tuple[st
         yield "key", tag, taken(person, layer, own, 2.0**stops)
 
     behind = to_linear(scene)
-    yield "depth of field", "deep depth of field", taken(person, layer, behind)
+    yield "depth of field", "", taken(person, layer, behind)
     yield "depth of field", "blurred background", taken(person, layer, blur(behind, OUT_OF_FOCUS))
+
+    if person.background != "studio":  # drawn out of focus; a studio's wall is plain
+        yield "depth of field", "blurred background", image
 
     yield "sharpness", "sharp details", image
     yield "sharpness", "soft focus", blur(image, UNSHARP)
