@@ -1,4 +1,4 @@
-"""Portraits for the prior: quality gates, photographic tags, the manifest and the dataset (AuthFace, section 3.1).
+"""Portraits for the prior: quality gates, the manifest and the dataset (AuthFace, section 3.1).
 
 The paper drops images without a face or with a small one, and looks, by an image quality assessment and by eye, for
 pepper noise and over-smooth skin; JPEG blocks, blur and noise are what it finds wrong with other datasets. Here each of
@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 
 from faceprior.align import align_face
 from faceprior.detect import Face
-from faceprior.images import as_array, cv2, to_pixel_values
+from faceprior.images import cv2, to_pixel_values
 from faceprior.jsonl import read_manifest, require_keys, resolve_file
 from faceprior.quality import blockiness, noise_level
 from faceprior.tags import GROUPS, Tags, WhichTags, split_tags
 
-ANALYSIS_SIZE = 256  # side in pixels of the aligned crops on which sharpness, texture and light are measured
+ANALYSIS_SIZE = 256  # side in pixels of the aligned crops on which sharpness and texture are measured
 
 # ---- Gates
 
@@ -62,33 +62,6 @@ def _block_box(face: Face, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 def _gray(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L"), np.float32)
-
-
-# ---- Tags
-
-
-def photographic_tags(crop: Image.Image) -> list[str]:
-    """Describe the light of an aligned crop by measuring it: hardness, side, colour temperature, key.
-
-    The paper has a vision-language model write such tags (photography-guided annotation); these need no model.
-    """
-    rgb = as_array(crop.resize((ANALYSIS_SIZE, ANALYSIS_SIZE), Image.LANCZOS)).astype(np.float32)  # (256, 256, 3)
-    face = rgb[80:200, 56:200]  # (120, 144, 3)
-
-    # hardness and side: brightness of the left half against the right one
-    gray = face @ np.float32([0.299, 0.587, 0.114])
-    left, right = gray[:, :72].mean(), gray[:, 72:].mean()
-    balance = (left - right) / (left + right + 1e-6)
-    side = "front light" if abs(balance) < 0.06 else f"light from the {'left' if balance > 0 else 'right'}"
-    tags = ["hard light" if abs(balance) > 0.2 else "soft light", side]
-
-    # colour temperature: red over blue
-    warmth = (face[..., 0].mean() + 1) / (face[..., 2].mean() + 1)
-    tags.append("warm light" if warmth > 1.6 else "cool light" if warmth < 1.15 else "neutral light")
-
-    # key: brightness of the whole crop
-    brightness = rgb.mean()
-    return tags + (["dark tones"] if brightness < 70 else ["light tones"] if brightness > 180 else [])
 
 
 # ---- Manifest and dataset

@@ -90,6 +90,14 @@ class Tags:
         """Join the tags of `which` groups by commas, the semantic ones first; `none` is the empty prompt."""
         return ", ".join({"none": (), "semantic": self.semantic, "both": self.semantic + self.photographic}[which])
 
+    def to_row(self) -> dict[str, list[str]]:
+        """Return the groups as JSON keeps them."""
+        return {group: list(getattr(self, group)) for group in GROUPS}
+
+    @classmethod
+    def from_row(cls, row: dict[str, list[str]]) -> Tags:
+        return cls(**{group: tuple(row[group]) for group in GROUPS})
+
 
 def split_tags(caption: str) -> list[str]:
     """Return the tags of a caption, which commas separate, without empty ones."""
@@ -101,3 +109,40 @@ def sort_tags(tags: Iterable[str]) -> Tags:
     tags = list(tags)
     photographic = tuple(tag for tag in tags if is_photographic(tag))
     return Tags(tuple(tag for tag in tags if not is_photographic(tag)), photographic)
+
+
+# ---- Tags from several sources
+
+# What one tag settles: what a source says about it, later sources do not contradict
+_SETTLED = {
+    "lighting": lambda tag: mentions_light(tag) or _finds("lighting", tag),
+    "expression": lambda tag: _finds("expression", tag),
+    "skin": lambda tag: _finds("skin", tag) and "freckle" not in tag.lower(),
+    "depth of field": re.compile(r"depth of field|bokeh|blurr\w+.*background|background.*(?:blur|focus)", re.I).search,
+    "sharpness": re.compile(r"soft focus|sharp|\bblurred (?:photo|image|picture)", re.I).search,
+    "colours": re.compile(r"black (?:and|&) white|monochrom|sepia|\bb[&/]w\b", re.I).search,
+}
+
+
+def _finds(topic: str, tag: str) -> bool:
+    return re.search(rf"(?<!\w)(?:{VOCABULARY[topic]})(?!\w)", tag, re.VERBOSE | re.IGNORECASE) is not None
+
+
+def combine_tags(sources: Iterable[Tags]) -> Tags:
+    """Join the tags of several sources, the more trusted first, without duplicates and contradictions.
+
+    Where a source says something about the light, the expression, the skin's texture, the depth of field, the sharpness
+    or missing colours, what later sources say about it is left out: measured light beside "backlit" would be wrong.
+    """
+    semantic, photographic, settled = [], [], set()
+    known = set()
+    for tags in sources:
+        spoken = {tag: {subject for subject, about in _SETTLED.items() if about(tag)}
+                  for tag in tags.semantic + tags.photographic}  # fmt: skip
+        for group, found in ((semantic, tags.semantic), (photographic, tags.photographic)):
+            for tag in found:
+                if tag.lower() not in known and not spoken[tag] & settled:
+                    known.add(tag.lower())
+                    group.append(tag)
+        settled |= set().union(*spoken.values()) if spoken else set()
+    return Tags(tuple(semantic), tuple(photographic))

@@ -8,7 +8,12 @@ Reads   photographs: a folder, a glob, a file, a .txt list of paths, or WebDatas
         beside them (NAME.txt, NAME.json, NAME_qwen.json)
 Writes  data/portraits/: images/ (aligned squares and their captions), manifest.jsonl, rejected.jsonl (with reasons),
         rejected/ (thumbnails, and what was rejected by hand), sheets/ (contact sheets for the review by eye),
-        metrics.jsonl, config.yaml
+        answers.jsonl (of the vision-language model), originals/ (of retouched portraits), metrics.jsonl, config.yaml
+
+Captions are tags, semantic and photographic ones, from up to three sources: `--captioners sidecar vlm measured` takes
+those beside a photograph, those of a vision-language model (`--vlm`), and those that are measured in the pixels; the
+first source counts where they contradict each other. `--export_retouch DIR` writes the portraits for a retoucher, and
+`--import_retouch DIR` puts the retouched ones in their places.
 
 The paper's last filter is a person who looks at every image, on a local page (`pip install "faceprior[pages]"`):
 
@@ -29,6 +34,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from faceprior.align import AlignmentError, align_face
+from faceprior.captioner import PROMPT, Captioner, clean_answer, find_captioner
 from faceprior.config import (
     DONE_FILE,
     METRICS_FILE,
@@ -45,12 +51,16 @@ from faceprior.files import atomic_write
 from faceprior.human_eval.review import REJECTED, hand_reason, is_by_hand, read_review
 from faceprior.images import as_array, load_image, save_image
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
+from faceprior.models import quiet_libraries, resolve_device, weight_dtype
+from faceprior.photography import head_turn, measured_tags
 from faceprior.photos import UNREADABLE, Photograph, find_photographs, safe_name
-from faceprior.portraits import Portrait, measure_quality, photographic_tags
+from faceprior.portraits import Portrait, measure_quality
 from faceprior.procedural import draw_folder
-from faceprior.tags import Tags, mentions_light, sort_tags, split_tags
+from faceprior.retouch import KEPT, export_portraits, import_portraits
+from faceprior.tags import Tags, combine_tags
 
 SEARCHED_FACE = 20  # pixels; smaller faces in the background of a photograph do not count as further ones
+Sources = tuple[Literal["sidecar", "vlm", "measured"], ...]
 
 
 class Unfit(Exception):
@@ -74,26 +84,37 @@ class Config:
     max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
     min_texture: float = 1.0  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
     max_clipped: float = 0.35  # maximum fraction of black and white pixels; above: badly exposed, [0, 1]
-    captions: Literal["both", "sidecar", "measured"] = "both"  # source of the tags: caption file, measured light, both
+    captioners: Sources = ("sidecar", "measured")  # sources of tags, the most trusted first: sidecar, vlm, measured
+    vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # vision-language model: folder or hub id; the paper's is LLaVA-1.6
+    vlm_prompt: str = PROMPT  # question to the vision-language model
+    vlm_tokens: int = 160  # maximum length of its answers in tokens, [1, 4096]
+    batch_size: int = 4  # portraits that it sees at once, [1, 256]
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of its weights
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # precision of its weights
+    device: str = "auto"  # device of the vision-language model: auto, cpu, cuda or cuda:N
+    export_retouch: str = ""  # folder to write the portraits to for a retoucher
+    import_retouch: str = ""  # folder with retouched portraits, under the names of the export
     review: str = ""  # review.jsonl of the page, or a text file of rejected ids; empty: review.jsonl in the output
     seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
     overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
-    FREE = frozenset({"review"})
-    RENAMED = {"min_sharpness": "min_laplacian"}
+    FREE = frozenset({"review", "batch_size", "export_retouch", "import_retouch"})
+    RENAMED = {"min_sharpness": "min_laplacian", "captions": "captioners"}
 
 
 def main(config: Config) -> None:
     # ---- Find the photographs; the output folder may lie among them
     review = find_review(config)
-    made = [Path(config.output) / folder for folder in ("images", "rejected", "sheets")]
+    made = [Path(config.output) / folder for folder in ("images", "rejected", "sheets", KEPT)]
+    made += [Path(folder) for folder in (config.export_retouch, config.import_retouch) if folder]
     sources, problems = find_photographs(config.images, made) if config.images else (None, [])
 
     # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
     accepted, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
     reviewed = review is not None and is_new(review, accepted, rejected)
-    if is_complete(output) and sources is None and not reviewed:
+    retouched = bool(config.export_retouch or config.import_retouch)
+    if is_complete(output) and sources is None and not reviewed and not retouched:
         print(f"{output} is complete: {len(accepted)} portraits")
         return
     (output / DONE_FILE).unlink(missing_ok=True)
@@ -107,6 +128,9 @@ def main(config: Config) -> None:
         sources = find_photographs(str(output / "drawn"))[0]
 
     # ---- Judge every photograph that an earlier run did not (quality-first collection, 3.1)
+    new = [source for source in sources if safe_name(source.name) not in accepted.keys() | rejected.keys()]
+    if "vlm" in config.captioners and new:
+        find_captioner(config.vlm)  # a wrong name is an error now, not after hours of judging
     for source in tqdm(sources, desc="curating", unit="photo"):
         identity = safe_name(source.name)
         if identity not in accepted and identity not in rejected:
@@ -119,6 +143,15 @@ def main(config: Config) -> None:
         accept_again(output, accepted, rejected, review)
         unknown = sorted(review.keys() - accepted.keys() - rejected.keys())
         problems += [(identity, "no portrait has this id") for identity in unknown]
+
+    # ---- Photography-guided annotation of what is left (3.1), and the round trip to the retoucher (appendix A)
+    if config.import_retouch:
+        problems += import_retouched(config, output, accepted)
+    answers = ask_model(config, output, accepted) if "vlm" in config.captioners else {}
+    problems += annotate(config, output, accepted, answers)
+    if config.export_retouch:
+        exported = export_portraits(output, accepted.values(), sources, config.export_retouch)
+        print(f"{exported} new files for the retoucher in {config.export_retouch}")
 
     # ---- Sort the rows, so that interrupted and whole runs leave the same files; write the numbers and the sheets
     accepted, rejected = sort_rows(output / MANIFEST), sort_rows(output / REJECTED)
@@ -209,19 +242,20 @@ def judge(config: Config, output: Path, source: Photograph) -> dict:
 
         # ---- Alignment as in FFHQ, and photography-guided annotation
         crop = align_face(photograph, face.landmarks, config.resolution).crop
-        tags = make_tags(config, source, crop)
+        turn = round(head_turn(face.landmarks), 4)
+        found = find_tags(config, source, crop, turn)
     except (Unfit, AlignmentError, *UNREADABLE) as error:
         thumbnail = save_thumbnail(photograph, output, identity) if photograph is not None else {}
         unreadable = {"unreadable": True} if isinstance(error, UNREADABLE) else {}
         return {**row, **thumbnail, **unreadable, "reason": str(error)}
 
-    image = f"images/{identity}.png"
-    with atomic_write((output / image).with_suffix(".txt"), "w") as file:
-        file.write(tags.prompt() + "\n")
+    image, tags = f"images/{identity}.png", join_tags(config, found)
+    write_caption(output / image, tags)
     save_image(crop, output / image)
     size = min(face.width, face.height)
     groups = (tags.semantic, tags.photographic)
-    return Portrait(identity, source.name, image, *groups, face.confidence, size, row["quality"]).to_row()
+    portrait = Portrait(identity, source.name, image, *groups, face.confidence, size, row["quality"])
+    return {**portrait.to_row(), "tags": found, "turn": turn}
 
 
 def find_face(config: Config, photograph: Image.Image) -> Face:
@@ -256,15 +290,77 @@ def first_fault(config: Config, quality: dict[str, float]) -> str | None:
     return next((f"{name} {quality[name]} ({rule})" for name, passed, rule in rules if not passed), None)
 
 
-def make_tags(config: Config, source: Photograph, crop: Image.Image) -> Tags:
-    """Return the tags beside the photograph and, if none of them is about light, the measured ones."""
-    written = source.caption() if config.captions != "measured" else None
-    if config.captions == "sidecar" and not written:
+# ---- Captions: every source's tags stand in the row, and are joined in the order of `captioners`
+
+ANSWERS = "answers.jsonl"  # of the vision-language model, as it gave them
+
+
+def find_tags(config: Config, source: Photograph, crop: Image.Image, turn: float) -> dict[str, dict[str, list[str]]]:
+    """Return the tags of each source but the vision-language model: those beside the photograph, and those measured."""
+    written = source.tags() if "sidecar" in config.captioners else None
+    if config.captioners == ("sidecar",) and not (written and written.prompt()):
         raise Unfit("no caption beside it")
-    tags = split_tags(written or "portrait photo")
-    if config.captions != "sidecar" and not mentions_light(", ".join(tags)):
-        tags += [tag for tag in photographic_tags(crop) if tag not in tags]
-    return sort_tags(tags)
+    found = {"sidecar": written or Tags()}
+    if "measured" in config.captioners:
+        found["measured"] = Tags(photographic=tuple(measured_tags(crop, turn)))
+    return {name: tags.to_row() for name, tags in found.items()}
+
+
+def join_tags(config: Config, found: dict[str, dict[str, list[str]]]) -> Tags:
+    """Join the tags of the sources; those of the first ones count where they contradict each other."""
+    tags = combine_tags(Tags.from_row(found[name]) for name in config.captioners if name in found)
+    return tags if tags.semantic else Tags(("portrait photo",), tags.photographic)
+
+
+def write_caption(image: Path, tags: Tags) -> None:
+    with atomic_write(image.with_suffix(".txt"), "w") as file:
+        file.write(tags.prompt() + "\n")
+
+
+def ask_model(config: Config, output: Path, accepted: KeyedRows) -> KeyedRows:
+    """Ask the vision-language model about the portraits that it has not seen; return its answers by id."""
+    answers = KeyedRows(output / ANSWERS)
+    waiting = [row for identity, row in accepted.items() if identity not in answers]
+    if waiting:
+        quiet_libraries()
+        captioner = Captioner.from_pretrained(config.vlm, weight_dtype(config.mixed_precision), config.quantization)
+        captioner.to(resolve_device(config.device))
+    for start in tqdm(range(0, len(waiting), config.batch_size), desc="captioning", unit="batch", disable=not waiting):
+        rows = waiting[start : start + config.batch_size]
+        images = [load_image(output / row["image"]) for row in rows]
+        texts = captioner.answer(images, config.vlm_prompt, config.vlm_tokens)
+        for row, text in zip(rows, texts, strict=True):
+            answers.add({"id": row["id"], "answer": text})
+    return answers
+
+
+def annotate(config: Config, output: Path, accepted: KeyedRows, answers: dict[str, dict]) -> list[tuple[str, str]]:
+    """Join the tags of all sources in the rows and beside the images; return whose answers hold no tags."""
+    problems = []
+    for identity, row in accepted.items():
+        if identity in answers:
+            tags = clean_answer(answers[identity]["answer"])
+            row["tags"]["vlm"] = tags.to_row()
+            if not tags.prompt():
+                problems.append((identity, f"no tags in the model's answer {answers[identity]['answer'][:80]!r}"))
+        tags = join_tags(config, row["tags"])
+        if tags.prompt() != row["caption"]:
+            write_caption(output / row["image"], tags)
+        accepted[identity] = {**row, **tags.to_row(), "caption": tags.prompt()}
+    rewrite_rows(output / MANIFEST, accepted.values())
+    return problems
+
+
+def import_retouched(config: Config, output: Path, accepted: KeyedRows) -> list[tuple[str, str]]:
+    """Replace portraits by their retouched versions, whose tags are measured again; return what was left out."""
+    changed, problems = import_portraits(output, accepted, config.import_retouch)
+    for identity, row in changed.items():
+        if "measured" in row["tags"]:
+            tags = Tags(photographic=tuple(measured_tags(load_image(output / row["image"]), row["turn"])))
+            row["tags"]["measured"] = tags.to_row()
+        accepted[identity] = row
+    print(f"{len(changed)} portraits replaced by retouched ones of {config.import_retouch}")
+    return problems
 
 
 def save_thumbnail(photograph: Image.Image, output: Path, identity: str) -> dict[str, str]:

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "faceprior"
 FLOORS = {
     0: "errors files losses memory original_layout quantization streams tags",
     1: "images jsonl config models",
-    2: "detect html align degrade color plan quality metrics training diffusion photos procedural",
+    2: "detect html align degrade color plan quality metrics training diffusion photos photography procedural",
     3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning validation identity video",
-    4: "clean_faces dino inpaint scorer guidance restoration_reward restorer",
+    4: "captioner clean_faces dino inpaint scorer guidance restoration_reward restorer retouch",
     5: "scorer_checks tiny",
     6: "evaluation",
     7: "cli human_eval report",

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from faceprior.detect import Face
 from faceprior.images import save_image
@@ -16,7 +16,6 @@ from faceprior.portraits import (
     Portrait,
     PortraitDataset,
     measure_quality,
-    photographic_tags,
     read_portraits,
 )
 from faceprior.procedural import draw_portrait
@@ -105,62 +104,6 @@ def test_a_face_in_the_corner_is_not_measured_beyond_the_image(face):
     photograph = Image.new("RGB", (256, 256), (200, 180, 170))
     quality = measure_quality(photograph, Face((248, 248, 256, 256), face.landmarks, 1.0))
     assert (quality["noise"], quality["pepper"], quality["blocks"]) == (0, 0, 1)
-
-
-# ------------------------------------------------------------------------------------------- the light
-
-
-def lit(left, right, colour=(1.0, 1.0, 1.0), side=256):
-    """A crop of one colour whose halves have two brightnesses, 0 to 255."""
-    halves = np.full((side, side, 3), left, np.float32)
-    halves[:, side // 2 :] = right
-    return Image.fromarray((halves * colour).clip(0, 255).astype(np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "hardness", "side"),
-    [
-        (120, 120, "soft light", "front light"),
-        (126, 114, "soft light", "front light"),  # (126 - 114) / 240 = .05
-        (130, 110, "soft light", "light from the left"),  # 20 / 240 = .083
-        (110, 130, "soft light", "light from the right"),
-        (160, 80, "hard light", "light from the left"),  # 80 / 240 = .33
-        (80, 160, "hard light", "light from the right"),
-    ],
-)
-def test_side_and_hardness_of_the_light(left, right, hardness, side):
-    """Below .06 the halves count as even, above .2 the light counts as hard."""
-    assert photographic_tags(lit(left, right))[:2] == [hardness, side]
-
-
-@pytest.mark.parametrize(
-    ("colour", "tag"),
-    [((1.0, 0.75, 0.5), "warm light"), ((1.0, 0.9, 0.75), "neutral light"), ((0.8, 0.9, 1.0), "cool light")],
-)
-def test_colour_of_the_light(colour, tag):
-    """Red over blue: 2, 1.33 and .8; skin itself is redder than grey, so that 1.15 to 1.6 is neutral."""
-    assert photographic_tags(lit(150, 150, colour))[2] == tag
-
-
-def test_dark_and_light_tones():
-    assert [photographic_tags(lit(value, value))[3:] for value in (50, 120, 220)] == [
-        ["dark tones"],
-        [],
-        ["light tones"],
-    ]
-
-
-def test_mirroring_swaps_the_sides(drawing):
-    """The light of a portrait whose right half is the mirrored left one, darkened, comes from the left."""
-    half = drawing.image[:, :128].astype(np.float32)
-    image = Image.fromarray(np.concatenate([half, half[:, ::-1] * 0.5], axis=1).astype(np.uint8))
-    tags, mirrored = photographic_tags(image), photographic_tags(ImageOps.mirror(image))
-    assert tags[:2] == ["hard light", "light from the left"]
-    assert mirrored == ["hard light", "light from the right", *tags[2:]]
-
-
-def test_tags_do_not_depend_on_the_size_of_the_crop():
-    assert photographic_tags(lit(160, 80, side=64)) == photographic_tags(lit(160, 80, side=512))
 
 
 # -------------------------------------------------------------------------------- manifest and dataset
