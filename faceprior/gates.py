@@ -1,18 +1,17 @@
 """Gates for portraits: what a photographer would reject, each as one measured number with one limit.
 
     measured = measure_photograph(photograph, resolution=1024)       # numbers, face, aligned crop
-    find_faults(measured.values, limits)                             # one sentence per fault, none: a portrait
+    find_faults(measured.values, limits)                             # all that is wrong; nothing: a portrait
 
 The paper (AuthFace, 3.1 and appendix A) drops photographs without a face or with a small one, and looks, by an image
-quality assessment and by eye, for pepper noise and over-smooth skin; JPEG blocks, blur and noise are what it finds wrong
-with other datasets. GATES holds these and what else makes an aligned portrait useless, as data that stage 3, the report
-and `checkpoints.tiny_models.curation` share. The numbers of a photograph are stored, so that another limit needs no
-second look at the photograph.
+quality assessment and by eye, for pepper noise and over-smooth skin; JPEG blocks, blur and noise are what it finds
+wrong with other datasets. GATES holds these and what else makes an aligned portrait useless, as data that stage 3, the
+report and `checkpoints.tiny_models.curation` share. The numbers of a photograph are stored, so that another limit needs
+no second look at the photograph.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,11 +40,13 @@ class Gate:
     fault: str
     measure: str
     limit: str
-    keeps: Literal["at least", "at most", "above"]
+    keeps: Literal["at least", "at most", "more than"]
     meaning: str
 
     def passes(self, value: float, limit: float) -> bool:
-        return {"at least": abs(value) >= limit, "at most": abs(value) <= limit, "above": abs(value) > limit}[self.keeps]
+        return {"at least": abs(value) >= limit, "at most": abs(value) <= limit, "more than": abs(value) > limit}[
+            self.keeps
+        ]
 
 
 # In the order in which a photographer looks; what has no face has no numbers of one.
@@ -69,28 +70,45 @@ GATES = (
     Gate("over-smooth", "texture", "min_texture", "at least", "detail of the cheeks at 256 px, grey levels"),
     Gate("underexposed", "highlights", "min_highlights", "at least", "95th percentile of the face, grey levels"),
     Gate("overexposed", "blown", "max_blown", "at most", "fraction of the face without drawing in two channels"),
-    Gate("near-duplicate", "duplicate", "max_hash_distance", "above", "bits unlike the nearest earlier portrait's, of 64"),
+    Gate(
+        "near-duplicate",
+        "duplicate",
+        "max_hash_distance",
+        "more than",
+        "bits unlike the nearest earlier portrait's, of 64",
+    ),
     Gate("low quality", "model_quality", "min_quality", "at least", "learned quality of the crop"),
 )
 LIMITS = frozenset(gate.limit for gate in GATES)
 
 
-def find_faults(values: Mapping[str, float], limits: Any) -> list[str]:
-    """Return all that is wrong with a photograph, as "NUMBER's name and value (fault: limit)"; empty for a portrait.
+@dataclass(frozen=True)
+class Fault:
+    """A gate that a photograph does not pass; as text, the number's name and value, the fault and the limit."""
+
+    gate: Gate
+    value: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.gate.measure} {self.value:g} ({self.gate.fault}: {self.gate.keeps} {self.limit})"
+
+
+def find_faults(values: Mapping[str, float], limits: Any) -> list[Fault]:
+    """Return all that is wrong with a photograph, in the order of GATES; empty for a portrait.
 
     values: measured numbers; those that are missing are not judged. limits: an object with the gates' limits as
     attributes, as stage 3's Config.
     """
-    return [
-        f"{gate.measure} {values[gate.measure]} ({gate.fault}: {gate.keeps} {getattr(limits, gate.limit)})"
-        for gate in GATES
-        if gate.measure in values and not gate.passes(values[gate.measure], getattr(limits, gate.limit))
-    ]
+    judged = [(gate, values[gate.measure], getattr(limits, gate.limit)) for gate in GATES if gate.measure in values]
+    return [Fault(gate, value, limit) for gate, value, limit in judged if not gate.passes(value, limit)]
 
 
 # ---- Measuring
 
-ANALYSIS_SIZE = 256  # side in pixels of the aligned crops on which a face's features, sharpness and texture are measured
+ANALYSIS_SIZE = (
+    256  # side in pixels of the aligned crops on which a face's features, sharpness and texture are measured
+)
 OWN_SIDE = 1024  # pixels; of a larger face the middle is measured, so that the memory does not grow with the photograph
 NO_LANDMARKS = 1.0  # the misfit of a face whose landmarks do not fit its box
 
@@ -99,10 +117,13 @@ NO_LANDMARKS = 1.0  # the misfit of a face whose landmarks do not fit its box
 class Measured:
     """What was measured of a photograph, its main face, and that face's aligned crop; None without such a face.
 
-    values: `side`, `confidence`, `hash` (16 hexadecimal digits), and with a face the numbers of `measure_face`.
+    values: `side`, `confidence`, and with a face `face_size`, `second_face` and the numbers of `measure_face`; a face
+    whose landmarks span no face has a `misfit` of NO_LANDMARKS and no other number. hash: of the whole photograph, see
+    `quality.perceptual_hash`.
     """
 
-    values: dict[str, Any]
+    values: dict[str, float]
+    hash: int
     face: Face | None = None
     crop: Image.Image | None = None
 
@@ -120,12 +141,13 @@ def measure_photograph(
     faces in the background do not count. Beside the decoded photograph the memory is that of the search at 2048 pixels
     and of parts of at most 1024 pixels.
     """
-    values = {"side": min(photograph.size), "hash": f"{perceptual_hash(photograph):016x}"}
+    values, own_hash = {"side": min(photograph.size)}, perceptual_hash(photograph)
     found = detect_faces(photograph, detector, 0, min_face_size, turned=True)
     faces = [face for face in found if face.confidence >= min_confidence]
     face = next((face for face in faces if face.landmarks is not None), faces[0] if faces else None)
     if face is None:
-        return Measured({**values, "confidence": round(max((face.confidence for face in found), default=0.0), 4)})
+        confidence = max((face.confidence for face in found), default=0.0)
+        return Measured({**values, "confidence": round(confidence, 4)}, own_hash)
 
     size = min(face.width, face.height)
     others = [min(other.width, other.height) / size for other in faces if other is not face]
@@ -138,7 +160,7 @@ def measure_photograph(
         values |= measure_face(photograph, face, crop)
     except AlignmentError:
         values["misfit"] = NO_LANDMARKS
-    return Measured({name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}, face, crop)
+    return Measured({name: round(value, 4) for name, value in values.items()}, own_hash, face, crop)
 
 
 def measure_face(photograph: Image.Image, face: Face, crop: Image.Image) -> dict[str, float]:
@@ -190,7 +212,7 @@ CHEEKS = np.s_[128:180, 64:192]  # rows and columns of a crop of ANALYSIS_SIZE, 
 
 
 def _inner(pixels: np.ndarray) -> np.ndarray:
-    """The part of an aligned crop (S, S[, C]) that shows the face from brows to lower lip, without hair and background."""
+    """The part of an aligned crop (S, S[, C]) that shows the face from brows to lower lip, without hair."""
     side = len(pixels)
     return pixels[round(0.28 * side) : round(0.81 * side), round(0.28 * side) : round(0.72 * side)]
 
@@ -243,7 +265,7 @@ def _fraction_outside(size: tuple[int, int], landmarks: np.ndarray, steps: int =
 
 
 def _block_box(face: Face, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The middle of the face box inside of the image: from the grid of 8 x 8 blocks on, 2 .. OWN_SIDE / 8 blocks wide."""
+    """The face box inside of the image, from the grid of 8 x 8 blocks on: at least two blocks, at most OWN_SIDE wide."""
     box = []
     for start, end, side in zip(face.box[:2], face.box[2:], size, strict=True):
         if end - start > OWN_SIDE:

@@ -52,6 +52,12 @@ class NearDuplicates:
         self._names.append(name)
         self._hashes = np.append(self._hashes, np.uint64(value))
 
+    def nearest(self, value: int) -> tuple[str, int] | None:
+        """Return the most similar photograph added, the first of equals, and the number of different bits."""
+        distances = np.bitwise_count(self._hashes ^ np.uint64(value))
+        place = int(distances.argmin()) if len(distances) else 0
+        return (self._names[place], int(distances[place])) if len(distances) else None
+
     def find(self, value: int) -> tuple[str, int] | None:
         """Return the first photograph added that is a near-duplicate, and the number of different bits."""
         distances = np.bitwise_count(self._hashes ^ np.uint64(value))
