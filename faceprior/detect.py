@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from faceprior.images import ImageSource, as_array, cv2
+from faceprior.images import ImageSource, as_array, cv2, load_image
 
 logger = logging.getLogger(__name__)
 
@@ -202,11 +202,12 @@ def detect_faces(
     px, where faces below 12 px are not found whatever `min_face_size`; a function as the detector gets the full image,
     and its landmarks are taken as they are.
     """
-    rgb = as_array(image)
     if not turned:
-        return _search(rgb, detector, min_confidence, min_face_size)
-    turns, faces = search_orientations(rgb, detector, min_confidence, min_face_size)
-    return [_turn_back(face, turns, rgb.shape[1], rgb.shape[0]) for face in faces]
+        return _search(as_array(image), detector, min_confidence, min_face_size)
+    image = image if isinstance(image, np.ndarray) else load_image(image)
+    turns, faces = search_orientations(image, detector, min_confidence, min_face_size)
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    return [_turn_back(face, turns, width, height) for face in faces]
 
 
 def search_orientations(
@@ -244,8 +245,15 @@ def _at_search_size(image: ImageSource, detector: Any) -> tuple[np.ndarray, np.n
 
     Shrunk once, before it is turned: the copies of a large photograph take most of the memory.
     """
-    rgb = as_array(image)
-    return _shrink(rgb, MAX_DETECTION_SIDE) if isinstance(detector, str | Detector) else (rgb, np.ones(2))
+    if not isinstance(detector, str | Detector):
+        return as_array(image), np.ones(2)
+    if isinstance(image, Image.Image) and max(image.size) > MAX_DETECTION_SIDE:
+        # by Pillow, in whose memory it lies: an array of all its pixels would take twice as much again
+        photograph = load_image(image)
+        size = _search_size(*photograph.size, MAX_DETECTION_SIDE)
+        small = photograph.resize(size, Image.Resampling.BOX)
+        return np.asarray(small), np.array(photograph.size) / size
+    return _shrink(as_array(image), MAX_DETECTION_SIDE)
 
 
 def detect_all_orientations(
@@ -412,12 +420,16 @@ class Detector:
 def _shrink(rgb: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """An image whose longer side is at most `longest`, and the factors (2,) for x and y back to `rgb`."""
     height, width = rgb.shape[:2]
-    scale = min(1.0, longest / max(height, width))
-    if scale == 1.0:
+    if max(height, width) <= longest:
         return np.ascontiguousarray(rgb), np.ones(2)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    size = _search_size(width, height, longest)
     small = cv2.resize(np.ascontiguousarray(rgb), size, interpolation=cv2.INTER_AREA)
     return small, np.array([width / size[0], height / size[1]])
+
+
+def _search_size(width: int, height: int, longest: int) -> tuple[int, int]:
+    scale = longest / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _scale_face(face: Face, factors: np.ndarray) -> Face:

@@ -265,7 +265,7 @@ def _fraction_outside(size: tuple[int, int], landmarks: np.ndarray, steps: int =
 
 
 def _block_box(face: Face, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The face box inside of the image, from the grid of 8 x 8 blocks on: at least two blocks, at most OWN_SIDE wide."""
+    """The face box inside of the image, on the grid of 8 x 8 blocks: two blocks wide at least, OWN_SIDE at most."""
     box = []
     for start, end, side in zip(face.box[:2], face.box[2:], size, strict=True):
         if end - start > OWN_SIDE:

@@ -141,8 +141,8 @@ def turned(drawing: Drawing, seed: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def two(drawing: Drawing, seed: int, rng: np.random.Generator) -> np.ndarray:
-    """Two people side by side, in a photograph that is twice as large."""
-    return draw_scene(seed, min(2 * len(drawing.image), MAX_SIZE), faces=2, area_bin=2).image
+    """Two people side by side, in a photograph that is 1.5 times as large."""
+    return draw_scene(seed, min(3 * len(drawing.image) // 2, MAX_SIZE), faces=2, area_bin=2).image
 
 
 def small(drawing: Drawing, seed: int, rng: np.random.Generator) -> np.ndarray:
