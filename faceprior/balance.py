@@ -25,7 +25,7 @@ _AGE_WORDS = {
     "child": r"bab(?:y|ies)|infant|toddler|child(?:ren)?|boy|girl|kid",
     "young": r"young|youthful|teen(?:age)?r?|adolescent",
     "middle-aged": r"middle[- ]aged",
-    "elderly": r"elderly|senior|old (?:man|woman|person|lady)|aged (?:man|woman|person)",
+    "elderly": r"elderly|senior|old (?:man|woman|person|lady)",
 }
 _YEARS = re.compile(r"\b(\d{1,3})[- ]years?[- ]old\b|\bage[d:]? (\d{1,3})\b", re.IGNORECASE)
 _OLDEST = {"child": 14, "young": 35, "middle-aged": 60}  # years at which the group ends

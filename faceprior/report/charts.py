@@ -25,12 +25,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart; without axes there are no numbers to draw."""
+    """A chart; without axes there are no numbers to draw. mark: where a line across marks a limit, None without."""
 
     title: str
     axes: "Axes | None" = None
     series: tuple[Series, ...] = ()
     note: str = ""
+    mark: float | None = None
 
 
 class Axes:
@@ -133,12 +134,20 @@ def running_mean(points: Points) -> list[tuple[float, float]]:
 # ---- histograms
 
 
-def histogram(title: str, series: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Chart:
-    """Draw how often values fall into common bins, the series side by side in each bin."""
+def histogram(
+    title: str,
+    series: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    limit: float | None = None,
+    note: str = "",
+) -> Chart:
+    """Draw how often values fall into common bins, the series side by side in each bin. limit: a line across them."""
     values = [value for own in series.values() for value in own]
     if not values:
         return Chart(title)
-    edges = ticks(min(values), max(values), min(14, max(5, round(len(values) ** 0.5))))
+    shown = values if limit is None else [*values, limit]
+    edges = ticks(min(shown), max(shown), min(14, max(5, round(len(values) ** 0.5))))
     counts = [bin_counts(own, edges) for own in series.values()]
     axes = Axes(edges, [0, *(count for own in counts for count in own)], x_label, y_label, counts=True)
     width = (axes.x(edges[1]) - axes.x(edges[0])) * 0.84 / len(counts)  # of a bar: 84% of a bin are for all series
@@ -147,7 +156,7 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], x_label: str, y
         Series(f"{name} (n = {len(own)})", bars=_bars(axes, edges, own_counts, width, index))
         for index, ((name, own), own_counts) in enumerate(named)
     ]
-    return Chart(title, axes, tuple(bars))
+    return Chart(title, axes, tuple(bars), note, None if limit is None else axes.x(limit))
 
 
 def _bars(axes: Axes, edges: Sequence[float], counts: Sequence[int], width: float, index: int) -> list[tuple]:
