@@ -24,7 +24,7 @@ from faceprior.balance import typology_angle
 from faceprior.detect import Face, detect_faces
 from faceprior.images import cv2
 from faceprior.pose import head_pose
-from faceprior.quality import blockiness, fine_detail, noise_level, perceptual_hash
+from faceprior.quality import blockiness, finest_octave, noise_level, perceptual_hash
 
 NO_DUPLICATE = 64  # bits by which a photograph differs from none before it
 
@@ -56,9 +56,9 @@ GATES = (
     Gate("small face", "face_size", "min_face_size", "at least", "shorter side of the face's box, pixels"),
     Gate("two main faces", "second_face", "max_second_face", "at most", "side of the second largest face / largest"),
     Gate("landmarks of no face", "misfit", "max_misfit", "at most", "distance from a mean head's, eye distances"),
-    Gate("turned away", "yaw", "max_yaw", "at most", "yaw, degrees"),
-    Gate("tilted up or down", "pitch", "max_pitch", "at most", "pitch, degrees"),
-    Gate("tilted sideways", "roll", "max_roll", "at most", "roll, degrees"),
+    Gate("turned away", "yaw", "max_yaw", "at most", "turn to a side, degrees"),
+    Gate("tilted up or down", "pitch", "max_pitch", "at most", "tilt up or down, degrees"),
+    Gate("tilted sideways", "roll", "max_roll", "at most", "tilt to a side, degrees"),
     Gate("cut off", "outside", "max_outside", "at most", "fraction of the crop outside of the photograph"),
     Gate("eyes not seen", "eyes", "min_eyes", "at least", "contrast across the weaker eye / cheeks' brightness"),
     Gate("mouth not seen", "mouth", "min_mouth", "at least", "contrast down the mouth / cheeks' brightness"),
@@ -180,7 +180,7 @@ def measure_face(photograph: Image.Image, face: Face, crop: Image.Image) -> dict
     face where two of the three channels are white; skin, the individual typology angle of the cheeks
     (`balance.typology_angle`), which no gate judges.
 
-    On `crop`: detail, `quality.fine_detail` of the face's finest octave, 0 where it was enlarged to this size.
+    On `crop`: detail, `quality.finest_octave` of the face, near 0 where it was enlarged to this size.
     """
     pose = head_pose(face.landmarks)
     own = _gray(photograph.crop(_block_box(face, photograph.size)))
@@ -200,7 +200,7 @@ def measure_face(photograph: Image.Image, face: Face, crop: Image.Image) -> dict
         "blocks": blockiness(own),
         "sharpness": cv2.Laplacian(gray, cv2.CV_32F).std(),
         "texture": np.median(fine[CHEEKS]),  # the mean would be that of nose, glasses and beard
-        "detail": fine_detail(_inner(_gray(crop)), 2.0),
+        "detail": finest_octave(_inner(_gray(crop))),
         "highlights": np.quantile(_inner(gray), 0.95),
         "blown": (np.sort(_inner(rgb), axis=2)[..., 1] >= 250).mean(),
         "skin": typology_angle(np.concatenate([patch.reshape(-1, 3) for patch in _cheeks(rgb, landmarks)])),

@@ -75,8 +75,8 @@ class Config:
     max_pepper: float = 0.01  # maximum fraction of outlying pixels; above: pepper noise, [0, 1]
     max_noise: float = 7.0  # maximum standard deviation of Gaussian noise in grey levels; above: noisy, [0, 255]
     max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
-    min_laplacian: float = 5.0  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
-    min_detail: float = 0.04  # minimum energy of the crop's finest octave over the one below; below: enlarged, [0, inf)
+    min_laplacian: float = 4.3  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
+    min_detail: float = 0.1  # minimum energy of the crop's finest octave over the one below; below: enlarged, [0, inf)
     min_texture: float = 1.1  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
     min_highlights: float = 100.0  # minimum 95th percentile of the face in grey levels; below: too dark, [0, 255]
     max_blown: float = 0.02  # maximum fraction of the face that is white in two channels; above: too bright, [0, 1]

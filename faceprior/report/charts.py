@@ -11,6 +11,7 @@ TOP, RIGHT, BOTTOM = 12, 24, 46  # margins; the left one depends on the texts
 MAX_POINTS = 300  # of a drawn curve; longer ones are drawn as the means of equal stretches
 NOISY = 60  # points from which on a curve is drawn pale, under its running mean
 DOTTED = 20  # points up to which they are dots as well
+BESIDE_A_LIMIT = 20  # bins of a histogram with a limit, so that few values share a bin with it
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def histogram(
     if not values:
         return Chart(title)
     shown = values if limit is None else [*values, limit]
-    edges = ticks(min(shown), max(shown), min(14, max(5, round(len(values) ** 0.5))))
+    count = min(14, max(5, round(len(values) ** 0.5))) if limit is None else BESIDE_A_LIMIT
+    edges = ticks(min(shown), max(shown), count)
     counts = [bin_counts(own, edges) for own in series.values()]
     axes = Axes(edges, [0, *(count for own in counts for count in own)], x_label, y_label, counts=True)
     width = (axes.x(edges[1]) - axes.x(edges[0])) * 0.84 / len(counts)  # of a bar: 84% of a bin are for all series

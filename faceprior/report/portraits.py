@@ -68,7 +68,7 @@ def _values(rows: list[dict], gate: Gate) -> list[float]:
 
 
 def _chart(gate: Gate, kept: list[float], lost: list[float], limit: float, rule: str) -> Chart:
-    title, note = f"{gate.measure} ({gate.fault})", f"line: the limit, kept {rule}"
+    title, note = f"{gate.measure} ({gate.fault})", f"line: limit; kept: {rule}"
     return histogram(title, {"accepted": kept, "rejected": lost}, gate.meaning, "photographs", limit, note)
 
 
