@@ -172,7 +172,7 @@ def test_a_photograph_without_a_face_and_a_face_without_landmarks():
 
 
 def test_the_main_face_and_the_second(drawing, face):
-    """Boxes of 120, 90 and 60 pixels, the middle one too uncertain: the second face is half as large as the main one."""
+    """Boxes of 120, 90 and 60 pixels, the middle one too uncertain: the second is half as large as the main one."""
     x, y = face.landmarks.mean(axis=0)
     boxes = [Face((x - s, y - s, x + s, y + s), face.landmarks, c) for s, c in ((30, 0.95), (60, 0.99), (45, 0.5))]
     values = measure_photograph(Image.fromarray(drawing.image), 128, lambda rgb: boxes).values
