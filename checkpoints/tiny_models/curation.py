@@ -41,7 +41,7 @@ AIM = 0.95
 class Config:
     work: str = "data/tiny/curation"  # folder for the photographs and the runs of stage 3
     output: str = "results/tiny"  # folder for the table
-    num_good: int = 120  # number of good portraits, [10, 3000]
+    num_good: int = 120  # number of good portraits, [1, 3000]
     num_flawed: int = 80  # number of portraits with each flaw, at most `num_good`, [1, 3000]
     first_seed: int = TEST_SEEDS  # seed of the first portrait; limits are tuned on other seeds, [0, inf)
 
