@@ -110,6 +110,7 @@ ANALYSIS_SIZE = (
     256  # side in pixels of the aligned crops on which a face's features, sharpness and texture are measured
 )
 OWN_SIDE = 1024  # pixels; of a larger face the middle is measured, so that the memory does not grow with the photograph
+SMALLEST_FACE = 0.01  # of the photograph's longer side; to find smaller ones in a large photograph takes twice the memory
 NO_LANDMARKS = 1.0  # the misfit of a face whose landmarks do not fit its box
 
 
@@ -138,11 +139,12 @@ def measure_photograph(
     """Find the main face of an RGB photograph, align it to `resolution` pixels and measure all that GATES judge.
 
     The main face is the largest one with landmarks among those of `min_confidence`; min_face_size: pixels; smaller
-    faces in the background do not count. Beside the decoded photograph the memory is that of the search at 2048 pixels
-    and of parts of at most 1024 pixels.
+    faces in the background do not count, nor do those below 1% of the photograph's longer side. Beside the decoded
+    photograph the memory is that of the search at 2048 pixels and of parts of at most 1024 pixels.
     """
     values, own_hash = {"side": min(photograph.size)}, perceptual_hash(photograph)
-    found = detect_faces(photograph, detector, 0, min_face_size, turned=True)
+    searched = max(min_face_size, SMALLEST_FACE * max(photograph.size))
+    found = detect_faces(photograph, detector, 0, searched, turned=True)
     faces = [face for face in found if face.confidence >= min_confidence]
     face = next((face for face in faces if face.landmarks is not None), faces[0] if faces else None)
     if face is None:
