@@ -110,7 +110,7 @@ ANALYSIS_SIZE = (
     256  # side in pixels of the aligned crops on which a face's features, sharpness and texture are measured
 )
 OWN_SIDE = 1024  # pixels; of a larger face the middle is measured, so that the memory does not grow with the photograph
-SMALLEST_FACE = 0.01  # of the photograph's longer side; to find smaller ones in a large photograph takes twice the memory
+SMALLEST_FACE = 0.01  # of the photograph's longer side; smaller ones would take twice the memory to find
 NO_LANDMARKS = 1.0  # the misfit of a face whose landmarks do not fit its box
 
 
