@@ -106,12 +106,10 @@ def find_faults(values: Mapping[str, float], limits: Any) -> list[Fault]:
 
 # ---- Measuring
 
-ANALYSIS_SIZE = (
-    256  # side in pixels of the aligned crops on which a face's features, sharpness and texture are measured
-)
+ANALYSIS_SIZE = 256  # side in pixels of the aligned crops on which features, sharpness and texture are measured
 OWN_SIDE = 1024  # pixels; of a larger face the middle is measured, so that the memory does not grow with the photograph
 SMALLEST_FACE = 0.01  # of the photograph's longer side; smaller ones would take twice the memory to find
-NO_LANDMARKS = 1.0  # the misfit of a face whose landmarks do not fit its box
+NO_LANDMARKS = 2.0  # the misfit of a face whose landmarks do not fit its box: above every limit
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def measure_photograph(
 
     The main face is the largest one with landmarks among those of `min_confidence`; min_face_size: pixels; smaller
     faces in the background do not count, nor do those below 1% of the photograph's longer side. Beside the decoded
-    photograph the memory is that of the search at 2048 pixels and of parts of at most 1024 pixels.
+    photograph the memory is that of the search at 2048 pixels, of parts of at most 1024 pixels, and of a few crops.
     """
     values, own_hash = {"side": min(photograph.size)}, perceptual_hash(photograph)
     searched = max(min_face_size, SMALLEST_FACE * max(photograph.size))
@@ -148,8 +146,8 @@ def measure_photograph(
     faces = [face for face in found if face.confidence >= min_confidence]
     face = next((face for face in faces if face.landmarks is not None), faces[0] if faces else None)
     if face is None:
-        confidence = max((face.confidence for face in found), default=0.0)
-        return Measured({**values, "confidence": round(confidence, 4)}, own_hash)
+        highest = max((face.confidence for face in found), default=0.0)
+        return Measured({**values, "confidence": math.floor(highest * 1e4) / 1e4}, own_hash)  # stays below the limit
 
     size = min(face.width, face.height)
     others = [min(other.width, other.height) / size for other in faces if other is not face]

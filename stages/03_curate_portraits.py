@@ -60,7 +60,7 @@ class Config:
 
     # ---- the photograph and its face
     min_side: int = 0  # minimum shorter side of a photograph in pixels; the paper's images exceed 8K, [0, inf)
-    min_confidence: float = 0.9  # minimum confidence of the detector; below: no face, [0, 1]
+    min_confidence: float = 0.9  # minimum confidence of the detector; below: no face, (0, 1]
     min_face_size: int = 64  # minimum shorter side of the face box in pixels of the photograph, [8, inf)
     max_second_face: float = 0.5  # maximum side of the second largest face over the largest's; 1000: off, [0, 1000]
     max_misfit: float = 0.2  # maximum distance of the landmarks from a mean head's in eye distances, [0, 1]

@@ -166,6 +166,8 @@ def test_a_photograph_without_a_face_and_a_face_without_landmarks():
     grey = Image.new("RGB", (200, 120), "gray")
     nobody = measure_photograph(grey, 128, lambda rgb: [])
     assert nobody.values == {"side": 120, "confidence": 0.0} and nobody.face is None and nobody.crop is None
+    unsure = measure_photograph(grey, 128, lambda rgb: [Face((20, 10, 100, 90), None, 0.89999)], min_confidence=0.9)
+    assert [fault.gate.measure for fault in find_faults(unsure.values, LIMITED)] == ["confidence"]
     bare = measure_photograph(grey, 128, lambda rgb: [Face((20, 10, 100, 90), None, 0.99)])
     assert bare.values["misfit"] == NO_LANDMARKS and bare.crop is None
     assert [fault.gate.measure for fault in find_faults(bare.values, LIMITED)] == ["misfit"]
