@@ -12,7 +12,7 @@ Writes  data/portraits/: images/ (aligned squares and their captions), manifest.
 
 Every gate of `faceprior.gates` is one measured number with one limit, a setting below. The numbers of every photograph
 are stored: the same command with other limits judges by them again, and decodes only what is accepted newly.
-`python -m faceprior.report data` draws each number's histogram with its limit.
+`python -m faceprior.report .` draws each number's histogram with its limit.
 
 The paper's last filter is a person who looks at every image: look at sheets/, write the ids of the portraits to reject
 into a text file, one per line, and give it as `--review FILE`. The same command with an edited file takes effect on
@@ -108,6 +108,7 @@ def main(config: Config) -> None:
     if is_complete(output) and sources is None and not reviewed and not judged_otherwise(config, accepted, rejected):
         print(f"{output} is complete: {len(accepted)} portraits")
         return
+    learned = load_quality_model(config)
     (output / DONE_FILE).unlink(missing_ok=True)
     judge_again(config, output, accepted, rejected)
     if review is not None:  # rows of older runs without the portrait are judged again
@@ -120,7 +121,6 @@ def main(config: Config) -> None:
         sources = find_photographs(str(output / "drawn"))[0]
 
     # ---- Judge every photograph that an earlier run did not (quality-first collection, 3.1)
-    learned = load_quality_model(config)
     portraits = NearDuplicates(config.max_hash_distance)
     for identity, row in accepted.items():
         if "hash" in row:  # rows of older versions have none
