@@ -224,7 +224,7 @@ def _contrast(gray: np.ndarray, landmarks: np.ndarray) -> dict[str, float]:
     The iris is darker than what lies beside it, and the line between the lips than what lies above and below: the range
     of the mean over an eye's rows, of the weaker eye, and of that over the mouth's columns, without their linear trend.
     So the straight edge of what covers an eye does not count. What has folds or a pattern of its own is not told from
-    an eye or a mouth: of 12 surgical masks laid over photographs 3 were found. gray: crop of ANALYSIS_SIZE; landmarks:
+    an eye or a mouth: of 12 surgical masks laid over photographs 4 were found. gray: crop of ANALYSIS_SIZE; landmarks:
     (5, 2) in it.
     """
     eyes = float(np.hypot(*(landmarks[1] - landmarks[0])))

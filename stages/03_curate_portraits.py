@@ -68,8 +68,8 @@ class Config:
     max_pitch: float = 45.0  # maximum tilt up or down in degrees; a broad smile adds up to 30; 180: off, [0, 180]
     max_roll: float = 35.0  # maximum tilt to a side in degrees, from the nearest quarter turn; 45: off, [0, 45]
     max_outside: float = 0.15  # maximum fraction of the aligned square outside of the photograph; 1: off, [0, 1]
-    min_eyes: float = 0.08  # minimum contrast of the weaker eye over the cheeks' brightness; below: covered, [0, inf)
-    min_mouth: float = 0.08  # minimum contrast of the mouth over the cheeks' brightness; below: covered, [0, inf)
+    min_eyes: float = 0.12  # minimum contrast of the weaker eye over the cheeks' brightness; below: covered, [0, inf)
+    min_mouth: float = 0.12  # minimum contrast of the mouth over the cheeks' brightness; below: covered, [0, inf)
 
     # ---- its quality
     max_pepper: float = 0.01  # maximum fraction of outlying pixels; above: pepper noise, [0, 1]
@@ -77,7 +77,7 @@ class Config:
     max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
     min_laplacian: float = 4.3  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
     min_detail: float = 0.1  # minimum energy of the crop's finest octave over the one below; below: enlarged, [0, inf)
-    min_texture: float = 1.1  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
+    min_texture: float = 1.2  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
     min_highlights: float = 100.0  # minimum 95th percentile of the face in grey levels; below: too dark, [0, 255]
     max_blown: float = 0.02  # maximum fraction of the face that is white in two channels; above: too bright, [0, 1]
     max_hash_distance: int = 4  # maximum number of different bits of 64 of a near-duplicate; -1: off, [-1, 64]

@@ -61,7 +61,7 @@ def test_a_copy_is_dropped_whichever_name_it_has(stage, photos):
     copy.save("photos/a.jpg", quality=80)
     rows = curate(stage)
     (dropped,) = rows["rejected"]
-    assert rows["manifest"] == first and dropped["faults"] == ["near-duplicate"]
+    assert rows["manifest"] == first and "near-duplicate" in dropped["faults"]
     assert dropped["duplicate_of"] == safe_name("b/portrait_00001.png") and dropped["quality"]["duplicate"] <= 4
 
 
