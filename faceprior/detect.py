@@ -202,11 +202,12 @@ def detect_faces(
     px, where MTCNN finds no faces below 12 (of a square image 16) px whatever `min_face_size`; a function as the
     detector gets the full image, and its landmarks are taken as they are.
     """
-    rgb = as_array(image)
     if not turned:
-        return _search(rgb, detector, min_confidence, min_face_size)
-    turns, faces = search_orientations(rgb, detector, min_confidence, min_face_size)
-    return [_turn_back(face, turns, rgb.shape[1], rgb.shape[0]) for face in faces]
+        return _search(as_array(image), detector, min_confidence, min_face_size)
+    image = image if isinstance(image, np.ndarray) else load_image(image)
+    turns, faces = search_orientations(image, detector, min_confidence, min_face_size)
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    return [_turn_back(face, turns, width, height) for face in faces]
 
 
 def search_orientations(

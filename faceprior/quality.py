@@ -52,6 +52,12 @@ class NearDuplicates:
         self._names.append(name)
         self._hashes = np.append(self._hashes, np.uint64(value))
 
+    def nearest(self, value: int) -> tuple[str, int] | None:
+        """Return the most similar photograph added, the first of equals, and the number of different bits."""
+        distances = np.bitwise_count(self._hashes ^ np.uint64(value))
+        place = int(distances.argmin()) if len(distances) else 0
+        return (self._names[place], int(distances[place])) if len(distances) else None
+
     def find(self, value: int) -> tuple[str, int] | None:
         """Return the first photograph added that is a near-duplicate, and the number of different bits."""
         distances = np.bitwise_count(self._hashes ^ np.uint64(value))
@@ -110,3 +116,24 @@ def fine_detail(gray: np.ndarray, scale: float) -> float:
     noise = (1.4826 * np.median(np.abs(band))) ** 2
     phases = np.square(band).reshape(height // 8, 8, width // 8, 8).mean(axis=(0, 2))
     return max(0.0, float(np.quantile(phases, 0.25) - noise)) / octaves / max(below, 1e-3)
+
+
+def finest_octave(gray: np.ndarray) -> float:
+    """Return the energy of an image's finest octave over that of the one below: does it have the detail of its size?
+
+    gray: (H, W), 16 pixels at least on a side, else 0. The octaves are those of the DCT from 1/4 to 1/2 and from 1/8 to
+    1/4 cycles per pixel. A photograph that was shrunk to this size has 0.15 to 1, one that was enlarged to twice its
+    own size 0.11 at most; drawn or photographed. An octave counts at least 1 / 2^(k + 1) of the k-th one below it, for
+    k from 2 to 4, as in `fine_detail`; unlike there noise counts: pores, too, stand everywhere.
+    """
+    height, width = gray.shape
+    if min(height, width) < 16:
+        return 0.0
+    height, width = height - height % 2, width - width % 2  # OpenCV's DCT takes even sides
+    spectrum = cv2.dct(np.ascontiguousarray(gray[:height, :width], np.float32))
+    frequency = np.hypot(np.arange(height)[:, None] / (2 * height), np.arange(width) / (2 * width))
+    finest, *octaves = (
+        float(np.square(spectrum[(frequency > 0.25 / 2**k) & (frequency <= 0.5 / 2**k)]).sum()) for k in range(6)
+    )
+    below = max(octaves[0], *(octaves[k] / 2 ** (k + 1) for k in range(2, 5)))
+    return finest / max(below, 1e-3 * spectrum.size)

@@ -12,10 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "faceprior"
 # A floor imports lower floors only; a subpackage stands on one floor, and its own modules may import each other.
 FLOORS = {
-    0: "errors files losses memory original_layout quantization streams tags",
+    0: "errors files losses memory original_layout pose quantization streams tags",
     1: "images jsonl config models",
-    2: "detect html align degrade color plan quality metrics training diffusion photos photography procedural",
-    3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning validation identity video",
+    2: "detect html align balance degrade color plan quality metrics training diffusion photos photography procedural",
+    3: "bases cache lora gates pairs portraits features facial blip convert tables reward_tuning validation identity "
+    "video",
     4: "captioner clean_faces dino inpaint scorer guidance restoration_reward restorer retouch",
     5: "scorer_checks tiny",
     6: "evaluation",

@@ -1,21 +1,15 @@
-"""Portraits: the measured quality, the tags of the light, the manifest, the dataset."""
+"""Portraits: the tags of the light, the manifest, the dataset."""
 
-import io
 import json
-import math
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from faceprior.detect import Face
 from faceprior.images import save_image
 from faceprior.portraits import (
     Portrait,
     PortraitDataset,
-    measure_quality,
     read_portraits,
 )
 from faceprior.procedural import draw_portrait
@@ -24,86 +18,6 @@ from faceprior.procedural import draw_portrait
 @pytest.fixture(scope="module")
 def drawing():
     return draw_portrait(3, 256)
-
-
-@pytest.fixture(scope="module")
-def face(drawing):
-    return Face(drawing.box, drawing.landmarks, 1.0)
-
-
-def compressed(image, quality):
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file))
-
-
-# --------------------------------------------------------------------------------------- a face's quality
-
-
-def spoil(image, flaw, rng):
-    """The image with one flaw: pixels (H, W, 3) uint8."""
-    if flaw == "blur":
-        return cv2.GaussianBlur(image, (0, 0), 4)
-    if flaw == "noise":
-        return (image + rng.normal(0, 12, image.shape)).clip(0, 255).astype(np.uint8)
-    if flaw == "pepper":
-        return np.where(rng.random(image.shape[:2])[..., None] < 0.05, 0, image).astype(np.uint8)
-    if flaw == "jpeg":
-        return compressed(image, 5)
-    if flaw == "smooth":
-        return cv2.bilateralFilter(cv2.bilateralFilter(image, 9, 60, 9), 9, 60, 9)
-    return (image * 3.0).clip(0, 255).astype(np.uint8)  # overexposed
-
-
-@pytest.mark.parametrize(
-    ("flaw", "number", "direction"),
-    [
-        ("blur", "sharpness", -1), ("blur", "texture", -1), ("smooth", "texture", -1), ("noise", "noise", 1),
-        ("pepper", "pepper", 1), ("jpeg", "blocks", 1), ("overexposed", "clipped", 1),
-    ],
-)  # fmt: skip
-def test_every_flaw_moves_its_number(drawing, face, flaw, number, direction):
-    clean = measure_quality(Image.fromarray(drawing.image), face)
-    spoiled = spoil(drawing.image, flaw, np.random.default_rng(0))
-    measured = measure_quality(Image.fromarray(spoiled), face)
-    assert direction * (measured[number] - clean[number]) > 0
-    factor = measured[number] / clean[number] if clean[number] else math.inf
-    assert factor > 1.3 or factor < 1 / 1.3
-
-
-def test_quality_is_a_row_of_plain_numbers(drawing, face):
-    quality = measure_quality(Image.fromarray(drawing.image), face)
-    assert set(quality) == {"noise", "pepper", "blocks", "sharpness", "texture", "clipped"}
-    assert json.loads(json.dumps(quality)) == quality
-
-
-def test_pepper_and_noise_are_measured_on_the_photographs_own_pixels(drawing, face):
-    """5% of black pixels on a face that is brighter than 40 grey levels: nearly that fraction is found, at any size."""
-    spoiled = spoil(drawing.image, "pepper", np.random.default_rng(0))
-    assert measure_quality(Image.fromarray(spoiled), face)["pepper"] == pytest.approx(0.05, abs=0.015)
-
-
-def test_blocks_are_found_whatever_the_corner_of_the_box(drawing, face):
-    """The grid of a JPEG begins at the corner of the image, not at the face's."""
-    spoiled = Image.fromarray(compressed(drawing.image, 5))
-    x0, y0, x1, y1 = face.box
-    for shift in (0, 3, 5):
-        moved = Face((x0 + shift, y0 + shift, x1, y1), face.landmarks, 1.0)
-        assert measure_quality(spoiled, moved)["blocks"] > 1.5
-
-
-def test_a_face_at_the_border_and_a_tiny_one(drawing, face):
-    photograph = Image.fromarray(drawing.image)
-    for box in ((0, 0, 256, 256), (200, 200, 256, 256), (0, 0, 5, 5), (248, 248, 256, 256)):
-        quality = measure_quality(photograph, Face(box, face.landmarks, 1.0))
-        assert all(math.isfinite(value) for value in quality.values())
-
-
-def test_a_face_in_the_corner_is_not_measured_beyond_the_image(face):
-    """The two blocks around a box of 8 x 8 pixels lie inside of an even image: no dark border, no pepper, no step."""
-    photograph = Image.new("RGB", (256, 256), (200, 180, 170))
-    quality = measure_quality(photograph, Face((248, 248, 256, 256), face.landmarks, 1.0))
-    assert (quality["noise"], quality["pepper"], quality["blocks"]) == (0, 0, 1)
 
 
 # -------------------------------------------------------------------------------- manifest and dataset

@@ -12,7 +12,15 @@ from matplotlib import cbook
 from PIL import Image, ImageFilter
 
 from faceprior.procedural import draw_portrait
-from faceprior.quality import NearDuplicates, blockiness, fine_detail, noise_level, perceptual_hash, sharpness
+from faceprior.quality import (
+    NearDuplicates,
+    blockiness,
+    fine_detail,
+    finest_octave,
+    noise_level,
+    perceptual_hash,
+    sharpness,
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +106,8 @@ def test_distances_of_hashes():
     top = 2**64 - 1
     duplicates.add("c", top)
     assert duplicates.find(top - 1) == ("c", 1)
+    assert duplicates.nearest(0b1111111) == ("b", 5)  # whatever the limit
+    assert NearDuplicates(max_distance=2).nearest(0) is None
 
 
 def test_near_duplicates_can_be_left_in():
@@ -260,3 +270,26 @@ def test_nothing_is_finer_than_an_image_of_equal_size():
     noise = np.random.default_rng(0).normal(128, 30, (64, 64))
     assert fine_detail(noise, 1) == fine_detail(noise, 0.5) == fine_detail(noise, 1.2) == 0
     assert fine_detail(noise[:12], 2) == fine_detail(np.zeros((64, 64)), 2) == 0
+
+
+# ---------------------------------------------------------------------------------------- the finest octave
+
+
+def test_the_finest_octave_of_waves_by_hand():
+    """Waves of 0.37 and 0.1875 cycles per pixel stand for the two octaves: A^2 / B^2, whatever coarser ones do."""
+    everywhere = slice(None)
+    image = waves(1024, (0.1875, 20, everywhere), (0.37, 10, everywhere), (0.09, 50, everywhere))
+    assert finest_octave(image) == pytest.approx(0.25, rel=0.05)
+    # an octave that is nearly empty counts an eighth of the one two below, 40^2 of 80^2: 10^2 over 40^2 / 2
+    assert finest_octave(waves(1024, (0.37, 10, everywhere), (0.045, 80, everywhere))) == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_the_finest_octave_of_a_photograph_and_of_an_enlarged_one():
+    image = Image.fromarray(skimage.data.astronaut()).convert("L").crop((170, 60, 298, 188))
+    assert finest_octave(np.asarray(image, float)) > 0.15
+    enlarged = image.resize((64, 64), Image.LANCZOS).resize((128, 128), Image.BICUBIC)
+    assert finest_octave(np.asarray(enlarged, float)) < 0.1
+
+
+def test_nothing_too_small_has_octaves():
+    assert finest_octave(np.ones((15, 40))) == finest_octave(np.zeros((64, 64))) == 0

@@ -15,7 +15,7 @@ from faceprior.images import load_image
 from faceprior.jsonl import append_row
 from faceprior.report import opening, write_report
 from faceprior.report.__main__ import REPORT_FILE, main
-from faceprior.report.charts import bin_counts, running_mean, thinned, tick_texts, ticks
+from faceprior.report.charts import bin_counts, histogram, running_mean, thinned, tick_texts, ticks
 from faceprior.report.making import command_text
 from faceprior.report.page import MAX_BYTES, SECTIONS
 from faceprior.report.pairs import PAIRS
@@ -103,11 +103,14 @@ def make_scorer(folder):
 
 def make_portraits(folder):
     picture(folder / "images/one.png")
-    rows(
-        folder / "manifest.jsonl", {"id": "one", "photograph": "one.png", "image": "images/one.png", "caption": CAPTION}
-    )
+    one = {"id": "one", "photograph": "one.png", "image": "images/one.png", "caption": CAPTION}
+    rows(folder / "manifest.jsonl", {**one, "quality": {"sharpness": 9.5, "yaw": -20.0}})
     picture(folder / "rejected/two.png")
     blurred = {"reason": "sharpness 1.6 (blurred: at least 4.0)", "thumbnail": "rejected/two.png"}
+    blurred |= {"faults": ["blurred"], "quality": {"sharpness": 1.6, "yaw": 10.0}}
+    (folder / "config.yaml").write_text("03_curate_portraits:\n  min_laplacian: 4.0\n  max_yaw: 35.0\n")
+    balance = {"portraits": 1, "skin_tones": {"light": 1}, "ages": {"young": 1}, "tags": {"red hat": 1}}
+    objects(folder / "balance.json", {**balance, "missing": ["no portrait of the skin tone dark"]})
     rows(folder / "rejected.jsonl", {"id": "two", "photograph": "two.png", **blurred})
     rows(folder / "rejected.jsonl", {"id": "three", "photograph": "three.png", "reason": "no face found"})
     objects(folder / "done.json", {"accepted": 1, "rejected": 2})
@@ -254,6 +257,19 @@ def test_sliders_are_range_inputs_over_two_images(root):
         ("range", "0", "100", "a: input to ours"),
     ]
     assert len(page.all("div", "frame")) == 7
+
+
+def test_every_gate_that_judged_something_has_a_histogram_with_its_limit(root):
+    """Sharpness 9.5 and 1.6 with the limit 4 between them, yaw 20 and 10 with 35 beyond them; no other numbers."""
+    page = read(root)
+    marks = page.all("line", "mark")
+    assert len(marks) == 2
+    figures = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
+    assert {"sharpness (blurred)", "yaw (turned away)"} <= set(figures)
+    chart = histogram("", {"accepted": [9.5], "rejected": [1.6]}, "", "", limit=4.0)
+    assert chart.axes.x(1.6) < chart.mark == chart.axes.x(4.0) < chart.axes.x(9.5)
+    for text in ("at least 4", "at most 35", "red hat", "no portrait of the skin tone dark"):
+        assert text in page.text, text
 
 
 def test_the_boxes_of_scored_faces_are_drawn_in_pixels(root):

@@ -12,6 +12,7 @@ from tiny_vlm import save_tiny_vlm
 
 from faceprior.config import parse_config
 from faceprior.jsonl import read_rows
+from faceprior.metrics import MetricUnavailable
 from faceprior.photos import safe_name
 from faceprior.procedural import draw_folder
 
@@ -50,8 +51,19 @@ def test_a_folder_that_is_added_later_adds_its_own_rows_only(stage, photos):
     first = curate(stage)["manifest"]
     assert {row["photograph"] for row in first} == {"b/portrait_00000.png", "b/portrait_00001.png"}
     shutil.copytree("photos/b", "photos/a")
-    second = curate(stage)["manifest"]
+    second = curate(stage, max_hash_distance=-1)["manifest"]
     assert len(second) == 4 and all(row in second for row in first)
+
+
+def test_a_copy_is_dropped_whichever_name_it_has(stage, photos):
+    """Added later, under a name that comes first; the row says of what it is a copy."""
+    first = curate(stage)["manifest"]
+    copy = Image.open(photos / "portrait_00001.png").resize((230, 230), Image.Resampling.LANCZOS)
+    copy.save("photos/a.jpg", quality=80)
+    rows = curate(stage)
+    (dropped,) = rows["rejected"]
+    assert rows["manifest"] == first and "near-duplicate" in dropped["faults"]
+    assert dropped["duplicate_of"] == safe_name("b/portrait_00001.png") and dropped["quality"]["duplicate"] <= 4
 
 
 def test_an_unreadable_photograph_is_tried_again(stage, photos):
@@ -76,7 +88,7 @@ def test_a_list_of_paths(stage, photos):
 
 def test_a_turned_photograph_makes_the_same_portrait(stage, photos):
     Image.open(photos / "portrait_00001.png").transpose(Image.Transpose.ROTATE_90).save(photos / "portrait_00000.png")
-    rows = curate(stage, captioners=("measured",))["manifest"]
+    rows = curate(stage, captioners=("measured",), max_hash_distance=-1)["manifest"]
     first, second = (Image.open(Path("out", row["image"])) for row in rows)
     difference = np.asarray(first, int) - np.asarray(second, int)  # places in a photograph are rounded to 1/32 pixel
     assert np.abs(difference).max() <= 8 and np.abs(difference).mean() < 0.05
@@ -130,7 +142,9 @@ def test_a_row_that_was_rejected_by_hand_before_portraits_were_kept_is_judged_ag
     Path("out/manifest.jsonl").write_text(json.dumps(whole["manifest"][1]) + "\n")
     Path("out/rejected.jsonl").write_text(json.dumps(old) + "\n")
     Path("review.txt").write_text("")
-    assert curate(stage, review="review.txt") == whole
+    again = curate(stage, review="review.txt")
+    again["manifest"][0]["quality"]["duplicate"] = row["quality"]["duplicate"]  # now the other one came before it
+    assert again == whole
 
 
 @pytest.mark.parametrize("step", ["save_thumbnail", "move_portrait"])
@@ -158,7 +172,7 @@ def test_only_what_is_wrong_with_a_photograph_rejects_it(stage, photos, monkeypa
     (photos / "portrait_00000.txt").write_bytes("âgé".encode("latin-1"))
     (row,) = curate(stage)["rejected"]
     assert "portrait_00000.txt is not UTF-8" in row["reason"]
-    monkeypatch.setattr(stage, "measure_quality", lambda *args: int("a fault"))
+    monkeypatch.setattr(stage, "measure_photograph", lambda *args: int("a fault"))
     with pytest.raises(ValueError, match="a fault"):
         curate(stage, output="other")
 
@@ -169,11 +183,72 @@ def test_the_former_name_of_min_laplacian(stage, photos):
 
 def test_small_faces_are_found_where_they_are_asked_for(stage, photos):
     """A face of about 17 pixels, below the 20 that the detector searches for by itself."""
-    image = Image.open(photos / "portrait_00000.png")
-    small = image.resize((40, 40), Image.Resampling.LANCZOS)
-    stage_config = stage.Config(min_face_size=8, min_confidence=0.5)
-    face = stage.find_face(stage_config, small)
-    assert 8 <= min(face.width, face.height) < 20
+    image = Image.open(photos / "portrait_00000.png").resize((40, 40), Image.Resampling.LANCZOS)
+    image.save(photos / "portrait_00000.png")
+    curate(stage, min_face_size=8, min_confidence=0.5)
+    (row,) = [row for row in read_rows("out/rejected.jsonl")[0] if "portrait_00000" in row["photograph"]]
+    assert 8 <= row["quality"]["face_size"] < 20 and "small face" not in row["faults"]
+
+
+def test_all_that_is_wrong_is_named_and_all_numbers_are_stored(stage, photos):
+    """Small and dark; the numbers of what passes are the same as those of what does not."""
+    dark = Image.open(photos / "portrait_00000.png").point(lambda value: value // 4)
+    dark.resize((110, 110), Image.Resampling.LANCZOS).save(photos / "portrait_00000.png")
+    rows = curate(stage)
+    (kept,), (dropped,) = rows["manifest"], rows["rejected"]
+    assert {"small face", "underexposed"} <= set(dropped["faults"]) and kept["quality"].keys() == dropped[
+        "quality"
+    ].keys()
+    assert all(f"({fault}: " in dropped["reason"] for fault in dropped["faults"])
+    assert json.loads(Path("out/balance.json").read_text())["portraits"] == 1
+
+
+def test_other_limits_judge_by_the_stored_numbers(stage, photos, monkeypatch):
+    """Stricter, and back: nothing is measured twice, but for what is accepted again; the files are as before."""
+    whole, before = curate(stage), contents(Path("out"))
+    limit = max(row["quality"]["texture"] for row in whole["manifest"]) + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "measure_photograph", None)  # would fail if it was called
+        with pytest.raises(ValueError, match="none of 2 photographs passed"):
+            curate(stage, min_texture=limit)
+        rejected = read_rows("out/rejected.jsonl")[0]
+        assert [row["faults"] for row in rejected] == [["over-smooth"]] * 2
+        assert all(f"over-smooth: at least {limit}" in row["reason"] for row in rejected)
+        assert not list(Path("out/images").iterdir()) and all(Path("out", row["image"]).is_file() for row in rejected)
+    assert curate(stage) == whole
+    assert contents(Path("out")) == before
+
+
+def test_a_copy_of_what_is_no_portrait_any_more_takes_its_place(stage, photos):
+    """A darker copy has less noise: another limit rejects the portrait and not its copy."""
+    Image.open(photos / "portrait_00000.png").point(lambda value: value * 0.9).save(photos / "portrait_00000_dark.png")
+    other = {"min_laplacian": 2, "min_texture": 0.5}
+    rows = curate(stage, **other)
+    (copy,) = rows["rejected"]
+    original = next(row for row in rows["manifest"] if row["id"] == copy["duplicate_of"])
+    limit = (original["quality"]["noise"] + copy["quality"]["noise"]) / 2
+    assert copy["quality"]["noise"] < limit < original["quality"]["noise"]
+    now = curate(stage, max_noise=limit, **other)
+    assert copy["id"] in [row["id"] for row in now["manifest"]]
+    assert original["id"] in [row["id"] for row in now["rejected"]]
+
+
+def test_settings_that_change_the_numbers_are_refused(stage, photos):
+    curate(stage)
+    with pytest.raises(FileExistsError, match="min_confidence"):
+        curate(stage, min_confidence=0.95)
+
+
+def test_a_learned_quality_without_its_weights_says_how_to_get_them(stage, photos):
+    with pytest.raises(MetricUnavailable, match="musiq_koniq_ckpt"):
+        curate(stage, quality_model="musiq", min_quality=60)
+
+
+def test_a_learned_quality_is_a_gate_like_the_others(stage, photos, monkeypatch):
+    monkeypatch.setattr(stage, "load_quality_model", lambda config: lambda image, measured: measured.values["noise"])
+    values = [row["quality"]["model_quality"] for row in curate(stage)["manifest"]]
+    (dropped,) = curate(stage, min_quality=sum(values) / 2)["rejected"]
+    assert dropped["faults"] == ["low quality"] and dropped["quality"]["model_quality"] == min(values)
 
 
 # ------------------------------------------------------------------------------------ captions of three sources
@@ -204,7 +279,7 @@ def test_tags_by_a_model_beside_the_photograph_and_measured(stage, photos, vlm, 
     asked = with_answers(
         stage, monkeypatch, "semantic: young woman\nphotographic: hard light, angry look", "I'm sorry."
     )
-    options = {"captioners": ("sidecar", "vlm", "measured"), "vlm": vlm, "vlm_tokens": 4, "resolution": 256}
+    options = {"captioners": ("sidecar", "vlm", "measured"), "vlm": vlm, "vlm_tokens": 4, "resolution": 256, "min_detail": 0}
     first, second = curate(stage, **options)["manifest"]
     assert asked == [2]
     # the smile beside the photograph counts more than the model's expression, its light more than the measured

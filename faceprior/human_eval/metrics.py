@@ -53,6 +53,8 @@ _AESTHETIC = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
 
 _FACE_QUALITY = "topiq_nr_cgfiqa_res50-0a8b8e4f.pth"
 
+_IMAGE_QUALITY = "musiq_koniq_ckpt-e95806b9.pth"
+
 _FACE_PARTS = ("v0.1.0/detection_Resnet50_Final.pth", "v0.2.2/parsing_parsenet.pth")
 
 Score = Callable[[Image.Image, str, Face | None], float]
@@ -280,6 +282,27 @@ def face_quality_metric(device: "torch.device | str", detector: Detector) -> Met
 
     by = _by("pyiqa's topiq_nr-face", next(iter(files)), detector)
     return Metric("topiq_nr-face", by, load, needs_face=True)
+
+
+def image_quality_metric(device: "torch.device | str", detector: Detector) -> Metric:
+    """MUSIQ (arXiv 2108.05997) on KonIQ-10k, pyiqa's `musiq`, on the face aligned to 512 pixels; about 0 to 100.
+
+    Raises MetricUnavailable without pyiqa or its weights.
+    """
+    files = _in_cache(_PYIQA_URL, _IMAGE_QUALITY)
+    require("pyiqa", "pyiqa", files)
+
+    def load() -> Score:
+        metric = _pyiqa("musiq", files, device)
+        return lambda image, prompt, face: metric(align_face(image, face.landmarks, 512).crop)
+
+    return Metric("musiq", _by("pyiqa's musiq", next(iter(files)), detector), load, needs_face=True)
+
+
+def portrait_metric(name: str, device: str, detector: str) -> Metric:
+    """The quality of a portrait's face by a learned measure: `musiq` or `topiq_nr-face`; as theirs."""
+    make = {"musiq": image_quality_metric, "topiq_nr-face": face_quality_metric}[name]
+    return make(resolve_device(device), resolve_detector(detector))
 
 
 def _pyiqa(

@@ -7,7 +7,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from faceprior.images import save_image
-from faceprior.procedural.portraits import draw_portrait
+from faceprior.procedural.portraits import Drawing, draw_portrait
 from faceprior.procedural.scenes import draw_scene
 
 
@@ -15,12 +15,12 @@ def draw_folder(
     folder: str | Path,
     seeds: Iterable[int],
     size: int = 256,
-    change: Callable[[np.ndarray, int], tuple[np.ndarray, str]] | None = None,
+    change: Callable[[Drawing, int], tuple[np.ndarray, str]] | None = None,
 ) -> list[Path]:
     """Draw one portrait per seed into `folder`, each a PNG with its caption in a .txt beside it; return their paths.
 
-    change: alters an image, (image, seed) -> (image, a word for the file's name). Images that exist already are kept,
-    so that the same call resumes after an interruption.
+    change: alters a portrait, (drawing, seed) -> (image, a word for the file's name), as `Spoil` does. Images that
+    exist already are kept, so that the same call resumes after an interruption.
     """
     folder, paths = Path(folder), []
     for seed in tqdm(list(seeds), desc="drawing", unit="portrait"):
@@ -31,7 +31,7 @@ def draw_folder(
 
 def _draw_file(folder: Path, seed: int, size: int, change: Callable | None) -> Path:
     drawing = draw_portrait(seed, size)
-    image, word = change(drawing.image, seed) if change else (drawing.image, "")
+    image, word = change(drawing, seed) if change else (drawing.image, "")
     path = folder / f"portrait_{seed:05d}{'_' * bool(word)}{word}.png"
     return save_captioned(image, drawing.caption(), path)
 

@@ -12,6 +12,7 @@ MAX_POINTS = 300  # of a drawn curve; longer ones are drawn as the means of equa
 NOISY = 60  # points from which on a curve is drawn pale, under its running mean
 LINE, NAME = 30, 22  # height of a line of `box_chart`; characters of its name
 DOTTED = 20  # points up to which they are dots as well
+BESIDE_A_LIMIT = 20  # bins of a histogram with a limit, so that few values share a bin with it
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart; without axes there are no numbers to draw."""
+    """A chart; without axes there are no numbers to draw. mark: where a line across marks a limit, None without."""
 
     title: str
     axes: "Axes | None" = None
     series: tuple[Series, ...] = ()
     note: str = ""
+    mark: float | None = None
 
 
 class Axes:
@@ -150,12 +152,21 @@ def running_mean(points: Points) -> list[tuple[float, float]]:
 # ---- histograms
 
 
-def histogram(title: str, series: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Chart:
-    """Draw how often values fall into common bins, the series side by side in each bin."""
+def histogram(
+    title: str,
+    series: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    limit: float | None = None,
+    note: str = "",
+) -> Chart:
+    """Draw how often values fall into common bins, the series side by side in each bin. limit: a line across them."""
     values = [value for own in series.values() for value in own]
     if not values:
         return Chart(title)
-    edges = ticks(min(values), max(values), min(14, max(5, round(len(values) ** 0.5))))
+    shown = values if limit is None else [*values, limit]
+    count = min(14, max(5, round(len(values) ** 0.5))) if limit is None else BESIDE_A_LIMIT
+    edges = ticks(min(shown), max(shown), count)
     counts = [bin_counts(own, edges) for own in series.values()]
     axes = Axes(edges, [0, *(count for own in counts for count in own)], x_label, y_label, counts=True)
     width = (axes.x(edges[1]) - axes.x(edges[0])) * 0.84 / len(counts)  # of a bar: 84% of a bin are for all series
@@ -164,7 +175,7 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], x_label: str, y
         Series(f"{name} (n = {len(own)})", bars=_bars(axes, edges, own_counts, width, index))
         for index, ((name, own), own_counts) in enumerate(named)
     ]
-    return Chart(title, axes, tuple(bars))
+    return Chart(title, axes, tuple(bars), note, None if limit is None else axes.x(limit))
 
 
 def _bars(axes: Axes, edges: Sequence[float], counts: Sequence[int], width: float, index: int) -> list[tuple]:
