@@ -20,6 +20,7 @@ setup(
         "faceprior.bases": ["configs/**/*.json", "configs/clip/*"],  # clip: the vocabulary with its licence
         "faceprior.cli": ["templates/*.html"],
         "faceprior.html": ["templates/*"],
+        "faceprior.prompts": ["*.txt"],
         "faceprior.report": ["templates/*"],
     },
     python_requires=">=3.10",

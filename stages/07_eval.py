@@ -44,8 +44,9 @@ from faceprior.images import as_array, save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.metrics import fid, landmark_error, lpips_distance, psnr, ssim
 from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
-from faceprior.photos import UNREADABLE, find_photographs, read_prompts, safe_name
+from faceprior.photos import UNREADABLE, find_photographs, safe_name
 from faceprior.procedural import TEST_SEEDS, draw_portrait
+from faceprior.prompts import read_prompts
 from faceprior.restorer import AuthFaceRestorer
 from faceprior.scorer import FaceScorer
 from faceprior.tables import (

@@ -15,7 +15,8 @@ FLOORS = {
     0: "errors files losses memory original_layout quantization streams",
     1: "images jsonl config models",
     2: "detect html align degrade color plan quality metrics training diffusion photos procedural",
-    3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning validation identity video",
+    3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning validation identity video"
+    " prompts",
     4: "clean_faces dino inpaint scorer guidance restoration_reward restorer",
     5: "scorer_checks tiny",
     6: "cli human_eval report",
