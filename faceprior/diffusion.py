@@ -420,12 +420,16 @@ def sample_images(
     size: int,
     steps: int = 50,
     guidance_scale: float = 7.5,
+    negative_prompt: str = "",
 ) -> list[Image.Image]:
     """Sample one size x size image per prompt, each from the noise of its own seed.
 
-    guidance_scale: of classifier-free guidance, or that FLUX.1 dev was distilled with; FLUX.1 schnell has none. The
-    latents are decoded here and not by the pipeline, whose networks may run in another dtype than the VAE.
+    guidance_scale: of classifier-free guidance, or that FLUX.1 dev was distilled with; FLUX.1 schnell has none.
+    negative_prompt: what classifier-free guidance leads away from; FLUX.1 has none. The latents are decoded here and not
+    by the pipeline, whose networks may run in another dtype than the VAE.
     """
+    if negative_prompt and is_flux(pipeline):
+        raise ValueError(f"`negative_prompt` is {negative_prompt!r}, which FLUX.1 cannot use: leave it out")
     latents = pipeline(
         prompts,
         height=size,
@@ -434,6 +438,7 @@ def sample_images(
         guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
+        **({"negative_prompt": [negative_prompt] * len(prompts)} if negative_prompt else {}),
         **({} if hasattr(pipeline, "unet") else {"max_sequence_length": t5_length(pipeline)}),
     ).images
     if is_flux(pipeline):

@@ -148,13 +148,13 @@ def _check_backbone(net: str) -> None:
 
 
 def fid(
-    folder_a: str | Path,
-    folder_b: str | Path,
+    folder_a: str | Path | Sequence[Path],
+    folder_b: str | Path | Sequence[Path],
     extractor: "Callable[[torch.Tensor], torch.Tensor] | None" = None,
     device: str = "cpu",
     batch_size: int = 32,
 ) -> float:
-    """Frechet distance between the features of two folders of images (FID, arXiv 1706.08500, Eq. 6).
+    """Frechet distance between the features of two folders or lists of images (FID, arXiv 1706.08500, Eq. 6).
 
     Settings: clean-fid (arXiv 2104.11222) in mode "clean": every image of the folder and its sub-folders, read by
     `load_image` as everything that is measured (upright, transparency over white, 8 bits), resized to 299x299 by PIL's
@@ -172,12 +172,14 @@ def fid(
     return frechet_distance(*features)
 
 
-def _folder_features(folder: str | Path, extractor: Callable, device: str, batch_size: int) -> np.ndarray:
+def _folder_features(
+    folder: str | Path | Sequence[Path], extractor: Callable, device: str, batch_size: int
+) -> np.ndarray:
     """Return the features (N, D) of all images of a folder."""
     import torch
     from cleanfid.resize import build_resizer
 
-    files = find_images(folder)
+    files = find_images(folder) if isinstance(folder, str | Path) else folder
     if len(files) < 2:
         raise ValueError(f"FID needs at least two images a folder, but {folder} holds {len(files)}")
     resize, features = build_resizer("clean"), []

@@ -19,8 +19,9 @@ FLOORS = {
     " prompts",
     4: "clean_faces dino inpaint scorer guidance restoration_reward restorer",
     5: "scorer_checks tiny",
-    6: "cli human_eval report",
-    7: "confidence",
+    6: "evaluation",
+    7: "cli human_eval report",
+    8: "confidence",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 ROOMS = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}  # modules and subpackages

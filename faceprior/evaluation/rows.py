@@ -1,0 +1,54 @@
+"""rows.jsonl of an evaluation: one row per (protocol, method, item), to which measured values are added.
+
+What is added is appended as a line of its own and joined to the row's first line when the file is read, so that a run
+that is killed at any time loses one value at most.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from faceprior.evaluation.methods import Method
+from faceprior.jsonl import append_row, resume_rows, rewrite_rows
+
+Row = dict[str, Any]
+KEYS = ("protocol", "method", "id")
+
+
+class EvaluationRows:
+    """The rows of a file, including those of an earlier run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._rows: dict[tuple[str, str, str], Row] = {}
+        for row in resume_rows(self.path):
+            self._rows.setdefault(tuple(row[key] for key in KEYS), {}).update(row)
+
+    def add(self, protocol: str, method: str, item: str, **values: Any) -> Row:
+        """Add values to a row, which is new or not, on the disk first."""
+        key = (protocol, method, item)
+        line = dict(zip(KEYS, key, strict=True)) | values
+        append_row(self.path, line)
+        self._rows.setdefault(key, {}).update(line)
+        return self._rows[key]
+
+    def of(self, protocol: str, method: str) -> dict[str, Row]:
+        """Return the rows of a method by the id of the item."""
+        return {key[2]: row for key, row in self._rows.items() if key[:2] == (protocol, method)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def require_sources(self, protocol: str, methods: Iterable[Method]) -> None:
+        """Raise FileExistsError where a method of this name had another source in an earlier run."""
+        for method in methods:
+            for row in self.of(protocol, method.name).values():
+                if row.get("source", method.text) != method.text:
+                    raise FileExistsError(
+                        f"{self.path} has rows of {method.name} = {row['source']}, which is {method.text} now: give it "
+                        "another name, another `output`, or `--overwrite` to start over"
+                    )
+
+    def compact(self) -> None:
+        """Write the file anew, a line per row, in the order of protocol, method and item."""
+        rewrite_rows(self.path, [dict(sorted(self._rows[key].items())) for key in sorted(self._rows)])
