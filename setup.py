@@ -19,6 +19,7 @@ setup(
     package_data={
         "faceprior.bases": ["configs/**/*.json", "configs/clip/*"],  # clip: the vocabulary with its licence
         "faceprior.cli": ["templates/*.html"],
+        "faceprior.evaluation": ["published.json"],
         "faceprior.html": ["templates/*"],
         "faceprior.prompts": ["*.txt"],
         "faceprior.report": ["templates/*"],
