@@ -425,8 +425,8 @@ def sample_images(
     """Sample one size x size image per prompt, each from the noise of its own seed.
 
     guidance_scale: of classifier-free guidance, or that FLUX.1 dev was distilled with; FLUX.1 schnell has none.
-    negative_prompt: what classifier-free guidance leads away from; FLUX.1 has none. The latents are decoded here and not
-    by the pipeline, whose networks may run in another dtype than the VAE.
+    negative_prompt: what classifier-free guidance leads away from; FLUX.1 has none. The latents are decoded here and
+    not by the pipeline, whose networks may run in another dtype than the VAE.
     """
     if negative_prompt and is_flux(pipeline):
         raise ValueError(f"`negative_prompt` is {negative_prompt!r}, which FLUX.1 cannot use: leave it out")

@@ -16,7 +16,6 @@ with the reason and the command that gets what is missing; the same command meas
 there. In rows.jsonl a value of null is none (no face), and a PSNR of null infinite: the images are identical.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,30 +23,30 @@ from typing import Any, Literal
 from faceprior import tiny  # first: it silences bitsandbytes, which diffusers loads
 
 # isort: split
-from faceprior.config import METRICS_FILE, finish, open_output, print_problems, run_stage
+import torch
+
+from faceprior.config import finish, open_output, print_problems, run_stage
 from faceprior.degrade import ranges_of
 from faceprior.evaluation import generation, restoration
-from faceprior.evaluation.figures import figure, not_measured, set_figure
 from faceprior.evaluation.items import FaceSet, Prompt, degraded_faces, faces_of_test_set, prompts_of, test_set_folders
-from faceprior.evaluation.measures import MeasureSettings, measures_of
-from faceprior.evaluation.measuring import Measuring, methods_of_table
-from faceprior.evaluation.methods import REFERENCE, Method
-from faceprior.evaluation.rows import EvaluationRows
-from faceprior.evaluation.tables import (
-    csv_text,
-    details,
-    latex_rows,
-    markdown,
-    missing_notes,
-    published_rows,
+from faceprior.evaluation.measures import Measure, MeasureSettings, measures_of
+from faceprior.evaluation.measuring import Measuring
+from faceprior.evaluation.methods import Method
+from faceprior.evaluation.results import (
+    TABLE,
+    described,
+    library_versions,
+    method_notes,
+    protocol_rows,
     result_row,
-    tables_of,
+    write_results,
 )
-from faceprior.files import atomic_write
-from faceprior.jsonl import rewrite_rows
+from faceprior.evaluation.rows import EvaluationRows
+from faceprior.evaluation.tables import published_rows
 from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
+from faceprior.tables import NOT_MEASURED
 
-ROWS, RESULTS, TABLE = "rows.jsonl", "results.json", "table.md"
+ROWS = "rows.jsonl"
 Problems = list[tuple[str, str]]
 
 
@@ -116,7 +115,7 @@ class Config:
     overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
     RENAMED = {"resolution": ("generation_resolution", "restoration_resolution")}
-    FREE = {"protocols", "restorers", "generators", "published", "scorer"}
+    FREE = {"protocols", "restorers", "generators", "published", "reference", "benchmark"}
 
 
 PROTOCOLS = ("restoration", "generation", "alignment", "ab")
@@ -153,31 +152,34 @@ def main(config: Config) -> None:
     # ---- measure them, one measure after the other
     results: dict[str, Any] = {"rows": [], "notes": {}, "methods": [], "published": published}
     for protocol, chosen in methods.items():
-        measuring = Measuring(
-            protocol,
-            measures_of(protocol),
-            measure_settings(config, chosen, str(device)),
-            rows,
-            output,
-            config.reference,
-            0.5 if protocol == "restoration" else config.min_confidence,  # a degraded face is uncertain, but there
-            config.min_face_size,
-        )
+        is_certain = config.min_confidence if protocol == "generation" else 0.5  # a degraded face is one, but unclear
+        settings = measure_settings(config, chosen, str(device))
+        options = (config.reference, is_certain, config.min_face_size)
+        measuring = Measuring(protocol, measures_of(protocol), settings, rows, output, *options)
         measuring.run([method for method in chosen if not method.missing])
         failed += measuring.failed
-        results["rows"] += figures_of(measuring, chosen)
-        results["methods"] += [{"protocol": protocol, **asdict(method)} for method in chosen]
-        results["notes"][protocol] = notes_of(config, measuring, chosen, faces, prompts)
+        results["rows"] += protocol_rows(measuring, chosen)
+        results["methods"] += described(chosen, protocol)
+        about, wanted = describe_generation(config, methods[protocol], prompts), [prompt.id for prompt in prompts]
+        if faces is not None and protocol == "restoration":
+            about, wanted = [f"{len(faces.faces)} faces: {faces.about}"], [face.id for face in faces.faces]
+        results["notes"][protocol] = [*about, *method_notes(measuring, chosen, wanted), time_note(config, device)]
     rows.compact()
 
+    # ---- how often metrics order images as people do
+    if "alignment" in (config.protocols or PROTOCOLS) and config.benchmark:
+        results["rows"] += alignment_rows(config, output, str(device))
+
     # ---- from rows to tables
-    write_results(output, results)
+    settings = {key: value for key, value in asdict(config).items() if key != "overwrite"}
+    results |= {"settings": settings, "versions": library_versions()}
+    table = write_results(output, results)
     if not failed:
-        lacking = {method.name for chosen in methods.values() for method in chosen if method.missing}
-        lacking |= {row["measure"] for row in results["rows"] if row["value"] is None and not row["n"]}
+        lacking = {row["title"] for row in results["rows"] if row["note"].startswith(NOT_MEASURED)}
         finish(output, rows=len(rows), **({"missing": sorted(lacking)} if lacking else {}))
     print_problems([*(faces.problems if faces else []), *failed], "image")
-    print((output / TABLE).read_text(encoding="utf-8"))
+    print(table)
+    print(f"Every number with its interval: {output / TABLE}")
     if failed:
         print(f"{len(failed)} could not be measured: the same command tries them again")
 
@@ -197,6 +199,8 @@ def choose_methods(config: Config) -> dict[str, list[Method]]:
     if "generation" in wanted and config.generators:
         own = (config.base, config.vae, config.prediction_type)
         methods["generation"] = generation.generators_of(config.generators, Config.generators, *own)
+        for method in methods["generation"]:
+            generation.require_model(method)
     if "restoration" in wanted and config.restorers:
         methods["restoration"] = restoration.restorers_of(config.restorers, Config.restorers)
     if not config.protocols:
@@ -235,93 +239,45 @@ def measure_settings(config: Config, methods: list[Method], device: str) -> Meas
     return MeasureSettings(config.scorer, device, config.detector, are_tiny)
 
 
+def describe_generation(config: Config, methods: list[Method], prompts: list[Prompt]) -> list[str]:
+    """Return how the images of the table were drawn."""
+    number = f"{len(prompts)} images of {len({prompt.text for prompt in prompts})} prompts"
+    sampling = f"{config.sample_steps} steps, sampler {config.sampler}, guidance scale {config.guidance_scale}"
+    negative = f", negative prompt {config.negative_prompt!r}" if config.negative_prompt else ""
+    notes = [f"{number}, {sampling}, {config.generation_resolution} pixels{negative}"]
+    return notes + [f"{m.name}: {note}" for m in methods if (note := generation.base_note(m, config.base))]
+
+
+def time_note(config: Config, device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return f"time: per image in batches of {config.batch_size} on {name}, after a first one that is not counted"
+
+
+def alignment_rows(config: Config, output: Path, device: str) -> list[dict[str, Any]]:
+    """Measure the metrics of a benchmark folder that are missing, and return how they agree with people."""
+    from faceprior.human_eval.files import read_benchmark, read_rankings
+    from faceprior.human_eval.metrics import Weights
+    from faceprior.human_eval.scores import measure_missing
+    from faceprior.human_eval.tables import write_tables
+
+    benchmark = read_benchmark(config.benchmark)
+    read_rankings(benchmark)  # raises before hours of measuring
+    reasons = measure_missing(benchmark, Weights(face_score=config.scorer), config.detector, device)
+    tables = write_tables(config.benchmark, output / "alignment", config.seed, reasons)
+    accuracy = Measure("accuracy", "accuracy", None, spec=".2%")
+    pearson = Measure("pearson", "Pearson correlation", None, spec=".4f")
+    rows = []
+    for accurate, statistics in zip(tables.table_2, tables.table_4, strict=True):
+        note = NOT_MEASURED + accurate.note if accurate.accuracy is None else accurate.note
+        numbers = {"value": accurate.accuracy, "low": accurate.low, "high": accurate.high, "n": accurate.pairs}
+        rows.append(result_row("alignment", accurate.metric, accuracy, numbers | {"note": note}))
+        numbers = {"value": statistics.pearson, "n": accurate.pairs, "note": note}
+        rows.append(result_row("alignment", accurate.metric, pearson, numbers))
+    return rows
+
+
 def is_tiny(source: str) -> bool:
     return source == tiny.NAME or bool(source and tiny.info(source))
-
-
-# ---- results
-
-
-def figures_of(measuring: Measuring, methods: list[Method]) -> list[dict[str, Any]]:
-    """Return a row of results.json for every method and measure."""
-    found, protocol = [], measuring.protocol
-    first = methods[0]
-    has_reference = bool(measuring.rows.of(protocol, REFERENCE))
-    for method in methods_of_table(methods, has_reference):
-        for measure in measuring.measures:
-            is_of_image = measure.of == "image"
-            if method.kind == "reference" and ("reference" in measure.needs or not is_of_image or not measure.load):
-                continue
-            stands_in, reason = measure.stands_in_for, method.missing or measuring.reasons.get(measure.key, "")
-            if stands_in and not (measuring.settings.are_tiny and stands_in in measuring.reasons):
-                continue
-            if not reason and measure.key == "seconds" and method.kind != "model":
-                continue
-            if reason:
-                numbers = not_measured(reason)
-            elif is_of_image:
-                samples = measuring.samples(measure, method.name)
-                values, baseline = (
-                    {item: float(row[measure.key]) if row[measure.key] is not None else None
-                     for item, row in own.items() if measure.key in row}
-                    for own in (samples, measuring.samples(measure, first.name))
-                )  # fmt: skip
-                if measure.key == "faces":
-                    values, baseline = ({k: float(v > 0) for k, v in own.items()} for own in (values, baseline))
-                numbers = figure(measure, values, None if method == first else baseline)
-            else:
-                numbers = set_figure(measuring.sets.get((protocol, method.name, measure.key)), measuring.reference_name)
-            found.append(result_row(protocol, method.name, measure, numbers))
-    return found
-
-
-def notes_of(
-    config: Config, measuring: Measuring, methods: list[Method], faces: FaceSet | None, prompts: list[Prompt]
-) -> list[str]:
-    """Return what the table of a protocol has to be read with."""
-    if measuring.protocol == "restoration":
-        notes = [f"{len(faces.faces)} faces of {faces.about}"]
-        wanted = {face.id for face in faces.faces}
-    else:
-        notes = [
-            f"{len(prompts)} prompts and seeds, {config.sample_steps} steps of {config.sampler}, guidance "
-            f"{config.guidance_scale}, {config.generation_resolution} pixels"
-            + (f", negative prompt {config.negative_prompt!r}" if config.negative_prompt else "")
-        ]
-        wanted = {prompt.id for prompt in prompts}
-        notes += [f"{method.name}: {note}" for method in methods if (note := generation.base_note(method, config.base))]
-    notes.append(
-        f"time: per image in batches of {config.batch_size} on {measuring.settings.device}, the first left out"
-    )
-    for method in methods:
-        own = measuring.rows.of(measuring.protocol, method.name)
-        if lost := sorted(wanted - own.keys()) if wanted & own.keys() else []:
-            more = ", ..." if len(lost) > 5 else ""
-            notes.append(f"{method.name}: {len(lost)} of {len(wanted)} missing: {', '.join(lost[:5])}{more}")
-        resized = [row["resized_from"] for row in own.values() if row.get("resized_from")]
-        if resized:
-            sizes = sorted({f"{w}x{h}" for w, h in resized})
-            notes.append(f"{method.name}: {len(resized)} resized from {', '.join(sizes[:3])} (Lanczos)")
-    return notes
-
-
-def write_results(output: Path, results: dict[str, Any]) -> None:
-    """Write results.json, and its tables as Markdown, CSV and LaTeX, and the means as a row of metrics.jsonl."""
-    with atomic_write(output / RESULTS, "w") as file:
-        json.dump(results, file, indent=1, ensure_ascii=False)
-    text = ""
-    for table in tables_of(results):
-        text += markdown(table) + "\n"
-        for suffix, made in ((".csv", csv_text(table)), (".tex", latex_rows(table))):
-            with atomic_write(output / f"{table.protocol}{suffix}", "w") as file:
-                file.write(made)
-    missing = "".join(f"- {note}\n" for note in missing_notes(results["rows"]))
-    text += (f"## Missing\n\n{missing}\n" if missing else "") + f"## Every number\n\n{details(results)}"
-    with atomic_write(output / TABLE, "w") as file:
-        file.write(text)
-    measured = [row for row in results["rows"] if row["value"] is not None]
-    values = {f"{row['protocol']}/{row['method']}/{row['measure']}": row["value"] for row in measured}
-    rewrite_rows(output / METRICS_FILE, [{"step": 1, **values}])
 
 
 if __name__ == "__main__":

@@ -824,7 +824,8 @@ def test_the_evaluation_of_a_row_measures_its_own_model(path):
     tuned, measured = (
         parse_config(load_stage(name).Config, ["--config", str(path)]) for name in ("04_guidance_tune", "07_eval")
     )
-    assert measured.guided == tuned.output and (measured.base, measured.vae) == (tuned.base, tuned.vae)
+    assert measured.generators == ("base", f"tuned={tuned.output}")
+    assert (measured.base, measured.vae) == (tuned.base, tuned.vae)
     assert measured.output == tuned.output.replace("checkpoints/", "results/")
 
 

@@ -504,9 +504,9 @@ def test_a_lora_of_stage_4_in_stage_7(folders, pairs, tmp_path, kind):
     four.main(four.Config(**settings(folders(kind), pairs, tmp_path / "guided", **values)))
     (tmp_path / "prompts.txt").write_text("a man")
     config = seven.Config(
-        scorer="", restorer="", base=folders(kind), guided=str(tmp_path / "guided"), output=str(tmp_path / "results"),
-        prompts=str(tmp_path / "prompts.txt"), generation_resolution=64, sample_steps=2, mixed_precision="bf16",
-        detector="mtcnn", device="cpu",
+        protocols=("generation",), generators=("base", f"tuned={tmp_path / 'guided'}"), base=folders(kind), scorer="",
+        output=str(tmp_path / "results"), prompts=str(tmp_path / "prompts.txt"), generation_resolution=64,
+        sample_steps=2, mixed_precision="bf16", detector="mtcnn", device="cpu",
     )  # fmt: skip
     seven.main(config)
     pipelines = {
@@ -516,7 +516,7 @@ def test_a_lora_of_stage_4_in_stage_7(folders, pairs, tmp_path, kind):
     pictures = {}
     for name, pipeline in pipelines.items():
         (drawn,) = sample_images(pipeline, ["a man"], [0], 64, steps=2, guidance_scale=2.5)
-        with Image.open(tmp_path / f"results/pictures/{name}/00000.png") as saved:
+        with Image.open(tmp_path / f"results/pictures/generation/{name}/00000.png") as saved:
             pictures[name] = np.asarray(saved, int)
         assert np.abs(np.asarray(drawn, int) - pictures[name]).max() <= 1
     assert (pictures["base"] != pictures["tuned"]).any()

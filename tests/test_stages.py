@@ -565,24 +565,18 @@ def test_restorer_is_loadable(chain):
     assert np.abs(np.asarray(again, int) - np.asarray(images["restored"], int)).max() <= 1
 
 
-def test_evaluation_keeps_faces_of_one_file_name_apart(tmp_path):
-    """Names are relative to the folder, in natural order; files that cannot be read are named, too."""
-    for name in ("a/1.png", "b/1.png", "10.png", "2.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (64, 64)).save(tmp_path / name)
-    (tmp_path / "torn.png").write_bytes(b"")
-    stage = load_stage(EVAL)
-    faces, problems = stage.clean_faces(stage.Config(images=str(tmp_path)))
-    assert [name.rsplit("_", 1)[0] for name, _ in faces] == ["2", "10", "a_1", "b_1"]
-    assert [name for name, _ in problems] == ["torn.png"]
-
-
 def test_evaluation_says_why_a_number_is_missing(chain):
+    """Base and tuned model, degraded and restored faces are in the tables, and what has no weights here, too."""
     results = json.loads((chain / "results/results.json").read_text())["rows"]
-    by_name = {row["metric"]: row for row in results}
-    assert by_name["PSNR (dB), degraded"]["n"] == 2
+    by_name = {(row["protocol"], row["method"], row["measure"]): row for row in results}
+    assert by_name["restoration", "input", "psnr"]["n"] == 2
+    assert {key[:2] for key in by_name} == {
+        *(("generation", name) for name in ("base", "tuned")),
+        *(("restoration", name) for name in ("input", "restorer", "reference")),
+    }
     for row in results:
-        assert row["value"] is not None or row["note"].startswith("not measured: ")
+        assert row["value"] is not None or row["n"] == 0
+        assert row["n"] or "not measured: " in row["note"] or "without a value" in row["note"]
 
 
 def test_loras_in_half_precision(workplace, tiny_models):
@@ -598,7 +592,8 @@ def test_loras_in_half_precision(workplace, tiny_models):
     changed = {key for key in before if not torch.equal(before[key].bfloat16(), after[key])}
     assert changed and all(".to_" in key and "attn" in key for key in changed)
     run(RESTORER, **chain[RESTORER], **small, prior="prior", output="restorer")
-    values = chain[EVAL] | {"guided": "guided", "restorer": "restorer", "output": "half", "mixed_precision": "bf16"}
+    values = chain[EVAL] | {"output": "half", "mixed_precision": "bf16"}
+    values |= {"generators": ("base", "tuned=guided/"), "restorers": ("ours=restorer/",)}
     run(EVAL, **values)
     for made in ("guided", "prior", "restorer", "half"):
         assert all(np.isfinite(row.get("loss", 0)) for row in rows(Path(made) / "metrics.jsonl"))
@@ -732,8 +727,8 @@ def test_a_missing_input_names_the_command_that_makes_it(workplace, name, missin
 @pytest.mark.parametrize(
     ("key", "stage", "measured"),
     [
-        ("scorer", "02_train_scorer", {"pictures with a face, tuned", "PSNR (dB), restored"}),
-        ("restorer", "06_train_restorer", {"Face Score, tuned", "PSNR (dB), degraded", "Face Score, degraded"}),
+        ("scorer", "02_train_scorer", {("tuned", "faces"), ("restorer", "psnr")}),
+        ("restorer", "06_train_restorer", {("tuned", "faces"), ("input", "psnr"), ("input", "face_score")}),
     ],
 )
 def test_the_evaluation_measures_what_is_there(workplace, key, stage, measured, tiny_models, capsys):
@@ -741,23 +736,27 @@ def test_the_evaluation_measures_what_is_there(workplace, key, stage, measured, 
     folder, values = Path("checkpoints", key), settings(tiny_models)[EVAL] | {"output": "out"}
     folder.rename("elsewhere")
     run(EVAL, **values)
-    results = {row["metric"]: row for row in json.loads(Path("out/results.json").read_text())["rows"]}
-    assert all("not measured: " not in results[name]["note"] or "no face" in results[name]["note"] for name in measured)
+    results = {(row["method"], row["measure"]): row for row in json.loads(Path("out/results.json").read_text())["rows"]}
+    assert all("not measured: " not in results[name]["note"] for name in measured)
     lacking = [row for row in results.values() if f"`python stages/{stage}.py` makes one" in row["note"]]
     assert len(lacking) >= 5 and all(row["value"] is None for row in lacking)
-    assert f"not measured: no {load_stage(EVAL).MODELS[key][0]} in {folder}: " in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match=f"no .* in typo/in/it: `python stages/{stage}.py` makes one"):
-        run(EVAL, **values | {key: "typo/in/it", "output": "refused"})
+    assert f"not measured: no {key} in {folder}: " in capsys.readouterr().out
+    if key == "restorer":
+        with pytest.raises(FileNotFoundError, match=f"no .* in typo/in/it: `python stages/{stage}.py` makes one"):
+            run(EVAL, **values | {"restorers": ("ours=typo/in/it",), "output": "refused"})
 
     Path("elsewhere").rename(folder)
     run(EVAL, **values)
     assert rows_by_id("out") == rows_by_id("results")
-    assert json.loads(Path("out/done.json").read_text()).keys() == {"rows"}
+    assert json.loads(Path("out/done.json").read_text()) == json.loads(Path("results/done.json").read_text())
 
 
 def rows_by_id(folder: str) -> dict:
     found = rows(Path(folder, "rows.jsonl"))
-    return {(row["part"], row.get("model"), row["id"]): {k: row[k] for k in sorted(row)} for row in found}
+    assert len(found) == len({(row["protocol"], row["method"], row["id"]) for row in found})
+    return {
+        (row["protocol"], row["method"], row["id"]): {k: row[k] for k in sorted(row) if k != "seconds"} for row in found
+    }
 
 
 def test_an_evaluation_without_any_model_is_refused(tmp_path, monkeypatch):
@@ -774,44 +773,22 @@ def test_one_failed_face_is_named_and_tried_again(workplace, tiny_models, capsys
 
     def fail_once(self, crops, **options):
         calls.append(crops)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the first is not counted, nor kept
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(self, crops, **options)
 
-    values = settings(tiny_models)[EVAL] | {"guided": "", "num_faces": 3, "output": "out"}
+    values = settings(tiny_models)[EVAL] | {"protocols": ("restoration",), "num_faces": 3, "output": "out"}
     monkeypatch.setattr(AuthFaceRestorer, "restore_crops", fail_once)
     run(EVAL, **values)
     printed = capsys.readouterr().out
     assert "out of memory: CUDA out of memory." in printed and "1 could not be measured" in printed
-    assert len(rows(Path("out/rows.jsonl"))) == 2 and not Path("out/done.json").exists()
+    assert "restorer: 1 of 3 missing" in printed
+    restored = [row for row in rows(Path("out/rows.jsonl")) if row["method"] == "restorer"]
+    assert len(restored) == 2 and not Path("out/done.json").exists()
     run(EVAL, **values)
-    assert len(rows(Path("out/rows.jsonl"))) == 3 and Path("out/done.json").exists() and len(calls) == 4
-    assert "not measured: `guided` is empty" in capsys.readouterr().out
-
-
-def test_the_psnr_of_identical_images_is_infinite(workplace, tiny_models, capsys, monkeypatch):
-    """null in the rows, since JSON has no infinity; the tables say so and keep it out of the mean."""
-    stage = load_stage(EVAL)
-    degraded = stage.degrade
-    values = settings(tiny_models)[EVAL] | {"guided": "", "restorer": "", "num_faces": 2}
-    for output, untouched in (("all", 2), ("some", 1)):
-        faces = []
-
-        def degrade(clean, *options, faces=faces, untouched=untouched):
-            faces.append(clean)
-            return clean if len(faces) <= untouched else degraded(clean, *options)
-
-        monkeypatch.setattr(stage, "degrade", degrade)
-        run(EVAL, **values, output=output)
-        psnr = [row["psnr_degraded"] for row in rows(Path(output, "rows.jsonl"))]
-        assert psnr.count(None) == untouched
-        results = json.loads(Path(output, "results.json").read_text())["rows"]
-        row = next(row for row in results if row["metric"] == "PSNR (dB), degraded")
-        if output == "all":
-            assert (row["value"], row["note"], row["n"]) == (None, "infinite: all equal the clean ones", 2)
-            assert "| PSNR (dB), degraded | infinite |" in capsys.readouterr().out
-        else:
-            assert row["value"] == psnr[1] and row["note"].startswith("1 of 2 equal the clean ones: infinite")
+    again = [row for row in rows(Path("out/rows.jsonl")) if row["method"] == "restorer"]
+    assert len(again) == 3 and [row for row in again if row in restored] == restored
+    assert Path("out/done.json").exists() and len(calls) == 6
 
 
 @pytest.mark.parametrize("name", [PAIRS, PORTRAITS])

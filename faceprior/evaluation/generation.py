@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from faceprior import tiny
-from faceprior.bases import load_pipeline
+from faceprior.bases import describe_base, load_pipeline
 from faceprior.config import CONFIG_FILE
 from faceprior.diffusion import make_sampler, report_long_prompts, sample_images
 from faceprior.evaluation.items import Prompt
@@ -92,6 +92,13 @@ def base_note(method: Method, base: str) -> str:
     if own and used and own != used:
         return f"tuned from {own}, but drawn with {used}"
     return f"tuned from {own}, not from {base}" if own and own != base else ""
+
+
+def require_model(method: Method) -> None:
+    """Raise FileNotFoundError or ValueError where the pipeline of a method would not load, by its files alone."""
+    if method.kind == "model" and not method.missing:
+        base = tiny.resolve(method.options.get("base", method.source), "sd15")
+        describe_base(base, method.options.get("vae", ""), method.options.get("prediction_type", "auto"))
 
 
 def load_generator(method: Method, dtype: torch.dtype) -> Any:

@@ -194,10 +194,9 @@ def _load_tiny_fid(settings: MeasureSettings) -> OfSet:
     return lambda images, references: fid(images, references, extractor, device=str(settings.device))
 
 
-# ---- networks that several measures share
+# ---- networks
 
 
-@functools.lru_cache(maxsize=1)
 def _scorer(name: str, device: str) -> Any:
     from faceprior.scorer import FaceScorer
 

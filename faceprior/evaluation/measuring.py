@@ -1,7 +1,7 @@
 """Every row gets the measures that it lacks, one after the other, so that one network is in memory at a time."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from faceprior.detect import Face, detect_faces, representative_face
 from faceprior.errors import explain, is_disk_full
 from faceprior.evaluation.measures import Measure, MeasureSettings, Sample
-from faceprior.evaluation.methods import INPUT, REFERENCE, Method
+from faceprior.evaluation.methods import REFERENCE, Method
 from faceprior.evaluation.rows import EvaluationRows, Row
 from faceprior.files import find_images
 from faceprior.images import load_image
@@ -54,14 +54,26 @@ class Measuring:
     def run(self, methods: Sequence[Method]) -> None:
         """Take every measure of the methods, and of `reference`, that is missing."""
         names = [method.name for method in methods]
-        for measure in self.measures:
-            stood_in = measure.stands_in_for
-            if stood_in and not (self.settings.are_tiny and stood_in in self.reasons):
-                continue
+        for measure in self.taken():
             try:
                 self._take(measure, names)
             except (MetricUnavailable, ImportError) as error:
                 self.reasons[measure.key] = str(error)
+
+    def taken(self) -> Iterator[Measure]:
+        """Yield the measures that these rows can have, whether their weights are there or not.
+
+        Without any reference there is no PSNR, without prompts no CLIP-Score. What stands in for another measure
+        follows it only where that one's weights are missing and all models are tiny.
+        """
+        rows = self.rows.of_protocol(self.protocol)
+        has = {"reference": bool(self._reference), "prompt": any(row.get("prompt") for row in rows), "face": True}
+        for measure in self.measures:
+            is_needed = self.settings.are_tiny and measure.stands_in_for in self.reasons
+            if measure.stands_in_for and not (is_needed and (measure.of == "image" or self.has_reference_set)):
+                continue
+            if all(has[need] for need in measure.needs) or not rows:
+                yield measure
 
     def samples(self, measure: Measure, method: str) -> dict[str, Row]:
         """Return the rows of a method that a measure applies to, by item."""
@@ -132,7 +144,7 @@ class Measuring:
 
     def _take_of_sets(self, measure: Measure, names: Sequence[str]) -> None:
         references = self.reference_files()
-        if len(references) < 2:
+        if not self.has_reference_set:
             raise MetricUnavailable("it compares with a set of real images: name its folder as `reference`")
         take = None
         for name in names:
@@ -154,6 +166,10 @@ class Measuring:
         return [self.output / row["image"] for _, row in sorted(self._reference.items())]
 
     @property
+    def has_reference_set(self) -> bool:
+        return bool(self.reference) or len(self._reference) > 1
+
+    @property
     def reference_name(self) -> str:
         return self.reference or "the references of the faces"
 
@@ -164,12 +180,3 @@ def _face(row: Row) -> Face | None:
 
 def _digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def methods_of_table(methods: Sequence[Method], has_reference: bool) -> list[Method]:
-    """Return the rows of a table: the methods, and the references behind them where there are any."""
-    reference = [Method(REFERENCE, REFERENCE, "reference", text=REFERENCE)] if has_reference else []
-    return [*methods, *reference]
-
-
-__all__ = ["INPUT", "Measuring", "methods_of_table"]

@@ -36,6 +36,9 @@ class EvaluationRows:
         """Return the rows of a method by the id of the item."""
         return {key[2]: row for key, row in self._rows.items() if key[:2] == (protocol, method)}
 
+    def of_protocol(self, protocol: str) -> list[Row]:
+        return [row for key, row in self._rows.items() if key[0] == protocol]
+
     def __len__(self) -> int:
         return len(self._rows)
 

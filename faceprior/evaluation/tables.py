@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faceprior.evaluation.measures import Measure
 from faceprior.tables import EMPTY, NOT_MEASURED, interval_text, markdown_table
 
 PUBLISHED = "published"
@@ -48,15 +47,6 @@ class Table:
     columns: dict[str, str]
     lines: list[Line]
     notes: list[str]
-
-
-def result_row(protocol: str, method: str, measure: Measure, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of results.json: which number it is, and the number."""
-    words = {"header": measure.header, "title": measure.title, "unit": measure.unit, "better": measure.better}
-    empty = {"value": None, "low": None, "high": None, "median": None}
-    return {"protocol": protocol, "method": method, "measure": measure.key, **words, "spec": measure.spec} | (
-        empty | dict(numbers)
-    )
 
 
 def published_rows(table: str) -> dict[str, Any] | None:
@@ -122,7 +112,7 @@ def details(results: Mapping[str, Any]) -> str:
     head = ("protocol", "method", "measure", "mean", "95% interval", "median", "n", "against the first", "p", "note")
     rows = []
     for row in results["rows"]:
-        spec, is_known = row["spec"], row["value"] is not None
+        spec = row["spec"]
         cell = _cell(row)
         difference = row.get("difference")
         rows.append(
@@ -134,7 +124,6 @@ def details(results: Mapping[str, Any]) -> str:
             + (str(row["n"]), EMPTY if difference is None else f"{difference:+{spec}}")
             + (f"{row['p_value']:.3g}" if row.get("p_value") is not None else EMPTY, row.get("note", ""))
         )
-        assert is_known or cell.text in (EMPTY, "infinite")
     return markdown_table(head, rows)
 
 
@@ -175,9 +164,9 @@ def latex(text: str) -> str:
 
 
 def missing_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return why numbers are missing, once per reason: `LPIPS: REASON`."""
-    reasons: dict[str, None] = {}
+    """Return why numbers are missing, once per reason: `LPIPS, FID: REASON`."""
+    reasons: dict[str, dict[str, None]] = {}
     for row in rows:
-        if row["value"] is None and str(row.get("note", "")).startswith(NOT_MEASURED):
-            reasons[f"{row['title']}: {row['note']}"] = None
-    return list(reasons)
+        if row["value"] is None and row["note"].startswith(NOT_MEASURED):
+            reasons.setdefault(row["note"], {})[row["title"]] = None
+    return [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
