@@ -161,9 +161,9 @@ def _pair(file: Path, reference: Path | None) -> tuple[Image.Image, Image.Image 
 def prompts_of(general: str, people: str, number: int, seed: int, images_per_prompt: int = 1) -> list[Prompt]:
     """Read prompts, `number` of each file, with `images_per_prompt` seeds each.
 
-    general, people: lists or files of prompts, as of `read_prompt_rows`. With both, measures of the whole image are taken on the general ones
-    and Face Score on those of people (Face Score, 6.1); with one, all are taken on it; without any it is the captions
-    of drawn portraits that nobody trained on.
+    general, people: lists or files of prompts, as of `read_prompt_rows`. With both, measures of the whole image are
+    taken on the general ones and Face Score on those of people (Face Score, 6.1); with one, all are taken on it;
+    without any it is the captions of drawn portraits that nobody trained on.
     """
     if general and people:
         sets = {"general": read_prompts(general, number, seed), "people": read_prompts(people, number, seed)}
