@@ -29,7 +29,7 @@ from faceprior.config import finish, open_output, print_problems, run_stage
 from faceprior.degrade import ranges_of
 from faceprior.evaluation import generation, restoration
 from faceprior.evaluation.items import FaceSet, Prompt, degraded_faces, faces_of_test_set, prompts_of, test_set_folders
-from faceprior.evaluation.measures import Measure, MeasureSettings, measures_of
+from faceprior.evaluation.measures import Measure, MeasureSettings, measures_of, read_weights
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import Method
 from faceprior.evaluation.results import (
@@ -64,6 +64,8 @@ class Config:
     )  # generators, each NAME=SOURCE: a model, a folder of stage 4, a LoRA file, `base`, or a folder of finished images
     scorer: str = "checkpoints/scorer"  # folder of stage 2, another scorer's folder or hub id, or tiny; empty: none
     reference: str = ""  # folder of real images to which FID compares; empty: the references of the faces
+    measures: tuple[str, ...] = ()  # measures to take, by the keys of `faceprior eval-metrics`; empty: all
+    weights: tuple[str, ...] = ()  # other weights of measures, each NAME=PATH: image_reward, hps, hps_v2, clip, arcface
     published: str = ""  # id of a published table that is printed beside the measured one; empty: none
     output: str = "results"  # folder for tables and images
     # ---- Restoration
@@ -94,6 +96,7 @@ class Config:
     )
     people_prompts: str = ""  # prompts of people, as `prompts`; Face Score is measured on them alone if both are given
     num_prompts: int = 8  # number of prompts of each file, [1, inf)
+    num_people_prompts: int = 0  # number of `people_prompts`; 0: as num_prompts, [0, inf)
     images_per_prompt: int = 1  # images of each prompt, each from noise of its own, [1, inf)
     generation_resolution: int = 128  # side of the generated images in pixels, [64, 2048]
     sample_steps: int = 25  # sampling steps of the generated images (the paper: 50), [1, 1000]
@@ -115,7 +118,7 @@ class Config:
     overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
     RENAMED = {"resolution": ("generation_resolution", "restoration_resolution")}
-    FREE = {"protocols", "restorers", "generators", "published", "reference", "benchmark"}
+    FREE = {"protocols", "restorers", "generators", "published", "reference", "benchmark", "measures", "weights"}
 
 
 PROTOCOLS = ("restoration", "generation", "alignment", "ab")
@@ -126,6 +129,8 @@ def main(config: Config) -> None:
     quiet_libraries()
     device, dtype = resolve_device(config.device), weight_dtype(config.mixed_precision)
     published = published_rows(config.published)
+    measures = {protocol: measures_of(protocol, config.measures) for protocol in PROTOCOLS}
+    read_weights(config.weights)
     methods = choose_methods(config)
     faces = choose_faces(config) if "restoration" in methods else None
     prompts = choose_prompts(config) if "generation" in methods else []
@@ -155,7 +160,7 @@ def main(config: Config) -> None:
         is_certain = config.min_confidence if protocol == "generation" else 0.5  # a degraded face is one, but unclear
         settings = measure_settings(config, chosen, str(device))
         options = (config.reference, is_certain, config.min_face_size)
-        measuring = Measuring(protocol, measures_of(protocol), settings, rows, output, *options)
+        measuring = Measuring(protocol, measures[protocol], settings, rows, output, *options)
         measuring.run([method for method in chosen if not method.missing])
         failed += measuring.failed
         results["rows"] += protocol_rows(measuring, chosen)
@@ -229,14 +234,15 @@ def choose_faces(config: Config) -> FaceSet:
 
 
 def choose_prompts(config: Config) -> list[Prompt]:
-    return prompts_of(config.prompts, config.people_prompts, config.num_prompts, config.seed, config.images_per_prompt)
+    numbers = (config.num_prompts, config.num_people_prompts or config.num_prompts)
+    return prompts_of(config.prompts, config.people_prompts, numbers, config.seed, config.images_per_prompt)
 
 
 def measure_settings(config: Config, methods: list[Method], device: str) -> MeasureSettings:
     """Return what the measures are loaded with; the models are tiny where every one of them is."""
     models = [method for method in methods if method.kind == "model" and not method.missing]
     are_tiny = all(is_tiny(method.source) or is_tiny(method.options.get("base", "")) for method in models)
-    return MeasureSettings(config.scorer, device, config.detector, are_tiny)
+    return MeasureSettings(config.scorer, device, config.detector, are_tiny, read_weights(config.weights))
 
 
 def describe_generation(config: Config, methods: list[Method], prompts: list[Prompt]) -> list[str]:
@@ -255,8 +261,9 @@ def time_note(config: Config, device: torch.device) -> str:
 
 def alignment_rows(config: Config, output: Path, device: str) -> list[dict[str, Any]]:
     """Measure the metrics of a benchmark folder that are missing, and return how they agree with people."""
-    from faceprior.human_eval.files import read_benchmark, read_rankings
     from faceprior.human_eval.metrics import Weights
+
+    from faceprior.human_eval.files import read_benchmark, read_rankings
     from faceprior.human_eval.scores import measure_missing
     from faceprior.human_eval.tables import write_tables
 

@@ -158,19 +158,24 @@ def _pair(file: Path, reference: Path | None) -> tuple[Image.Image, Image.Image 
 # ---- prompts
 
 
-def prompts_of(general: str, people: str, number: int, seed: int, images_per_prompt: int = 1) -> list[Prompt]:
-    """Read prompts, `number` of each file, with `images_per_prompt` seeds each.
+def prompts_of(
+    general: str, people: str, numbers: tuple[int, int], seed: int, images_per_prompt: int = 1
+) -> list[Prompt]:
+    """Read prompts, as many as `numbers` say of the general ones and of those of people, with seeds of their own.
 
     general, people: lists or files of prompts, as of `read_prompt_rows`. With both, measures of the whole image are
     taken on the general ones and Face Score on those of people (Face Score, 6.1); with one, all are taken on it;
     without any it is the captions of drawn portraits that nobody trained on.
     """
+    first, second = numbers
     if general and people:
-        sets = {"general": read_prompts(general, number, seed), "people": read_prompts(people, number, seed)}
-    elif general or people:
-        sets = {"": read_prompts(general or people, number, seed)}
+        sets = {"general": read_prompts(general, first, seed), "people": read_prompts(people, second, seed)}
+    elif general:
+        sets = {"": read_prompts(general, first, seed)}
+    elif people:
+        sets = {"": read_prompts(people, second, seed)}
     else:
-        sets = {"": [draw_portrait(TEST_SEEDS + i, 64).caption() for i in range(number)]}
+        sets = {"": [draw_portrait(TEST_SEEDS + i, 64).caption() for i in range(first)]}
     prompts = []
     for prompt_set, texts in sets.items():
         for i, text in enumerate(texts):

@@ -161,7 +161,7 @@ def reward_metric(
 
     Raises MetricUnavailable without the weights, or without the tokenizer that other prompts than the default need.
     """
-    folder = _scorer_folder(source, way_out)
+    folder = scorer_folder(source, way_out)
     tokenizer = None if detector else _tokenizer_folder(folder)
 
     def load() -> Score:
@@ -180,7 +180,7 @@ def reward_metric(
     return Metric(name, _by(called, weights, detector), load, needs_face=detector is not None)
 
 
-def _scorer_folder(source: str, way_out: str) -> Path:
+def scorer_folder(source: str, way_out: str) -> Path:
     """Return the folder of a scorer's weights, found without a network."""
     try:
         folder = find_checkpoint_folder(source, local_files_only=True)
@@ -282,9 +282,10 @@ def clip_score_metric(source: str, device: "torch.device | str") -> Metric:
 
         model = CLIPModel.from_pretrained(folder).to(device).eval()
         processor = CLIPProcessor.from_pretrained(folder)
+        length = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings}
 
         def score(image: Image.Image, prompt: str, face: Face | None) -> float:
-            inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True).to(device)
+            inputs = processor(text=[prompt], images=[image], return_tensors="pt", **length).to(device)
             with torch.inference_mode():
                 found = model(**inputs)
             return max(0.0, float((found.image_embeds * found.text_embeds).sum()))  # both have length 1
@@ -311,8 +312,8 @@ def quality_metric(name: Literal["musiq", "maniqa", "clipiqa"], device: "torch.d
     files = {} if name == "clipiqa" else _in_cache(_PYIQA_URL, _QUALITY[name])
     needed: dict[Path | None, str] = {clip: _curl(clip, _CLIP_URL + _CLIPIQA_FILE)} if name == "clipiqa" else {**files}
     if name == "maniqa":
-        backbone = in_hub_cache(_MANIQA_BACKBONE, "model.safetensors")
-        needed[backbone] = f"`hf download {_MANIQA_BACKBONE} model.safetensors`"
+        name_in_hub = (_MANIQA_BACKBONE, "model.safetensors")
+        needed[in_hub_cache(*name_in_hub) or Path(*name_in_hub)] = f"`hf download {_MANIQA_BACKBONE} model.safetensors`"
     require("pyiqa", "pyiqa", needed)
 
     def load() -> Score:
