@@ -43,10 +43,11 @@ from faceprior.evaluation.results import (
 )
 from faceprior.evaluation.rows import EvaluationRows
 from faceprior.evaluation.tables import published_rows
-from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
+from faceprior.models import REWARD_ID, looks_like_path, quiet_libraries, resolve_device, weight_dtype
+from faceprior.report import write_evaluation
 from faceprior.tables import NOT_MEASURED
 
-ROWS = "rows.jsonl"
+ROWS, PAGE = "rows.jsonl", "report.html"
 Problems = list[tuple[str, str]]
 
 
@@ -179,12 +180,13 @@ def main(config: Config) -> None:
     settings = {key: value for key, value in asdict(config).items() if key != "overwrite"}
     results |= {"settings": settings, "versions": library_versions()}
     table = write_results(output, results)
+    write_evaluation(output, output / PAGE)
     if not failed:
         lacking = {row["title"] for row in results["rows"] if row["note"].startswith(NOT_MEASURED)}
         finish(output, rows=len(rows), **({"missing": sorted(lacking)} if lacking else {}))
     print_problems([*(faces.problems if faces else []), *failed], "image")
     print(table)
-    print(f"Every number with its interval: {output / TABLE}")
+    print(f"Every number with its interval: {output / TABLE}; with the images: {output / PAGE}")
     if failed:
         print(f"{len(failed)} could not be measured: the same command tries them again")
 
@@ -261,15 +263,17 @@ def time_note(config: Config, device: torch.device) -> str:
 
 def alignment_rows(config: Config, output: Path, device: str) -> list[dict[str, Any]]:
     """Measure the metrics of a benchmark folder that are missing, and return how they agree with people."""
-    from faceprior.human_eval.metrics import Weights
-
+    from faceprior.evaluation.judges import Weights
     from faceprior.human_eval.files import read_benchmark, read_rankings
     from faceprior.human_eval.scores import measure_missing
     from faceprior.human_eval.tables import write_tables
 
     benchmark = read_benchmark(config.benchmark)
     read_rankings(benchmark)  # raises before hours of measuring
-    reasons = measure_missing(benchmark, Weights(face_score=config.scorer), config.detector, device)
+    given = read_weights(config.weights)
+    files = {name: Path(given[name]) for name in ("hps", "hps_v2") if name in given}
+    weights = Weights(config.scorer, given.get("image_reward", REWARD_ID), **files)
+    reasons = measure_missing(benchmark, weights, config.detector, device)
     tables = write_tables(config.benchmark, output / "alignment", config.seed, reasons)
     accuracy = Measure("accuracy", "accuracy", None, spec=".2%")
     pearson = Measure("pearson", "Pearson correlation", None, spec=".4f")

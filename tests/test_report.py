@@ -113,6 +113,35 @@ def make_portraits(folder):
     objects(folder / "done.json", {"accepted": 1, "rejected": 2})
 
 
+def make_evaluation(folder):
+    """One face by two methods, of which one is not measured by LPIPS, beside a published row."""
+    words = {"protocol": "restoration", "better": "higher", "unit": "", "note": ""}
+    empty = {"value": None, "low": None, "high": None, "median": None, "n": 0}
+    psnr = {**words, "measure": "psnr", "title": "PSNR", "header": "PSNR (dB) ↑", "spec": ".2f"}
+    lpips = {**words, **empty, "measure": "lpips", "title": "LPIPS", "header": "LPIPS ↓", "spec": ".4f"}
+    numbers = {"value": 21.5, "low": 20.25, "high": 22.75, "median": 21.0, "n": 8, "worst": ["a"], "best": ["a"]}
+    results = {
+        "rows": [
+            {**psnr, **empty, "n": 8, "is_infinite": True, "method": "untouched", "note": "8 of 8 equal the reference"},
+            {**psnr, **numbers, "difference": -1.5, "diff_low": -2, "diff_high": -1, "p_value": 0.03, "method": "ours"},
+            {**lpips, "method": "ours", "note": "not measured: the weights of AlexNet are not here"},
+        ],
+        "published": {
+            "protocol": "restoration",
+            "source": "arXiv 2410.09864, Table 1",
+            "rows": [{"method": "AuthFace", "values": {"psnr": 25.57, "lpips": 0.2143}}],
+        },
+        "notes": {"restoration": ["8 faces of a test set"]},
+        "methods": [{"protocol": "restoration", "name": "ours", "text": "checkpoints/ours", "kind": "model"}],
+        "versions": {"torch": "2.0"},
+    }
+    objects(folder / "results.json", results)
+    for place, method in enumerate(("input", "untouched", "ours")):
+        picture(folder / f"pictures/restoration/{method}/a.png", seed=place)
+        image = {"image": f"pictures/restoration/{method}/a.png", "psnr": 21.5}
+        rows(folder / "rows.jsonl", {"protocol": "restoration", "method": method, "id": "a", **image})
+
+
 def make_photographs(root):
     picture(root / "photographs/astronaut.png", (40, 30))
     picture(root / "restored/astronaut.png", (40, 30), seed=1)
@@ -133,18 +162,7 @@ def root(tmp_path):
     make_validation(root / "checkpoints/guided")
     make_training(root / "checkpoints/restorer", faces=1)
     make_samples(root / "checkpoints/restorer", "clean", "degraded", "restored")
-    measured = {
-        "part": "restoration",
-        "metric": "PSNR (dB), restored",
-        "value": 21.5,
-        "low": 20.25,
-        "high": 22.75,
-        "n": 8,
-    }
-    empty = {"part": "restoration", "metric": "LPIPS, restored", "value": None, "low": None, "high": None, "n": 0}
-    note = {"note": "not measured: the weights of AlexNet are not here"}
-    infinite = {**empty, "metric": "PSNR (dB), untouched", "note": "infinite: all equal the clean ones"}
-    objects(root / "results/results.json", {"rows": [{**measured, "note": ""}, {**empty, **note}, infinite]})
+    make_evaluation(root / "results")
     make_photographs(root)
     command = ["/usr/bin/python3", "stages/01_make_pairs.py", "--output", f"{root}/data/pairs"]
     rows(root / "commands.jsonl", {"command": command, "seconds": 72.4})
@@ -176,7 +194,7 @@ def test_a_whole_run_has_every_part(root):
         "0.062 apart in the mean", "72.5%", "57.1% to 83.9%", "VAE: mine", "`--vae` names a VAE",
         CAPTION, "sharpness 1.6 (blurred: at least 4.0)", "197,184",
         "21.5", "20.25 to 22.75", "not measured", "the weights of AlexNet are not here",
-        "infinite", "all equal the clean ones",
+        "infinite", "8 of 8 equal the reference", "-1.50 (-2.00 to -1.00), p = 0.03", "25.57", "8 faces of a test set",
         "better by 1.5 (95% interval 0.5 to 2.5, n = 16 paired images)", "step 20, kept: 1.75", "untuned: -0.25",
         "Face Score of the validation images",
         "python3 stages/01_make_pairs.py --output data/pairs", "1 min 12 s", "torch", "accelerate", "noise_factors",
@@ -201,9 +219,9 @@ def test_the_file_is_self_contained(root):
 
 def test_every_image_is_embedded_with_a_description(root):
     """3 x (whole + face) for two pairs, 2 portraits, 2 x 2 samples, 3 x 2 validation images, 3 + 2 of restoration,
-    1 + 2 + 2 photographs."""
+    2 sliders and 2 ends of the evaluation, 1 + 2 + 2 photographs."""
     images = read(root).all("img")
-    assert len(images) == 12 + 2 + 4 + 6 + 5 + 5
+    assert len(images) == 12 + 2 + 4 + 6 + 5 + 6 + 5
     assert all(image["alt"] for image in images)
     by_name = {image["alt"]: decoded(image["src"]) for image in images}
     good = load_image(root / "data/pairs/good/one.png")
@@ -218,8 +236,10 @@ def test_sliders_are_range_inputs_over_two_images(root):
     assert [(i["type"], i["min"], i["max"], i["aria-label"]) for i in inputs] == [
         ("range", "0", "100", "sample 1: degraded to restored"),
         ("range", "0", "100", "astronaut.png: original to restored"),
+        ("range", "0", "100", "a: input to untouched"),
+        ("range", "0", "100", "a: input to ours"),
     ]
-    assert len(page.all("div", "frame")) == 2
+    assert len(page.all("div", "frame")) == 4
 
 
 def test_the_boxes_of_scored_faces_are_drawn_in_pixels(root):
@@ -303,7 +323,7 @@ def test_a_photograph_that_was_not_restored_is_named(root):
     (root / "restored/astronaut.png").unlink()
     page = read(root)
     assert "astronaut.png was not restored: faceprior restore" in page.text
-    assert len(page.all("input")) == 1
+    assert len(page.all("input")) == 3
 
 
 def test_photographs_are_shown_without_the_stages(tmp_path):
@@ -363,7 +383,7 @@ def test_an_unreadable_image_is_named_and_has_a_placeholder(root):
     assert "data/pairs/bad/one.png" in page.text and "data/pairs/mask/two.png is missing" in page.text
     lost = [div["aria-label"] for div in page.all("div", "lost")]
     assert sum("cannot be read" in label for label in lost) == 4  # the picture and its face, twice
-    assert len(page.all("img")) == 34 - 4
+    assert len(page.all("img")) == 40 - 4
 
 
 @pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname"])
@@ -403,8 +423,8 @@ def test_any_value_may_be_wrong(root, wrong):
             changed.append({**first, "faces": [*faces, wrong]})
         path.write_text("\n".join([*lines, *map(json.dumps, changed)]) + "\n")
     results = json.loads((root / "results/results.json").read_text())["rows"]
-    changed = [{**results[0], key: wrong} for key in results[0]]
-    objects(root / "results/results.json", {"rows": [*results, *changed, wrong]})
+    changed = [{**results[1], key: wrong} for key in results[1]]
+    objects(root / "results/results.json", {"rows": [*results, *changed, wrong], "published": wrong, "notes": wrong})
     for path in [*root.rglob("done.json"), *root.rglob("tiny.json")]:
         objects(path, {key: wrong for key in json.loads(path.read_text())})
     page = read(root)

@@ -1,5 +1,6 @@
 """The protocol `generation`: every method draws the same prompts from the same noise (Face Score, 6.1 and Table 5)."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from faceprior.evaluation.items import Prompt
 from faceprior.evaluation.making import Problems, make_images, picture_file
 from faceprior.evaluation.methods import BASE, GENERATOR_OPTIONS, Method, match_by_stem, parse_methods
 from faceprior.evaluation.rows import EvaluationRows
-from faceprior.files import find_images
+from faceprior.files import copy_file, find_images
 from faceprior.guidance import load_tuned
 from faceprior.images import save_image
 from faceprior.lora import find_lora
@@ -130,7 +131,7 @@ def draw_images(
     if method.missing:
         return []
     if method.kind == "images":
-        return _add_images(rows, method, prompts)
+        return _add_images(rows, method, prompts, output)
     if not left:
         return []
     pipeline = load_generator(method, dtype).to(device)
@@ -151,20 +152,31 @@ def draw_images(
     return make_images(draw, left, save, device, batch_size, f"drawing with {method.name}")
 
 
-def _add_images(rows: EvaluationRows, method: Method, prompts: Sequence[Prompt]) -> Problems:
+def _add_images(rows: EvaluationRows, method: Method, prompts: Sequence[Prompt], output: Path) -> Problems:
     """Add a row for every image of a folder: for its prompt, or, where names do not tell, as an item of its own."""
     done = rows.of(PROTOCOL, method.name)
-    files = find_images(method.source)
-    matched = match_images(files, prompts)
+    files = find_images(Path(method.source).expanduser())
+    matched = match_images(files, prompts) or {f"own_{safe_name(file.name)}": file for file in files}
     by_id = {prompt.id: prompt for prompt in prompts}
-    for item, file in matched.items() if matched else ((f"own_{safe_name(file.name)}", file) for file in files):
+    for item, file in matched.items():
         if item in done:
             continue
-        prompt = by_id.get(item)
-        text = prompt.text if prompt else read_caption(file)
-        values = {"prompt": text, "prompt_set": prompt.prompt_set if prompt else ""}
-        rows.add(PROTOCOL, method.name, item, source=method.text, image=str(file.resolve()), **values)
+        place = picture_file(PROTOCOL, method.folder, item).with_suffix(file.suffix.lower())
+        _take_in(file, output / place)
+        prompt = by_id.get(item) or Prompt(item, read_caption(file) or "", 0)
+        own = {"source": method.text, "image": place.as_posix()}
+        rows.add(PROTOCOL, method.name, item, prompt=prompt.text, prompt_set=prompt.prompt_set, **own)
     return []
+
+
+def _take_in(file: Path, place: Path) -> None:
+    """Give a file a second name, or, on another disk, a copy: the results are whole without their sources."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    try:
+        os.link(file.resolve(), place)
+    except OSError:
+        copy_file(file, place)
 
 
 def match_images(files: Sequence[Path], prompts: Sequence[Prompt]) -> dict[str, Path]:

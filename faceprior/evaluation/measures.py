@@ -379,7 +379,7 @@ MEASURES = (
         licence="insightface's models: non-commercial research only",
         check=lambda settings: judges.arcface_file(settings.weights.get("arcface", "")),
     ),
-    Measure("landmarks", "landmark distance", _load_landmarks, "lower", "between the eyes", ".4f", **_OF_FACES),
+    Measure("landmarks", "landmark distance", _load_landmarks, "lower", "of the eyes' distance", ".4f", **_OF_FACES),
     # ---- of sets
     Measure("fid", "FID", _load_fid, "lower", spec=".2f", **_INCEPTION, check=lambda settings: require_inception()),
     Measure("fid_tiny", "tiny FID", _load_tiny_fid, "lower", spec=".2f", of="set", stands_in_for="fid"),

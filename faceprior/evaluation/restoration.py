@@ -6,6 +6,7 @@ The rows of a run are those of `input` and `reference`, whose images are kept fo
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -40,12 +41,28 @@ def restorers_of(texts: Sequence[str], defaults: Sequence[str]) -> list[Method]:
             method = replace(method, missing=reason)
         if method.kind == "images" and method.options:
             raise ValueError(f"`restorers` has options in {text!r}, which is a folder of finished images")
+        sampling_of(method)
         methods.append(method)
     return methods
 
 
 def _is_restorer(folder: Path) -> bool:
     return (folder / "unet").is_dir() or (folder / "controlnet").is_dir()
+
+
+def sampling_of(method: Method) -> dict[str, Any]:
+    """Return the options of a restorer as those of `AuthFaceRestorer.restore_crops`; ValueError for no number."""
+    names = {"recipe": ("recipe", str), "fidelity": ("fidelity", float), "steps": ("num_inference_steps", int)}
+    sampling = {}
+    for key, value in method.options.items():
+        name, kind = names[key]
+        try:
+            sampling[name] = kind(value)
+        except ValueError:
+            raise ValueError(
+                f"`restorers`: the option {key} of {method.name} has to be a number but is {value!r}"
+            ) from None
+    return sampling
 
 
 def prepare_faces(rows: EvaluationRows, faces: FaceSet, output: Path) -> None:
@@ -120,7 +137,7 @@ def restore_faces(
     from faceprior.restorer import AuthFaceRestorer
 
     restorer = AuthFaceRestorer.from_pretrained(tiny.resolve(method.source, "restorer"), dtype).to(device)
-    options = {key: float(value) if key == "fidelity" else value for key, value in method.options.items()}
+    options = sampling_of(method)
     inputs = {item: row["image"] for item, row in rows.of(PROTOCOL, INPUT).items()}
 
     def restore(batch: list[Face]) -> list[Image.Image]:

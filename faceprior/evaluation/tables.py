@@ -20,7 +20,7 @@ PUBLISHED = "published"
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table. text: as the table shows it."""
+    """A number of a table. text, interval: as the table shows them."""
 
     text: str = EMPTY
     value: float | None = None
@@ -28,6 +28,7 @@ class Cell:
     high: float | None = None
     n: int | None = None
     note: str = ""
+    interval: str = EMPTY
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class Table:
 
 
 def published_rows(table: str) -> dict[str, Any] | None:
-    """Return a published table: {title, protocol, source, rows: [{method, values: {measure key: value}}]}.
+    """Return a published table: {title, protocol, source, columns, rows: [{method, values: {measure key: value}}]}.
 
-    None for an empty id; ValueError, which names the known ones, for an unknown id.
+    columns: headers of keys that no measure has, where there are any. None for an empty id; ValueError, which names the
+    known ones, for an unknown id.
     """
     if not table:
         return None
@@ -75,6 +77,10 @@ def tables_of(results: Mapping[str, Any]) -> list[Table]:
         specs = {row["measure"]: row["spec"] for row in rows}
         published = results.get("published") or {}
         if published.get("protocol") == protocol:
+            headers = published.get("columns", {})
+            columns |= {
+                key: headers.get(key, key) for row in published["rows"] for key in row["values"] if key not in columns
+            }
             lines += [Line(row["method"], _published_cells(row["values"], specs), True) for row in published["rows"]]
         found.append(Table(protocol, columns, lines, list((results.get("notes") or {}).get(protocol, []))))
     return found
@@ -84,7 +90,8 @@ def _cell(row: Mapping[str, Any]) -> Cell:
     text = "infinite" if row.get("is_infinite") else EMPTY
     if row["value"] is not None:
         text = f"{row['value']:{row['spec']}}"
-    return Cell(text, row["value"], row["low"], row["high"], row["n"], row.get("note", ""))
+    interval = interval_text(row["low"], row["high"], row["spec"])
+    return Cell(text, row["value"], row["low"], row["high"], row["n"], row.get("note", ""), interval)
 
 
 def _published_cells(values: Mapping[str, float], specs: Mapping[str, str]) -> dict[str, Cell]:

@@ -10,6 +10,7 @@ WIDTH, HEIGHT = 440, 250  # of a chart, in its own units
 TOP, RIGHT, BOTTOM = 12, 24, 46  # margins; the left one depends on the texts
 MAX_POINTS = 300  # of a drawn curve; longer ones are drawn as the means of equal stretches
 NOISY = 60  # points from which on a curve is drawn pale, under its running mean
+LINE, NAME = 30, 22  # height of a line of `box_chart`; characters of its name
 DOTTED = 20  # points up to which they are dots as well
 
 
@@ -81,6 +82,22 @@ def tick_texts(values: Sequence[float]) -> tuple[list[str], str]:
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     unit = f" (×10{str(exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))})" if exponent else ""
     return [f"{value + 0.0:.{digits}f}" for value in scaled], unit
+
+
+class NamedLines(Axes):
+    """Axes of which the vertical one has a name in place of each number: 0 is the first, at the top."""
+
+    def __init__(self, xs: Sequence[float], names: Sequence[str], x_label: str):
+        super().__init__(xs, [0, 1], x_label, "")
+        self.height = TOP + LINE * len(names) + BOTTOM
+        self.bottom = self.height - BOTTOM
+        x_ticks = ticks(min(xs), max(xs))
+        texts, _ = tick_texts(x_ticks)
+        self.left = 12 + 7.4 * max(map(len, names))
+        self.x = _scale(x_ticks[0], x_ticks[-1], self.left, self.right)
+        self.y = lambda line: round(TOP + LINE * (line + 0.5), 1)
+        self.x_ticks = [(self.x(tick), text) for tick, text in zip(x_ticks, texts, strict=True)]
+        self.y_ticks = [(self.y(line), name) for line, name in enumerate(names)]
 
 
 # ---- curves
@@ -166,3 +183,32 @@ def bin_counts(values: Sequence[float], edges: Sequence[float]) -> list[int]:
         place = int((value - edges[0]) / (edges[1] - edges[0]) + 1e-9)
         counts[min(max(place, 0), len(counts) - 1)] += 1
     return counts
+
+
+# ---- distributions
+
+
+def box_chart(title: str, series: Mapping[str, Sequence[float]], x_label: str) -> Chart:
+    """Draw the distribution of each series on a line of its own: 5% to 95%, the quartiles, and the median."""
+    series = {name: sorted(values) for name, values in series.items() if values}
+    if not series:
+        return Chart(title)
+    marks = [[_quantile(own, q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)] for own in series.values()]
+    names = [name if len(name) <= NAME else f"{name[: NAME - 1]}…" for name in series]
+    axes = NamedLines([mark for own in marks for mark in own], names, x_label)
+    bars, dots = [], []
+    for line, (low, first, median, third, high) in enumerate(marks):
+        y = axes.y(line)
+        for start, end, height in ((low, high, 2), (first, third, 12)):
+            bars.append((axes.x(start), y - height / 2, round(max(1, axes.x(end) - axes.x(start)), 1), height))
+        dots.append((axes.x(median), y))
+    parts = (Series("5% to 95%, and the quartiles", bars=bars), Series("median", dots=dots))
+    return Chart(title, axes, parts)
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    """Return a quantile of sorted values, interpolated linearly."""
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

@@ -10,7 +10,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from faceprior.files import atomic_write
-from faceprior.html import environment
+from faceprior.html import Lost, environment
 from faceprior.report import evaluation, making, pairs, photographs, portraits, restoration, scorer, tuning
 from faceprior.report.charts import Chart
 from faceprior.report.run import BAD_INPUT, STAGES, Run
@@ -149,16 +149,42 @@ def write_report(root: str | Path, path: str | Path) -> Path:
 
     Images are embedded at a size that keeps the file below about 8 MB. Raises FileNotFoundError without `root`.
     """
-    root, path = Path(root), Path(path)
+    root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: `make demo` makes results/demo")
+    return _write(root, Path(path), page)
+
+
+def write_evaluation(folder: str | Path, path: str | Path) -> Path:
+    """Write what stage 7 left in a folder as one self-contained HTML file, as `write_report` does; returns `path`."""
+    return _write(Path(folder), Path(path), evaluation_page)
+
+
+def _write(root: Path, path: Path, make: Callable[[Run], str]) -> Path:
     for scale in SCALES:
-        text = page(Run(root, scale)).encode("utf-8", "replace")
+        text = make(Run(root, scale)).encode("utf-8", "replace")
         if len(text) <= MAX_BYTES:
             break
     with atomic_write(path) as file:
         file.write(text)
     return path
+
+
+def evaluation_page(run: Run) -> str:
+    """Return the page of the evaluation in the folder `run.root` as HTML."""
+    results = run.read("results.json")
+    shown = run.attempt("results.json", evaluation.describe, run, ".", evaluation.ENDS)
+    body = shown if isinstance(shown, Lost) else _render("evaluation.html", section=None, state="", **shown)
+    problems = list(run.problems.items())
+    return _render(
+        "evaluation_page.html",
+        body=body,
+        methods=run.attempt("results.json", evaluation.sources, run, results),
+        versions=run.attempt("results.json", evaluation.versions, run, results),
+        settings=making.settings_text(run, "."),
+        problems=problems[:PROBLEMS],
+        more=f"{len(problems) - PROBLEMS:,}" if len(problems) > PROBLEMS else None,
+    )
 
 
 def page(run: Run) -> str:
