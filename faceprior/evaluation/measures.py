@@ -349,8 +349,6 @@ def _features(device: str) -> Any:
     return FeatureNetwork.from_pretrained(folder).to(device)
 
 
-TINY_NOTE = "by the small feature network of drawn portraits: not comparable with published numbers"
-
 _WITH_REFERENCE = {"needs": ("reference",), "protocols": (RESTORATION,)}
 _OF_FACES = {"needs": ("reference", "face"), "protocols": (RESTORATION,)}
 _OF_PROMPT = {"needs": ("prompt",), "protocols": (GENERATION,), "prompt_set": "general"}
