@@ -70,7 +70,7 @@ def test_what_is_printed_twice_is_the_same(published):
         same[test_set] = [
             (f"authface_table1_{test_set}", "AuthFace"),
             (f"authface_table2_{test_set}", "tuned, time-aware"),
-            (f"authface_table4_{test_set}", "m = -0.5, s = 1"),
+            (f"authface_table4_{test_set}", "m -0.5, s 1"),
         ]
     for places in same.values():
         rows = [next(r["values"] for r in published[table]["rows"] if r["method"] == name) for table, name in places]
