@@ -60,6 +60,12 @@ def is_xl(pipeline: DiffusionPipeline) -> bool:
     return hasattr(pipeline, "unet") and getattr(pipeline, "text_encoder_2", None) is not None
 
 
+def native_side(pipeline: DiffusionPipeline) -> int | None:
+    """Return the size in pixels of the images that a base is meant for; None if its config does not say."""
+    size = denoiser_of(pipeline).config.get("sample_size", getattr(pipeline, "default_sample_size", None))
+    return size * pipeline.vae_scale_factor if isinstance(size, int) else None
+
+
 def require_side(pipeline: DiffusionPipeline, side: int) -> None:
     """Raise ValueError where a base cannot make squares of `side` pixels: its VAE's factor, doubled by 2 x 2 tokens."""
     multiple = pipeline.vae_scale_factor * (1 if hasattr(pipeline, "unet") else 2)
@@ -72,8 +78,7 @@ def report_small_side(pipeline: DiffusionPipeline, side: int) -> None:
 
     Nothing is logged of a base whose config does not say its side.
     """
-    size = denoiser_of(pipeline).config.get("sample_size", getattr(pipeline, "default_sample_size", None))
-    native = size * pipeline.vae_scale_factor if isinstance(size, int) else 0
+    native = native_side(pipeline) or 0
     if 2 * side < native:
         logger.warning(
             "`resolution` is %d, and this base is meant for %d pixels: its faces will be poor; give `--resolution %d`, "

@@ -7,13 +7,16 @@ Stage 7: measure what the other stages made, beside other methods, on held-out p
 
 Reads   models, or folders of finished images, each NAME=SOURCE; faces to restore, or prompts, one a line
 Writes  results/: results.json, table.md, PROTOCOL.csv and .tex, report.html (every number with its 95% interval),
-        rows.jsonl (one row per method and image), sets.jsonl, pictures/, metrics.jsonl, config.yaml
+        rows.jsonl (one row per method and image), sets.jsonl, PROTOCOL/images/METHOD/, metrics.jsonl, config.yaml
 
 restoration (AuthFace, 4.1 and Table 1): every method restores the same faces, which are degraded here or come as a test
 set. generation (Face Score, 6.1 and Table 5): every method draws the same prompts from the same noise. alignment (Face
-Score, 4.2 and Tables 1 to 4): how often a metric orders images as people do. A number that cannot be measured is listed
-with the reason and the command that gets what is missing; the same command measures it, and nothing else, once it is
-there. In rows.jsonl a value of null is none (no face), and a PSNR of null infinite: the images are identical.
+Score, 4.2 and Tables 1 to 4): how often a metric orders images as people do. ab (AuthFace, Table 5): which of two
+methods people prefer, in their answers about results/restoration.
+
+A number that cannot be measured is listed with the reason and the command that gets what is missing; the same command
+measures it, and nothing else, once it is there. In rows.jsonl a value of null is none (no face), and a PSNR of null
+infinite: the images are identical.
 """
 
 from dataclasses import asdict, dataclass
@@ -73,7 +76,7 @@ class Config:
     images: str = ""  # folder of clean, aligned faces to degrade; empty: drawn test portraits
     lq: str = ""  # folder of degraded, aligned faces in place of `images`, or one with lq/ and gt/ in it
     gt: str = ""  # folder of their references, by the same names; empty: gt/ beside lq/, or none
-    num_faces: int = 8  # number of faces to restore, [1, inf)
+    num_faces: int = 8  # number of faces to restore; 0: all of the folder, [0, inf)
     restoration_resolution: int = 128  # side of the degraded faces in pixels; those of `lq` keep theirs, [64, 2048]
     degradation: Literal["authface", "gfpgan", "diffbir", "codeformer"] = (
         "authface"  # preset of the ranges below, each of two numbers, for a face of 512 pixels
@@ -99,7 +102,7 @@ class Config:
     num_prompts: int = 8  # number of prompts of each file, [1, inf)
     num_people_prompts: int = 0  # number of `people_prompts`; 0: as num_prompts, [0, inf)
     images_per_prompt: int = 1  # images of each prompt, each from noise of its own, [1, inf)
-    generation_resolution: int = 128  # side of the generated images in pixels, [64, 2048]
+    generation_resolution: int = 128  # side of the generated images in pixels; 0: each model's own, [0, 2048]
     sample_steps: int = 25  # sampling steps of the generated images (the paper: 50), [1, 1000]
     sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = (
         "base"  # sampler of the generated images (the paper: pndm); base: the base's own
@@ -108,6 +111,8 @@ class Config:
     negative_prompt: str = ""  # what the generated images shall not show; empty: the unconditional prediction
     # ---- Alignment
     benchmark: str = ""  # folder of images that people ranked (`python -m faceprior.human_eval rank`)
+    # ---- AB test
+    comparison: str = ""  # folder of images that people compared (`... compare`); empty: restoration/ of the output
     # ---- Faces, and how it runs
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto: without a download
     min_confidence: float = 0.9  # lowest confidence of the detector that counts as a face, [0, 1]
@@ -119,7 +124,8 @@ class Config:
     overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
     RENAMED = {"resolution": ("generation_resolution", "restoration_resolution")}
-    FREE = {"protocols", "restorers", "generators", "published", "reference", "benchmark", "measures", "weights"}
+    FREE = {"protocols", "restorers", "generators", "published", "reference", "benchmark", "comparison"}
+    FREE |= {"measures", "weights"}
 
 
 PROTOCOLS = ("restoration", "generation", "alignment", "ab")
@@ -172,9 +178,12 @@ def main(config: Config) -> None:
         results["notes"][protocol] = [*about, *method_notes(measuring, chosen, wanted), time_note(config, device)]
     rows.compact()
 
-    # ---- how often metrics order images as people do
+    # ---- how often metrics order images as people do, and which of two methods people prefer
     if "alignment" in (config.protocols or PROTOCOLS) and config.benchmark:
         results["rows"] += alignment_rows(config, output, str(device))
+    compared = Path(config.comparison or output / "restoration")
+    if "ab" in (config.protocols or PROTOCOLS) and (config.comparison or (compared / "preferences").is_dir()):
+        results["rows"] += preference_rows(compared, config.seed)
 
     # ---- from rows to tables
     settings = {key: value for key, value in asdict(config).items() if key != "overwrite"}
@@ -202,7 +211,7 @@ def choose_methods(config: Config) -> dict[str, list[Method]]:
     if unknown := [name for name in config.protocols if name not in PROTOCOLS]:
         raise ValueError(f"`protocols` has to hold some of {', '.join(PROTOCOLS)} but has {unknown[0]!r}")
     wanted = config.protocols or PROTOCOLS
-    # rows of a published table, as the defaults, need not be trained yet: they are listed with the stage that makes them
+    # rows of a published table need not be made yet, nor the defaults: they are listed with the stage that makes them
     may_miss = (*Config.generators, *Config.restorers)
     may_miss += (*config.generators, *config.restorers) if config.published else ()
     methods: dict[str, list[Method]] = {}
@@ -234,7 +243,7 @@ def choose_faces(config: Config) -> FaceSet:
         inputs, references = test_set_folders(config.lq)
         return faces_of_test_set(inputs, config.gt or references, config.num_faces)
     ranges = ranges_of(config, config.restoration_resolution)
-    pictures = [Path(config.output) / "pictures"]
+    pictures = [Path(config.output) / "restoration", Path(config.output) / "generation"]
     return degraded_faces(config.images, config.num_faces, config.restoration_resolution, ranges, config.seed, pictures)
 
 
@@ -299,6 +308,19 @@ def alignment_rows(config: Config, output: Path, device: str) -> list[dict[str, 
         numbers = {"value": statistics.pearson, "n": accurate.pairs, "note": note}
         rows.append(result_row("alignment", accurate.metric, pearson, numbers))
     return rows
+
+
+def preference_rows(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Return the shares of answers for the first method, for neither and for the second, of each pair of methods."""
+    from faceprior.human_eval.preferences import preference_estimates
+
+    keys = {"first": "first preferred", "same": "same", "second": "second preferred"}
+    measures = [Measure(key, title, None, spec=".2%") for key, title in keys.items()]
+    return [
+        result_row("ab", f"{first} against {second}", measure, estimate.to_row())
+        for (first, second), shares in preference_estimates(folder, seed).items()
+        for measure, estimate in zip(measures, shares.values(), strict=True)
+    ]
 
 
 def is_tiny(source: str) -> bool:

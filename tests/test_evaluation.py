@@ -369,10 +369,10 @@ def test_restorers_beside_the_input_and_a_folder(foreign, tmp_path):
     assert list(numbers(results, "seconds")) == ["ours", "faithful"]
     psnr = numbers(results, "psnr")
     assert psnr["ours"]["value"] != psnr["faithful"]["value"] and psnr["ours"]["n"] == 2
-    before = (tmp_path / "out/pictures/restoration/ours").stat().st_mtime_ns
+    before = (tmp_path / "out/restoration/images/ours").stat().st_mtime_ns
     less = evaluate(tmp_path / "out", **foreign | {"restorers": ("input", "ours=tiny,steps=2"), "num_faces": 2})
     assert list(numbers(less, "psnr")) == ["input", "ours"]
-    assert (tmp_path / "out/pictures/restoration/ours").stat().st_mtime_ns == before
+    assert (tmp_path / "out/restoration/images/ours").stat().st_mtime_ns == before
     with pytest.raises(FileExistsError, match="has rows of ours = tiny,steps=2, which is tiny,fidelity=0.5 now"):
         evaluate(tmp_path / "out", **foreign | {"restorers": ("ours=tiny,fidelity=0.5",), "num_faces": 2})
 
@@ -434,12 +434,12 @@ def test_generators_and_finished_images_in_one_table(tmp_path):
     faces = numbers(results, "faces")
     assert faces["real"]["value"] == 0 and faces["real"]["n"] == 2 and "difference" not in faces["real"]
     assert faces["again"]["difference"] == 0
-    pictures = tmp_path / "out/pictures/generation"
+    pictures = tmp_path / "out/generation/images"
     assert (pictures / "base/00001.png").read_bytes() == (pictures / "again/00001.png").read_bytes()
     assert numbers(results, "fid_tiny")["real"]["value"] == pytest.approx(0, abs=1e-3)
     negative = evaluate(tmp_path / "other", **values, generators=("base",), negative_prompt="ugly", published="")
     assert "negative prompt 'ugly'" in negative["notes"]["generation"][0]
-    other = tmp_path / "other/pictures/generation/base/00001.png"
+    other = tmp_path / "other/generation/images/base/00001.png"
     assert other.read_bytes() != (pictures / "base/00001.png").read_bytes()
 
 
@@ -457,3 +457,17 @@ def test_alignment_is_a_table_of_metrics(simulated_benchmark, tmp_path):
     assert 0 <= accuracy["FS"]["value"] <= 1 and 2 <= accuracy["FS"]["n"] <= 6
     assert accuracy["IR"]["value"] is None and accuracy["IR"]["note"].startswith("not measured: ")
     assert (tmp_path / "out/alignment/tables.md").is_file()
+
+
+def test_answers_of_people_about_the_results_are_a_table(foreign, tmp_path):
+    """Ours is preferred by one of two answers, and nobody finds both alike: shares 1/2, 0, 1/2."""
+    pytest.importorskip("faceprior.human_eval.preferences")
+    evaluate(tmp_path / "out", **foreign)
+    answers = tmp_path / "out/restoration/preferences/anna.csv"
+    answers.parent.mkdir()
+    lines = [f"{STEM.format(0)},GFPGAN,input,input,GFPGAN", f"{STEM.format(1)},GFPGAN,input,GFPGAN,input"]
+    answers.write_text("\n".join(["id,first,second,left,preferred", *lines]))
+    results = evaluate(tmp_path / "out", **foreign | {"protocols": ("restoration", "ab")})
+    shares = [numbers(results, key)["GFPGAN against input"]["value"] for key in ("first", "same", "second")]
+    assert shares == [0.5, 0, 0.5]
+    assert "GFPGAN against input" in Page(tmp_path / "out/report.html").text

@@ -516,7 +516,7 @@ def test_a_lora_of_stage_4_in_stage_7(folders, pairs, tmp_path, kind):
     pictures = {}
     for name, pipeline in pipelines.items():
         (drawn,) = sample_images(pipeline, ["a man"], [0], 64, steps=2, guidance_scale=2.5)
-        with Image.open(tmp_path / f"results/pictures/generation/{name}/00000.png") as saved:
+        with Image.open(tmp_path / f"results/generation/images/{name}/00000.png") as saved:
             pictures[name] = np.asarray(saved, int)
         assert np.abs(np.asarray(drawn, int) - pictures[name]).max() <= 1
     assert (pictures["base"] != pictures["tuned"]).any()

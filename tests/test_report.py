@@ -137,8 +137,8 @@ def make_evaluation(folder):
     }
     objects(folder / "results.json", results)
     for place, method in enumerate(("input", "untouched", "ours")):
-        picture(folder / f"pictures/restoration/{method}/a.png", seed=place)
-        image = {"image": f"pictures/restoration/{method}/a.png", "psnr": 21.5}
+        picture(folder / f"restoration/images/{method}/a.png", seed=place)
+        image = {"image": f"restoration/images/{method}/a.png", "psnr": 21.5}
         rows(folder / "rows.jsonl", {"protocol": "restoration", "method": method, "id": "a", **image})
 
 

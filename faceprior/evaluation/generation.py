@@ -13,7 +13,7 @@ from PIL import Image
 from faceprior import tiny
 from faceprior.bases import describe_base, load_pipeline
 from faceprior.config import CONFIG_FILE
-from faceprior.diffusion import make_sampler, report_long_prompts, sample_images
+from faceprior.diffusion import make_sampler, native_side, report_long_prompts, require_side, sample_images
 from faceprior.evaluation.items import Prompt
 from faceprior.evaluation.making import Problems, make_images, picture_file
 from faceprior.evaluation.methods import BASE, GENERATOR_OPTIONS, Method, match_by_stem, parse_methods
@@ -124,7 +124,8 @@ def draw_images(
 ) -> Problems:
     """Write the image of a method for every prompt that has none -> (prompt's id, reason) of what failed.
 
-    sampling: size, steps, guidance_scale and negative_prompt of `sample_images`.
+    sampling: size, steps, guidance_scale and negative_prompt of `sample_images`; a size of 0 is that which each model
+    is meant for, and a method's own option `resolution` goes first.
     """
     done = rows.of(PROTOCOL, method.name)
     left = [prompt for prompt in prompts if prompt.id not in done]
@@ -137,7 +138,12 @@ def draw_images(
     pipeline = load_generator(method, dtype).to(device)
     pipeline.scheduler = make_sampler(sampler, pipeline.scheduler)
     report_long_prompts(pipeline, [prompt.text for prompt in left])
-    size = int(method.options.get("resolution", sampling["size"]))
+    size = int(method.options.get("resolution", 0)) or sampling["size"] or native_side(pipeline)
+    if not size:
+        raise ValueError(
+            f"`generation_resolution` is 0, but {method.source} does not say what it is meant for: give it"
+        )
+    require_side(pipeline, size)
 
     def draw(batch: list[Prompt]) -> list[Image.Image]:
         texts, seeds = [prompt.text for prompt in batch], [prompt.seed for prompt in batch]

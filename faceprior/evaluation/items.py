@@ -61,11 +61,16 @@ class FaceSet:
 def degraded_faces(
     images: str, number: int, resolution: int, ranges: DegradationConfig, seed: int, exclude: Sequence[Path] = ()
 ) -> FaceSet:
-    """Degrade clean, aligned faces: those of a folder, or, if `images` is empty, drawn ones that nobody trained on."""
+    """Degrade clean, aligned faces: those of a folder, or, if `images` is empty, drawn ones that nobody trained on.
+
+    number: of faces at most; 0: all of the folder.
+    """
     problems: Problems = []
+    if not images and not number:
+        raise ValueError("`num_faces` is 0, which stands for all faces of a folder, but no folder is given as `images`")
     if images:
         photographs, problems = find_photographs(images, exclude)
-        found = sorted(photographs, key=lambda item: natural_key(item.name))[:number]
+        found = sorted(photographs, key=lambda item: natural_key(item.name))[: number or None]
         found, broken = readable(found)
         problems = [*problems, *broken]
         sources: list[tuple[str, str, Load]] = [
@@ -127,7 +132,7 @@ def faces_of_test_set(inputs: str, references: str, number: int) -> FaceSet:
     inputs, references: folders, as of CelebA-Test; without references as of LFW-Test. An image without its reference is
     a problem, and left out, if others have one.
     """
-    files = sorted(find_images(inputs), key=lambda file: natural_key(file.relative_to(inputs)))[:number]
+    files = sorted(find_images(inputs), key=lambda file: natural_key(file.relative_to(inputs)))[: number or None]
     problems: Problems = []
     wanted = match_by_stem(find_images(references), [file.stem for file in files]) if references else {}
     if references and not wanted:

@@ -78,5 +78,5 @@ def synchronize(device: torch.device) -> None:
 
 
 def picture_file(protocol: str, folder: str, item: str) -> Path:
-    """Return the file of an image below the output folder."""
-    return Path("pictures", protocol, folder, f"{item}.png")
+    """Return the file of an image below the output folder, in which people can compare or rank the images."""
+    return Path(protocol, "images", folder, f"{item}.png")

@@ -12,7 +12,6 @@ from faceprior.evaluation.methods import Method
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 
 Row = dict[str, Any]
-KEYS = ("protocol", "method", "id")
 
 
 class EvaluationRows:
@@ -20,27 +19,30 @@ class EvaluationRows:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._rows: dict[tuple[str, str, str], Row] = {}
+        self._rows: dict[tuple[str, str], dict[str, Row]] = {}
         for row in resume_rows(self.path):
-            self._rows.setdefault(tuple(row[key] for key in KEYS), {}).update(row)
+            self._join(row)
+
+    def _join(self, row: Row) -> Row:
+        own = self._rows.setdefault((row["protocol"], row["method"]), {}).setdefault(row["id"], {})
+        own.update(row)
+        return own
 
     def add(self, protocol: str, method: str, item: str, **values: Any) -> Row:
         """Add values to a row, which is new or not, on the disk first."""
-        key = (protocol, method, item)
-        line = dict(zip(KEYS, key, strict=True)) | values
-        append_row(self.path, line)
-        self._rows.setdefault(key, {}).update(line)
-        return self._rows[key]
+        row = {"protocol": protocol, "method": method, "id": item, **values}
+        append_row(self.path, row)
+        return self._join(row)
 
     def of(self, protocol: str, method: str) -> dict[str, Row]:
         """Return the rows of a method by the id of the item."""
-        return {key[2]: row for key, row in self._rows.items() if key[:2] == (protocol, method)}
+        return self._rows.setdefault((protocol, method), {})
 
     def of_protocol(self, protocol: str) -> list[Row]:
-        return [row for key, row in self._rows.items() if key[0] == protocol]
+        return [row for key, own in self._rows.items() if key[0] == protocol for row in own.values()]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(map(len, self._rows.values()))
 
     def require_sources(self, protocol: str, methods: Iterable[Method]) -> None:
         """Raise FileExistsError where a method of this name had another source in an earlier run."""
@@ -54,4 +56,5 @@ class EvaluationRows:
 
     def compact(self) -> None:
         """Write the file anew, a line per row, in the order of protocol, method and item."""
-        rewrite_rows(self.path, [dict(sorted(self._rows[key].items())) for key in sorted(self._rows)])
+        ordered = [own[item] for _, own in sorted(self._rows.items()) for item in sorted(own)]
+        rewrite_rows(self.path, [dict(sorted(row.items())) for row in ordered])
