@@ -19,19 +19,20 @@ measures it, and nothing else, once it is there. In rows.jsonl a value of null i
 infinite: the images are identical.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from faceprior import tiny  # first: it silences bitsandbytes, which diffusers loads
 
 # isort: split
-import torch
 
 from faceprior.config import finish, open_output, print_problems, run_stage
 from faceprior.degrade import ranges_of
 from faceprior.evaluation import generation, restoration
+from faceprior.evaluation.figures import not_measured
 from faceprior.evaluation.items import FaceSet, Prompt, degraded_faces, faces_of_test_set, prompts_of, test_set_folders
+from faceprior.evaluation.making import time_note
 from faceprior.evaluation.measures import Measure, MeasureSettings, measures_of, read_weights
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import Method
@@ -152,14 +153,20 @@ def main(config: Config) -> None:
     failed: Problems = []
     if faces is not None:
         restoration.prepare_faces(rows, faces, output)
-        for method in methods["restoration"]:
+        for place, method in enumerate(methods["restoration"]):
             arguments = (faces.faces, output, device, dtype, config.batch_size)
-            failed += restoration.restore_faces(rows, method, *arguments)
-    for method in methods.get("generation", []):
+            try:
+                failed += restoration.restore_faces(rows, method, *arguments)
+            except FileNotFoundError as error:  # its files; the others have their rows
+                methods["restoration"][place] = replace(method, missing=str(error))
+    for place, method in enumerate(methods.get("generation", [])):
         sampling = {"size": config.generation_resolution, "steps": config.sample_steps}
         sampling |= {"guidance_scale": config.guidance_scale, "negative_prompt": config.negative_prompt}
         arguments = (prompts, output, device, dtype, config.sampler, sampling, config.batch_size)
-        failed += generation.draw_images(rows, method, *arguments)
+        try:
+            failed += generation.draw_images(rows, method, *arguments)
+        except FileNotFoundError as error:
+            methods["generation"][place] = replace(method, missing=str(error))
 
     # ---- measure them, one measure after the other
     results: dict[str, Any] = {"rows": [], "notes": {}, "methods": [], "published": published}
@@ -172,17 +179,22 @@ def main(config: Config) -> None:
         failed += measuring.failed
         results["rows"] += protocol_rows(measuring, chosen)
         results["methods"] += described(chosen, protocol)
-        about, wanted = describe_generation(config, methods[protocol], prompts), [prompt.id for prompt in prompts]
-        if faces is not None and protocol == "restoration":
+        if protocol == "generation":
+            about, wanted = generation.notes_of(rows, chosen, prompts, config), [prompt.id for prompt in prompts]
+        else:
             about, wanted = [f"{len(faces.faces)} faces: {faces.about}"], [face.id for face in faces.faces]
-        results["notes"][protocol] = [*about, *method_notes(measuring, chosen, wanted), time_note(config, device)]
+        results["notes"][protocol] = [
+            *about,
+            *method_notes(measuring, chosen, wanted),
+            time_note(device, config.batch_size),
+        ]
     rows.compact()
 
     # ---- how often metrics order images as people do, and which of two methods people prefer
     if "alignment" in (config.protocols or PROTOCOLS) and config.benchmark:
-        results["rows"] += alignment_rows(config, output, str(device))
+        results["rows"] += alignment_rows(config, published, output, str(device))
     compared = Path(config.comparison or output / "restoration")
-    if "ab" in (config.protocols or PROTOCOLS) and (config.comparison or (compared / "preferences").is_dir()):
+    if "ab" in config.protocols or config.comparison or (not config.protocols and (compared / "preferences").is_dir()):
         results["rows"] += preference_rows(compared, config.seed)
 
     # ---- from rows to tables
@@ -211,27 +223,28 @@ def choose_methods(config: Config) -> dict[str, list[Method]]:
     if unknown := [name for name in config.protocols if name not in PROTOCOLS]:
         raise ValueError(f"`protocols` has to hold some of {', '.join(PROTOCOLS)} but has {unknown[0]!r}")
     wanted = config.protocols or PROTOCOLS
-    # rows of a published table need not be made yet, nor the defaults: they are listed with the stage that makes them
-    may_miss = (*Config.generators, *Config.restorers)
-    may_miss += (*config.generators, *config.restorers) if config.published else ()
     methods: dict[str, list[Method]] = {}
     if "generation" in wanted and config.generators:
         own = (config.base, config.vae, config.prediction_type)
-        methods["generation"] = generation.generators_of(config.generators, may_miss, *own)
-        for method in methods["generation"]:
-            generation.require_model(method)
+        methods["generation"] = generation.generators_of(config.generators, *own)
     if "restoration" in wanted and config.restorers:
-        methods["restoration"] = restoration.restorers_of(config.restorers, may_miss)
-    if not config.protocols:
-        reasons = {}
-        for protocol, chosen in list(methods.items()):
-            missing = [method.missing for method in chosen if method.missing]
-            if missing and all(method.missing or method.source in ("input", config.base) for method in chosen):
-                reasons[protocol] = missing[0]
-        has_scorer = config.scorer and (not looks_like_path(config.scorer) or Path(config.scorer).exists())
-        if reasons.keys() == methods.keys() and not has_scorer:
-            scorer = f"no scorer in {config.scorer}: `python stages/02_train_scorer.py` makes one"
-            raise FileNotFoundError(f"there is nothing to measure: {'; '.join([scorer, *reasons.values()])}")
+        methods["restoration"] = restoration.restorers_of(config.restorers)
+    if "alignment" in config.protocols and not config.benchmark:
+        raise ValueError("`protocols` has alignment, which needs `benchmark`, a folder of images that people ranked")
+
+    # a method among others may be missing, but not all of those that somebody named
+    reasons = {}
+    for protocol, chosen in methods.items():
+        made = [method for method in chosen if method.source not in ("input", config.base) or method.missing]
+        if made and all(method.missing for method in made):
+            reasons[protocol] = made[0].missing
+    is_default = (config.generators, config.restorers) == (Config.generators, Config.restorers)
+    has_scorer = config.scorer and (not looks_like_path(config.scorer) or Path(config.scorer).exists())
+    if reasons and not is_default and reasons.keys() == methods.keys():
+        raise FileNotFoundError("; ".join(reasons.values()))
+    if reasons and reasons.keys() == methods.keys() and not has_scorer:
+        scorer = f"no scorer in {config.scorer}: `python stages/02_train_scorer.py` makes one"
+        raise FileNotFoundError(f"there is nothing to measure: {'; '.join([scorer, *reasons.values()])}")
     return methods
 
 
@@ -259,24 +272,11 @@ def measure_settings(config: Config, methods: list[Method], device: str) -> Meas
     return MeasureSettings(config.scorer, device, config.detector, are_tiny, read_weights(config.weights))
 
 
-def describe_generation(config: Config, methods: list[Method], prompts: list[Prompt]) -> list[str]:
-    """Return how the images of the table were drawn."""
-    number = f"{len(prompts)} images of {len({prompt.text for prompt in prompts})} prompts"
-    sampling = f"{config.sample_steps} steps, sampler {config.sampler}, guidance scale {config.guidance_scale}"
-    negative = f", negative prompt {config.negative_prompt!r}" if config.negative_prompt else ""
-    notes = [f"{number}, {sampling}, {config.generation_resolution} pixels{negative}"]
-    return notes + [f"{m.name}: {note}" for m in methods if (note := generation.base_note(m, config.base))]
-
-
-def time_note(config: Config, device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return f"time: per image in batches of {config.batch_size} on {name}, after a first one that is not counted"
-
-
-def alignment_rows(config: Config, output: Path, device: str) -> list[dict[str, Any]]:
+def alignment_rows(config: Config, published: dict[str, Any] | None, output: Path, device: str) -> list[dict[str, Any]]:
     """Measure the metrics of a benchmark folder that are missing, and return how they agree with people."""
     from faceprior.evaluation.judges import Weights
     from faceprior.human_eval.files import read_benchmark, read_rankings
+    from faceprior.human_eval.results import table_rows
     from faceprior.human_eval.scores import measure_missing
     from faceprior.human_eval.tables import write_tables
 
@@ -287,35 +287,21 @@ def alignment_rows(config: Config, output: Path, device: str) -> list[dict[str, 
     weights = Weights(config.scorer, given.get("image_reward", REWARD_ID), **files)
     reasons = measure_missing(benchmark, weights, config.detector, device)
     tables = write_tables(config.benchmark, output / "alignment", config.seed, reasons)
-    accuracy = Measure("accuracy", "accuracy", None, spec=".2%")
-    pearson = Measure("pearson", "Pearson correlation", None, spec=".4f")
-    rows = [
-        result_row(
-            "alignment", model.model, Measure(key, title, None, spec=spec), {"value": value, "n": tables.triplets}
-        )
-        for model in tables.table_1
-        for key, title, spec, value in (
-            ("score_1", "share of score 1", ".2%", model.score_1),
-            ("score_2", "share of score 2", ".2%", model.score_2),
-            ("score_3", "share of score 3", ".2%", model.score_3),
-            ("average", "average score", ".4f", model.average),
-        )
-    ]
-    for accurate, statistics in zip(tables.table_2, tables.table_4, strict=True):
-        note = NOT_MEASURED + accurate.note if accurate.accuracy is None else accurate.note
-        numbers = {"value": accurate.accuracy, "low": accurate.low, "high": accurate.high, "n": accurate.pairs}
-        rows.append(result_row("alignment", accurate.metric, accuracy, numbers | {"note": note}))
-        numbers = {"value": statistics.pearson, "n": accurate.pairs, "note": note}
-        rows.append(result_row("alignment", accurate.metric, pearson, numbers))
-    return rows
+    is_beside = published and published["protocol"] == "alignment"
+    columns = {key for row in published["rows"] for key in row["values"]} if is_beside else {"accuracy", "pearson"}
+    return [result_row("alignment", *row) for row in table_rows(tables, columns)]
 
 
 def preference_rows(folder: Path, seed: int) -> list[dict[str, Any]]:
     """Return the shares of answers for the first method, for neither and for the second, of each pair of methods."""
-    from faceprior.human_eval.preferences import preference_estimates
-
     keys = {"first": "first preferred", "same": "same", "second": "second preferred"}
     measures = [Measure(key, title, None, spec=".2%") for key, title in keys.items()]
+    if not (folder / "preferences").is_dir():
+        reason = f"nobody has compared images yet: `python -m faceprior.human_eval compare {folder}` asks people"
+        return [result_row("ab", "no answers", measure, not_measured(reason)) for measure in measures]
+
+    from faceprior.human_eval.preferences import preference_estimates
+
     return [
         result_row("ab", f"{first} against {second}", measure, estimate.to_row())
         for (first, second), shares in preference_estimates(folder, seed).items()

@@ -105,14 +105,17 @@ def test_kinds_of_generators(tmp_path, tiny_models):
     (tmp_path / "guided/config.yaml").write_text("04_guidance_tune: {base: my/base, vae: my/vae}")
     sources = [tiny_models / "sd15", tmp_path / "pictures", tmp_path / "lora.safetensors", tmp_path / "guided"]
     texts = ["base", *map(str, sources), f"b={tmp_path}/guided,base=other"]
-    methods = generation.generators_of(texts, [], "tiny", "", "auto")
+    methods = generation.generators_of(texts, "tiny", "", "auto")
     assert [method.kind for method in methods] == ["model", "model", "images", "model", "model", "model"]
     assert [method.options.get("base") for method in methods] == [None, None, None, "tiny", "my/base", "other"]
     assert methods[4].options["vae"] == "my/vae"
-    notes = [generation.base_note(method, "tiny") for method in methods]
-    assert notes == ["", "", "", "", "tuned from my/base, not from tiny", "tuned from my/base, but drawn with other"]
-    with pytest.raises(FileNotFoundError, match="no tuned model in ./none: `python stages/04_guidance_tune.py`"):
-        generation.generators_of(["a=./none"], [], "tiny", "", "auto")
+    assert generation.base_notes(methods, "tiny") == [
+        "guided: tuned from my/base, which is not in this table",
+        "b: tuned from my/base, but drawn with other",
+    ]
+    assert "no model" in methods[4].missing or "my/base" in methods[4].missing  # found out before anything is loaded
+    (lost,) = generation.generators_of(["a=./none"], "tiny", "", "auto")
+    assert lost.missing == "no tuned model in ./none: `python stages/04_guidance_tune.py` makes one"
 
 
 # --- items ---
@@ -294,10 +297,15 @@ def test_a_batch_that_fails_is_made_one_by_one():
 
 
 def test_tables_in_all_formats():
-    words = {"protocol": "restoration", "better": "higher", "unit": "", "spec": ".2f", "low": 1.0, "high": 2.0}
-    words |= {"median": 1.5, "n": 4, "note": "", "measure": "psnr", "title": "PSNR", "header": "PSNR ↑"}
+    words = {"protocol": "restoration", "better": "lower", "unit": "", "spec": ".2f", "low": 1.0, "high": 2.0}
+    words |= {"median": 1.5, "n": 4, "note": "", "measure": "psnr", "title": "PSNR", "header": "PSNR ↓"}
     results = {
-        "rows": [{**words, "method": "ours_100%", "value": 1.5}, {**words, "method": "other", "value": None, "n": 0}],
+        "rows": [
+            {**words, "method": "ours_100%", "value": 1.5},
+            {**words, "method": "other", "value": None, "n": 0},
+            {**words, "method": "input", "value": 1.0},
+            {**words, "method": "worse", "value": 1.75},
+        ],
         "published": {
             "protocol": "restoration",
             "rows": [{"method": "paper", "values": {"psnr": 25.5, "musiq": 7.25}}],
@@ -309,10 +317,12 @@ def test_tables_in_all_formats():
     read = list(csv.DictReader(io.StringIO(csv_text(table))))
     assert [(row["method"], row["source"], row["psnr"], row["psnr_low"], row["psnr_n"]) for row in read] == [
         ("ours_100%", "measured", "1.5", "1.0", "4"), ("other", "measured", "", "1.0", "0"),
+        ("input", "measured", "1.0", "1.0", "4"), ("worse", "measured", "1.75", "1.0", "4"),
         ("paper", "published", "25.5", "", ""),
     ]  # fmt: skip
     lines = latex_rows(table).splitlines()
-    assert lines[0] == r"Method & PSNR $\uparrow$ & musiq \\" and lines[2] == r"ours\_100\% & 1.50 & - \\"
+    assert lines[0] == r"Method & PSNR $\downarrow$ & musiq \\"
+    assert lines[2] == r"ours\_100\% & \textbf{1.50} & - \\"  # the lowest, but for the input's
     assert latex(r"a\b~^{x}") == r"a\textbackslash{}b\textasciitilde{}\textasciicircum{}\{x\}"
     with pytest.raises(ValueError, match="`published` has to be one of .*authface_table1.* but is 'table9'"):
         published_rows("table9")
@@ -364,8 +374,9 @@ def test_results_of_other_programs_stand_beside_the_input(foreign, tmp_path, cap
 def test_restorers_beside_the_input_and_a_folder(foreign, tmp_path):
     """Two of one model, with settings of their own; both are timed, the folder and the input are not."""
     added = (*foreign["restorers"], "ours=tiny,steps=2", "faithful=tiny,steps=2,fidelity=0.9")
-    results = evaluate(tmp_path / "out", **foreign | {"restorers": added, "num_faces": 2})
-    assert list(numbers(results, "psnr")) == ["input", "GFPGAN", "same", "ours", "faithful"]
+    results = evaluate(tmp_path / "out", **foreign | {"restorers": ("LQ=input", *added), "num_faces": 2})
+    assert list(numbers(results, "psnr")) == ["LQ", "input", "GFPGAN", "same", "ours", "faithful"]
+    assert numbers(results, "psnr")["LQ"]["value"] == numbers(results, "psnr")["input"]["value"]
     assert list(numbers(results, "seconds")) == ["ours", "faithful"]
     psnr = numbers(results, "psnr")
     assert psnr["ours"]["value"] != psnr["faithful"]["value"] and psnr["ours"]["n"] == 2
@@ -414,12 +425,28 @@ def test_without_references_only_what_needs_none_is_measured(foreign, tmp_path):
     assert f"reference: {tmp_path}/set/gt (n = 3)" in numbers(later, "fid_tiny")["same"]["note"]
 
 
+def test_a_method_that_is_not_there_stands_in_the_table_beside_those_that_are(foreign, tmp_path):
+    """Its cells say what makes it; a folder of the wrong layout shows when it is loaded, and the rest is measured."""
+    (tmp_path / "half/unet").mkdir(parents=True)
+    added = (*foreign["restorers"], "later=./not/yet", f"half={tmp_path}/half")
+    psnr = numbers(evaluate(tmp_path / "out", **foreign | {"restorers": added}), "psnr")
+    assert psnr["later"]["note"].startswith(
+        "not measured: no restorer in ./not/yet: `python stages/06_train_restorer.py`"
+    )
+    assert psnr["half"]["note"].startswith(f"not measured: no restorer in {tmp_path}/half")
+    assert psnr["same"]["n"] == 3
+
+
 def test_a_folder_without_a_face_of_the_set_is_refused(foreign, tmp_path):
     flat(tmp_path / "wrong/cat.png", 1)
     with pytest.raises(ValueError, match=r"no image in .*wrong has the name of a face, such as 00000000.png"):
         evaluate(tmp_path / "out", **foreign | {"restorers": (f"a={tmp_path}/wrong",)})
     with pytest.raises(ValueError, match="`gt` needs `lq`"):
         evaluate(tmp_path / "out", **foreign | {"lq": "", "gt": "x"})
+    with pytest.raises(FileNotFoundError, match="no restorer in ./a/b: `python stages/06_train_restorer.py` makes one"):
+        evaluate(tmp_path / "out", **foreign | {"restorers": ("input", "ours=./a/b")})
+    with pytest.raises(ValueError, match="has alignment, which needs `benchmark`"):
+        evaluate(tmp_path / "out", protocols=("alignment",))
     with pytest.raises(ValueError, match="`protocols` has to hold some of restoration, generation"):
         evaluate(tmp_path / "out", protocols=("everything",))
 
@@ -430,10 +457,11 @@ def test_generators_and_finished_images_in_one_table(tmp_path):
     flat(tmp_path / "real/dog.png", 40)
     values = {"protocols": ("generation",), "scorer": "", "num_prompts": 2, "sample_steps": 2, "detector": "mtcnn"}
     generators = ("base", "again=tiny", f"real={tmp_path}/real")
+    notes = ["real: 2 finished images, of which none belongs to a prompt of this run by name"]
     results = evaluate(tmp_path / "out", **values, generators=generators, reference=str(tmp_path / "real"))
     faces = numbers(results, "faces")
     assert faces["real"]["value"] == 0 and faces["real"]["n"] == 2 and "difference" not in faces["real"]
-    assert faces["again"]["difference"] == 0
+    assert faces["again"]["difference"] == 0 and results["notes"]["generation"][1:2] == notes
     pictures = tmp_path / "out/generation/images"
     assert (pictures / "base/00001.png").read_bytes() == (pictures / "again/00001.png").read_bytes()
     assert numbers(results, "fid_tiny")["real"]["value"] == pytest.approx(0, abs=1e-3)

@@ -170,6 +170,21 @@ def test_sampled_images_are_the_stock_pipelines(kind):
     assert (images[1.0] == images[4.0]) == (kind == "flux-schnell")
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux-dev"])
+def test_a_negative_prompt_is_that_of_the_stock_pipeline(kind):
+    """FLUX.1 has no classifier-free guidance that it could lead."""
+    pipeline, options = shared(kind), {"size": SIZE, "steps": 2, "guidance_scale": 4.0}
+    if kind == "flux-dev":
+        with pytest.raises(ValueError, match="`negative_prompt` is 'ugly', which FLUX.1 cannot use"):
+            sample_images(pipeline, ["a man"], [7], **options, negative_prompt="ugly")
+        return
+    plain, negative = (sample_images(pipeline, ["a man"], [7], **options, negative_prompt=p)[0] for p in ("", "ugly"))
+    sizes = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "guidance_scale": 4.0}
+    expected = pipeline(["a man"], negative_prompt=["ugly"], generator=[generator(7)], **sizes).images[0]
+    assert np.abs(np.asarray(negative, int) - np.asarray(expected, int)).max() <= 1
+    assert negative != plain
+
+
 # ------------------------------------------------------------------------------------------------ prompts
 
 

@@ -27,13 +27,14 @@ from faceprior.photos import read_caption, safe_name
 
 PROTOCOL = "generation"
 TUNING = "04_guidance_tune"
+OWN = "own_"  # begins the id of a finished image that belongs to no prompt of the run
 
 
-def generators_of(texts: Sequence[str], defaults: Sequence[str], base: str, vae: str, prediction: str) -> list[Method]:
-    """Read the setting `generators`; see `methods.parse_methods`.
+def generators_of(texts: Sequence[str], base: str, vae: str, prediction: str) -> list[Method]:
+    """Read the setting `generators`; see `methods.parse_methods`. What does not exist has the reason as `missing`.
 
-    base, vae, prediction: of the source `base`, and of tuned models that do not know their own. defaults: texts whose
-    folders may not exist yet. Raises FileNotFoundError for another folder that does not exist.
+    base, vae, prediction: of the source `base`, and of tuned models that do not know their own. Raises ValueError for a
+    pipeline of a kind that cannot be loaded.
     """
     methods = []
     for text, method in zip(texts, parse_methods(texts, GENERATOR_OPTIONS, "generators"), strict=True):
@@ -42,16 +43,29 @@ def generators_of(texts: Sequence[str], defaults: Sequence[str], base: str, vae:
         if method.source == BASE:
             method = replace(method, source=base, options={"vae": vae, "prediction_type": prediction} | method.options)
         elif looks_like_path(method.source) and not folder.exists():
-            reason = f"no tuned model in {method.source}: `python stages/{TUNING}.py` makes one"
-            if text not in defaults:
-                raise FileNotFoundError(reason)
-            method = replace(method, missing=reason)
+            method = replace(
+                method, missing=f"no tuned model in {method.source}: `python stages/{TUNING}.py` makes one"
+            )
         elif folder.is_dir() and is_image_folder(folder):
+            if wrong := [key for key in method.options if key != "prompts"]:
+                raise ValueError(f"`generators` has the option {wrong[0]!r} in {text!r}, a folder of finished images")
             method = replace(method, kind="images")
         elif needs_base(folder):
             method = replace(method, options=own | tuned_from(folder) | method.options)
-        methods.append(method)
+        methods.append(_described(method))
     return methods
+
+
+def _described(method: Method) -> Method:
+    """Say what is missing of a pipeline by its files alone, before anything is loaded."""
+    if method.kind == "images" or method.missing:
+        return method
+    try:
+        base = tiny.resolve(method.options.get("base", method.source), "sd15")
+        describe_base(base, method.options.get("vae", ""), method.options.get("prediction_type", "auto"))
+    except FileNotFoundError as error:
+        return replace(method, missing=str(error))
+    return method
 
 
 def is_image_folder(folder: Path) -> bool:
@@ -86,20 +100,42 @@ def tuned_from(folder: Path) -> dict[str, str]:
     return {key: str(settings[key]) for key in ("base", "vae", "prediction_type") if settings.get(key)}
 
 
-def base_note(method: Method, base: str) -> str:
-    """Say that a tuned model was not tuned from the base of the comparison; empty where it was."""
-    own = tuned_from(Path(method.source)).get("base") if method.kind == "model" else None
-    used = method.options.get("base")
-    if own and used and own != used:
-        return f"tuned from {own}, but drawn with {used}"
-    return f"tuned from {own}, not from {base}" if own and own != base else ""
+def notes_of(rows: EvaluationRows, methods: Sequence[Method], prompts: Sequence[Prompt], settings: Any) -> list[str]:
+    """Say how the images of a table were drawn; settings: the Config of stage 7."""
+    size = f"{settings.generation_resolution} pixels" if settings.generation_resolution else "each model's own size"
+    negative = f", negative prompt {settings.negative_prompt!r}" if settings.negative_prompt else ""
+    number = f"{len(prompts)} images of {len({prompt.text for prompt in prompts})} prompts"
+    sampling = f"{settings.sample_steps} steps, sampler {settings.sampler}, guidance scale {settings.guidance_scale}"
+    drawn = f"{number}, {sampling}, {size}{negative}"
+    return [drawn, *base_notes(methods, settings.base), *image_notes(rows, methods)]
 
 
-def require_model(method: Method) -> None:
-    """Raise FileNotFoundError or ValueError where the pipeline of a method would not load, by its files alone."""
-    if method.kind == "model" and not method.missing:
-        base = tiny.resolve(method.options.get("base", method.source), "sd15")
-        describe_base(base, method.options.get("vae", ""), method.options.get("prediction_type", "auto"))
+def base_notes(methods: Sequence[Method], base: str) -> list[str]:
+    """Name the tuned models that were tuned from a base that is not in the table, or are drawn with another."""
+    bases = {str(Path(name)) for name in [base, *(method.source for method in methods)]}
+    notes = []
+    for method in methods:
+        own = tuned_from(Path(method.source)).get("base") if method.kind == "model" else None
+        used = method.options.get("base")
+        if own and used and own != used:
+            notes.append(f"{method.name}: tuned from {own}, but drawn with {used}")
+        elif own and str(Path(own)) not in bases:
+            notes.append(f"{method.name}: tuned from {own}, which is not in this table")
+    return notes
+
+
+def image_notes(rows: EvaluationRows, methods: Sequence[Method]) -> list[str]:
+    """Say of the folders of finished images how many belong to a prompt of this run."""
+    notes = []
+    for method in methods:
+        own = rows.of(PROTOCOL, method.name)
+        if method.kind == "images" and own:
+            matched = sum(not item.startswith(OWN) for item in own)
+            number = "none belongs" if not matched else f"{matched} of {len(own)} belong"
+            notes.append(
+                f"{method.name}: {len(own)} finished images, of which {number} to a prompt of this run by name"
+            )
+    return notes
 
 
 def load_generator(method: Method, dtype: torch.dtype) -> Any:
@@ -162,7 +198,8 @@ def _add_images(rows: EvaluationRows, method: Method, prompts: Sequence[Prompt],
     """Add a row for every image of a folder: for its prompt, or, where names do not tell, as an item of its own."""
     done = rows.of(PROTOCOL, method.name)
     files = find_images(Path(method.source).expanduser())
-    matched = match_images(files, prompts) or {f"own_{safe_name(file.name)}": file for file in files}
+    matched = {} if method.options.get("prompts") == "none" else match_images(files, prompts)
+    matched = matched or {f"{OWN}{safe_name(file.name)}": file for file in files}
     by_id = {prompt.id: prompt for prompt in prompts}
     for item, file in matched.items():
         if item in done:

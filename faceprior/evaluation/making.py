@@ -77,6 +77,12 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def time_note(device: torch.device, batch_size: int) -> str:
+    """Say how `seconds` were measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return f"time: per image in batches of {batch_size} on {name}, after a first one that is not counted"
+
+
 def picture_file(protocol: str, folder: str, item: str) -> Path:
     """Return the file of an image below the output folder, in which people can compare or rank the images."""
     return Path(protocol, "images", folder, f"{item}.png")

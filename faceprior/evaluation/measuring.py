@@ -57,7 +57,7 @@ class Measuring:
         for measure in self.taken():
             try:
                 self._take(measure, names)
-            except (MetricUnavailable, ImportError) as error:
+            except (MetricUnavailable, ImportError, FileNotFoundError) as error:
                 self.reasons[measure.key] = str(error)
 
     def taken(self) -> Iterator[Measure]:

@@ -14,7 +14,7 @@ from faceprior.models import looks_like_path
 
 REFERENCE, INPUT, BASE = "reference", "input", "base"  # what a restorer should make; what it gets; the untuned model
 RESTORER_OPTIONS = ("recipe", "fidelity", "steps")
-GENERATOR_OPTIONS = ("base", "vae", "prediction_type", "resolution")
+GENERATOR_OPTIONS = ("base", "vae", "prediction_type", "resolution", "prompts")
 
 
 @dataclass(frozen=True)

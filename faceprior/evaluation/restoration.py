@@ -24,11 +24,8 @@ PROTOCOL = "restoration"
 RESULTS_FOLDER = "restored_faces"  # where GFPGAN and CodeFormer leave the faces
 
 
-def restorers_of(texts: Sequence[str], defaults: Sequence[str]) -> list[Method]:
-    """Read the setting `restorers`; see `methods.parse_methods`.
-
-    defaults: texts whose folders may not exist yet. Raises FileNotFoundError for another folder that does not exist.
-    """
+def restorers_of(texts: Sequence[str]) -> list[Method]:
+    """Read the setting `restorers`; see `methods.parse_methods`. What does not exist has the reason as `missing`."""
     methods = []
     for text, method in zip(texts, parse_methods(texts, RESTORER_OPTIONS, "restorers"), strict=True):
         folder = Path(method.source).expanduser()
@@ -36,8 +33,6 @@ def restorers_of(texts: Sequence[str], defaults: Sequence[str]) -> list[Method]:
             method = replace(method, kind="images")
         elif method.kind == "model" and looks_like_path(method.source) and not folder.exists():
             reason = f"no restorer in {method.source}: `python stages/06_train_restorer.py` makes one"
-            if text not in defaults:
-                raise FileNotFoundError(reason)
             method = replace(method, missing=reason)
         if method.kind == "images" and method.options:
             raise ValueError(f"`restorers` has options in {text!r}, which is a folder of finished images")
@@ -107,7 +102,11 @@ def restore_faces(
 ) -> Problems:
     """Write the result of a method for every face that has none -> (file or face, reason) of what failed."""
     left = [face for face in faces if face.id not in rows.of(PROTOCOL, method.name)]
-    if not left or method.missing or method.kind == "input":
+    if not left or method.missing:
+        return []
+    if method.kind == "input":  # under another name
+        for item, row in rows.of(PROTOCOL, INPUT).items():
+            rows.add(PROTOCOL, method.name, item, source=method.text, image=row["image"])
         return []
     references = {item: row["image"] for item, row in rows.of(PROTOCOL, REFERENCE).items()}
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faceprior.evaluation.methods import INPUT, REFERENCE
 from faceprior.tables import EMPTY, NOT_MEASURED, interval_text, markdown_table
 
 PUBLISHED = "published"
@@ -42,12 +43,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """columns: key -> header; notes: what the numbers need to be read by."""
+    """columns: key -> header; notes: what the numbers need to be read by; best: (method, key) of the best numbers.
+
+    The input and the reference are no methods to be the best, nor is what was published, on other machines.
+    """
 
     protocol: str
     columns: dict[str, str]
     lines: list[Line]
     notes: list[str]
+    best: frozenset[tuple[str, str]] = frozenset()
 
 
 def published_rows(table: str) -> dict[str, Any] | None:
@@ -82,8 +87,23 @@ def tables_of(results: Mapping[str, Any]) -> list[Table]:
                 key: headers.get(key, key) for row in published["rows"] for key in row["values"] if key not in columns
             }
             lines += [Line(row["method"], _published_cells(row["values"], specs), True) for row in published["rows"]]
-        found.append(Table(protocol, columns, lines, list((results.get("notes") or {}).get(protocol, []))))
+        found.append(Table(protocol, columns, lines, list((results.get("notes") or {}).get(protocol, [])), _best(rows)))
     return found
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> frozenset[tuple[str, str]]:
+    found = set()
+    for key in {row["measure"] for row in rows}:
+        own = [
+            row
+            for row in rows
+            if row["measure"] == key and row["value"] is not None and row["method"] not in (INPUT, REFERENCE)
+        ]
+        if len(own) > 1:
+            choose = max if own[0]["better"] == "higher" else min
+            value = choose(row["value"] for row in own)
+            found |= {(row["method"], key) for row in own if row["value"] == value}
+    return frozenset(found)
 
 
 def _cell(row: Mapping[str, Any]) -> Cell:
@@ -155,7 +175,11 @@ def latex_rows(table: Table) -> str:
     lines = [head, r"\midrule"]
     for line in table.lines:
         name = latex(line.method) + (rf" ({PUBLISHED})" if line.is_published else "")
-        lines.append(" & ".join([name, *(latex(line.cells.get(key, Cell()).text) for key in table.columns)]) + r" \\")
+        cells = [latex(line.cells.get(key, Cell()).text) for key in table.columns]
+        if not line.is_published:
+            is_best = [(line.method, key) in table.best for key in table.columns]
+            cells = [rf"\textbf{{{cell}}}" if best else cell for cell, best in zip(cells, is_best, strict=True)]
+        lines.append(" & ".join([name, *cells]) + r" \\")
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from faceprior.evaluation.methods import INPUT, REFERENCE
@@ -19,7 +19,7 @@ ENDS = 20  # the same on a page of its own
 COMPARED = 5  # methods that are shown side by side, at most
 CHARTS = 6
 PRIMARY = ("face_score", "lpips", "lpips_tiny", "psnr")  # the first that was measured orders the images
-TEXTS = dict.fromkeys(("protocol", "method", "measure", "header", "title", "spec", "note"), str)
+TEXTS = dict.fromkeys(("protocol", "method", "measure", "header", "title", "spec", "better", "note"), str)
 NUMBERS = ("value", "low", "high", "median", "n", "difference", "diff_low", "diff_high", "p_value")
 
 _SPEC = re.compile(r"\.\d[f%g]")
@@ -158,7 +158,7 @@ def _part(run: Run, folder: str, table: Table, rows: Sequence[dict], images: Ima
     )
     return Part(
         table.protocol.capitalize(),
-        Table(table.protocol, columns, table.lines, table.notes),
+        replace(table, columns=columns),
         missing_notes(own),
         [_detail(row) for row in own if row["value"] is not None or row["is_infinite"]],
         _charts(own, rows_of),
