@@ -304,7 +304,7 @@ def _load_tiny_kid(settings: MeasureSettings) -> OfSet:
     from faceprior.features import tiny_fid_extractor
 
     extractor = tiny_fid_extractor(_features(settings.device))
-    return lambda images, references: _thousandfold(kid(images, references, extractor, str(settings.device)))
+    return lambda images, references: kid(images, references, extractor, str(settings.device))
 
 
 def _thousandfold(measured: SubsetMean) -> SubsetMean:
@@ -384,7 +384,7 @@ MEASURES = (
     Measure(
         "kid", "KID", _load_kid, "lower", "x 1000", ".2f", **_INCEPTION, check=lambda settings: require_inception()
     ),
-    Measure("kid_tiny", "tiny KID", _load_tiny_kid, "lower", "x 1000", ".2f", of="set", stands_in_for="kid"),
+    Measure("kid_tiny", "tiny KID", _load_tiny_kid, "lower", of="set", stands_in_for="kid"),
     # ---- of an image
     _judged("maniqa", "MANIQA", _quality("maniqa"), spec=".4f", licence=_PYIQA + "MANIQA: Apache-2.0"),
     _judged("musiq", "MUSIQ", _quality("musiq"), spec=".2f", licence=_PYIQA + "MUSIQ: Apache-2.0"),
