@@ -233,15 +233,14 @@ def choose_methods(config: Config) -> dict[str, list[Method]]:
         raise ValueError("`protocols` has alignment, which needs `benchmark`, a folder of images that people ranked")
 
     # a method among others may be missing, but not all of those that somebody named
-    reasons = {}
+    reasons, settings = {}, {"generation": "generators", "restoration": "restorers"}
     for protocol, chosen in methods.items():
         made = [method for method in chosen if method.source not in ("input", config.base) or method.missing]
         if made and all(method.missing for method in made):
             reasons[protocol] = made[0].missing
-    is_default = (config.generators, config.restorers) == (Config.generators, Config.restorers)
+            if getattr(config, settings[protocol]) != getattr(Config, settings[protocol]):
+                raise FileNotFoundError(made[0].missing)
     has_scorer = config.scorer and (not looks_like_path(config.scorer) or Path(config.scorer).exists())
-    if reasons and not is_default and reasons.keys() == methods.keys():
-        raise FileNotFoundError("; ".join(reasons.values()))
     if reasons and reasons.keys() == methods.keys() and not has_scorer:
         scorer = f"no scorer in {config.scorer}: `python stages/02_train_scorer.py` makes one"
         raise FileNotFoundError(f"there is nothing to measure: {'; '.join([scorer, *reasons.values()])}")
@@ -268,7 +267,9 @@ def choose_prompts(config: Config) -> list[Prompt]:
 def measure_settings(config: Config, methods: list[Method], device: str) -> MeasureSettings:
     """Return what the measures are loaded with; the models are tiny where every one of them is."""
     models = [method for method in methods if method.kind == "model" and not method.missing]
-    are_tiny = all(is_tiny(method.source) or is_tiny(method.options.get("base", "")) for method in models)
+    are_tiny = bool(models) and all(
+        is_tiny(method.source) or is_tiny(method.options.get("base", "")) for method in models
+    )
     return MeasureSettings(config.scorer, device, config.detector, are_tiny, read_weights(config.weights))
 
 
