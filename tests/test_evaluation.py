@@ -421,7 +421,7 @@ def test_without_references_only_what_needs_none_is_measured(foreign, tmp_path):
     note = numbers(results, "fid")["input"]["note"]
     assert note == "not measured: it compares with a set of real images: name its folder as `reference`"
     later = evaluate(tmp_path / "out", **alone, reference=str(tmp_path / "set/gt"))
-    assert numbers(later, "fid")["input"]["note"].startswith("not measured: FID needs the Inception weights")
+    assert numbers(later, "fid")["input"]["note"].startswith("not measured: FID and KID need the Inception weights")
 
 
 def test_a_method_that_is_not_there_stands_in_the_table_beside_those_that_are(foreign, tmp_path):

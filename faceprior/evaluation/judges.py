@@ -302,8 +302,8 @@ def clip_score_metric(source: str, device: "torch.device | str") -> Metric:
 def quality_metric(name: Literal["musiq", "maniqa", "clipiqa"], device: "torch.device | str") -> Metric:
     """MUSIQ (0 to 100), MANIQA or CLIPIQA (0 to 1) of the whole image, by pyiqa's default models.
 
-    CLIPIQA is CLIP's RN50 with pyiqa's five pairs of prompts, without weights of its own. MANIQA looks at 20 random
-    crops of 224 pixels: the same ones in every call. Raises MetricUnavailable without pyiqa or the weights: offline
+    CLIPIQA is CLIP's RN50 with pyiqa's five pairs of prompts, without weights of its own. MANIQA looks at 20
+    evenly spaced crops of 224 pixels. Raises MetricUnavailable without pyiqa or the weights: offline
     pyiqa itself would retry for 47 s.
     """
     import torch
@@ -320,13 +320,7 @@ def quality_metric(name: Literal["musiq", "maniqa", "clipiqa"], device: "torch.d
         if name == "clipiqa" and _sha256(clip) != _CLIPIQA_FILE.split("/")[0]:
             raise MetricUnavailable(f"{_short(clip)} is damaged: {_curl(clip, _CLIP_URL + _CLIPIQA_FILE)}")
         metric = _pyiqa(name, files, device)
-
-        def score(image: Image.Image, prompt: str, face: Face | None) -> float:
-            with torch.random.fork_rng(), torch.inference_mode():
-                torch.manual_seed(0)
-                return metric(image)
-
-        return score
+        return lambda image, prompt, face: metric(image)
 
     return Metric(name, _by(f"pyiqa's {name}", next(iter(needed)), None), load)
 
