@@ -109,10 +109,24 @@ def available_metrics(weights: Weights, detector: str, device: str) -> dict[str,
     find = functools.partial(resolve_detector, detector)
     load_scorer = _scorer_loader(device)
     score = (_folder_of(weights.face_score), f"`hf download {SCORER_ID}`, or `--checkpoint FOLDER`", load_scorer)
-    reward = (weights.image_reward, f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`", load_scorer)
-    hps = (weights.hps, "`--hps FILE`, the classifier of https://github.com/tgxs002/align_sd", HPS_V1, device)
+    reward = (
+        weights.image_reward,
+        f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`, in stage 7 `--weights image_reward=FOLDER`",
+        load_scorer,
+    )
+    hps = (
+        weights.hps,
+        "`--hps FILE`, in stage 7 `--weights hps=FILE`, the classifier of https://github.com/tgxs002/align_sd",
+        HPS_V1,
+        device,
+    )
     hps_v2 = weights.hps_v2 or in_hub_cache(HPS_V2_ID, HPS_V2_FILE)
-    hps_v2 = (hps_v2, f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`", HPS_V2, device)
+    hps_v2 = (
+        hps_v2,
+        f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`, in stage 7 `--weights hps_v2=FILE`",
+        HPS_V2,
+        device,
+    )
     return {
         "FS": lambda: reward_metric("FS", *score, find()),
         "IR": lambda: reward_metric("IR", *reward),
