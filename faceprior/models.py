@@ -7,10 +7,12 @@ name a default without loading a library.
 from __future__ import annotations
 
 import logging
+import platform
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _WEIGHT_FILE = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
 )
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 QUANTIZATIONS = ("none", "8bit", "nf4")
 # The folders of the stages: a name in them is never a hub id.
 _OUTPUTS = ("checkpoints/", "data/", "results/")
@@ -214,6 +217,19 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python, faceprior and the model libraries, by name."""
+    import faceprior
+
+    found = {"python": platform.python_version(), "faceprior": faceprior.__version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 # ---- device and dtype

@@ -39,7 +39,6 @@ from faceprior.evaluation.methods import Method
 from faceprior.evaluation.results import (
     TABLE,
     described,
-    library_versions,
     method_notes,
     protocol_rows,
     result_row,
@@ -47,7 +46,7 @@ from faceprior.evaluation.results import (
 )
 from faceprior.evaluation.rows import EvaluationRows
 from faceprior.evaluation.tables import published_rows
-from faceprior.models import REWARD_ID, looks_like_path, quiet_libraries, resolve_device, weight_dtype
+from faceprior.models import REWARD_ID, library_versions, looks_like_path, quiet_libraries, resolve_device, weight_dtype
 from faceprior.report import write_evaluation
 from faceprior.tables import NOT_MEASURED
 

@@ -94,6 +94,7 @@ def loaded_by(statement: str) -> set[str]:
         "import faceprior.config, faceprior.models, faceprior.tiny",
         "import faceprior.cli; faceprior.cli.make_parser().format_help()",
         "import faceprior.images, faceprior.detect, faceprior.align, faceprior.degrade, faceprior.procedural",
+        "import faceprior.evaluation.measures, faceprior.evaluation.tables, faceprior.prompts",
     ],
 )
 def test_light_imports_load_no_model_library(statement):

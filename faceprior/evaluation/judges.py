@@ -23,8 +23,6 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 from faceprior.align import align_face
-from faceprior.blip import TOKENIZER, tokenize_prompt
-from faceprior.convert import find_checkpoint_folder, find_official_checkpoint
 from faceprior.detect import Detector, Face, crop_bounds, resolve_detector
 from faceprior.metrics import MetricUnavailable
 from faceprior.models import REWARD_ID, SCORER_ID, resolve_device
@@ -175,6 +173,9 @@ def reward_metric(
 
     Raises MetricUnavailable without the weights, or without the tokenizer that other prompts than the default need.
     """
+    from faceprior.blip import tokenize_prompt
+    from faceprior.convert import find_official_checkpoint
+
     folder = scorer_folder(source, way_out)
     tokenizer = None if detector else _tokenizer_folder(folder)
 
@@ -196,6 +197,8 @@ def reward_metric(
 
 def scorer_folder(source: str, way_out: str) -> Path:
     """Return the folder of a scorer's weights, found without a network."""
+    from faceprior.convert import find_checkpoint_folder, find_official_checkpoint
+
     try:
         folder = find_checkpoint_folder(source, local_files_only=True)
     except FileNotFoundError:
@@ -207,6 +210,8 @@ def scorer_folder(source: str, way_out: str) -> Path:
 
 def _tokenizer_folder(folder: Path) -> Path:
     """Return the folder of BERT's tokenizer: beside the weights, or in the hub's cache."""
+    from faceprior.blip import TOKENIZER
+
     if (folder / "vocab.txt").is_file():
         return folder
     cached = in_hub_cache(TOKENIZER, "vocab.txt") or in_hub_cache(TOKENIZER, "tokenizer.json")

@@ -4,14 +4,11 @@ results = {"rows": [...], "notes": {protocol: [...]}, "methods": [...], "publish
 """
 
 import json
-import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import faceprior
 from faceprior.config import METRICS_FILE
 from faceprior.evaluation.figures import figure, not_measured, set_figure
 from faceprior.evaluation.measures import Measure
@@ -22,21 +19,7 @@ from faceprior.files import atomic_write
 from faceprior.jsonl import rewrite_rows
 
 RESULTS, TABLE = "results.json", "table.md"
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 NAMED = 5  # most items that a note names
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python, faceprior and the libraries that it runs on."""
-    own = {"python": platform.python_version(), "faceprior": faceprior.__version__}
-    return own | {name: _version(name) for name in PACKAGES}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 # ---- rows

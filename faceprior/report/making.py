@@ -5,8 +5,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from faceprior.evaluation.results import library_versions
 from faceprior.html import Lost
+from faceprior.models import library_versions
 from faceprior.report.run import BAD_INPUT, STAGES, Run, number
 from faceprior.report.summary import duration
 
