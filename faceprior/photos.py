@@ -336,23 +336,6 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
 # ---- file names
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Return the lines of a text file of prompts, without the empty ones.
-
-    Raises FileNotFoundError without the file, ValueError if it is no UTF-8 text or holds no prompt.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no prompt file {path}: it holds one prompt a line")
-    try:
-        lines = decode_text(Path(path).read_bytes()).splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts
-
-
 def pair_id(photograph: str, index: int) -> str:
     """Return the id of the pair from a face of a photograph: a unique file name."""
     return f"{safe_name(photograph)}_{index}"

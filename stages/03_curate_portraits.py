@@ -353,7 +353,7 @@ def load_quality_model(config: Config) -> Callable[[Image.Image, Measured], floa
     """
     if not config.quality_model:
         return None
-    from faceprior.human_eval.metrics import portrait_metric
+    from faceprior.evaluation.judges import portrait_metric
 
     score = portrait_metric(config.quality_model, config.device, config.detector).load()
     return lambda photograph, measured: score(photograph, "", measured.face)

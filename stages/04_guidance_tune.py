@@ -45,8 +45,8 @@ from faceprior.losses import guidance_loss
 from faceprior.memory import SAMPLES, Rehearsal
 from faceprior.models import quiet_libraries, require_trainable, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
-from faceprior.photos import read_prompts
 from faceprior.plan import show_plan
+from faceprior.prompts import read_prompts
 from faceprior.reward_tuning import FaceReward
 from faceprior.scorer import FaceScorer, empty_scorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
@@ -126,7 +126,9 @@ class Config:
     keep_best: bool = False  # choice of the weights whose validation has the best Face Score, in place of the last
     patience: int = 0  # validations without a better Face Score after which the training ends; 0: never, [0, inf)
     num_samples: int = 8  # images before and after, at seeds of their own, to judge the result by, [0, 1024]
-    prompts: str = ""  # text file of the prompts of all images, one a line; empty: those of the largest faces
+    prompts: str = (
+        ""  # prompts of all images: people, general, or a file (text: one a line); empty: of the largest faces
+    )
     sample_steps: int = 25  # sampling steps of all images, [1, 1000]
     sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = "base"  # sampler; base: the base's own
     guidance_scale: float = 2.5  # classifier-free guidance scale of all images, [1, 30]

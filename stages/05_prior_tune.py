@@ -50,9 +50,9 @@ from faceprior.lora import LORA_FORMATS, fuse_lora
 from faceprior.losses import min_snr_weight, noise_loss
 from faceprior.memory import SAMPLES, Rehearsal
 from faceprior.models import quiet_libraries, require_trainable, weight_dtype
-from faceprior.photos import read_prompts
 from faceprior.plan import show_plan
 from faceprior.portraits import PortraitDataset, read_portraits
+from faceprior.prompts import read_prompts
 from faceprior.training import (
     TrainingRun,
     drop_prompts,

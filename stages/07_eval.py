@@ -33,7 +33,7 @@ from faceprior.evaluation import generation, restoration
 from faceprior.evaluation.figures import not_measured
 from faceprior.evaluation.items import FaceSet, Prompt, degraded_faces, faces_of_test_set, prompts_of, test_set_folders
 from faceprior.evaluation.making import time_note
-from faceprior.evaluation.measures import Measure, MeasureSettings, measures_of
+from faceprior.evaluation.measures import Measure, MeasureSettings, measures_of, read_weights
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import Method
 from faceprior.evaluation.results import (
@@ -46,7 +46,7 @@ from faceprior.evaluation.results import (
 )
 from faceprior.evaluation.rows import EvaluationRows
 from faceprior.evaluation.tables import published_rows
-from faceprior.models import library_versions, looks_like_path, quiet_libraries, resolve_device, weight_dtype
+from faceprior.models import REWARD_ID, library_versions, looks_like_path, quiet_libraries, resolve_device, weight_dtype
 from faceprior.report import write_evaluation
 from faceprior.tables import NOT_MEASURED
 
@@ -68,6 +68,8 @@ class Config:
     )  # generators, each NAME=SOURCE: a model, a folder of stage 4, a LoRA file, `base`, or a folder of finished images
     scorer: str = "checkpoints/scorer"  # folder of stage 2, another scorer's folder or hub id, or tiny; empty: none
     reference: str = ""  # folder of real images to which FID compares; empty: the references of the faces
+    measures: tuple[str, ...] = ()  # measures to take, by the keys of `faceprior eval-metrics`; empty: all
+    weights: tuple[str, ...] = ()  # other weights of measures, each NAME=PATH: image_reward, hps, hps_v2, clip, arcface
     published: str = ""  # id of a published table that is printed beside the measured one; empty: none
     output: str = "results"  # folder for tables and images
     # ---- Restoration
@@ -93,9 +95,12 @@ class Config:
     base: str = "tiny"  # the generator `base`: diffusers folder, .safetensors file, hub id, or tiny
     vae: str = ""  # folder or hub id of a VAE in place of the base's own
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"  # prediction of the base; auto: by files
-    prompts: str = ""  # text file of general prompts, one a line; empty: the captions of drawn test portraits
-    people_prompts: str = ""  # text file of prompts of people, for Face Score alone if `prompts` is given, too
+    prompts: str = (
+        ""  # general prompts: people, general, or a file (text: one a line); empty: captions of drawn portraits
+    )
+    people_prompts: str = ""  # prompts of people, as `prompts`; Face Score is measured on them alone if both are given
     num_prompts: int = 8  # number of prompts of each file, [1, inf)
+    num_people_prompts: int = 0  # number of `people_prompts`; 0: as num_prompts, [0, inf)
     images_per_prompt: int = 1  # images of each prompt, each from noise of its own, [1, inf)
     generation_resolution: int = 128  # side of the generated images in pixels; 0: each model's own, [0, 2048]
     sample_steps: int = 25  # sampling steps of the generated images (the paper: 50), [1, 1000]
@@ -120,6 +125,7 @@ class Config:
 
     RENAMED = {"resolution": ("generation_resolution", "restoration_resolution")}
     FREE = {"protocols", "restorers", "generators", "published", "reference", "benchmark", "comparison"}
+    FREE |= {"measures", "weights"}
 
 
 PROTOCOLS = ("restoration", "generation", "alignment", "ab")
@@ -130,6 +136,8 @@ def main(config: Config) -> None:
     quiet_libraries()
     device, dtype = resolve_device(config.device), weight_dtype(config.mixed_precision)
     published = published_rows(config.published)
+    measures = {protocol: measures_of(protocol, config.measures) for protocol in PROTOCOLS}
+    read_weights(config.weights)
     methods = choose_methods(config)
     faces = choose_faces(config) if "restoration" in methods else None
     prompts = choose_prompts(config) if "generation" in methods else []
@@ -165,7 +173,7 @@ def main(config: Config) -> None:
         is_certain = config.min_confidence if protocol == "generation" else 0.5  # a degraded face is one, but unclear
         settings = measure_settings(config, chosen, str(device))
         options = (config.reference, is_certain, config.min_face_size)
-        measuring = Measuring(protocol, measures_of(protocol), settings, rows, output, *options)
+        measuring = Measuring(protocol, measures[protocol], settings, rows, output, *options)
         measuring.run([method for method in chosen if not method.missing])
         failed += measuring.failed
         results["rows"] += protocol_rows(measuring, chosen)
@@ -183,7 +191,7 @@ def main(config: Config) -> None:
 
     # ---- how often metrics order images as people do, and which of two methods people prefer
     if "alignment" in (config.protocols or PROTOCOLS) and config.benchmark:
-        results["rows"] += alignment_rows(config, output, str(device))
+        results["rows"] += alignment_rows(config, published, output, str(device))
     compared = Path(config.comparison or output / "restoration")
     if "ab" in config.protocols or config.comparison or (not config.protocols and (compared / "preferences").is_dir()):
         results["rows"] += preference_rows(compared, config.seed)
@@ -251,7 +259,8 @@ def choose_faces(config: Config) -> FaceSet:
 
 
 def choose_prompts(config: Config) -> list[Prompt]:
-    return prompts_of(config.prompts, config.people_prompts, config.num_prompts, config.seed, config.images_per_prompt)
+    numbers = (config.num_prompts, config.num_people_prompts or config.num_prompts)
+    return prompts_of(config.prompts, config.people_prompts, numbers, config.seed, config.images_per_prompt)
 
 
 def measure_settings(config: Config, methods: list[Method], device: str) -> MeasureSettings:
@@ -260,30 +269,27 @@ def measure_settings(config: Config, methods: list[Method], device: str) -> Meas
     are_tiny = bool(models) and all(
         is_tiny(method.source) or is_tiny(method.options.get("base", "")) for method in models
     )
-    return MeasureSettings(config.scorer, device, config.detector, are_tiny)
+    return MeasureSettings(config.scorer, device, config.detector, are_tiny, read_weights(config.weights))
 
 
-def alignment_rows(config: Config, output: Path, device: str) -> list[dict[str, Any]]:
+def alignment_rows(config: Config, published: dict[str, Any] | None, output: Path, device: str) -> list[dict[str, Any]]:
     """Measure the metrics of a benchmark folder that are missing, and return how they agree with people."""
+    from faceprior.evaluation.judges import Weights
     from faceprior.human_eval.files import read_benchmark, read_rankings
-    from faceprior.human_eval.metrics import Weights
+    from faceprior.human_eval.results import table_rows
     from faceprior.human_eval.scores import measure_missing
     from faceprior.human_eval.tables import write_tables
 
     benchmark = read_benchmark(config.benchmark)
     read_rankings(benchmark)  # raises before hours of measuring
-    reasons = measure_missing(benchmark, Weights(face_score=config.scorer), config.detector, device)
+    given = read_weights(config.weights)
+    files = {name: Path(given[name]) for name in ("hps", "hps_v2") if name in given}
+    weights = Weights(config.scorer, given.get("image_reward", REWARD_ID), **files)
+    reasons = measure_missing(benchmark, weights, config.detector, device)
     tables = write_tables(config.benchmark, output / "alignment", config.seed, reasons)
-    accuracy = Measure("accuracy", "accuracy", None, spec=".2%")
-    pearson = Measure("pearson", "Pearson correlation", None, spec=".4f")
-    rows = []
-    for accurate, statistics in zip(tables.table_2, tables.table_4, strict=True):
-        note = NOT_MEASURED + accurate.note if accurate.accuracy is None else accurate.note
-        numbers = {"value": accurate.accuracy, "low": accurate.low, "high": accurate.high, "n": accurate.pairs}
-        rows.append(result_row("alignment", accurate.metric, accuracy, numbers | {"note": note}))
-        numbers = {"value": statistics.pearson, "n": accurate.pairs, "note": note}
-        rows.append(result_row("alignment", accurate.metric, pearson, numbers))
-    return rows
+    is_beside = published and published["protocol"] == "alignment"
+    columns = {key for row in published["rows"] for key in row["values"]} if is_beside else {"accuracy", "pearson"}
+    return [result_row("alignment", *row) for row in table_rows(tables, columns)]
 
 
 def preference_rows(folder: Path, seed: int) -> list[dict[str, Any]]:

@@ -155,11 +155,11 @@ def test_general_prompts_and_those_of_people_with_their_seeds(tmp_path):
     general, people = tmp_path / "general.txt", tmp_path / "people.txt"
     general.write_text("a boat\na tree\na cup")
     people.write_text("a man\na woman")
-    both = prompts_of(str(general), str(people), 2, seed=10, images_per_prompt=2)
+    both = prompts_of(str(general), str(people), (2, 2), seed=10, images_per_prompt=2)
     assert [prompt.id for prompt in both][:4] == [f"general_0000{i}_{copy}" for i in (0, 1) for copy in (0, 1)]
     assert [prompt.seed for prompt in both] == [10, 11, 12, 13] * 2
     assert {prompt.text for prompt in both if prompt.prompt_set == "people"} == {"a man", "a woman"}
-    assert [prompt.id for prompt in prompts_of("", str(people), 2, 0)] == ["00000", "00001"]
+    assert [prompt.id for prompt in prompts_of("", str(people), (8, 2), 0)] == ["00000", "00001"]
 
 
 def test_finished_images_belong_to_prompts_by_name_or_number():
@@ -198,9 +198,12 @@ def test_a_figure_by_hand():
 
 
 def test_a_small_set_warns_and_names_its_reference():
-    few = set_figure({"value": 3.0, "n": 50, "references": 5000}, "FFHQ")
+    few = set_figure({"key": "fid", "value": 3.0, "n": 50, "references": 5000}, "FFHQ")
     assert few["note"].startswith("reference: FFHQ (n = 5000); fewer than 2048 images") and "KID" in few["note"]
-    assert set_figure({"value": 3.0, "n": 2048, "references": 5000}, "FFHQ")["note"] == "reference: FFHQ (n = 5000)"
+    assert (
+        set_figure({"key": "kid", "value": 3.0, "n": 50, "references": 60}, "FFHQ")["note"]
+        == "reference: FFHQ (n = 60)"
+    )
 
 
 # --- rows and measures ---
@@ -348,14 +351,14 @@ def decibels(difference: int) -> float:
 
 def test_results_of_other_programs_stand_beside_the_input(foreign, tmp_path, capsys):
     """Levels that differ by d give a PSNR of 10 log10(255^2 / d^2); what is missing or was resized is named."""
-    results = evaluate(tmp_path / "out", **foreign, published="authface_table1")
+    results = evaluate(tmp_path / "out", **foreign, published="authface_table1_celeba")
     psnr = numbers(results, "psnr")
     assert (psnr["input"]["value"], psnr["GFPGAN"]["value"]) == pytest.approx((decibels(10), decibels(5)))
     assert (psnr["same"]["value"], psnr["same"]["n"], psnr["same"]["is_infinite"]) == (None, 3, True)
     assert psnr["GFPGAN"]["n"] == psnr["GFPGAN"]["pairs"] == 2
     assert psnr["GFPGAN"]["difference"] == pytest.approx(decibels(5) - decibels(10))
     assert [row["value"] for row in numbers(results, "ssim").values()][2] == pytest.approx(1)
-    assert numbers(results, "fid")["same"]["note"].startswith("not measured: FID needs the Inception weights")
+    assert numbers(results, "fid")["same"]["note"].startswith("not measured: FID and KID need the Inception weights")
     assert not numbers(results, "fid_tiny")  # none of these is a tiny model
     notes = " ".join(results["notes"]["restoration"])
     assert f"GFPGAN: 1 of 3 missing: {STEM.format(2)}" in notes
@@ -418,7 +421,7 @@ def test_without_references_only_what_needs_none_is_measured(foreign, tmp_path):
     note = numbers(results, "fid")["input"]["note"]
     assert note == "not measured: it compares with a set of real images: name its folder as `reference`"
     later = evaluate(tmp_path / "out", **alone, reference=str(tmp_path / "set/gt"))
-    assert numbers(later, "fid")["input"]["note"].startswith("not measured: FID needs the Inception weights")
+    assert numbers(later, "fid")["input"]["note"].startswith("not measured: FID and KID need the Inception weights")
 
 
 def test_a_method_that_is_not_there_stands_in_the_table_beside_those_that_are(foreign, tmp_path):

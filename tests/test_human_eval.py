@@ -277,7 +277,7 @@ def test_written_tables_hold_ours_and_the_papers(folder, tmp_path, capsys):
     assert "| FS | 61.11 |" in text and "| FS | 80.31 | - | - | - | paper |  |" in text
     assert "| HPS | - | - | - | - | missing | missing: HPS v1 on the whole image and its prompt: no " in text
     assert "| HPS | - | - | - | - | missing | see Table 2 |" in text
-    assert "| FS | A | 5 | 4 | 1 | measured |" in text and "| FS | Dalle3 | 3.45 | - | - | paper |" in text
+    assert "| FS | A | 5 | 4 | 1 | measured |" in text and "| FS | DALL-E 3 | 3.45 | - | - | paper |" in text
     content = json.loads((tmp_path / "out" / "tables.json").read_text(encoding="utf-8"))
     assert content["measured"]["discarded"] == ["p4"]
     assert content["paper"]["table_4"][2]["pearson"] == 0.6759

@@ -16,7 +16,7 @@ FLOORS = {
     1: "images jsonl config models",
     2: "detect html align balance degrade color plan quality metrics training diffusion photos photography procedural",
     3: "bases cache lora gates pairs portraits features facial blip convert tables reward_tuning validation identity "
-    "video",
+    "prompts video",
     4: "captioner clean_faces dino inpaint scorer guidance restoration_reward restorer retouch",
     5: "scorer_checks tiny",
     6: "evaluation",
@@ -94,6 +94,7 @@ def loaded_by(statement: str) -> set[str]:
         "import faceprior.config, faceprior.models, faceprior.tiny",
         "import faceprior.cli; faceprior.cli.make_parser().format_help()",
         "import faceprior.images, faceprior.detect, faceprior.align, faceprior.degrade, faceprior.procedural",
+        "import faceprior.evaluation.measures, faceprior.evaluation.tables, faceprior.prompts",
     ],
 )
 def test_light_imports_load_no_model_library(statement):

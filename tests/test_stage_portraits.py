@@ -279,7 +279,13 @@ def test_tags_by_a_model_beside_the_photograph_and_measured(stage, photos, vlm, 
     asked = with_answers(
         stage, monkeypatch, "semantic: young woman\nphotographic: hard light, angry look", "I'm sorry."
     )
-    options = {"captioners": ("sidecar", "vlm", "measured"), "vlm": vlm, "vlm_tokens": 4, "resolution": 256, "min_detail": 0}
+    options = {
+        "captioners": ("sidecar", "vlm", "measured"),
+        "vlm": vlm,
+        "vlm_tokens": 4,
+        "resolution": 256,
+        "min_detail": 0,
+    }
     first, second = curate(stage, **options)["manifest"]
     assert asked == [2]
     # the smile beside the photograph counts more than the model's expression, its light more than the measured

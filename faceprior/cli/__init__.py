@@ -1,4 +1,4 @@
-"""The command line: `faceprior score` and `faceprior restore`."""
+"""The command line: `faceprior score`, `faceprior restore` and `faceprior eval-metrics`."""
 
 import argparse
 import logging
@@ -6,7 +6,7 @@ import os
 import sys
 
 from faceprior import __version__
-from faceprior.cli import restore, score
+from faceprior.cli import eval_metrics, restore, score
 from faceprior.cli.options import hyphenated
 from faceprior.cli.results import say
 from faceprior.errors import explain, is_disk_full
@@ -36,11 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of both commands; it loads no model library."""
+    """The parser of all commands; it loads no model library."""
     parser = argparse.ArgumentParser("faceprior", description="Score and restore faces in images.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"faceprior {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, command in (("score", score), ("restore", restore)):
+    for name, command in (("score", score), ("restore", restore), ("eval-metrics", eval_metrics)):
         subparser = commands.add_parser(name, help=command.HELP, allow_abbrev=False)
         command.add_options(subparser)
         subparser.set_defaults(run=command.run)

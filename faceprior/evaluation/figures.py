@@ -86,7 +86,9 @@ def set_figure(measured: Mapping[str, Any] | None, reference: str) -> dict[str, 
         return {"n": 0, "note": NOT_MEASURED + "fewer than two images"}
     few = min(measured["n"], measured["references"])
     note = f"reference: {reference} (n = {measured['references']})"
-    note += f"; fewer than {SMALL_SET} images, which biases FID upwards: compare KID" if few < SMALL_SET else ""
+    note += f"; standard deviation over subsets {measured['std']:.3g}" if "std" in measured else ""
+    is_biased = few < SMALL_SET and measured["key"].startswith("fid")
+    note += f"; fewer than {SMALL_SET} images, which biases FID upwards: compare KID" if is_biased else ""
     return {"n": measured["n"], "value": measured["value"], "low": None, "high": None, "note": note}
 
 

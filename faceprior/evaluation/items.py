@@ -14,8 +14,9 @@ from faceprior.degrade import DegradationConfig, degrade
 from faceprior.evaluation.methods import match_by_stem
 from faceprior.files import find_images, natural_key
 from faceprior.images import as_array, load_image
-from faceprior.photos import UNREADABLE, Photograph, find_photographs, read_prompts, safe_name
+from faceprior.photos import UNREADABLE, Photograph, find_photographs, safe_name
 from faceprior.procedural import TEST_SEEDS, draw_portrait
+from faceprior.prompts import read_prompts
 
 Problems = list[tuple[str, str]]  # (file, reason)
 Load = Callable[[], Image.Image]
@@ -162,19 +163,24 @@ def _pair(file: Path, reference: Path | None) -> tuple[Image.Image, Image.Image 
 # ---- prompts
 
 
-def prompts_of(general: str, people: str, number: int, seed: int, images_per_prompt: int = 1) -> list[Prompt]:
-    """Read prompts, `number` of each file, with `images_per_prompt` seeds each.
+def prompts_of(
+    general: str, people: str, numbers: tuple[int, int], seed: int, images_per_prompt: int = 1
+) -> list[Prompt]:
+    """Read prompts, as many as `numbers` say of the general ones and of those of people, with seeds of their own.
 
-    general, people: files of one prompt a line. With both, measures of the whole image are taken on the general ones
-    and Face Score on those of people (Face Score, 6.1); with one, all are taken on it; without any it is the captions
-    of drawn portraits that nobody trained on.
+    general, people: lists or files of prompts, as of `read_prompt_rows`. With both, measures of the whole image are
+    taken on the general ones and Face Score on those of people (Face Score, 6.1); with one, all are taken on it;
+    without any it is the captions of drawn portraits that nobody trained on.
     """
+    first, second = numbers
     if general and people:
-        sets = {"general": read_prompts(general)[:number], "people": read_prompts(people)[:number]}
-    elif general or people:
-        sets = {"": read_prompts(general or people)[:number]}
+        sets = {"general": read_prompts(general, first, seed), "people": read_prompts(people, second, seed)}
+    elif general:
+        sets = {"": read_prompts(general, first, seed)}
+    elif people:
+        sets = {"": read_prompts(people, second, seed)}
     else:
-        sets = {"": [draw_portrait(TEST_SEEDS + i, 64).caption() for i in range(number)]}
+        sets = {"": [draw_portrait(TEST_SEEDS + i, 64).caption() for i in range(first)]}
     prompts = []
     for prompt_set, texts in sets.items():
         for i, text in enumerate(texts):

@@ -5,7 +5,7 @@
     psnr(Sample(image, reference=clean))                       # 25.6
 
 A measure whose weights or library are missing raises `MetricUnavailable` in `load`, with the reason and the way out;
-nothing is downloaded.
+nothing is downloaded. `faceprior eval-metrics` lists all of them, with what is missing here and the licences.
 """
 
 import functools
@@ -19,9 +19,21 @@ import numpy as np
 from PIL import Image
 
 from faceprior import tiny
-from faceprior.detect import Face
-from faceprior.metrics import MetricUnavailable, fid, landmark_error, lpips_distance, psnr, ssim
-from faceprior.models import looks_like_path
+from faceprior.detect import Face, resolve_detector
+from faceprior.evaluation import judges
+from faceprior.metrics import (
+    MetricUnavailable,
+    SubsetMean,
+    fid,
+    kid,
+    landmark_error,
+    lpips_distance,
+    psnr,
+    require_inception,
+    require_lpips,
+    ssim,
+)
+from faceprior.models import REWARD_ID, SCORER_ID, looks_like_path
 
 RESTORATION, GENERATION = "restoration", "generation"
 Need = Literal["reference", "prompt", "face"]
@@ -48,7 +60,7 @@ class MeasureSettings:
 
     scorer: folder or hub id of a FaceScorer, `tiny`, or empty for none. are_tiny: whether all models that are measured
     are tiny ones, for which the small feature network stands in where real weights are missing. weights: files or
-    folders of other networks, {name: path}, in place of where they are looked for.
+    folders of other networks, {name: path}, in place of where they are looked for; the names are WEIGHTS.
     """
 
     scorer: str = ""
@@ -59,7 +71,25 @@ class MeasureSettings:
 
 
 OfImage = Callable[[Sample], float | None]  # None: this image has no value, such as one without a face
-OfSet = Callable[[Sequence[Path], Sequence[Path]], float]  # (image files, reference files) -> value
+OfSet = Callable[[Sequence[Path], Sequence[Path]], float | SubsetMean]  # (image files, reference files) -> value
+WEIGHTS = {
+    "image_reward": "folder or hub id of ImageReward",
+    "hps": "checkpoint of HPS v1, the classifier of https://github.com/tgxs002/align_sd",
+    "hps_v2": "checkpoint of HPS v2, in place of that in the hub's cache",
+    "clip": "folder or hub id of a transformers CLIP for CLIP-Score",
+    "arcface": "ONNX file of an ArcFace network, in place of insightface's",
+}
+
+
+def read_weights(texts: Sequence[str]) -> dict[str, str]:
+    """Read `NAME=PATH` texts of networks' weights; ValueError for a name that is not in WEIGHTS."""
+    found = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not path or name not in WEIGHTS:
+            raise ValueError(f"`weights` has to hold NAME=PATH, the names being {', '.join(WEIGHTS)}, but has {text!r}")
+        found[name] = path
+    return found
 
 
 @dataclass(frozen=True)
@@ -71,7 +101,8 @@ class Measure:
     MetricUnavailable; None where the key is in the row from the start. needs: what of a Sample has to be there.
     prompt_set: where a run has general prompts and prompts of people, those it is measured on. stands_in_for: key of
     the measure in whose place it is measured where that one's weights are missing and the models are tiny. is_infinite:
-    None in a row stands for infinity, which JSON lacks.
+    None in a row stands for infinity, which JSON lacks. licence: of weights and code, as their authors state it.
+    check: raises as `load` does, without loading what takes long.
     """
 
     key: str
@@ -86,6 +117,17 @@ class Measure:
     prompt_set: Literal["", "general", "people"] = ""
     stands_in_for: str = ""
     is_infinite: bool = False
+    licence: str = "Apache-2.0 (faceprior)"
+    check: Callable[[MeasureSettings], Any] | None = None
+
+    def reason(self, settings: MeasureSettings) -> str:
+        """Return why it cannot be measured here, and the way out; empty if it can."""
+        try:
+            if made := self.check or self.load:
+                made(settings)
+        except (MetricUnavailable, ImportError, FileNotFoundError) as error:
+            return str(error)
+        return ""
 
     @property
     def header(self) -> str:
@@ -109,7 +151,7 @@ def _load_ssim(settings: MeasureSettings) -> OfImage:
 
 
 def _load_lpips(settings: MeasureSettings) -> OfImage:
-    lpips_distance(*[Image.new("RGB", (64, 64))] * 2)  # raises without the weights
+    require_lpips()
     return lambda sample: lpips_distance(sample.image, sample.reference)
 
 
@@ -158,6 +200,20 @@ def _load_identity(settings: MeasureSettings) -> OfImage:
     return measure
 
 
+def _load_arcface(settings: MeasureSettings) -> OfImage:
+    """The cosine of the two embeddings."""
+    embed = judges.arcface_network(settings.weights.get("arcface", ""))
+
+    def measure(sample: Sample) -> float | None:
+        sides = ((sample.image, sample.face), (sample.reference, sample.reference_face))
+        if any(face is None or face.landmarks is None for _, face in sides):
+            return None
+        first, second = (embed(image, face) for image, face in sides)
+        return float(first @ second)
+
+    return measure
+
+
 # ---- of one image
 
 
@@ -177,14 +233,82 @@ def _load_face_score(settings: MeasureSettings) -> OfImage:
     return measure
 
 
+def _judged(key: str, title: str, make: Callable[[MeasureSettings], judges.Metric], **options: Any) -> Measure:
+    """Return the measure of a network of `judges`; make: checks whether it can be had, and describes it."""
+
+    def load(settings: MeasureSettings) -> OfImage:
+        score = make(settings).load()
+
+        def measure(sample: Sample) -> float | None:
+            needs_face = "face" in options.get("needs", ())
+            return None if needs_face and sample.face is None else score(sample.image, sample.prompt or "", sample.face)
+
+        return measure
+
+    return Measure(key, title, load, check=make, **options)
+
+
+def _image_reward(settings: MeasureSettings) -> judges.Metric:
+    from faceprior.scorer import FaceScorer
+
+    source = settings.weights.get("image_reward", REWARD_ID)
+    way_out = f"`hf download {REWARD_ID}`, or `--weights image_reward=FOLDER`"
+    return judges.reward_metric(
+        "IR", source, way_out, lambda folder: FaceScorer.from_pretrained(folder).to(settings.device).eval()
+    )
+
+
+def _hps(settings: MeasureSettings) -> judges.Metric:
+    file = settings.weights.get("hps")
+    way_out = "`--weights hps=FILE`, the classifier of https://github.com/tgxs002/align_sd"
+    return judges.clip_metric("HPS", Path(file) if file else None, way_out, judges.HPS_V1, settings.device)
+
+
+def _hps_v2(settings: MeasureSettings) -> judges.Metric:
+    given = settings.weights.get("hps_v2")
+    file = Path(given) if given else judges.in_hub_cache(judges.HPS_V2_ID, judges.HPS_V2_FILE)
+    way_out = f"`hf download {judges.HPS_V2_ID} {judges.HPS_V2_FILE}`, or `--weights hps_v2=FILE`"
+    return judges.clip_metric("HPSv2", file, way_out, judges.HPS_V2, settings.device)
+
+
+def _clip_score(settings: MeasureSettings) -> judges.Metric:
+    return judges.clip_score_metric(settings.weights.get("clip", judges.CLIP_ID), settings.device)
+
+
+def _aesthetic(settings: MeasureSettings) -> judges.Metric:
+    return judges.aesthetic_metric(settings.device)
+
+
+def _face_quality(settings: MeasureSettings) -> judges.Metric:
+    return judges.face_quality_metric(settings.device, resolve_detector(settings.detector))
+
+
+def _quality(name: Any) -> Callable[[MeasureSettings], judges.Metric]:
+    return lambda settings: judges.quality_metric(name, settings.device)
+
+
 # ---- of sets
 
 
 def _load_fid(settings: MeasureSettings) -> OfSet:
-    from faceprior.metrics import _inception
-
-    _inception(str(settings.device))  # raises without the weights
+    require_inception()
     return lambda images, references: fid(images, references, device=str(settings.device))
+
+
+def _load_kid(settings: MeasureSettings) -> OfSet:
+    require_inception()
+    return lambda images, references: _thousandfold(kid(images, references, device=str(settings.device)))
+
+
+def _load_tiny_kid(settings: MeasureSettings) -> OfSet:
+    from faceprior.features import tiny_fid_extractor
+
+    extractor = tiny_fid_extractor(_features(settings.device))
+    return lambda images, references: kid(images, references, extractor, str(settings.device))
+
+
+def _thousandfold(measured: SubsetMean) -> SubsetMean:
+    return SubsetMean(1000 * measured.mean, None if measured.std is None else 1000 * measured.std)
 
 
 def _load_tiny_fid(settings: MeasureSettings) -> OfSet:
@@ -192,6 +316,12 @@ def _load_tiny_fid(settings: MeasureSettings) -> OfSet:
 
     extractor = tiny_fid_extractor(_features(settings.device))
     return lambda images, references: fid(images, references, extractor, device=str(settings.device))
+
+
+def _check_scorer(settings: MeasureSettings) -> None:
+    """Look for a scorer without loading it, or asking the hub."""
+    if settings.scorer != tiny.NAME and not (Path(settings.scorer) / "config.json").is_file():
+        judges.scorer_folder(settings.scorer or "empty", f"`hf download {SCORER_ID}`, or `--scorer FOLDER`")
 
 
 # ---- networks
@@ -219,40 +349,86 @@ def _features(device: str) -> Any:
     return FeatureNetwork.from_pretrained(folder).to(device)
 
 
-TINY_NOTE = "by the small feature network of drawn portraits: not comparable with published numbers"
+_WITH_REFERENCE = {"needs": ("reference",), "protocols": (RESTORATION,)}
+_OF_FACES = {"needs": ("reference", "face"), "protocols": (RESTORATION,)}
+_OF_PROMPT = {"needs": ("prompt",), "protocols": (GENERATION,), "prompt_set": "general"}
+_INCEPTION = {"licence": "Inception V3 of NVIDIA's StyleGAN2-ADA: TensorFlow's, Apache-2.0", "of": "set"}
+_SCORER = "of the scorer that is given; OPPOer/FaceScore: as its repository states"
+_PYIQA = "code of pyiqa: PolyForm Noncommercial 1.0.0; "
 
 MEASURES = (
+    # ---- against the reference
+    Measure("psnr", "PSNR", _load_psnr, unit="dB", spec=".2f", is_infinite=True, **_WITH_REFERENCE),
+    Measure("ssim", "SSIM", _load_ssim, spec=".4f", **_WITH_REFERENCE),
     Measure(
-        "psnr", "PSNR", _load_psnr, unit="dB", spec=".2f", needs=("reference",), protocols=(RESTORATION,),
-        is_infinite=True,
+        "lpips", "LPIPS", _load_lpips, "lower", spec=".4f", **_WITH_REFERENCE,
+        licence="LPIPS: BSD-2-Clause; AlexNet of torchvision: BSD-3-Clause, trained on ImageNet",
+        check=lambda settings: require_lpips(),
     ),
-    Measure("ssim", "SSIM", _load_ssim, spec=".4f", needs=("reference",), protocols=(RESTORATION,)),
-    Measure("lpips", "LPIPS", _load_lpips, "lower", spec=".4f", needs=("reference",), protocols=(RESTORATION,)),
     Measure(
-        "lpips_tiny", "tiny LPIPS", _load_tiny_lpips, "lower", spec=".4f", needs=("reference",),
-        protocols=(RESTORATION,), stands_in_for="lpips",
+        "lpips_tiny", "tiny LPIPS", _load_tiny_lpips, "lower", spec=".4f", **_WITH_REFERENCE, stands_in_for="lpips"
     ),
-    Measure("fid", "FID", _load_fid, "lower", spec=".2f", of="set"),
+    Measure(
+        "identity", "identity distance", _load_identity, "lower", **_OF_FACES,
+        licence="dlib's ResNet: CC0 1.0",
+    ),
+    Measure(
+        "arcface", "ArcFace similarity", _load_arcface, **_OF_FACES,
+        licence="insightface's models: non-commercial research only",
+        check=lambda settings: judges.arcface_file(settings.weights.get("arcface", "")),
+    ),
+    Measure("landmarks", "landmark distance", _load_landmarks, "lower", "of the eyes' distance", ".4f", **_OF_FACES),
+    # ---- of sets
+    Measure("fid", "FID", _load_fid, "lower", spec=".2f", **_INCEPTION, check=lambda settings: require_inception()),
     Measure("fid_tiny", "tiny FID", _load_tiny_fid, "lower", spec=".2f", of="set", stands_in_for="fid"),
-    Measure("face_score", "Face Score", _load_aligned_score, protocols=(RESTORATION,)),
     Measure(
-        "face_score", "Face Score", _load_face_score, needs=("face",), protocols=(GENERATION,), prompt_set="people"
+        "kid", "KID", _load_kid, "lower", "x 1000", ".2f", **_INCEPTION, check=lambda settings: require_inception()
+    ),
+    Measure("kid_tiny", "tiny KID", _load_tiny_kid, "lower", of="set", stands_in_for="kid"),
+    # ---- of an image
+    _judged("maniqa", "MANIQA", _quality("maniqa"), spec=".4f", licence=_PYIQA + "MANIQA: Apache-2.0"),
+    _judged("musiq", "MUSIQ", _quality("musiq"), spec=".2f", licence=_PYIQA + "MUSIQ: Apache-2.0"),
+    _judged("clipiqa", "CLIPIQA", _quality("clipiqa"), spec=".4f", licence=_PYIQA + "CLIP: MIT"),
+    # ---- of an image and its prompt
+    _judged("clip_score", "CLIP-Score (ViT-B/16)", _clip_score, spec=".4f", **_OF_PROMPT, licence="CLIP: MIT"),
+    _judged("ir", "IR", _image_reward, spec=".2f", **_OF_PROMPT, licence="ImageReward: Apache-2.0"),
+    _judged("hps", "HPS", _hps, spec=".4f", **_OF_PROMPT, licence="HPS: as its repository states"),
+    _judged("hpsv2", "HPSv2", _hps_v2, spec=".4f", **_OF_PROMPT, licence="HPS v2: Apache-2.0"),
+    _judged(
+        "asp", "ASP", _aesthetic, spec=".2f", protocols=(GENERATION,), prompt_set="general",
+        licence=_PYIQA + "predictor: Apache-2.0; CLIP: MIT",
+    ),
+    # ---- of faces
+    Measure(
+        "face_score", "Face Score", _load_aligned_score, protocols=(RESTORATION,), licence=_SCORER,
+        check=_check_scorer,
+    ),
+    Measure(
+        "face_score", "Face Score", _load_face_score, needs=("face",), protocols=(GENERATION,), prompt_set="people",
+        licence=_SCORER, check=_check_scorer,
+    ),
+    _judged(
+        "topiq_face", "topiq_nr-face", _face_quality, spec=".4f", needs=("face",), prompt_set="people",
+        licence=_PYIQA + "TOPIQ: the same; facexlib's detector and parser: MIT",
     ),
     Measure("faces", "images with a face", None, spec=".1%", protocols=(GENERATION,), prompt_set="people"),
-    Measure(
-        "identity", "identity distance", _load_identity, "lower", needs=("reference", "face"), protocols=(RESTORATION,)
-    ),
-    Measure(
-        "landmarks", "landmark distance", _load_landmarks, "lower", "of the eyes' distance", ".4f",
-        needs=("reference", "face"), protocols=(RESTORATION,),
-    ),
     Measure("seconds", "time", None, "lower", "s per image"),
 )  # fmt: skip
 
 
-def measures_of(protocol: str) -> list[Measure]:
-    """Return the measures of a protocol, in the order of the table's columns."""
-    return [measure for measure in MEASURES if protocol in measure.protocols]
+def measures_of(protocol: str, keys: Sequence[str] = ()) -> list[Measure]:
+    """Return the measures of a protocol, in the order of the table's columns.
+
+    keys: those wanted, with what stands in for them; empty: all. ValueError for one that no protocol has.
+    """
+    known = {measure.key: measure.title for measure in MEASURES if not measure.stands_in_for}
+    if unknown := [key for key in keys if key not in known]:
+        raise ValueError(f"`measures` has to hold some of {', '.join(known)} but has {unknown[0]!r}")
+    return [
+        measure
+        for measure in MEASURES
+        if protocol in measure.protocols and (not keys or measure.key in keys or measure.stands_in_for in keys)
+    ]
 
 
 def find_measure(key: str, protocol: str) -> Measure:

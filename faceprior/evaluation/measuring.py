@@ -156,7 +156,8 @@ class Measuring:
                 continue
             take = take or measure.load(self.settings)
             row = dict(zip(("protocol", "method", "key"), place, strict=True)) | {"mark": mark, "n": len(images)}
-            row |= {"value": take(images, references), "references": len(references)}
+            value, std = made if isinstance(made := take(images, references), tuple) else (made, None)
+            row |= {"value": value, "references": len(references)} | ({} if std is None else {"std": std})
             append_row(self.output / SETS_FILE, row)
             self.sets[place] = row
 

@@ -149,7 +149,7 @@ def run_tables(options: argparse.Namespace) -> None:
     benchmark = read_benchmark(options.folder)
     read_rankings(benchmark)  # raises before hours of measuring
 
-    from faceprior.human_eval.metrics import Weights
+    from faceprior.evaluation.judges import Weights
     from faceprior.human_eval.scores import measure_missing
     from faceprior.human_eval.tables import to_markdown, write_tables
 

@@ -25,7 +25,7 @@ from faceprior.human_eval.files import is_file_stem, read_prompt_table
 from faceprior.images import save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
-from faceprior.photos import read_prompts
+from faceprior.prompts import read_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,7 +38,7 @@ ANSWERS = ("rankings", "preferences")  # what people said about the images
 @dataclass
 class Config:
     models: tuple[str, ...] = ()  # NAME=SOURCE of each: diffusers folder, file, hub id, output of stage 4 or 5, or tiny
-    prompts: str = ""  # text file, one prompt a line, or .csv or .jsonl with `id` and `prompt`
+    prompts: str = ""  # `people`, `general`, or a file: text, COCO captions, MJHQ-30K, .csv or .jsonl with ids
     output: str = ""  # folder of the benchmark: the FOLDER of the command line
     base: tuple[str, ...] = ()  # NAME=BASE of a model that is a LoRA or a U-Net alone
     vae: tuple[str, ...] = ()  # NAME=VAE of a model that is published without its VAE
@@ -176,7 +176,7 @@ def _settings_of(folder: Path) -> dict[str, Any]:
 
 
 def find_prompts(path: str) -> dict[str, str]:
-    """Return the prompts of a file by their ids; those of a text file are numbered from 0001."""
+    """Return the prompts of a list that ships or of a file, by their ids; those without ids are numbered from 0001."""
     if Path(path).suffix in (".csv", ".jsonl") and Path(path).is_file():
         return read_prompt_table(path)
     return {f"{number:04d}": prompt for number, prompt in enumerate(read_prompts(path), 1)}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from faceprior.evaluation.tables import published_rows
 from faceprior.files import atomic_write
 from faceprior.human_eval.agreement import (
     LABELS,
@@ -88,35 +89,28 @@ class Published:
     table_4: tuple[MetricStatistics, ...]
 
 
-def _published_spread(metric: str, pearson: float, *spreads: tuple[float, float]) -> MetricStatistics:
-    models = ("SD1.5", "RV5.1", "SDXL")
-    return MetricStatistics(
-        metric, pearson, tuple(ModelSpread(m, *spread) for m, spread in zip(models, spreads, strict=True))
+def _read_published() -> Published:
+    one, two, three, four = (published_rows(f"face_score_table{number}")["rows"] for number in (1, 2, 3, 4))
+    values = {row["method"]: row["values"] for row in four}
+    models = [row["method"] for row in one]
+    return Published(
+        source="Face Score, arXiv 2406.17100, 4.2 and Tables 1 to 4",
+        agreement=0.933,
+        table_1=tuple(ScoreFractions(row["method"], *row["values"].values()) for row in one),
+        table_2=tuple(MetricAccuracy(row["method"], row["values"]["accuracy"]) for row in two),
+        table_3=tuple(ModelMean("FS", row["method"], row["values"]["face_score"]) for row in three),
+        table_4=tuple(
+            MetricStatistics(
+                metric,
+                own["pearson"],
+                tuple(ModelSpread(model, own[f"median_{model}"], own[f"std_{model}"]) for model in models),
+            )
+            for metric, own in values.items()
+        ),
     )
 
 
-_ACCURACIES = {"Random guess": 0.5, "IR": 0.6087, "ASP": 0.6881, "FQA": 0.7022, "LocalIR": 0.7127}
-
-_ACCURACIES |= {"HPS": 0.7470, "LocalHPS": 0.7531, "FS": 0.8031}
-
-_MEANS = {"Dalle3": 3.45, "MJ": 3.51, "Real": 3.54, "PixArt-α": 3.94, "SC": 3.98, "PGV2.5": 4.40}
-
-PUBLISHED = Published(
-    source="Face Score, arXiv 2406.17100, 4.2 and Tables 1 to 4",
-    agreement=0.933,
-    table_1=(
-        ScoreFractions("SD1.5", 0.7620, 0.1865, 0.0515, 1.2895),
-        ScoreFractions("RV5.1", 0.1222, 0.3720, 0.5058, 2.3836),
-        ScoreFractions("SDXL", 0.1158, 0.4416, 0.4426, 2.3268),
-    ),
-    table_2=tuple(MetricAccuracy(metric, accuracy) for metric, accuracy in _ACCURACIES.items()),
-    table_3=tuple(ModelMean("FS", model, mean) for model, mean in _MEANS.items()),
-    table_4=(
-        _published_spread("FQA", 0.4626, (0.1600, 0.2173), (0.2980, 0.2864), (0.3723, 0.3206)),
-        _published_spread("LocalHPS", 0.5715, (0.4206, 0.1441), (0.4591, 0.1625), (0.3877, 0.1448)),
-        _published_spread("FS", 0.6759, (0.5673, 0.2575), (0.7993, 0.2557), (0.7775, 0.1994)),
-    ),
-)
+PUBLISHED = _read_published()
 
 
 # 20 people, 10 prompts
