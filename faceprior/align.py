@@ -16,8 +16,12 @@ from faceprior.images import ImageSource, cv2, load_image
 
 Resampling = Image.Resampling
 
+_OVAL_END = 1.4  # of `face_mask`, where the weight is 0, in radii of the face
 _CORNER_RADIUS = 0.35  # of `crop_mask`, a fraction of half its side
+_MOST_SIDES = 1000  # of a photograph's longer side: of a larger square nothing is seen, and its border takes memory
 _FILTER_REACH = 4  # pixels that the filters of `_sample` look at beyond a sample, and some to spare
+_HALF = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel centres -> edges
+_BAND = 2**18  # pixels that are pasted at once, so that the memory does not grow with the face
 
 
 class AlignmentError(ValueError):
@@ -84,11 +88,18 @@ def align_face(image: ImageSource, landmarks: np.ndarray, size: int = 512) -> Al
     reflection, blurred as in FFHQ (sigma 0.02 of the square's side) and fading to the median colour; unlike in FFHQ,
     the photograph's own pixels near its border are not blurred.
 
-    Raises AlignmentError for landmarks that span no face or whose square lies outside of the photograph.
+    Raises AlignmentError for landmarks that span no face or whose square lies outside of the photograph, is smaller
+    than a pixel, or more than 1000 times as large as the photograph.
     """
     if size < 1:
         raise ValueError(f"`size` has to be at least 1 pixel but is {size}")
     photograph, quad = load_image(image), alignment_quad(landmarks)
+    side = np.hypot(*(quad[3] - quad[0]))
+    if not 1 <= side <= _MOST_SIDES * max(photograph.size):
+        raise AlignmentError(
+            f"the square around the face has a side of {side:.3g} pixels in a photograph of {photograph.size} (width,"
+            " height): nothing of a face can be seen"
+        )
     matrix = _matrix_of_quad(quad, size)
 
     # the part of the photograph around the square, so that no step works on the rest
@@ -96,8 +107,9 @@ def align_face(image: ImageSource, landmarks: np.ndarray, size: int = 512) -> Al
     region, to_region = _pad(region, to_region, quad)
 
     inverse = to_region @ np.linalg.inv(_edges(matrix))  # edges: crop -> region
-    crop = _sample(region, inverse, (size, size), Resampling.BICUBIC, Resampling.LANCZOS)
-    return AlignedFace(Image.fromarray(_to_bytes(crop)), matrix)
+    fine = _fineness(inverse)
+    crop = Image.fromarray(_to_bytes(_sample(region, inverse, (size, size), fine)))
+    return AlignedFace(crop if fine == 1 else crop.resize((size, size), Resampling.LANCZOS), matrix)
 
 
 def _matrix_of_quad(quad: np.ndarray, size: int) -> np.ndarray:
@@ -111,12 +123,11 @@ def _matrix_of_quad(quad: np.ndarray, size: int) -> np.ndarray:
 
 def _edges(matrix: np.ndarray) -> np.ndarray:
     """A (2, 3) map of centre coordinates -> the (3, 3) map of edge coordinates, where pixel i covers i to i + 1."""
-    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-    return half @ np.vstack([matrix, [0, 0, 1]]) @ np.linalg.inv(half)
+    return _HALF @ np.vstack([matrix, [0, 0, 1]]) @ np.linalg.inv(_HALF)
 
 
 def _cut(photograph: Image.Image, quad: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The part of the photograph around the quad, shrunk, (H, W, 3) uint8, and the (3, 3) map of edges into it."""
+    """The part of the photograph around the quad, shrunk, (H, W, 3), and the (3, 3) map of edges into it."""
     side = np.hypot(*(quad[3] - quad[0]))
     border = max(round(side * 0.1), 3)
     corners = quad + 0.5
@@ -124,20 +135,28 @@ def _cut(photograph: Image.Image, quad: np.ndarray, size: int) -> tuple[np.ndarr
     high = np.minimum(np.ceil(corners.max(0)).astype(int) + border, photograph.size)
     if (corners.max(0) <= 0).any() or (corners.min(0) >= photograph.size).any():
         raise AlignmentError(f"the face lies outside of the photograph, which is {photograph.size} (width, height)")
-    region = np.asarray(photograph.crop((*low, *high)))
     shrink = max(1, int(side / size * 0.5))
     to_region = np.array([[1, 0, -low[0]], [0, 1, -low[1]], [0, 0, shrink]]) / shrink
-    return _block_means(region, shrink), to_region
+    return _block_means(photograph, (*low.tolist(), *high.tolist()), shrink), to_region
 
 
-def _block_means(image: np.ndarray, shrink: int) -> np.ndarray:
-    """Shrink (H, W, 3) uint8 by a whole factor; blocks that extend beyond the border repeat its pixels."""
+def _block_means(photograph: Image.Image, box: tuple[int, int, int, int], shrink: int) -> np.ndarray:
+    """The part `box` (xyxy) of a photograph, shrunk by a whole factor: (H, W, 3), uint8 at factor 1, else float32.
+
+    Blocks that extend beyond the box repeat its last pixels. Works on some rows at a time: large faces have many.
+    """
+    x0, y0, x1, y1 = box
     if shrink == 1:
-        return image
-    height, width = -(-image.shape[0] // shrink), -(-image.shape[1] // shrink)
-    missing = height * shrink - image.shape[0], width * shrink - image.shape[1]
-    whole = np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), "edge")
-    return cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA)
+        return np.asarray(photograph.crop(box))
+    width, rows = -(-(x1 - x0) // shrink), max(1, _BAND // ((x1 - x0) * shrink))
+    bands = []
+    for top in range(y0, y1, rows * shrink):
+        part = np.asarray(photograph.crop((x0, top, x1, min(top + rows * shrink, y1))))
+        height = -(-len(part) // shrink)
+        missing = height * shrink - len(part), width * shrink - part.shape[1]
+        whole = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), "edge").astype(np.float32)
+        bands.append(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA))
+    return np.concatenate(bands)
 
 
 def _pad(region: np.ndarray, to_region: np.ndarray, quad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,19 +179,19 @@ def _pad(region: np.ndarray, to_region: np.ndarray, quad: np.ndarray) -> tuple[n
 def _blurred_border(
     image: np.ndarray, before: np.ndarray, after: np.ndarray, sigma: float, visible: np.ndarray
 ) -> np.ndarray:
-    """Widen image (H, W, 3) uint8 by `before` and `after` (x, y) pixels with its blurred reflection -> float32.
+    """Widen image (H, W, 3) by `before` and `after` (x, y) pixels with its blurred reflection.
 
     visible: (2, 2), the (x, y) corners of the part of the result that the crop shows: the border is blurred only there.
     """
     widths = ((before[1], after[1]), (before[0], after[0]), (0, 0))
-    padded = np.pad(image, widths, "reflect")
-    height, width = padded.shape[:2]
-    median = np.median(padded, axis=(0, 1)).astype(np.float32)
+    original = np.pad(image, widths, "reflect")
+    height, width = original.shape[:2]
+    median = np.median(original, axis=(0, 1)).astype(np.float32)
     # 0 at the photograph's border, 1 at the outer edge
     depth = np.maximum(_depth(width, before[0], after[0]), _depth(height, before[1], after[1])[:, None])[..., None]
 
     # only the strips beside the image, as far as they are visible: the blur is slow
-    result = padded.astype(np.float32)
+    result = original.copy()
     (left, top), (right, bottom) = before, before + image.shape[1::-1]
     (x0, y0), (x1, y1) = np.clip(visible, 0, (width, height))
     strips = (
@@ -183,8 +202,8 @@ def _blurred_border(
     )
     for rows, columns in strips:
         if rows.start < rows.stop and columns.start < columns.stop:
-            blurred = _blurred(padded, rows, columns, max(sigma, 1e-3))
-            result[rows, columns] = blurred + (median - blurred) * depth[rows, columns]
+            blurred = _blurred(original, rows, columns, max(sigma, 1e-3))
+            result[rows, columns] = _to_bytes(blurred + (median - blurred) * depth[rows, columns])
     return result
 
 
@@ -203,35 +222,32 @@ def _depth(length: int, before: int, after: int) -> np.ndarray:
     return np.clip(np.maximum(1 - position / before, 1 - (length - 1 - position) / after), 0, 1)
 
 
-def _sample(image: np.ndarray, inverse: np.ndarray, size: tuple[int, int], *filters: Resampling) -> np.ndarray:
-    """Sample `image` (H, W, C) under `inverse`, the (3, 3) map of edges to it -> (height, width, C) float32.
+def _fineness(inverse: np.ndarray) -> int:
+    """How many samples a pixel needs along each axis, so that they lie at least as densely as the pixels under them."""
+    return max(1, math.ceil(_scale(inverse) - 1e-6))
 
-    size: (width, height). filters: the first samples at least as densely as the pixels of `image` lie, the second
-    shrinks the samples to `size`, so that nothing aliases. Runs in float32: on 8-bit pixels, PIL's transform truncates
-    instead of rounding.
+
+def _sample(
+    image: np.ndarray, inverse: np.ndarray, size: tuple[int, int], fine: int, kernel: str = "cubic"
+) -> np.ndarray:
+    """Sample `image` (H, W[, C]), uint8 or float32, under `inverse`, the (3, 3) map of edges to it, `fine` times finer.
+
+    size: (width, height). kernel: cubic or linear. Returns (height * fine, width * fine[, C]) of the image's type;
+    beyond the image its outermost pixels are repeated. Positions are rounded to 1/32 pixel of the image.
     """
-    fine = max(1, math.ceil(_scale(inverse) - 1e-6))
+    to_image = np.linalg.inv(_HALF) @ inverse @ np.diag([1 / fine, 1 / fine, 1]) @ _HALF  # of pixel centres
+    flags = (cv2.INTER_CUBIC if kernel == "cubic" else cv2.INTER_LINEAR) | cv2.WARP_INVERSE_MAP
     dense = size[0] * fine, size[1] * fine
-    steps = _flat(inverse @ np.diag([1 / fine, 1 / fine, 1]))
-    channels = []
-    for channel in np.moveaxis(image.astype(np.float32), 2, 0):
-        sampled = Image.fromarray(np.ascontiguousarray(channel))
-        sampled = sampled.transform(dense, Image.Transform.AFFINE, steps, filters[0])
-        channels.append(sampled if fine == 1 else sampled.resize(size, filters[1]))
-    return np.stack([np.asarray(channel) for channel in channels], axis=2)
+    return cv2.warpAffine(image, to_image[:2], dense, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    """Round and clip to uint8."""
+    return pixels if pixels.dtype == np.uint8 else cv2.convertScaleAbs(np.maximum(pixels, 0))
 
 
 def _scale(matrix: np.ndarray) -> float:
     return math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-
-
-def _flat(matrix: np.ndarray) -> tuple[float, ...]:
-    """The numbers for PIL's affine transform; it samples at pixel centres, so edges map to edges."""
-    return tuple(matrix[:2].ravel().tolist())
 
 
 def crop_mask(size: int, feather: float = 0.08) -> np.ndarray:
@@ -247,8 +263,36 @@ def crop_mask(size: int, feather: float = 0.08) -> np.ndarray:
     # distance to the rounded square, negative inside (the border's pixel centres lie on it)
     outward = np.stack(np.meshgrid(offset, offset)) - (half - radius)
     distance = np.hypot(*np.maximum(outward, 0)) + np.minimum(outward.max(0), 0) - radius
-    inside = np.clip(-distance / max(feather * size, 1e-6), 0, 1)
-    return (inside**2 * (3 - 2 * inside)).astype(np.float32)
+    return _soft_step(-distance / max(feather * size, 1e-6))
+
+
+def face_mask(landmarks: np.ndarray, size: int) -> np.ndarray:
+    """The weight of a face in its aligned crop: (size, size) float32, 1 on the face, 0 beyond an oval around it.
+
+    landmarks: (5, 2) in pixels of the crop. With e the distance of the eyes and m the vector from their middle to the
+    middle of the mouth, the face is an ellipse along m from 1.05 |m| above the eyes to 1.75 |m| below them, at each
+    side 1.1 e, or |m| where that is wider: in a profile, whose eyes lie close to each other. It is shifted away from
+    the nose by half of what the nose lies beside the line m. The weight falls from 1 at the ellipse to 0 at one 1.4
+    times as large, with the profile 3 t^2 - 2 t^3, and is 0 on the crop's border, whatever the landmarks (`crop_mask`).
+    """
+    points = _checked_landmarks(landmarks)
+    eyes = (points[0] + points[1]) / 2
+    down = (points[3] + points[4]) / 2 - eyes
+    length, between = float(np.hypot(*down)), float(np.hypot(*(points[1] - points[0])))
+    if length < 0.1 * between:  # a crop is upright
+        down, length = np.array([0, between]), between
+    down = down / max(length, 1e-6)
+    across = np.array([down[1], -down[0]])
+    centre = eyes + 0.35 * length * down - 0.5 * ((points[2] - eyes) @ across) * across
+    half_height, half_width = max(1.4 * length, 1e-6), max(1.1 * between, length, 1e-6)
+    x, y = np.meshgrid(np.arange(size) - centre[0], np.arange(size) - centre[1])
+    radius = np.hypot((x * across[0] + y * across[1]) / half_width, (x * down[0] + y * down[1]) / half_height)
+    return _soft_step((_OVAL_END - radius) / (_OVAL_END - 1)) * crop_mask(size)
+
+
+def _soft_step(t: np.ndarray) -> np.ndarray:
+    t = np.clip(t, 0, 1).astype(np.float32)
+    return t**2 * (3 - 2 * t)
 
 
 def paste_face(
@@ -257,43 +301,109 @@ def paste_face(
     matrix: np.ndarray,
     feather: float = 0.08,
     mask: np.ndarray | Image.Image | None = None,
+    before: ImageSource | None = None,
 ) -> Image.Image:
     """Paste an aligned crop back into its photograph.
 
     crop: square, of the size that `matrix` (2, 3), photograph -> crop, was made for. mask: (size, size) weights in
-    [0, 1] in the crop's pixels, or a grey image; without it `crop_mask(size, feather)`. Returns a new image; the
-    photograph itself is not changed. Where the weight is 0, and outside of the crop, all pixels equal the photograph's;
-    where the crop is finer than the photograph it is antialiased. A crop may lie partly outside.
+    [0, 1] in the crop's pixels, or a grey image, such as `face_mask`; without it `crop_mask(size, feather)`. Returns a
+    new image; the photograph itself is not changed. Where the weight is 0, and outside of the crop, all pixels equal
+    the photograph's; where the crop is finer than the photograph it is antialiased. A crop may lie partly outside.
 
-    An untouched crop whose square is not larger than `size` comes back with a mean absolute error below 1.5 of 255
-    where the weight is above 0 (0.8 and 1.0 measured on two photographs, squares of 172 and 349 pixels, `size` 512).
+    before: the aligned crop that `crop` was made from. With it the change, `crop` minus `before`, is added to the
+    photograph, so that detail finer than the crop's pixels stays, and an untouched crop changes nothing. Without it
+    `crop` replaces the pixels: an untouched one whose square is not larger than `size` comes back with a mean absolute
+    error below 1.5 of 255 where the weight is above 0 (0.9 and 1.0 measured on two photographs, squares of 172 and 349
+    pixels, `size` 512).
     """
     pasted, crop = load_image(image).copy(), load_image(crop)
-    size = _checked_size(crop)
-    to_crop = _edges(_checked_matrix(matrix))
-    weight = crop_mask(size, feather) if mask is None else _checked_mask(mask, size)
-    box = _place(to_crop, size, pasted.size)
-    if box is None:
-        return pasted
-    pixels = np.asarray(pasted.crop(box), dtype=np.float32)
-    face, weight = _warp_back(crop, weight, to_crop, box)
-    blended = np.where(weight > 0, pixels + (face - pixels) * weight, pixels)
-    pasted.paste(Image.fromarray(_to_bytes(blended)), box[:2])
+    weight = crop_mask(_checked_size(crop), feather) if mask is None else mask
+    paste_onto(pasted, crop, matrix, weight, before)
     return pasted
 
 
-def _warp_back(
-    crop: Image.Image, weight: np.ndarray, to_crop: np.ndarray, box: tuple[int, int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resample the crop to (h, w, 3) and its weight to (h, w, 1), float32, on the photograph's pixels in `box`."""
+def paste_onto(
+    canvas: Image.Image,
+    crop: ImageSource,
+    matrix: np.ndarray,
+    mask: np.ndarray | Image.Image,
+    before: ImageSource | None = None,
+    photograph: Image.Image | None = None,
+) -> None:
+    """Paste an aligned crop into the RGB image `canvas` itself, as `paste_face` does into a copy.
+
+    photograph: what the change is added to where `before` is given, of the canvas's size divided by a whole factor,
+    and enlarged by it (LANCZOS); without it the canvas. They differ where other faces are in the canvas already.
+    matrix: from the canvas's pixels to the crop's, see `enlarged`.
+    """
+    crop = load_image(crop)
+    size, to_crop = _checked_size(crop), _edges(_checked_matrix(matrix))
+    weight = _checked_mask(mask, size)
+    box = _place(to_crop, size, canvas.size)
+    if box is None:
+        return
+    change = np.asarray(crop)
+    if before is not None:
+        change = change.astype(np.float32) - _checked_before(before, size)
+    rows = max(1, _BAND // (box[2] - box[0]))
+    for top in range(box[1], box[3], rows):
+        band = (box[0], top, box[2], min(top + rows, box[3]))
+        _paste_band(canvas, change, to_crop, weight, band, None if before is None else photograph or canvas)
+
+
+def _paste_band(
+    canvas: Image.Image,
+    change: np.ndarray,
+    to_crop: np.ndarray,
+    weight: np.ndarray,
+    band: tuple[int, int, int, int],
+    photograph: Image.Image | None,
+) -> None:
+    """Blend the crop into some rows of the canvas; with a `photograph` it is added to it first."""
+    soft = _warp_back(weight, to_crop, band, "linear")
+    shown = np.flatnonzero(soft.any(axis=0))
+    if not len(shown):
+        return
+    # only the columns where the face shows: of a turned square half of the box is empty
+    left, right = int(shown[0]), int(shown[-1]) + 1
+    band = (band[0] + left, band[1], band[0] + right, band[3])
+    soft = np.ascontiguousarray(soft[:, left:right])[..., None]
+    pixels = np.asarray(canvas.crop(band))
+    face = _warp_back(change, to_crop, band, "cubic")
+    if photograph is not None:
+        face = face + (pixels if photograph is canvas else np.asarray(_enlarged_part(photograph, band, canvas.width)))
+    face = np.clip(face, 0, 255, dtype=np.float32)
+    blended = pixels + (face - pixels) * soft  # soft 0: the pixel itself
+    canvas.paste(Image.fromarray(_to_bytes(blended)), band[:2])
+
+
+def _warp_back(crop: np.ndarray, to_crop: np.ndarray, box: tuple[int, int, int, int], kernel: str) -> np.ndarray:
+    """Resample a crop (S, S[, C]) on the photograph's pixels in `box` (xyxy) -> float32 (h, w[, C])."""
     size = box[2] - box[0], box[3] - box[1]
-    shift = np.array([[1, 0, box[0]], [0, 1, box[1]], [0, 0, 1]])
-    margin = _FILTER_REACH * max(1, math.ceil(_scale(to_crop)))
-    widened = np.pad(np.asarray(crop), ((margin, margin), (margin, margin), (0, 0)), "edge")
-    into_widened = np.array([[1, 0, margin], [0, 1, margin], [0, 0, 1]]) @ to_crop @ shift
-    face = _sample(widened, into_widened, size, Resampling.BICUBIC, Resampling.BOX)
-    soft = _sample(weight[..., None], to_crop @ shift, size, Resampling.BILINEAR, Resampling.BOX)
-    return np.clip(face, 0, 255), np.clip(soft, 0, 1)
+    inverse = to_crop @ np.array([[1, 0, box[0]], [0, 1, box[1]], [0, 0, 1]])
+    fine = _fineness(inverse)
+    sampled = _sample(crop, inverse, size, fine, kernel).astype(np.float32, copy=False)
+    return sampled if fine == 1 else cv2.resize(sampled, size, interpolation=cv2.INTER_AREA)
+
+
+def enlarged(matrix: np.ndarray, factor: int) -> np.ndarray:
+    """The (2, 3) matrix from a photograph's pixels to a crop's for the photograph enlarged by a whole factor."""
+    edges = _edges(_checked_matrix(matrix)) @ np.diag([1 / factor, 1 / factor, 1])
+    return (np.linalg.inv(_HALF) @ edges @ _HALF)[:2]
+
+
+def _enlarged_part(photograph: Image.Image, box: tuple[int, int, int, int], width: int) -> Image.Image:
+    """The part `box` (xyxy) of a photograph enlarged to `width`, as cut out of the whole one."""
+    factor = width // photograph.width
+    if factor == 1:
+        return photograph.crop(box)
+    # in the photograph's pixels, with the neighbours that the filter reads
+    low = [max(edge // factor - _FILTER_REACH, 0) for edge in box[:2]]
+    high = [min(-(-edge // factor) + _FILTER_REACH, side) for edge, side in zip(box[2:], photograph.size, strict=True)]
+    part = photograph.crop((*low, *high))
+    part = part.resize((part.width * factor, part.height * factor), Resampling.LANCZOS)
+    x, y = low[0] * factor, low[1] * factor
+    return part.crop((box[0] - x, box[1] - y, box[2] - x, box[3] - y))
 
 
 def _place(to_crop: np.ndarray, size: int, photograph: tuple[int, int]) -> tuple[int, int, int, int] | None:
@@ -309,6 +419,13 @@ def _checked_size(crop: Image.Image) -> int:
     if crop.width != crop.height:
         raise ValueError(f"`crop` has to be square but is {crop.width}x{crop.height}")
     return crop.width
+
+
+def _checked_before(before: ImageSource, size: int) -> np.ndarray:
+    pixels = np.asarray(load_image(before))
+    if pixels.shape[:2] != (size, size):
+        raise ValueError(f"`before` has to be {size}x{size}, like the crop, but is {pixels.shape[1]}x{pixels.shape[0]}")
+    return pixels
 
 
 def _checked_matrix(matrix: Any) -> np.ndarray:

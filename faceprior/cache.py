@@ -20,7 +20,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from faceprior.diffusion import PromptEmbeddings, encode_prompts
-from faceprior.files import atomic_write
+from faceprior.diffusion import PromptEmbeddings, encode_prompts, networks_of
+from faceprior.files import atomic_write, size_text
 from faceprior.memory import ENCODING, Rehearsal
-from faceprior.training import collate, size_text
+from faceprior.models import placed
+from faceprior.training import collate
 
 logger = logging.getLogger(__name__)
 # Part of every folder's name: raise it when the code makes other tensors than before of the same images and prompts.
@@ -80,13 +81,14 @@ def cache_dataset(
     accelerator: Accelerator,
     batch_size: int = 1,
     num_workers: int = 0,
-    prompt: str = "prompt",
+    prompt: str | None = "prompt",
 ) -> CachedDataset:
     """Return `dataset` with tensors from the cache in `folder`, where those that are missing are computed first.
 
     encode: makes of a batch of the dataset's samples, on the CPU, named tensors (B, ...) by `pipeline.vae`; kind: a
     word for what it makes, part of a folder's name; batch_size: samples encoded at once; num_workers: processes that
-    load them; prompt: the sample's key that holds the prompt.
+    load them; prompt: the sample's key that holds the prompt, None if the samples have none: then there are no
+    embeddings either.
 
     The dataset may have `source(index)`, which returns the sample's values that are no tensors, and what its tensors
     depend on: numbers, texts and paths of files, whose contents count. Without it every sample is loaded, and its
@@ -103,10 +105,10 @@ def cache_dataset(
 
     # ---- The entries, by what they depend on
     sources = [_source(dataset, index) for index in range(len(dataset))]
-    texts = [values[prompt] for values, _ in sources]
+    texts = [values[prompt] for values, _ in sources] if prompt else []
     place = folder / f"{kind}-{fingerprint(pipeline.vae)}"
     samples = [_file(place, name) for name in _sample_names([identity for _, identity in sources])]
-    prompts = _prompt_files(folder, pipeline, texts)
+    prompts = _prompt_files(folder, pipeline, texts) if prompt else {}
 
     # ---- Those that are missing
     def encode_samples(indices: list[int]) -> Iterator[dict[str, Tensor]]:
@@ -122,10 +124,12 @@ def cache_dataset(
                 yield {f"{DROPPED if text is None else ''}{name}": tensor for name, tensor in row.items()}
 
     # the prompts first: they take the least time, and may take the most space
-    _fill(dict(zip(prompts.values(), prompts, strict=True)), encode_texts, "prompts", accelerator, _encoders(pipeline))
+    encoders = text_encoders(pipeline)
+    _fill(dict(zip(prompts.values(), prompts, strict=True)), encode_texts, "prompts", accelerator, encoders)
     _fill({file: index for index, file in enumerate(samples)}, encode_samples, kind, accelerator, [pipeline.vae])
 
-    files = [(file, prompts[text], prompts[None]) for file, text in zip(samples, texts, strict=True)]
+    of_prompts = [(prompts[text], prompts[None]) for text in texts] or [()] * len(samples)
+    files = [(file, *own) for file, own in zip(samples, of_prompts, strict=True)]
     size = sum(file.stat().st_size for file in {file for row in files for file in row})
     if accelerator.is_main_process:
         logger.info("%s holds %s for this run: it is kept for others, and may be deleted", folder, size_text(size))
@@ -150,27 +154,28 @@ def rehearse_cache(
     encode: Callable[[dict[str, Any]], dict[str, Tensor]],
     batch: dict[str, Any],
     device: torch.device,
-    prompt: str = "prompt",
+    prompt: str | None = "prompt",
 ) -> dict[str, Any]:
     """Return what a batch of the cached dataset holds in place of `batch`, and count what `cache_dataset` takes for it.
 
     To plan with (see `faceprior.memory`); `encode`, `prompt` as in `cache_dataset`.
     """
-    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    networks = networks_of(pipeline)
 
     def alone(*models: nn.Module) -> AbstractContextManager[None]:
         return rehearsal.away(*(network for network in networks if network not in models))
 
-    encoders = _encoders(pipeline)
+    encoders, rows = text_encoders(pipeline), {}
     with torch.no_grad():
-        with alone(*encoders), _moved(encoders, device), rehearsal.phase(ENCODING):
-            rows = vars(encode_prompts(pipeline, [str(number) for number in range(_PROMPTS_AT_ONCE)]))
-        with alone(pipeline.vae), _moved([pipeline.vae], device), rehearsal.phase(ENCODING):
+        if prompt:
+            with alone(*encoders), placed(encoders, device), rehearsal.phase(ENCODING):
+                rows = vars(encode_prompts(pipeline, [str(number) for number in range(_PROMPTS_AT_ONCE)]))
+        with alone(pipeline.vae), placed([pipeline.vae], device), rehearsal.phase(ENCODING):
             encoded = encode(batch)
     for name, rows_of in rows.items():
         for start in ("", DROPPED) if rows_of is not None else ():
             encoded[f"{start}{name}"] = rows_of.new_zeros(len(batch[prompt]), *rows_of.shape[1:])
-    return {**encoded, prompt: batch[prompt]}
+    return {**encoded, prompt: batch[prompt]} if prompt else encoded
 
 
 # ---- names: what an entry depends on
@@ -235,13 +240,13 @@ def _prompt_files(folder: Path, pipeline: DiffusionPipeline, texts: list[str]) -
         pipeline.config.get("force_zeros_for_empty_prompt", False),
         [[type(t).__name__, t.model_max_length, t.pad_token_id, t.padding_side] for t in tokenizers],
     ]
-    folder = folder / f"prompts-{fingerprint(*_encoders(pipeline), settings=settings)}"
+    folder = folder / f"prompts-{fingerprint(*text_encoders(pipeline), settings=settings)}"
     prompts = [None, *dict.fromkeys(texts)]
     tokens = [t([prompt or "" for prompt in prompts], verbose=False).input_ids for t in tokenizers]
     return {prompt: _file(folder, _hash([prompt, ids])) for prompt, *ids in zip(prompts, *tokens, strict=True)}
 
 
-def _encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
+def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
     """Return the pipeline's text encoders."""
     return [part for name, part in pipeline.components.items() if "text_encoder" in name and part is not None]
 
@@ -268,9 +273,11 @@ def _fill(
     for share in (own, files.keys() - own):
         missing = [file for file in files if file in share and not _is_whole(file)]
         if missing:
-            with _moved(models, accelerator.device), torch.no_grad():
+            with placed(models, accelerator.device), torch.no_grad():
                 entries = encode([files[file] for file in missing])
                 _write(missing, entries, what, accelerator)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the encoders took, for other processes, too
         accelerator.wait_for_everyone()
 
 
@@ -308,24 +315,10 @@ def _write(files: list[Path], entries: Iterable[dict[str, Tensor]], what: str, a
 def _require_space(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    logger.info("%s: about %s are to be written, %s are free", folder, size_text(size), size_text(free))
+    with tqdm.external_write_mode():  # a bar is on the line
+        logger.info("%s: about %s are to be written, %s are free", folder, size_text(size), size_text(free))
     if size > free:
         raise OSError(f"about {size_text(size)} are needed, {size_text(free)} are free")
-
-
-@contextmanager
-def _moved(models: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Keep models on `device`; at the end they are where they were."""
-    places = [model.device for model in models]
-    for model in models:
-        model.to(device)
-    try:
-        yield
-    finally:
-        for model, place in zip(models, places, strict=True):
-            model.to(place)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what the encoders took, for other processes, too
 
 
 def _rows(batch: dict[str, Tensor | None]) -> Iterator[dict[str, Tensor]]:

@@ -14,16 +14,19 @@ def wavelet_decompose(x: torch.Tensor, levels: int = 5) -> tuple[torch.Tensor, t
     """Split x into a high and a low band, `high + low = x` (colour fix of StableSR, arXiv 2305.07015).
 
     x: (B, C, H, W). The low band is x smoothed `levels` times by the kernel [1, 2, 1] / 4 along both axes, dilated by
-    1, 2, 4, ... pixels, with the border replicated; 5 levels smooth over about 2 * (2^5 - 1) + 1 = 63 pixels.
+    1, 2, 4, ... pixels, with the border replicated; 5 levels smooth over about 2 * (2^5 - 1) + 1 = 63 pixels. The high
+    band is summed level by level, so that it rounds as StableSR's, which the official code cuts to 8 bits.
     """
     if x.ndim != 4:
         raise ValueError(f"`x` has to be (B, C, H, W) but is {tuple(x.shape)}")
     if levels < 1:
         raise ValueError(f"`levels` has to be at least 1 but is {levels}")
     low = x.float()
+    high = torch.zeros_like(low)
     for level in range(levels):
-        low = _smooth(low, 2**level)
-    return (x.float() - low).to(x.dtype), low.to(x.dtype)
+        finer, low = low, _smooth(low, 2**level)
+        high += finer - low
+    return high.to(x.dtype), low.to(x.dtype)
 
 
 def _smooth(x: torch.Tensor, dilation: int) -> torch.Tensor:
@@ -52,6 +55,9 @@ def adain_color_fix(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
     mean, deviation = _statistics(content.float())
     style_mean, style_deviation = _statistics(style.float())
     return ((content.float() - mean) / deviation * style_deviation + style_mean).to(content.dtype)
+
+
+COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": lambda content, style: content}
 
 
 def _statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,7 +40,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from faceprior.errors import explain, is_out_of_memory
-from faceprior.files import printable
+from faceprior.files import hold_folder, printable
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ CONFIG_FILE = "config.yaml"
 UNSAVED_FILE = "config.yaml.part"  # what a kill while it is written leaves of it
 DONE_FILE = "done.json"
 METRICS_FILE = "metrics.jsonl"
+REVIEW_FILE = "review.jsonl"  # what a person decided about the results: never deleted
 EXTENDS = "extends"  # key of a preset
 # Where and how fast a stage runs, not what comes out: these may differ when a run is resumed.
 RUN_KEYS = frozenset(
@@ -137,12 +138,18 @@ def memory_options(values: dict[str, Any]) -> list[dict[str, Any]]:
         factor = 2 if size % 2 == 0 else size
         rest = {"accumulation": micro_batches * factor} if micro_batches else {}
         options.append({"batch_size": size // factor, **rest})
+    if value("vae_tiling") is False:
+        options.append({"vae_tiling": True})
     if value("gradient_checkpointing") is False:
         options.append({"gradient_checkpointing": True})
     if value("ema_decay") and value("ema_device") == "auto":
         options.append({"ema_device": "cpu"})
     if value("mixed_precision") == "no":
         options.append({"mixed_precision": "bf16"})
+    if value("dtype") == "float32":
+        options.append({"dtype": "bfloat16"})
+    if value("offload") == "none":
+        options.append({"offload": "model"})
     if value("optimizer") == "adamw":
         options.append({"optimizer": "adamw8bit"})
     lora = {} if value("train") in (None, "lora") else {"train": "lora"}
@@ -150,6 +157,12 @@ def memory_options(values: dict[str, Any]) -> list[dict[str, Any]]:
         options.append(lora)
     if value("quantization") in ("none", "8bit"):
         options.append({**lora, "quantization": "nf4"})
+    if value("offload") in ("none", "model"):
+        options.append({"offload": "sequential"})
+    if (
+        "validate_every" in values and value("scorer") not in (None, "none") and not value("keep_best")
+    ):  # it only watches
+        options.append({"scorer": "none"})
     return options + [{name: None} for name in values if name.endswith("resolution")]
 
 
@@ -261,16 +274,19 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
     `config.overwrite` is set, which deletes what is in it. Keys that may differ are RUN_KEYS, the `FREE` of the Config,
     `free`, and keys that this version does not know; all of them where only the settings are in the folder, of a run
     that failed before its first result. A folder with anything else in it is never touched. Folders of other runs
-    inside it (as `results/demo` in `results`) are left alone. Raises FileExistsError.
+    inside it (as `results/demo` in `results`) are left alone. A folder in which another process runs is refused.
+    Raises FileExistsError.
     """
     output, section = Path(config.output), stage_name(type(config))
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"`output` has to be a folder but {output} is a file")
+    if output.is_dir():
+        hold_folder(output, config)
     stored = saved_settings(config)
     if stored is not None:
         if config.overwrite:
             _empty(output)
-        elif any(path.name != CONFIG_FILE for path in _entries(output)):
+        elif not all(path.name == CONFIG_FILE or _is_empty_log(path) for path in _entries(output)):
             free = RUN_KEYS | getattr(type(config), "FREE", frozenset()) | frozenset(free)
             _require_same_settings(output, stored, _plain(config), free)
     elif output.is_dir() and (found := _entries(output)):
@@ -278,6 +294,7 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
             f"{output} was not made by {section} but has {found[0].name} in it: choose another `output`"
         )
     output.mkdir(parents=True, exist_ok=True)
+    hold_folder(output, config)
     save_config(config, output)
     return output
 
@@ -414,9 +431,15 @@ def _cast(key: str, value: Any, hint: Any) -> Any:
     """Cast a YAML or command line value to a field's type. PyYAML reads `5e-5` as text, hence the casts of text."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        if type(None) in args and (value is None or (isinstance(value, str) and value.lower() in ("", "none", "null"))):
             return None
-        return _cast(key, value, next(a for a in args if a is not type(None)))
+        words = [word for option in args for word in _choices(option)]
+        if value in words:  # as the `auto` of `float | Literal["auto"]`
+            return value
+        try:
+            return _cast(key, value, next(a for a in args if a is not type(None)))
+        except ValueError as error:
+            raise ValueError(f"{error}; or {', '.join(words)}" if words else str(error)) from None
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"`{key}` has to be a list but is {value!r}")
@@ -483,13 +506,19 @@ def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, 
 
 
 def _entries(output: Path) -> list[Path]:
-    """Return what is in a folder, without the folders of other runs, in the order in which it may be deleted.
+    """Return what is in a folder, without other runs and people's reviews, in the order in which it may be deleted.
 
     The settings come last: killed in between, the folder is still known as the run's.
     """
     order = {DONE_FILE: 0, CONFIG_FILE: 2}
-    found = [p for p in output.iterdir() if p.name != UNSAVED_FILE and not (p.is_dir() and any(p.rglob(CONFIG_FILE)))]
+    kept = (UNSAVED_FILE, REVIEW_FILE)
+    found = [p for p in output.iterdir() if p.name not in kept and not (p.is_dir() and any(p.rglob(CONFIG_FILE)))]
     return sorted(found, key=lambda path: (order.get(path.name, 1), path.name))
+
+
+def _is_empty_log(path: Path) -> bool:
+    """Tell whether a file is the log of a run that has not taken a step."""
+    return path.name == METRICS_FILE and path.is_file() and path.stat().st_size == 0
 
 
 def _empty(output: Path) -> None:

@@ -67,7 +67,7 @@ def find_checkpoint_folder(name: str | Path, subfolder: str | None = None, **hub
     return resolve_model(
         name,
         "scorer",
-        "`python stages/02_train_scorer.py` trains one, and `--checkpoint tiny` takes the small one that ships",
+        "`python stages/02_train_scorer.py` trains one; on the command line `tiny` is the small one that ships",
         required=("config.json", *_OFFICIAL_FILES),
         subfolder=subfolder,
         patterns=(*MODEL_FILES, *_OFFICIAL_FILES),

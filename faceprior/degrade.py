@@ -6,7 +6,7 @@ Gaussian noise -> JPEG -> bilinear upsampling -> colour shift -> grey -> roundin
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,23 @@ PRESETS = {
     # CodeFormer, options/CodeFormer_stage2.yml, "large degradation"
     "codeformer": DegradationConfig(blur_sigma=(1.0, 15.0), downsample=(4.0, 30.0), jpeg=(30, 80)),
 }
+
+
+NO_JPEG = (0, 0)  # a stage's `jpeg` for none
+
+
+def ranges_of(settings: Any, size: int) -> DegradationConfig:
+    """Return the ranges that a stage's settings name, for faces of `size` pixels.
+
+    settings: has `degradation`, the preset; `scale_degradation`, whether `scaled` adapts the ranges to the size; and
+    every field of `DegradationConfig` under its own name, () or None for the preset's. A `jpeg` of NO_JPEG is none.
+    """
+    given = {field.name: getattr(settings, field.name) for field in fields(DegradationConfig)}
+    changes = {name: value for name, value in given.items() if value not in (None, ())}
+    if changes.get("jpeg") == NO_JPEG:
+        changes["jpeg"] = None
+    ranges = replace(PRESETS[settings.degradation], **changes)
+    return scaled(ranges, size) if settings.scale_degradation else ranges
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
 )
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -44,6 +45,11 @@ def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
     return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
+def networks_of(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """Return all networks of a pipeline: that which is trained, the VAE, the text encoders."""
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
 def is_flux(pipeline: DiffusionPipeline) -> bool:
     """Tell whether the pipeline is of FLUX.1 type, whose transformer takes latents as tokens and timesteps as s."""
     return isinstance(getattr(pipeline, "transformer", None), FluxTransformer2DModel)
@@ -54,11 +60,33 @@ def is_xl(pipeline: DiffusionPipeline) -> bool:
     return hasattr(pipeline, "unet") and getattr(pipeline, "text_encoder_2", None) is not None
 
 
+def native_side(pipeline: DiffusionPipeline) -> int | None:
+    """Return the size in pixels of the images that a base is meant for; None if its config does not say."""
+    size = denoiser_of(pipeline).config.get("sample_size", getattr(pipeline, "default_sample_size", None))
+    return size * pipeline.vae_scale_factor if isinstance(size, int) else None
+
+
 def require_side(pipeline: DiffusionPipeline, side: int) -> None:
     """Raise ValueError where a base cannot make squares of `side` pixels: its VAE's factor, doubled by 2 x 2 tokens."""
     multiple = pipeline.vae_scale_factor * (1 if hasattr(pipeline, "unet") else 2)
     if side % multiple:
         raise ValueError(f"`resolution` has to be a multiple of {multiple} for this base but is {side}")
+
+
+def report_small_side(pipeline: DiffusionPipeline, side: int) -> None:
+    """Log it where `side`, in pixels, is less than half of the side that a base is meant for: it draws no faces there.
+
+    Nothing is logged of a base whose config does not say its side.
+    """
+    native = native_side(pipeline) or 0
+    if 2 * side < native:
+        logger.warning(
+            "`resolution` is %d, and this base is meant for %d pixels: its faces will be poor; give `--resolution %d`, "
+            "or a preset of its kind",
+            side,
+            native,
+            native,
+        )
 
 
 # ---- the training scheduler
@@ -132,7 +160,7 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str | None]) -> Pr
     """
     texts = [prompt or "" for prompt in prompts]
     unique = sorted(set(texts))
-    device = pipeline.text_encoder.device
+    device = get_module_execution_device(pipeline.text_encoder)  # where it works, if it is offloaded otherwise
     options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     if is_xl(pipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(unique, **options)
@@ -210,12 +238,20 @@ def encode_latents(vae: AutoencoderKL, pixel_values: Tensor, generator=None) -> 
 
     `generator` (one, or a list with one per sample) samples E(x) from the posterior; without it the mean is taken.
     """
-    with torch.autocast(vae.device.type, enabled=False):  # SDXL's VAE overflows in float16, a caller's autocast too
-        posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
-    if generator is None:
-        latents = posterior.mode()
-    else:
-        latents = posterior.mean + posterior.std * noise_like(posterior.mean, generator)
+    return latents_from_moments(vae, *encode_moments(vae, pixel_values), generator)
+
+
+def encode_moments(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode (B, 3, H, W) in [-1, 1] to the posterior's mean and standard deviation, (B, C, h, w) each, unscaled."""
+    device = get_module_execution_device(vae)
+    with torch.autocast(device.type, enabled=False):  # SDXL's VAE overflows in float16, a caller's autocast too
+        posterior = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def latents_from_moments(vae: AutoencoderKL, mean: Tensor, std: Tensor, generator=None) -> Tensor:
+    """Return scaled latents (B, C, h, w) of a posterior by `encode_moments`, as `encode_latents` does."""
+    latents = mean if generator is None else mean + std * noise_like(mean, generator)
     mean, scale = _latent_statistics(vae, latents)
     return (latents - mean) * scale
 
@@ -224,7 +260,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Decode scaled latents (B, C, h, w) to (B, 3, H, W), about [-1, 1]: x = D(z std / scale + mean)."""
     latents = latents.to(vae.dtype)
     mean, scale = _latent_statistics(vae, latents)
-    with torch.autocast(vae.device.type, enabled=False):
+    with torch.autocast(latents.device.type, enabled=False):
         return vae.decode(latents / scale + mean).sample
 
 
@@ -389,12 +425,16 @@ def sample_images(
     size: int,
     steps: int = 50,
     guidance_scale: float = 7.5,
+    negative_prompt: str = "",
 ) -> list[Image.Image]:
     """Sample one size x size image per prompt, each from the noise of its own seed.
 
-    guidance_scale: of classifier-free guidance, or that FLUX.1 dev was distilled with; FLUX.1 schnell has none. The
-    latents are decoded here and not by the pipeline, whose networks may run in another dtype than the VAE.
+    guidance_scale: of classifier-free guidance, or that FLUX.1 dev was distilled with; FLUX.1 schnell has none.
+    negative_prompt: what classifier-free guidance leads away from; FLUX.1 has none. The latents are decoded here and
+    not by the pipeline, whose networks may run in another dtype than the VAE.
     """
+    if negative_prompt and is_flux(pipeline):
+        raise ValueError(f"`negative_prompt` is {negative_prompt!r}, which FLUX.1 cannot use: leave it out")
     latents = pipeline(
         prompts,
         height=size,
@@ -403,6 +443,7 @@ def sample_images(
         guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
+        **({"negative_prompt": [negative_prompt] * len(prompts)} if negative_prompt else {}),
         **({} if hasattr(pipeline, "unet") else {"max_sequence_length": t5_length(pipeline)}),
     ).images
     if is_flux(pipeline):
@@ -417,6 +458,7 @@ SAMPLERS = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "euler": ("EulerDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
 }
 
 
@@ -424,8 +466,8 @@ def make_sampler(name: str, scheduler):
     """Return the scheduler to sample by, with the noise schedule and prediction type of a base's own `scheduler`.
 
     name: `base` (its own), `pndm` (arXiv 2202.09778; Face Score, section 6.1), `ddim` (2010.02502), `ddpm` (2006.11239;
-    AuthFace), `euler` (2206.00364) or `dpm++` (2211.01095). Raises ValueError for another name, and where the sampler
-    does not know what the base was trained with.
+    AuthFace), `euler` (2206.00364), `dpm++` (2211.01095) or `sde-dpm++`, which draws fresh noise in each step. Raises
+    ValueError for another name, and where the sampler does not know what the base was trained with.
     """
     if name == "base":
         return scheduler

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 from tqdm.auto import tqdm
 
+from faceprior.detect import detect_faces
 from faceprior.errors import explain, is_disk_full
 from faceprior.files import common_folder, printable
 from faceprior.images import load_image
@@ -131,7 +133,10 @@ class FacialFeatureLoss:
 
     prediction: z0_hat, (B, C, h, w), and latents: z_0, the clean ones; landmarks: (B, 5, 2) in pixels, NaN for a face
     where none were found, which adds 0 to every loss. The discriminators run in float32 whatever the accelerator's
-    mixed precision is, so their own loss needs no scaling.
+    mixed precision is, so their own loss needs no scaling. `accuracy` are measures of the last batch, for the log: for
+    each region and side, as `eyes_real` and `mouth_fake`, the fraction of the logits with the right sign, averaged over
+    the batch, to which a face without landmarks adds 0.5, chance. At 0.5 the discriminators cannot tell z0_hat from
+    z_0, at 1 they see every difference.
 
     discriminators: on the accelerator's device, the same in every process, not prepared by it.
     """
@@ -145,6 +150,7 @@ class FacialFeatureLoss:
     ):
         self.discriminators, self.accelerator, self.resolution = discriminators, accelerator, resolution
         self.optimizer = torch.optim.Adam(discriminators.parameters(), learning_rate, betas=(0.9, 0.99))
+        self.accuracy: dict[str, Tensor] = {}
 
     def __call__(self, prediction: Tensor, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the adversarial and the style part, (B,) each, summed over left eye, right eye and mouth.
@@ -164,12 +170,17 @@ class FacialFeatureLoss:
     def train_discriminators(self, prediction: Tensor, latents: Tensor, landmarks: Tensor) -> Tensor:
         """Backpropagate one micro-batch, step after the last one of a step, and return the loss (B,), detached.
 
-        Clean latents are real, predicted ones are fake. No gradient reaches the restorer.
+        Clean latents are real, predicted ones are fake. No gradient reaches the restorer. Sets `accuracy`.
         """
         with self._float32():
             (fake, found), (real, _) = (self._crops(z.detach(), landmarks) for z in (prediction, latents))
             fakes, reals = self.discriminators(fake), self.discriminators(real)
             loss = found * self._per_sample(discriminator_loss(reals[name][1], fakes[name][1]) for name in fakes)
+            self.accuracy = {
+                f"{name}_{side}": self._accuracy(sign * logits[name][1], found)
+                for name in fakes
+                for side, sign, logits in (("real", 1, reals), ("fake", -1, fakes))
+            }
         (loss.mean() / self.accelerator.gradient_accumulation_steps).backward()
         if self.accelerator.sync_gradients:
             if self.accelerator.num_processes > 1:
@@ -192,6 +203,12 @@ class FacialFeatureLoss:
         eyes, mouth = regions
         left, right = eyes.chunk(2)
         return left + right + mouth
+
+    @staticmethod
+    def _accuracy(logits: Tensor, found: Tensor) -> Tensor:
+        """Return the fraction of logits above 0; those of faces that were not found, (B,) 0, count as 0.5."""
+        correct = (logits > 0).float().flatten(1).mean(dim=1).view(-1, len(found)).mean(dim=0)  # (B,), of both eyes
+        return (found * correct + (1 - found) / 2).mean()
 
     def _float32(self):
         return torch.autocast(self.accelerator.device.type, enabled=False)
@@ -238,6 +255,12 @@ def find_landmarks(
 
     found = {row["image"]: row["landmarks"] for row in resume_rows(output / LANDMARKS_FILE)}
     return torch.tensor([found[name] or [[math.nan] * 2] * 5 for name in names])
+
+
+def largest_landmarks(image: Image.Image, detector: str) -> np.ndarray | None:
+    """Return the landmarks (5, 2) of the largest face; an aligned face fills a large part of its image."""
+    faces = detect_faces(image, detector, min_confidence=0.5, min_face_size=min(image.size) / 4)
+    return next((face.landmarks for face in faces if face.landmarks is not None), None)
 
 
 def without_landmarks(paths: Sequence[Path], landmarks: Tensor) -> list[str]:

@@ -1,4 +1,4 @@
-"""Files: which of them are images, names and their order, writing whole or not at all."""
+"""Files: which of them are images, names and their order, writing whole or not at all, folders that a process holds."""
 
 import contextlib
 import glob
@@ -7,14 +7,21 @@ import os
 import re
 import shutil
 import struct
+import time
 import uuid
 import warnings
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +37,8 @@ _OTHER_FORMATS = (None, "BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")
 # Of raw files, which are TIFF inside, Pillow reads a thumbnail only
 _RAW_SUFFIXES = (".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+VIDEO_SUFFIXES = (".3gp", ".avi", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv")
+_AUDIO_BRANDS = (b"M4A ", b"M4B ", b"M4P ")
 SIDECARS = (".txt", ".json", "_qwen.json")  # ends of the names of captions: NAME.txt belongs to the image NAME.jpg
 
 # What Pillow's decoders and its reader and writer of EXIF raise for damaged files
@@ -49,67 +58,98 @@ def is_heif(file: IO[bytes]) -> bool:
     return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
 
 
-def find_images(*paths: str | Path, recursive: bool = True) -> list[Path]:
+def is_video(path: str | Path) -> bool:
+    """Whether a file begins as a video does: MP4, MOV and 3GP, Matroska and WebM, AVI; of others the suffix decides."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if start[4:8] == b"ftyp":
+        return start[8:12] not in (*_HEIF_BRANDS, *_AUDIO_BRANDS, b"avif", b"avis")
+    if start[:4] == b"\x1aE\xdf\xa3" or (start[:4] == b"RIFF" and start[8:] == b"AVI "):
+        return True
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_images(*paths: str | Path, recursive: bool = True, videos: bool = False) -> list[Path]:
     """Find the image files that `paths` name: files, folders and globs.
 
     The arguments keep their order; the files of a folder or a glob come in natural order ("img2" before "img10"). A
     file is listed once, however often it is named or linked to. In folders and globs, a file is an image if it has one
     of the IMAGE_SUFFIXES or, whatever its suffix, begins as an image does; HEIC is listed even where pillow-heif is
-    missing, so that `load_image` names it. Hidden entries are skipped, as are captions beside an image (SIDECARS);
-    other files that are skipped are counted and named in the log. A file that is named itself is listed whatever it
-    is. Links that lead nowhere are listed, so that `load_image` names them. recursive: descend into sub-folders (links
-    are followed, loops are safe).
+    missing, so that `load_image` names it. Hidden entries are skipped, as are captions beside an image (SIDECARS); the
+    log counts and names hidden images, second names of a file, and other files that are skipped. A file that is named
+    itself is listed whatever it is. Links that lead nowhere are listed, so that `load_image` names them. recursive:
+    descend into sub-folders (links are followed, loops are safe). videos: list videos, too (see `is_video`).
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a folder or glob without images.
     """
     if not paths:
         raise ValueError("`find_images` needs at least one file, folder or glob")
-    found, skipped = {}, []
+    found, skipped = {}, _Skipped()
     for path in paths:
-        for file in _expand(path, recursive, skipped):
-            found.setdefault(os.path.realpath(file), file)
-    if skipped:
-        logger.info("%s", _skipped_text(skipped))
+        for file in _expand(path, recursive, videos, skipped):
+            first = found.setdefault(os.path.realpath(file), file)
+            if os.path.abspath(first) != os.path.abspath(file):
+                skipped.twice.append(f"{file} is {first}")
+    for text in skipped.texts():
+        logger.info("%s", text)
     return list(found.values())
 
 
-def _skipped_text(skipped: list[Path], most: int = 10) -> str:
-    number = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
-    names = ", ".join(printable(str(path)) for path in skipped[:most])
-    more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
-    return f"{number} skipped that {'is no image' if len(skipped) == 1 else 'are no images'}: {names}{more}"
+class _Skipped:
+    """What a search found and did not list: files that are no images, hidden images, second names of a file."""
+
+    def __init__(self) -> None:
+        self.others: list[Path] = []
+        self.hidden: list[Path] = []
+        self.twice: list[str] = []
+
+    def texts(self, most: int = 10) -> list[str]:
+        kinds = (
+            (self.others, "file", " that is no image", " that are no images"),
+            (self.hidden, "hidden image", "", ""),
+            (self.twice, "second name", " of a file that is listed once", " of files that are listed once"),
+        )
+        return [_skipped_text(list(map(str, names)), *words, most) for names, *words in kinds if names]
 
 
-def _expand(path: str | Path, recursive: bool, skipped: list[Path]) -> list[Path]:
-    """Return the images that one argument names; what else is found there is appended to `skipped`."""
-    path = Path(path).expanduser()
+def _skipped_text(names: list[str], noun: str, one: str, several: str, most: int) -> str:
+    number = f"1 {noun} skipped{one}" if len(names) == 1 else f"{len(names)} {noun}s skipped{several}"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{number}: {', '.join(map(printable, names[:most]))}{more}"
+
+
+def _expand(path: str | Path, recursive: bool, videos: bool, skipped: _Skipped) -> list[Path]:
+    """Return the images that one argument names; what else is found there is noted in `skipped`."""
+    path, found = Path(path).expanduser(), _Skipped()
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = list(_files_in(path, recursive))
+        files = list(_files_in(path, recursive, found.hidden))
     elif glob.has_magic(str(path)):
-        files = _files_of_glob(path, recursive)
+        files = _files_of_glob(path, recursive, found.hidden)
     else:
         raise FileNotFoundError(f"no file or folder at {path}")
-    images, others = _images_among(sorted(files, key=natural_key))
+    images, found.others = _images_among(sorted(files, key=natural_key), videos)
     if not images:
-        text = f": {_skipped_text(others, most=3)}" if others else ""
-        raise ValueError(f"no images in {path}{text}")
-    skipped += others
+        text = "; ".join(found.texts(most=3))
+        raise ValueError(f"no images in {path}{': ' * bool(text)}{text}")
+    skipped.others += found.others
+    skipped.hidden += found.hidden
     return images
 
 
-def _files_of_glob(pattern: Path, recursive: bool) -> list[Path]:
+def _files_of_glob(pattern: Path, recursive: bool, hidden: list[Path]) -> list[Path]:
     matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
     if not matches:
         raise FileNotFoundError(f"nothing matches {pattern}")
     files = [match for match in matches if _is_visible_file(match)]
     if recursive:
-        files += [file for match in matches if match.is_dir() for file in _files_in(match, recursive)]
+        files += [file for match in matches if match.is_dir() for file in _files_in(match, recursive, hidden)]
     return list(dict.fromkeys(files))
 
 
-def _files_in(folder: Path, recursive: bool) -> Iterator[Path]:
+def _files_in(folder: Path, recursive: bool, hidden: list[Path]) -> Iterator[Path]:
+    """Yield the visible files; hidden images, and those in hidden folders, are appended to `hidden`."""
     seen = set()
     for root, folders, files in os.walk(folder, onerror=_warn_skipped, followlinks=True):
         real = os.path.realpath(root)
@@ -117,8 +157,17 @@ def _files_in(folder: Path, recursive: bool) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        for name in folders if recursive else []:
+            if name.startswith("."):
+                with contextlib.suppress(OSError):
+                    hidden += _images_by_name(Path(root, name), os.listdir(Path(root, name)))
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
+        hidden += _images_by_name(Path(root), [name for name in files if name.startswith(".")])
         yield from (Path(root, name) for name in files if _is_visible_file(Path(root, name)))
+
+
+def _images_by_name(folder: Path, names: list[str]) -> list[Path]:
+    return [Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _warn_skipped(error: OSError) -> None:
@@ -130,13 +179,20 @@ def _is_visible_file(path: Path) -> bool:
     return not path.name.startswith(".") and (path.is_file() or (path.is_symlink() and not path.exists()))
 
 
-def _images_among(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Split files into images and others, without the captions of the images; both keep their order."""
+def _images_among(files: list[Path], videos: bool) -> tuple[list[Path], list[Path]]:
+    """Split files into images (with videos, if they are wanted) and others, without the captions of the images."""
     images = {file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
     rest = _without_sidecars([file for file in files if file not in images], images)  # only these are opened
-    images |= {file for file in rest if _begins_as_an_image(file)}
+    images |= {file for file in rest if _begins_as_an_image(file) or (videos and _begins_as_a_video(file))}
     others = _without_sidecars([file for file in rest if file not in images], images)
     return [file for file in files if file in images], others
+
+
+def _begins_as_a_video(path: Path) -> bool:
+    try:
+        return is_video(path)
+    except OSError:
+        return False
 
 
 def _without_sidecars(files: list[Path], images: set[Path]) -> list[Path]:
@@ -211,6 +267,11 @@ def printable(text: str, encoding: str | None = "utf-8") -> str:
     return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
 
 
+def size_text(size: float) -> str:
+    """Return a number of bytes as MB or GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 # ---- writing
 
 
@@ -228,6 +289,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     temporary = path.with_name(f".faceprior-{uuid.uuid4().hex}.tmp")  # short, however long `path` is
     try:
         with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            _lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())  # a row that names the file must not outlive it in a power cut
@@ -235,6 +297,63 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what killed processes left of `atomic_write` in a folder; those that are alive have locked theirs."""
+    for path in Path(folder).glob(".faceprior-*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if _lock(file):
+                path.unlink()
+
+
+def _lock(file: IO[Any]) -> bool:
+    """Lock a file for as long as it is open; False where another process has locked it, or locks are not known."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+_HELD: dict[tuple[int, int], int] = {}  # the folders that this process holds, by device and inode: their descriptors
+_PATIENCE = 10  # seconds: the workers of a run that was killed hold its folder until they notice
+
+
+def hold_folder(folder: str | Path, owner: Any) -> None:
+    """Hold a folder for this process as long as `owner` lives; FileExistsError if another process holds it.
+
+    The system ends a lock with its process, however that ends. Where there are no locks (Windows, some network file
+    systems) nothing is held.
+    """
+    if fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    state, end = os.fstat(descriptor), time.monotonic() + _PATIENCE
+    key = state.st_dev, state.st_ino
+    while key not in _HELD:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < end:
+                time.sleep(0.2)
+                continue
+            os.close(descriptor)
+            raise FileExistsError(
+                f"another process is running in {folder}: wait until it has ended, or choose another `output`"
+            ) from None
+        except OSError:
+            break
+        _HELD[key] = descriptor
+        weakref.finalize(owner, _release, key)
+        return
+    os.close(descriptor)
+
+
+def _release(key: tuple[int, int]) -> None:
+    os.close(_HELD.pop(key))
 
 
 def copy_file(source: str | Path, path: str | Path) -> Path:

@@ -8,6 +8,7 @@ it together with what RGB does not hold, for those who write the image again.
 import importlib
 import io
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -141,18 +142,24 @@ class SourceImage:
         """
         if self.rgba is None:
             return rgb
-        stored = np.asarray(self.rgba)
-        edit = np.asarray(rgb).astype(np.int16) - np.asarray(self.rgb)
-        edit[stored[..., 3] == 0] = 0
-        colors = np.clip(stored[..., :3] + edit, 0, 255).astype(np.uint8)
-        image = Image.fromarray(np.concatenate([colors, stored[..., 3:]], axis=2))
+        image = self.rgba.copy()
+        for top in range(0, rgb.height, _STRIP):  # in strips: arrays of a whole photograph take several times its size
+            strip = (0, top, rgb.width, min(top + _STRIP, rgb.height))
+            edited, own = np.asarray(rgb.crop(strip)), np.asarray(self.rgb.crop(strip))
+            if (edited == own).all():
+                continue
+            stored = np.asarray(self.rgba.crop(strip))
+            edit = edited.astype(np.int16) - own
+            edit[stored[..., 3] == 0] = 0
+            colors = np.clip(stored[..., :3] + edit, 0, 255).astype(np.uint8)
+            image.paste(Image.fromarray(np.concatenate([colors, stored[..., 3:]], axis=2)), strip)
         image.info = dict(self.rgb.info)
         return image
 
     def in_own_mode(self, image: Image.Image) -> Image.Image:
         """Return an image of `with_pixels` in the file's kind of mode, with its ICC profile: grey as L or LA."""
         grey = "L" if self.rgba is None else "LA"
-        image = image.convert(grey) if self.mode in _GREY_MODES else image.copy()
+        image = image.convert(grey) if self.mode in _GREY_MODES else image._new(image.im)  # whose pixels are shared
         image.info = {"icc_profile": self.icc_profile} if self.icc_profile else {}
         return image
 
@@ -166,7 +173,8 @@ _DESCRIBING_TAGS = frozenset(
     (270, 271, 272, 274, 282, 283, 296, 305, 306, 315, 316, 33432, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 )
 _XMP, _COMMENT = "XML:com.adobe.xmp", "Comment"  # keys of a PNG file's texts
-_COMMENT_BYTES = 65533  # a JPEG segment holds no more
+_COMMENT_BYTES, _XMP_BYTES = 65533, 65504  # a JPEG segment holds no more
+_STRIP = 256  # rows of pixels that are edited at a time
 
 
 def read_source(source: ImageSource) -> SourceImage:
@@ -478,23 +486,28 @@ def _register_heif(path: Path) -> None:
     heif.register_heif_opener()
 
 
-def save_image(image: Image.Image | np.ndarray, path: str | Path, metadata: Metadata | None = None) -> Path:
+def save_image(
+    image: Image.Image | np.ndarray, path: str | Path, metadata: Metadata | None = None, quality: int = JPEG_QUALITY
+) -> Path:
     """Write an image in the format that the suffix of `path` names, whole or not at all; returns the path.
 
-    image: a PIL image, kept in its mode, or an array as `load_image` takes it ((H, W) uint8 stays grey). JPEG
-    and WebP are written at quality 95; an ICC profile in `image.info` is written too. metadata: written to JPEG, PNG,
-    WebP and TIFF files as far as the format holds it: texts to PNG files (the comment to JPEG files, too), the
-    resolution not to WebP.
+    image: a PIL image, kept in its mode, or an array as `load_image` takes it ((H, W) uint8 stays grey); an ICC profile
+    in `image.info` is written too. metadata: written to JPEG, PNG, WebP and TIFF files as far as the format holds it
+    (see `not_held`). quality: of JPEG and WebP files, in [1, 100]. Raises ValueError for a format that is not written,
+    and for an image with more pixels on a side than the format holds.
     """
     path = Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None or kind not in Image.SAVE:
-        raise ValueError(f"no image format is written for the suffix {path.suffix!r} of {path}: use .png or .jpg")
+    kind = _written_format(path)
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image) if _is_grey(image) else load_image(image)
+    if max(image.size) > (most := _MOST_PIXELS.get(kind, math.inf)):
+        raise ValueError(
+            f"{path} would have {image.width}x{image.height} pixels, but a {kind} file has at most {most} on a side:"
+            " write it as PNG"
+        )
     options = _metadata_options(image, metadata or Metadata(), kind) if kind in _DESCRIBED_FORMATS else {}
     if kind in ("JPEG", "WEBP"):
-        options["quality"] = JPEG_QUALITY
+        options["quality"] = quality
     if kind == "JPEG":
         options["subsampling"] = 0
     with atomic_write(path) as file:
@@ -502,7 +515,39 @@ def save_image(image: Image.Image | np.ndarray, path: str | Path, metadata: Meta
     return path
 
 
+def contact_sheet(images: list[np.ndarray], columns: int = 8) -> np.ndarray:
+    """Join images of one size, (H, W, 3) each, in rows of `columns`; the last row is filled with grey."""
+    blank = np.full_like(images[0], 128)
+    rows = -(-len(images) // columns)
+    padded = images + [blank] * (rows * columns - len(images))
+    return np.vstack([np.hstack(padded[r * columns : (r + 1) * columns]) for r in range(rows)])
+
+
+def not_held(image: Image.Image, metadata: Metadata, path: str | Path) -> tuple[str, ...]:
+    """Name what the format that the suffix of `path` names does not hold of an image and its metadata, in words."""
+    kind, lost = _written_format(Path(path)), []
+    if kind == "JPEG" and "A" in image.getbands():
+        lost.append("transparency (JPEG)")
+    if kind not in _DESCRIBED_FORMATS:
+        return (*lost, f"metadata ({kind})") if metadata != Metadata() or image.info.get("icc_profile") else tuple(lost)
+    if metadata.dpi and kind == "WEBP":
+        lost.append("the resolution in pixels per inch (WebP)")
+    texts = metadata.text.keys() - ({_XMP, _COMMENT} if kind == "JPEG" else {_XMP} if kind == "WEBP" else ())
+    long_xmp = kind == "JPEG" and len(metadata.text.get(_XMP, "").encode()) > _XMP_BYTES
+    if texts and kind != "PNG" or long_xmp:
+        lost.append(f"texts ({'XMP' if long_xmp else ', '.join(sorted(texts))})")
+    return tuple(lost)
+
+
 _DESCRIBED_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+_MOST_PIXELS = {"JPEG": 65500, "WEBP": 16383}  # on a side
+
+
+def _written_format(path: Path) -> str:
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise ValueError(f"no image format is written for the suffix {path.suffix!r} of {path}: use .png or .jpg")
+    return kind
 
 
 def _metadata_options(image: Image.Image, metadata: Metadata, kind: str) -> dict[str, Any]:
@@ -518,6 +563,9 @@ def _metadata_options(image: Image.Image, metadata: Metadata, kind: str) -> dict
             options["pnginfo"].add_itxt(key, value)
     if kind == "JPEG" and _COMMENT in metadata.text:
         options["comment"] = metadata.text[_COMMENT].encode()[:_COMMENT_BYTES]
+    xmp = metadata.text.get(_XMP, "").encode()
+    if xmp and (kind == "WEBP" or (kind == "JPEG" and len(xmp) <= _XMP_BYTES)):
+        options["xmp"] = xmp
     return options
 
 

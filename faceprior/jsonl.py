@@ -62,7 +62,9 @@ def read_manifest(
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"no {what}s in {folder}: `python stages/{stage}.py` makes them")
+        raise FileNotFoundError(
+            f"no {what}s in {folder}: `python stages/{stage}.py` makes them, with the same `--config`"
+        )
     rows, problems = read_rows(path)
     items = []
     for number, row in enumerate(rows, 1):
@@ -100,6 +102,11 @@ class KeyedRows(dict[str, dict[str, Any]]):
         if row[self.key] not in self:
             append_row(self.path, row)
             self[row[self.key]] = row
+
+    def replace(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write rows in place of those with the same keys, all or none."""
+        self.update({row[self.key]: row for row in rows})
+        rewrite_rows(self.path, self.values())
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove rows from the file; keys without a row are ignored."""

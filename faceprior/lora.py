@@ -7,6 +7,7 @@ with its true alpha. Beside a trained LoRA there is one that is extracted from t
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from copy import copy
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -91,12 +92,28 @@ def add_lora(
 
     targets: see `find_lora_layers`. variant: `plain`; `rslora` has the strength alpha / sqrt(rank) (arXiv 2312.03732);
     `dora` trains the length of each output's weights too (arXiv 2402.09353).
+
+    Raises ValueError for a `rank` below 1, an `alpha` that is not above 0, and a network that has a LoRA already.
     """
+    require_no_lora(pipeline)
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"`rank` has to be a whole number of at least 1 but is {rank}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"`alpha` has to be above 0 but is {alpha}")
     if variant not in LORA_VARIANTS:
         raise ValueError(f"`lora_variant` has to be one of {', '.join(LORA_VARIANTS)} but is {variant!r}")
     options = {"init_lora_weights": "gaussian", **LORA_VARIANTS[variant]}
     layers = find_lora_layers(pipeline, targets)
     denoiser_of(pipeline).add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, **options))
+
+
+def require_no_lora(pipeline: DiffusionPipeline) -> None:
+    """Raise ValueError for a network that has a LoRA, which would be trained and saved as a part of it."""
+    if getattr(denoiser_of(pipeline), "peft_config", None):
+        raise ValueError(
+            "the pipeline's network has a LoRA already: `pipeline.fuse_lora()` and then "
+            "`pipeline.unload_lora_weights()` put it into the weights, or load the base anew"
+        )
 
 
 def adapters_of(denoiser: nn.Module) -> list[LoraLayer]:
@@ -259,6 +276,20 @@ def _kohya(pipeline: DiffusionPipeline, lora: Lora) -> tuple[dict[str, Tensor], 
     return tensors, metadata
 
 
+def fuse_lora(tuned: DiffusionPipeline, base: DiffusionPipeline) -> DiffusionPipeline:
+    """Return `base` with the trained LoRA of `tuned` in its weights.
+
+    base: the same pipeline, or, where its weights are quantized, which nothing can be added to, the base loaded anew.
+    """
+    if base is not tuned:
+        network, trained = denoiser_of(base), denoiser_of(tuned)
+        network.add_adapter(trained.peft_config["default"])
+        set_peft_model_state_dict(network, get_peft_model_state_dict(trained))
+    base.fuse_lora()
+    base.unload_lora_weights()
+    return base
+
+
 # ---- reading
 
 
@@ -277,7 +308,7 @@ def find_lora(path: Path) -> Path | None:
 
 def load_lora(pipeline: DiffusionPipeline, file: Path) -> None:
     """Load a LoRA into a pipeline; ValueError if it does not fit, or if a part of it would be dropped."""
-    denoiser, part = denoiser_of(pipeline), "unet" if hasattr(pipeline, "unet") else "transformer"
+    denoiser, part = denoiser_of(pipeline), _part(pipeline)
     if any("dora_scale" in name for name in _tensor_names(file)):
         raise ValueError(
             f"{file} is a DoRA, whose `dora_scale` diffusers would drop: merge it into its base where it was trained"

@@ -3,7 +3,8 @@
 Face Score (arXiv 2406.17100): `pairwise_ranking_loss` (Eq. 5, stage 2), `guidance_loss` (Eq. 7, stage 4). Beside it in
 stage 4: `dpo_loss` (Diffusion-DPO, arXiv 2311.12908) and `reward_loss` (DRaFT, arXiv 2309.17400).
 AuthFace (arXiv 2410.09864): `noise_loss` (Eq. 1, stages 5 and 6), and the facial feature loss of stage 6, whose text at
-hand breaks off before Eqs. 2 to 5: `time_weight` is Eq. 3, the others follow GFP-GAN (arXiv 2101.04061).
+hand breaks off before Eqs. 2 to 5: `time_weight` is Eq. 3, the others follow GFP-GAN (arXiv 2101.04061). Not in the
+paper: `min_snr_weight` of stage 5 (arXiv 2303.09556).
 """
 
 import math
@@ -47,12 +48,39 @@ def guidance_loss(
     return distance(target.float().detach(), prediction.float(), mask.float())
 
 
-def noise_loss(model_pred: Tensor, target: Tensor) -> Tensor:
+def noise_loss(model_pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """||e - e_theta||^2, mean squared error of the predicted noise (AuthFace, Eq. 1; DDPM, Eq. 14).
 
-    model_pred, target: (B, C, H, W). With a v-prediction model the target is the velocity.
+    model_pred, target: (B, C, H, W). With a v-prediction model the target is the velocity. weight: (B,), of each
+    sample's error, see `min_snr_weight`.
     """
-    return F.mse_loss(model_pred.float(), target.float())
+    if weight is None:
+        return F.mse_loss(model_pred.float(), target.float())
+    return (weight * squared_error(model_pred, target)).mean()
+
+
+def min_snr_weight(alpha_bar: Tensor, prediction_type: str, gamma: float = 5.0) -> Tensor:
+    """Min-SNR weight of a sample's loss at its timestep (Hang et al., arXiv 2303.09556, section 3.4) -> as alpha_bar.
+
+    alpha_bar: any shape, [0, 1), with SNR = alpha_bar / (1 - alpha_bar); gamma: limit of the weight, the paper's is 5.
+    The loss on x_0 is weighted by min(SNR, gamma); the others are that loss times a factor, by which it is divided:
+
+        sample        ||x_0 - x||^2                              min(SNR, gamma)
+        epsilon       ||e - e_theta||^2 = SNR ||x_0 - x||^2      min(SNR, gamma) / SNR = min(1, gamma / SNR)
+        v_prediction  ||v - v_theta||^2 = (SNR + 1) ||...||^2    min(SNR, gamma) / (SNR + 1)
+
+    At zero SNR, where noise says nothing of x_0, epsilon's is its limit, 1. Raises ValueError for another prediction.
+    """
+    snr = alpha_bar.float() / (1 - alpha_bar.float())
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1.0)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    if prediction_type == "sample":
+        return snr.clamp(max=gamma)
+    raise ValueError(
+        f"min-SNR weights are of epsilon, v_prediction and sample, but the prediction is {prediction_type}"
+    )
 
 
 def dpo_loss(good: Tensor, bad: Tensor, original_good: Tensor, original_bad: Tensor, beta: float = 2000.0) -> Tensor:

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from transformers.initialization import no_init_weights
 
 ACTIVATIONS, GRADIENTS, OPTIMIZER = "activations", "gradients", "optimizer state"
+ELSEWHERE = ""  # part of what is not counted
 # phases
 ENCODING, TRAINING, UPDATE, SAMPLES = "encoding", "training", "optimizer step", "samples"
 _BLOCK = 512  # bytes
@@ -86,6 +87,11 @@ class Rehearsal:
         """Count as `part` whatever is alive and has no name yet."""
         self._live.label_rest(part)
 
+    def leave_rest(self) -> None:
+        """Do not count whatever is alive and has no name yet where a GPU is planned for: it lies on the CPU there."""
+        if self.device == "cuda":
+            self._live.leave_rest()
+
     def name_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Name an optimizer's state, which exists after its first step."""
         tensors = [*tree_iter(list(optimizer.state.values())), *getattr(optimizer, "name2qmap", {}).values()]
@@ -125,14 +131,30 @@ class Rehearsal:
     @contextmanager
     def away(self, *modules: nn.Module) -> Iterator[None]:
         """Do not count modules that are on another device meanwhile."""
-        tensors = [tensor for module in modules for tensor in _tensors_of(module)]
-        for tensor in tensors:
-            self._live.forget(tensor)
+        self._put(modules, there=False)
         try:
             yield
         finally:
-            for tensor in tensors:
-                self._live.add(tensor)
+            self._put(modules, there=True)
+
+    @contextmanager
+    def away_by_layer(self, *modules: nn.Module) -> Iterator[None]:
+        """Count of modules only the layer that is at work, as accelerate's `cpu_offload` brings them, one by one."""
+        handles = []
+        for layer in (layer for module in modules for layer in module.modules()):
+            if layer._parameters:
+                handles.append(layer.register_forward_pre_hook(lambda layer, *_: self._put([layer], there=True)))
+                handles.append(layer.register_forward_hook(lambda layer, *_: self._put([layer], there=False)))
+        try:
+            with self.away(*modules):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _put(self, modules: Iterable[nn.Module], there: bool) -> None:
+        for tensor in (tensor for module in modules for tensor in _tensors_of(module)):
+            (self._live.add if there else self._live.forget)(tensor)
 
     # ---- phases
 
@@ -242,8 +264,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        run = _run_on_fakes if self._rehearsal.fake else _run
-        result = run(function, args, kwargs)
+        result = _run_on_fakes(function, args, kwargs) if self._rehearsal.fake else function(*args, **kwargs)
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
@@ -262,7 +283,7 @@ class _LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self._count, entry, 0)
             self._count(entry, -(-storage.nbytes() // _BLOCK) * _BLOCK)
             self._rehearsal._notice()
-        elif self._entries[storage][1] == 0:
+        elif self._entries[storage][1] == 0 and self._entries[storage][0] != ELSEWHERE:
             self._count(self._entries[storage], -(-storage.nbytes() // _BLOCK) * _BLOCK)
 
     def label(self, tensor: Tensor, part: str) -> None:
@@ -273,6 +294,12 @@ class _LiveBytes(TorchDispatchMode):
         for entry in self._entries.values():
             if entry[0] == ACTIVATIONS:
                 self._move(entry, part)
+
+    def leave_rest(self) -> None:
+        for entry in self._entries.values():
+            if entry[0] == ACTIVATIONS:
+                self._count(entry, 0)
+                entry[0] = ELSEWHERE
 
     def forget(self, tensor: Tensor) -> None:
         self._count(self._entries[tensor.untyped_storage()], 0)
@@ -288,10 +315,6 @@ class _LiveBytes(TorchDispatchMode):
         entry[1] = size
         self.now += size - before
         self.parts[part] += size - before
-
-
-def _run(function, args, kwargs):
-    return function(*args, **kwargs)
 
 
 def _run_on_fakes(function, args, kwargs):

@@ -1,4 +1,4 @@
-"""Metrics of image pairs (PSNR, SSIM, landmarks, LPIPS) and of folders (FID), and statistics with 95% intervals.
+"""Metrics of image pairs (PSNR, SSIM, landmarks, LPIPS) and of folders (FID, KID), and statistics with 95% intervals.
 
 Nothing is downloaded: where the weights of a metric are missing it raises `MetricUnavailable`, which names the file and
 the command that gets it.
@@ -122,7 +122,7 @@ def lpips_distance(a: ImageSource, b: ImageSource, net: "str | torch.nn.Module" 
 def _lpips_model(net: str) -> "torch.nn.Module":
     if net not in _LPIPS_BACKBONES:
         raise ValueError(f"`net` has to be one of {', '.join(_LPIPS_BACKBONES)} but is {net!r}")
-    _check_backbone(net)
+    require_lpips(net)
     import lpips
 
     with warnings.catch_warnings():
@@ -130,7 +130,8 @@ def _lpips_model(net: str) -> "torch.nn.Module":
         return lpips.LPIPS(net=net, verbose=False).requires_grad_(False)
 
 
-def _check_backbone(net: str) -> None:
+def require_lpips(net: str = "alex") -> None:
+    """Raise MetricUnavailable without the weights of an LPIPS network's backbone."""
     import torch
     import torchvision
 
@@ -148,13 +149,13 @@ def _check_backbone(net: str) -> None:
 
 
 def fid(
-    folder_a: str | Path,
-    folder_b: str | Path,
+    folder_a: str | Path | Sequence[Path],
+    folder_b: str | Path | Sequence[Path],
     extractor: "Callable[[torch.Tensor], torch.Tensor] | None" = None,
     device: str = "cpu",
     batch_size: int = 32,
 ) -> float:
-    """Frechet distance between the features of two folders of images (FID, arXiv 1706.08500, Eq. 6).
+    """Frechet distance between the features of two folders or lists of images (FID, arXiv 1706.08500, Eq. 6).
 
     Settings: clean-fid (arXiv 2104.11222) in mode "clean": every image of the folder and its sub-folders, read by
     `load_image` as everything that is measured (upright, transparency over white, 8 bits), resized to 299x299 by PIL's
@@ -172,14 +173,65 @@ def fid(
     return frechet_distance(*features)
 
 
-def _folder_features(folder: str | Path, extractor: Callable, device: str, batch_size: int) -> np.ndarray:
+class SubsetMean(NamedTuple):
+    """The mean over random subsets, and its standard deviation; None where all subsets are the whole set."""
+
+    mean: float
+    std: float | None
+
+
+def kid(
+    folder_a: str | Path | Sequence[Path],
+    folder_b: str | Path | Sequence[Path],
+    extractor: "Callable[[torch.Tensor], torch.Tensor] | None" = None,
+    device: str = "cpu",
+    batch_size: int = 32,
+) -> SubsetMean:
+    """Kernel Inception distance of two folders or lists of images (KID, arXiv 1801.01401), on the features of `fid`.
+
+    It has no bias in the number of images, as FID has, so that it is the one to read for few. Arguments and errors as
+    for `fid`. See `kernel_distance`.
+    """
+    extractor = extractor or _inception(device)
+    features = [_folder_features(folder, extractor, device, batch_size) for folder in (folder_a, folder_b)]
+    return kernel_distance(*features)
+
+
+def kernel_distance(
+    features_a: np.ndarray, features_b: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> SubsetMean:
+    """Unbiased squared MMD with the kernel (x . y / D + 1)^3 of two sets of features (N, D), N >= 2.
+
+    As clean-fid's: the mean over `subsets` random subsets of `subset_size` features of each set, or of the smaller
+    set's number; drawn without replacement, by `seed`.
+    """
+    a, b = (np.asarray(features, np.float64) for features in (features_a, features_b))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features have to be (N, D) and (M, D) with N, M >= 2 but are {a.shape} and {b.shape}")
+    size, generator = min(len(a), len(b), subset_size), np.random.default_rng(seed)
+    if len(a) == len(b) == size:  # every subset is the whole set
+        return SubsetMean(_squared_mmd(a, b), None)
+    values = [_squared_mmd(*(x[generator.choice(len(x), size, replace=False)] for x in (a, b))) for _ in range(subsets)]
+    return SubsetMean(float(np.mean(values)), float(np.std(values)))
+
+
+def _squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """The unbiased estimate (Gretton et al. 2012, Eq. 4) for two sets of equal number m."""
+    m, dimensions = a.shape
+    within = sum(kernel.sum() - np.trace(kernel) for kernel in ((x @ x.T / dimensions + 1) ** 3 for x in (a, b)))
+    return float(within / (m * (m - 1)) - 2 * ((a @ b.T / dimensions + 1) ** 3).mean())
+
+
+def _folder_features(
+    folder: str | Path | Sequence[Path], extractor: Callable, device: str, batch_size: int
+) -> np.ndarray:
     """Return the features (N, D) of all images of a folder."""
     import torch
     from cleanfid.resize import build_resizer
 
-    files = find_images(folder)
+    files = find_images(folder) if isinstance(folder, str | Path) else folder
     if len(files) < 2:
-        raise ValueError(f"FID needs at least two images a folder, but {folder} holds {len(files)}")
+        raise ValueError(f"FID and KID need at least two images a folder, but {folder} holds {len(files)}")
     resize, features = build_resizer("clean"), []
     for start in range(0, len(files), batch_size):
         pixels = np.stack([resize(as_array(file)) for file in files[start : start + batch_size]])
@@ -192,18 +244,23 @@ def _folder_features(folder: str | Path, extractor: Callable, device: str, batch
 @functools.cache
 def _inception(device: str) -> "Callable[[torch.Tensor], torch.Tensor]":
     """Return clean-fid's Inception; the package keeps the weights in /tmp (on Windows in the current folder)."""
-    import platform
-
     import torch
     from cleanfid.features import build_feature_extractor
+
+    require_inception()
+    return build_feature_extractor("clean", device=torch.device(device), use_dataparallel=False)
+
+
+def require_inception() -> None:
+    """Raise MetricUnavailable without the weights of Inception V3 that FID and KID need."""
+    import platform
 
     path = Path("./" if platform.system() == "Windows" else "/tmp", INCEPTION_FILE)
     if not path.is_file():
         raise MetricUnavailable(
-            f"FID needs the Inception weights {path}, which do not exist. With a network:"
+            f"FID and KID need the Inception weights {path}, which do not exist. With a network:"
             f" curl -L -o {path} {INCEPTION_URL}"
         )
-    return build_feature_extractor("clean", device=torch.device(device), use_dataparallel=False)
 
 
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:

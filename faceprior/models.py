@@ -7,10 +7,12 @@ name a default without loading a library.
 from __future__ import annotations
 
 import logging
+import platform
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _WEIGHT_FILE = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
 )
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 QUANTIZATIONS = ("none", "8bit", "nf4")
 # The folders of the stages: a name in them is never a hub id.
 _OUTPUTS = ("checkpoints/", "data/", "results/")
@@ -195,6 +198,12 @@ def require_weights(what: str, model: torch.nn.Module) -> None:
         raise ValueError(f"the weights of {what} lack {', '.join(missing[:3])} ({len(missing)} in all)")
 
 
+def differing_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of the tensors that only one of two models has, or in another shape than the other."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (one, other)]
+    return [name for name in sorted(one.keys() | other.keys()) if shapes[0].get(name) != shapes[1].get(name)]
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message: the libraries' go on for pages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -208,6 +217,19 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python, faceprior and the model libraries, by name."""
+    import faceprior
+
+    found = {"python": platform.python_version(), "faceprior": faceprior.__version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 # ---- device and dtype
@@ -241,6 +263,20 @@ def weight_dtype(mixed_precision: str) -> torch.dtype:
 def device_of(module: torch.nn.Module) -> torch.device:
     """Return the device of a module's first weight; diffusers' `.device` searches all modules for offloading first."""
     return next(module.parameters()).device
+
+
+@contextmanager
+def placed(models: Iterable[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """Keep models on `device`; at the end they are where they were."""
+    places = [(model, model.device) for model in models]
+    try:
+        for model, _ in places:
+            model.to(device)
+        yield
+    finally:
+        for model, place in places:
+            if model.device != place:
+                model.to(place)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -67,8 +67,8 @@ def gather_pairs(
     """Read the pairs of one or several folders that stage 1 made -> (usable pairs, problems as (place, reason)).
 
     folders: one path, several in a text, separated by commas, or a list of paths. The pairs' own paths then begin with
-    the folder's. A pair is usable if its row is whole and its files are whole images that hold its box; every other one
-    is skipped and becomes a problem.
+    the folder's. A pair is usable if its row is whole and its files are whole images of one size that hold its box;
+    every other one is skipped and becomes a problem.
 
     Raises FileNotFoundError for a folder without a manifest, ValueError for one without a usable row.
     """
@@ -105,15 +105,27 @@ def _pair_from_row(folder: Path, row: dict[str, Any]) -> FacePair:
         raise ValueError(f"`box` has to be four numbers but is {row['box']}")
     Face(row["box"], row["landmarks"], row["confidence"])  # checks all three
     area_bin(row["area_ratio"])  # checks it
+    row["prompt"].encode()  # a lone surrogate, which no tokenizer takes, is a ValueError
     return FacePair(**{key: row[key] for key in FacePair.__dataclass_fields__} | files)
 
 
 def _file_problem(pair: FacePair) -> str | None:
     try:
-        for side in SIDES:
-            crop_bounds(pair.box, *verify_image(getattr(pair, side)))
+        sizes = [verify_image(getattr(pair, side)) for side in SIDES]
+        for size in sizes:
+            crop_bounds(pair.box, *size)
     except (ValueError, OSError) as error:
         return str(error)
+    if len(set(sizes)) > 1:
+        return _other_sizes(pair, sizes)
+
+
+def _other_sizes(pair: FacePair, sizes: Sequence[tuple[int, int]]) -> str:
+    files, found = ([*map(str, values)] for values in ((getattr(pair, side) for side in SIDES), sizes))
+    return (
+        f"pair {pair.id}: {files[0]}, {files[1]} and {files[2]} must be of one size but are {found[0]}, {found[1]} and "
+        f"{found[2]}"
+    )
 
 
 def prompts_by_size(pairs: list[FacePair]) -> list[str]:
@@ -148,10 +160,7 @@ class PairDataset(Dataset):
         pair = self.pairs[index]
         good, bad, mask = (load_image(getattr(pair, side)) for side in SIDES)
         if not good.size == bad.size == mask.size:
-            raise ValueError(
-                f"pair {pair.id}: {pair.good}, {pair.bad} and {pair.mask} must be of one size but are "
-                f"{good.size}, {bad.size} and {mask.size}"
-            )
+            raise ValueError(_other_sizes(pair, (good.size, bad.size, mask.size)))
 
         square, size = face_square(good.size, pair.box, self.resolution), (self.resolution, self.resolution)
         good, bad = (image.crop(square).resize(size, Image.LANCZOS) for image in (good, bad))

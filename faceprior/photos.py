@@ -22,6 +22,7 @@ from PIL import Image
 
 from faceprior.files import IMAGE_SUFFIXES, SIDECARS, common_folder, find_images, natural_key, utf8_text
 from faceprior.images import ImageError, count_frames, decode_image, load_image
+from faceprior.tags import GROUPS, Tags, sort_tags, split_tags
 
 MEMBER_SUFFIXES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 CAPTION_SUFFIXES = ("txt", "json")  # the first one that exists counts
@@ -82,11 +83,20 @@ class Photograph:
 
     def caption(self) -> str | None:
         """Return the caption beside it (NAME.txt, else NAME.json), None without one; CaptionError for a wrong file."""
+        found = self._sidecar()
+        return None if found is None else parse_caption(*found)
+
+    def tags(self) -> Tags | None:
+        """Return the tags beside it, None without a caption; CaptionError for a wrong file. See `parse_tags`."""
+        found = self._sidecar()
+        return None if found is None else parse_tags(*found)
+
+    def _sidecar(self) -> tuple[bytes, str] | None:
+        """Return content and name of the file with the caption."""
         if self.image is None:
-            return read_caption(self.path)
-        if self.sidecar is None:
-            return None
-        return parse_caption(self.sidecar.read(self.path), f"{self.path}/{self.sidecar.name}")
+            path = find_sidecar(self.path)
+            return None if path is None else (path.read_bytes(), str(path))
+        return None if self.sidecar is None else (self.sidecar.read(self.path), f"{self.path}/{self.sidecar.name}")
 
 
 def find_photographs(images: str, exclude: Sequence[Path] = ()) -> tuple[list[Photograph], Problems]:
@@ -235,42 +245,77 @@ def _is_damaged(path: Path, offset: int) -> bool:
 # ---- captions
 
 
+def find_sidecar(image: str | Path) -> Path | None:
+    """Return the file with the caption of an image, None without one; of SIDECARS the first that exists."""
+    image = Path(image)
+    paths = (image.with_name(f"{image.stem}{end}") for end in SIDECARS)
+    return next((path for path in paths if os.path.isfile(path)), None)  # also False for a name that is too long
+
+
 def read_caption(image: str | Path) -> str | None:
     """Return the caption beside an image, in one line with single spaces; None if there is none.
 
-    The first of these files counts: `NAME.txt`, `NAME.json`, `NAME_qwen.json`; a JSON file contains a string, or an
-    object with the key `caption`. CaptionError for a JSON file without a caption and for what is no text.
+    The first of these files counts: `NAME.txt`, `NAME.json`, `NAME_qwen.json` (as AuthFace's portraits have it); see
+    `parse_caption`.
     """
-    image = Path(image)
-    paths = (image.with_name(f"{image.stem}{end}") for end in SIDECARS)
-    path = next((path for path in paths if os.path.isfile(path)), None)  # also False for a name that is too long
+    path = find_sidecar(image)
     return None if path is None else parse_caption(path.read_bytes(), str(path))
 
 
 def parse_caption(data: bytes, name: str) -> str:
-    """Return the caption in the content of a .txt or .json file; see `read_caption`.
+    """Return the caption in the content of a .txt or .json file.
 
-    name: the name of the file: its suffix decides how it is read, and errors show it.
+    A JSON file contains a string, a list of tags, or an object with `semantic` and `photographic` (each a list of tags
+    or a string), or with `tags` or `caption`. name: the name of the file: its suffix decides how it is read, and errors
+    show it. CaptionError for a JSON file without a caption and for what is no text.
     """
+    content = _parse_sidecar(data, name)
+    return content.prompt() if isinstance(content, Tags) else content
+
+
+def parse_tags(data: bytes, name: str) -> Tags:
+    """Return the tags in the content of a .txt or .json file, as `parse_caption` reads it.
+
+    They are in the groups that a JSON file names; else the vocabulary of `faceprior.tags` sorts them.
+    """
+    content = _parse_sidecar(data, name)
+    return content if isinstance(content, Tags) else sort_tags(split_tags(content))
+
+
+def _parse_sidecar(data: bytes, name: str) -> str | Tags:
     try:
         text = decode_text(data)
     except UnicodeDecodeError as error:
         raise CaptionError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
-    caption = _caption_in_json(text, name) if name.lower().endswith(".json") else text
+    content = _caption_in_json(text, name) if name.lower().endswith(".json") else text
+    caption = content.prompt() if isinstance(content, Tags) else content
     if "\0" in caption or any("\ud800" <= c <= "\udfff" for c in caption):
         raise CaptionError(f"{name} has characters that are no text in it (UTF-16 without a mark?): save it as UTF-8")
-    return " ".join(caption.split())
+    return content if isinstance(content, Tags) else " ".join(caption.split())
 
 
-def _caption_in_json(text: str, name: str) -> str:
+def _caption_in_json(text: str, name: str) -> str | Tags:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CaptionError(f"{name} is not JSON: {error}") from error
-    caption = value.get("caption") if isinstance(value, dict) else value
-    if not isinstance(caption, str):
-        raise CaptionError(f"{name} has to contain a string, or an object with the key `caption`")
-    return caption
+    wrong = CaptionError(
+        f"{name} has to contain a string, a list of strings, or an object with the key `caption`, `tags`, or "
+        f"{' and '.join(f'`{group}`' for group in GROUPS)}"
+    )
+    if isinstance(value, dict) and value.keys() & set(GROUPS):
+        return Tags(*(tuple(split_tags(_joined(value.get(group, ""), wrong))) for group in GROUPS))
+    if isinstance(value, dict):
+        value = value.get("caption", value.get("tags"))
+    return _joined(value, wrong)
+
+
+def _joined(value: object, wrong: CaptionError) -> str:
+    """Return a string, or a list of strings joined by commas."""
+    words = value if isinstance(value, list) else [value]
+    if not all(isinstance(word, str) for word in words):
+        raise wrong
+    return ", ".join(words)
 
 
 _MARKS = {  # the longest first: that of UTF-16 begins the one of UTF-32
@@ -289,23 +334,6 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
 
 
 # ---- file names
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Return the lines of a text file of prompts, without the empty ones.
-
-    Raises FileNotFoundError without the file, ValueError if it is no UTF-8 text or holds no prompt.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no prompt file {path}: it holds one prompt a line")
-    try:
-        lines = decode_text(Path(path).read_bytes()).splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts
 
 
 def pair_id(photograph: str, index: int) -> str:

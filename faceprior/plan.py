@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class Plan:
         sums = (self._with_overhead(sum(parts.values())) for parts in self.phases.values())
         return sum(max(0, total - size) for total in sums)
 
+    def training(self) -> str:
+        """Return what the run needs, and of it what grows with the number of trained weights, in words."""
+        most = {part: max(phase.get(part, 0) for phase in self.phases.values()) for part in _OF_TRAINED}
+        return f"{text(self.needed)}, of which " + ", ".join(f"{part} {text(size)}" for part, size in most.items())
+
     def _with_overhead(self, total: int) -> int:
         return total + int(CONTEXT + FRAGMENTATION * total) if self.device == "cuda" else total
 
@@ -81,6 +87,7 @@ class Plan:
 
 # The order of the table's rows and columns, by how their names begin; other networks come first, other phases last.
 _PARTS = ("VAE", "text encoders", "trained weights", "other weights", "gradients", "optimizer state", "activations")
+_OF_TRAINED = ("trained weights", "gradients", "optimizer state")
 _PHASES = ("encoding", "training", "optimizer step", "samples", "scores")
 
 
@@ -89,11 +96,11 @@ def make_plan(rehearse: Callable[[Any, Any], None], config: Any) -> Plan:
     from faceprior.memory import Rehearsal
 
     device = "cpu" if config.device == "cpu" else "cuda"
+    values = {"device": "cpu"}
     # both 16-bit types take the same memory, and a CPU does not train in float16
-    values = {
-        "device": "cpu",
-        "mixed_precision": "bf16" if config.mixed_precision == "fp16" else config.mixed_precision,
-    }
+    for name, half, brain in (("mixed_precision", "fp16", "bf16"), ("dtype", "float16", "bfloat16")):
+        if getattr(config, name, "") == half:
+            values[name] = brain
     if getattr(config, "optimizer", "").startswith("paged_"):  # pages that fit stay on the card, and a CPU has none
         values["optimizer"] = config.optimizer.removeprefix("paged_")
     rehearsal = Rehearsal(device)
@@ -144,23 +151,60 @@ def find_fitting(
         except ValueError as error:  # a base or another setting does not go with it
             logger.debug("%s: %s", option, error)
             continue
-        kept = plan.excess(size) - lower.excess(size) > WORTHWHILE * plan.peak
+        saves = plan.excess(size) - lower.excess(size) > WORTHWHILE * plan.peak
+        kept = saves or lower.needed <= size
         yield option, lower, kept
         if kept:
             config, plan, saved = changed, lower, saved + 1
             left = [(o, tried) for o, tried in left if o != option]
 
 
-def show_plan(rehearse: Callable[[Any, Any], None], config: Any, size: str = "") -> int:
+def find_needless(
+    rehearse: Callable[[Any, Any], None], config: Any, size: int, chosen: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], Plan]]:
+    """Yield those of the `chosen` options that later ones have made needless, with the plan without them.
+
+    The last one stays: without it the run did not fit.
+    """
+    left = list(chosen)
+    for option in reversed(chosen[:-1]):
+        fewer = [o for o in left if o != option]
+        if _merged(fewer) == _merged(left):  # a later one of its kind goes further
+            continue
+        changed = make_config(type(config), {**dataclasses.asdict(config), **_merged(fewer)})
+        lower = make_plan(rehearse, changed)
+        if lower.needed <= size:
+            yield option, lower
+            left = fewer
+
+
+def _merged(options: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for option in options for name, value in option.items()}
+
+
+def show_plan(
+    rehearse: Callable[[Any, Any], None],
+    config: Any,
+    size: str = "",
+    title: str = "",
+    link: str = "_",
+    beside: dict[str, Any] | None = None,
+) -> int:
     """Print the memory that a stage needs and, for a `size` such as 8GB, the options with which it fits.
+
+    title: what is planned, for what is not a stage; link: what joins the words of an option there; beside: settings
+    whose plan is printed in a line below, to compare, where the run has others.
 
     Returns the exit code: 0, or 1 if it does not fit, with or without options.
     """
     quiet_libraries()
     limit = parse_size(size) if size else None
     plan = make_plan(rehearse, config)
-    print(f"{stage_name(type(config))}: a step rehearsed without data, for {plan.device}")
+    print(f"{title or f'{stage_name(type(config))}: a step'} rehearsed without data, for {plan.device}")
     print(plan, flush=True)
+    if changes := {key: value for key, value in (beside or {}).items() if getattr(config, key) != value}:
+        other = make_plan(rehearse, make_config(type(config), {**dataclasses.asdict(config), **changes}))
+        print(f"with {command_options(changes, link)}: {other.training()}", flush=True)
     if limit is None:
         return 0
     if plan.needed <= limit:
@@ -169,25 +213,36 @@ def show_plan(rehearse: Callable[[Any, Any], None], config: Any, size: str = "")
 
     # ---- options, cheapest first
     print(f"it does not fit into {text(limit)}; tried, cheapest first:", flush=True)
-    added: dict[str, Any] = {}
+    chosen: list[dict[str, Any]] = []
     for option, lower, kept in find_fitting(rehearse, config, limit, plan):
         note = "" if kept else "  saves nothing here, left out"
-        print(f"  {command_options(option):40} {text(lower.needed):>10}{note}", flush=True)
+        print(f"  {command_options(option, link):40} {text(lower.needed):>10}{note}", flush=True)
         if kept:
-            plan, added = lower, added | option
+            plan = lower
+            chosen.append(option)
+    if plan.needed <= limit:
+        for option, lower in find_needless(rehearse, config, limit, chosen):
+            print(
+                f"  without {command_options(option, link):32} {text(lower.needed):>10}  not needed any more",
+                flush=True,
+            )
+            plan = lower
+            chosen.remove(option)
+    added = _merged(chosen)
     if added:
         print(plan)
     if plan.needed > limit:
-        least = f" with {command_options(added)}" if added else ""
+        least = f" with {command_options(added, link)}" if added else ""
         print(f"nothing fits into {text(limit)}: the least is {text(plan.needed)}{least}")
         return 1
-    print(f"it fits into {text(limit)} with {command_options(added)}")
+    print(f"it fits into {text(limit)} with {command_options(added, link)}")
     return 0
 
 
-def command_options(values: dict[str, Any]) -> str:
-    """Write settings as a stage's command line takes them."""
+def command_options(values: dict[str, Any], link: str = "_") -> str:
+    """Write settings as a stage's command line takes them, or, with another `link` of words, another command's."""
     flags = {True: "--{0}", False: "--no-{0}"}
+    values = {name.replace("_", link): value for name, value in values.items()}
     return " ".join(
         flags.get(v, "--{0} {1}").format(k, v) if isinstance(v, bool) else f"--{k} {v}" for k, v in values.items()
     )
@@ -196,7 +251,7 @@ def command_options(values: dict[str, Any]) -> str:
 def parse_size(text: str) -> int:
     """Return the bytes of a card's size: `8GB`, `8`, `7.5GiB`, `7500MB`; GB are GiB here."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(g|m)i?b?)?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
+    if not match or not 0 < float(match[1]) < math.inf:
         raise ValueError(f"`--plan` takes the memory of a card, such as 8GB, but got {text!r}")
     return int(float(match[1]) * (2**20 if (match[2] or "g").lower() == "m" else GIB))
 

@@ -1,143 +1,53 @@
-"""Portraits for the prior: quality gates, photographic tags, the manifest and the dataset (AuthFace, section 3.1).
-
-The paper drops images without a face or with a small one, and looks, by an image quality assessment and by eye, for
-pepper noise and over-smooth skin; JPEG blocks, blur and noise are what it finds wrong with other datasets. Here each of
-these is one measured number with one limit, so that a rejection has a stated reason.
-"""
+"""Portraits for the prior: the manifest and the dataset (AuthFace, section 3.1)."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 
-from faceprior.align import align_face
-from faceprior.detect import Face
-from faceprior.images import as_array, cv2, to_pixel_values
+from faceprior.images import to_pixel_values
 from faceprior.jsonl import read_manifest, require_keys, resolve_file
-from faceprior.quality import blockiness, noise_level
-
-ANALYSIS_SIZE = 256  # side in pixels of the aligned crops on which sharpness, texture and light are measured
-
-# ---- Gates
-
-CHEEKS = np.s_[128:180, 64:192]  # rows and columns of a crop of ANALYSIS_SIZE
-
-
-def measure_quality(photograph: Image.Image, face: Face) -> dict[str, float]:
-    """Measure the quality of a face that has landmarks.
-
-    On the photograph's own pixels in the face box: noise, Immerkaer's estimate of the standard deviation of Gaussian
-    noise, grey levels; pepper, the fraction of pixels that differ from the median of their 3 x 3 neighbourhood by more
-    than 40 grey levels; blocks, the mean step across the borders of 8 x 8 blocks over the mean step elsewhere, 1
-    without JPEG. On a crop that is aligned at 256 pixels: sharpness, the standard deviation of the Laplacian, grey
-    levels; texture, the median detail (below 2 pixels) of the cheeks, grey levels, small on over-smooth skin; clipped,
-    the fraction of black or white pixels.
-    """
-    own = _gray(photograph.crop(_block_box(face, photograph.size)))
-    gray = _gray(align_face(photograph, face.landmarks, ANALYSIS_SIZE).crop)
-    detail = np.abs(gray - cv2.GaussianBlur(gray, (0, 0), 2.0))
-    values = {
-        "noise": noise_level(own),
-        "pepper": (np.abs(own - cv2.medianBlur(own, 3)) > 40).mean(),
-        "blocks": blockiness(own),
-        "sharpness": cv2.Laplacian(gray, cv2.CV_32F).std(),
-        "texture": np.median(detail[CHEEKS]),  # the mean would be that of nose, glasses and beard
-        "clipped": ((gray < 3) | (gray > 252)).mean(),
-    }
-    return {name: round(float(value), 4) for name, value in values.items()}
-
-
-def _block_box(face: Face, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the face box inside of the image, from the grid of 8 x 8 blocks on and at least two blocks wide."""
-    low = [max(min(int(edge), side - 16), 0) // 8 * 8 for edge, side in zip(face.box[:2], size, strict=True)]
-    high = [max(int(edge), start + 16) for edge, start in zip(face.box[2:], low, strict=True)]
-    return *low, *(min(edge, side) for edge, side in zip(high, size, strict=True))
-
-
-def _gray(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("L"), np.float32)
-
-
-# ---- Tags
-
-
-def photographic_tags(crop: Image.Image) -> list[str]:
-    """Describe the light of an aligned crop by measuring it: hardness, side, colour temperature, key.
-
-    The paper has a vision-language model write such tags (photography-guided annotation); these need no model.
-    """
-    rgb = as_array(crop.resize((ANALYSIS_SIZE, ANALYSIS_SIZE), Image.LANCZOS)).astype(np.float32)  # (256, 256, 3)
-    face = rgb[80:200, 56:200]  # (120, 144, 3)
-
-    # hardness and side: brightness of the left half against the right one
-    gray = face @ np.float32([0.299, 0.587, 0.114])
-    left, right = gray[:, :72].mean(), gray[:, 72:].mean()
-    balance = (left - right) / (left + right + 1e-6)
-    side = "front light" if abs(balance) < 0.06 else f"light from the {'left' if balance > 0 else 'right'}"
-    tags = ["hard light" if abs(balance) > 0.2 else "soft light", side]
-
-    # colour temperature: red over blue
-    warmth = (face[..., 0].mean() + 1) / (face[..., 2].mean() + 1)
-    tags.append("warm light" if warmth > 1.6 else "cool light" if warmth < 1.15 else "neutral light")
-
-    # key: brightness of the whole crop
-    brightness = rgb.mean()
-    return tags + (["dark tones"] if brightness < 70 else ["light tones"] if brightness > 180 else [])
-
-
-# "light" that ends a tag or a sentence or does something ("soft light", "light from the left"), not the shade of a
-# colour ("light brown hair", "light skin"); and words that are about light only.
-_LIGHT = re.compile(
-    r"""\b(?:
-    (?<!is\s)(?<!are\s)(?<!traffic\s)(?<!street\s)lights?
-        (?= \s*(?:$|[.,;:!?)])
-          | \s+(?:from|on|through|across|over|behind|above|and|in\s(?:the|a)|is|source)\b
-          | \s+(?:falls?|falling|comes?|coming|shines?|shining)\b )
-    | lighting | illuminat(?:ed|ion) | golden\ hour
-    | (?:back|sun|moon|candle|lamp|day|spot|rim|key|window)[-\ ]?(?:light(?:ing)?|lit)
-    | (?:well|softly|dimly|side|front)[-\ ]lit
-    )\b""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
-def mentions_light(caption: str) -> bool:
-    """Whether a caption says how its subject is lit: "soft light", "backlit"; not "light brown hair"."""
-    return _LIGHT.search(caption) is not None
-
+from faceprior.tags import GROUPS, Tags, WhichTags, split_tags
 
 # ---- Manifest and dataset
 
 
 @dataclass(frozen=True)
 class Portrait:
-    """One row of the manifest: an aligned crop, its caption, and what was measured on it.
+    """One row of the manifest: an aligned crop, its tags, and what was measured on it.
 
-    image: path relative to the manifest's folder; caption: tags, separated by commas; face_size: shorter side of the
-    face box in the photograph, pixels; quality: the numbers of `measure_quality`.
+    image: path relative to the manifest's folder; semantic, photographic: tags (`faceprior.tags`); face_size: shorter
+    side of the face box in the photograph, pixels; quality: the measured numbers (`faceprior.gates`). The row in the
+    manifest also has `caption`, both groups joined.
     """
 
     id: str
     photograph: str
     image: str
-    caption: str
+    semantic: tuple[str, ...]
+    photographic: tuple[str, ...]
     confidence: float
     face_size: float
     quality: dict[str, float]
 
+    @property
+    def caption(self) -> str:
+        return self.prompt()
+
+    def prompt(self, tags: WhichTags = "both") -> str:
+        """Return the prompt with the tags of some groups, joined by commas: none (an empty one), semantic, or both."""
+        return Tags(self.semantic, self.photographic).prompt(tags)
+
     def to_row(self) -> dict[str, Any]:
-        return asdict(self)
+        row = {**asdict(self), "caption": self.caption}
+        return {**row, **{group: list(row[group]) for group in GROUPS}}  # as JSON reads them
 
 
 _ROW_TYPES = {
-    "id": str, "photograph": str, "image": str, "caption": str, "confidence": (int, float), "face_size": (int, float),
-    "quality": dict,
+    "id": str, "photograph": str, "image": str, "confidence": (int, float), "face_size": (int, float), "quality": dict,
 }  # fmt: skip
 
 
@@ -152,15 +62,25 @@ def read_portraits(folder: str | Path) -> tuple[list[Portrait], list[tuple[str, 
 
 def _portrait_from_row(folder: Path, row: dict[str, Any]) -> Portrait:
     require_keys(row, _ROW_TYPES)
+    if not row.keys() & set(GROUPS):  # an older manifest, which has the caption only
+        require_keys(row, {"caption": str})
+        row = {**row, "semantic": split_tags(row["caption"]), "photographic": []}
+    for group in GROUPS:
+        require_keys(row, {group: list})
+        if not all(isinstance(tag, str) for tag in row[group]):
+            raise ValueError(f"`{group}` has to be a list of strings but is {row[group]!r}")
     resolve_file(folder, row["image"])
-    return Portrait(**{key: row[key] for key in _ROW_TYPES})
+    return Portrait(**{key: row[key] for key in _ROW_TYPES}, **{group: tuple(row[group]) for group in GROUPS})
 
 
 class PortraitDataset(Dataset):
-    """Portraits as tensors: id, pixel_values (3, R, R) float32 in [-1, 1], and caption."""
+    """Portraits as tensors: id, pixel_values (3, R, R) float32 in [-1, 1], and caption.
 
-    def __init__(self, folder: str | Path, portraits: list[Portrait], resolution: int):
-        self.folder, self.portraits, self.resolution = Path(folder), portraits, resolution
+    tags: the groups of tags that make the caption: none, semantic or both (AuthFace, Table 3).
+    """
+
+    def __init__(self, folder: str | Path, portraits: list[Portrait], resolution: int, tags: WhichTags = "both"):
+        self.folder, self.portraits, self.resolution, self.tags = Path(folder), portraits, resolution, tags
 
     def __len__(self) -> int:
         return len(self.portraits)
@@ -168,4 +88,10 @@ class PortraitDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         portrait = self.portraits[index]
         pixel_values = to_pixel_values(self.folder / portrait.image, self.resolution)[0]
-        return {"id": portrait.id, "pixel_values": pixel_values, "caption": portrait.caption}
+        return {"pixel_values": pixel_values, **self.source(index)[0]}
+
+    def source(self, index: int) -> tuple[dict[str, Any], Any]:
+        """Return the values that are no tensors, and what the latents depend on (see `cache_dataset`)."""
+        portrait = self.portraits[index]
+        values = {"id": portrait.id, "caption": portrait.prompt(self.tags)}
+        return values, [self.folder / portrait.image, self.resolution]

@@ -18,13 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import Tensor, nn
@@ -34,7 +28,7 @@ from faceprior.detect import Face, detect_faces, representative_face
 from faceprior.diffusion import (
     PromptEmbeddings,
     decode_checkpointed,
-    denoiser_of,
+    is_flux,
     make_noise_scheduler,
     make_sampler,
     predict,
@@ -149,7 +143,7 @@ class FaceReward:
         Each that is new is reported in a warning: the score rises for another reason than better faces.
         """
         rows = [_row(*sides) for sides in zip(*(self._measure(images) for images in (before, after)), strict=True)]
-        drift = (to_unit(before) - to_unit(after)).abs().mean().item()
+        drift = (before.float().clamp(-1, 1) - after.float().clamp(-1, 1)).abs().mean().item() / 2
         known = moved_measures(history)
         history.extend(rows)
         del history[:-WINDOW]
@@ -199,7 +193,7 @@ def sample_latents(
     """
     scheduler = sampler_of(pipeline)
     set_timesteps(scheduler, pipeline, steps, noise)
-    if isinstance(denoiser_of(pipeline), FluxTransformer2DModel):
+    if is_flux(pipeline):
         guidance_scale = 1  # its guidance is distilled: there is no unconditional branch
 
     def predict_noise(latents: Tensor, timesteps: Tensor) -> Tensor:
@@ -239,7 +233,7 @@ def set_timesteps(scheduler, pipeline: DiffusionPipeline, steps: int, latents: T
         tokens = (latents.shape[-2] // 2) * (latents.shape[-1] // 2)
         lengths = config.base_image_seq_len, config.max_image_seq_len
         options["mu"] = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
-    if isinstance(denoiser_of(pipeline), FluxTransformer2DModel):
+    if is_flux(pipeline):
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     scheduler.set_timesteps(steps, device=latents.device, **options)
 
@@ -272,11 +266,6 @@ def moved_measures(rows: list[dict[str, Any]]) -> list[str]:
     moved += ["confidence"] if _falls(*_change(pairs, "confidence"), CONFIDENCE_FALL) else []
     ratios = {name: values[f"{name}_ratio"] for name in ("sharpness", "saturation", "contrast")}
     return moved + [name for name, ratio in ratios.items() if not 1 / RATIO <= ratio <= RATIO]
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """Map pixels from about [-1, 1] to [0, 1], as they are saved."""
-    return ((images.float() + 1) / 2).clamp(0, 1)
 
 
 def _row(before: dict[str, float | None], after: dict[str, float | None]) -> dict[str, list[float | None]]:

@@ -13,29 +13,37 @@ judge them: the verdict has other seeds, because the best of many validations is
 prompts that are given; how the model does on prompts that it was not trained on is for stage 7 to measure.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from faceprior.config import METRICS_FILE
 from faceprior.detect import detect_faces, representative_face
 from faceprior.diffusion import sample_images, sampled_with
-from faceprior.images import save_image
+from faceprior.images import as_array, contact_sheet, load_image, save_image
 from faceprior.jsonl import resume_rows, rewrite_rows
 from faceprior.metrics import mean_interval
-from faceprior.models import SCORER_ID
+from faceprior.models import SCORER_ID, placed
 from faceprior.training import TrainingRun
 
-VALIDATION, SAMPLES = "validation.jsonl", "samples.jsonl"
+logger = logging.getLogger(__name__)
+VALIDATION, SAMPLES, SHEET = "validation.jsonl", "samples.jsonl", "validation.png"
 FIRST_SEED = 2**20  # of the validation images; the samples that are judged at the end have the seeds 0, 1, 2 ...
 SMALL = 256  # longest side of a validation image on the disk, in pixels
+SHEET_ROWS, SHEET_COLUMNS, MARGIN = (
+    12,
+    8,
+    80,
+)  # of the contact sheet: most steps, most images of each, pixels of a label
 MIN_IMAGES = 8  # below, a few lucky images decide, and the t interval leans on the differences being normal
 WORTH = 0.2  # smallest gain that counts: the better of two faces in sigmoid(0.2) = 55% of the cases (Face Score, Eq. 5)
 
@@ -168,6 +176,16 @@ class Verdict:
 # ---- during the training, and after it
 
 
+def require_scores(settings: Any, scorer: Any | None, validate_every: int) -> None:
+    """Raise ValueError where `settings` (a TrainingRun, a Config) has `keep_best` or `patience`, and no score to go by.
+
+    scorer: any value of a scorer that is there, such as its name.
+    """
+    for name in ("keep_best", "patience"):
+        if getattr(settings, name) and not (scorer and validate_every):
+            raise ValueError(f"`{name}` goes by the Face Score of validations: it needs `validate_every` and a scorer")
+
+
 class Validation:
     """The validation images of a training run, and the samples that are judged at its end.
 
@@ -176,10 +194,11 @@ class Validation:
     steps between two validations, 0 for none; num_validation: images of each; sample_steps, sampler, guidance_scale: as
     in `sample_images` and `make_sampler`; detector: as in `detect_faces`.
 
-    Below the run's output: `validation/STEP/*.png`, at most 256 px wide, step 0 being untuned, and `validation.jsonl`
-    with a row per image; in `metrics.jsonl` the step's `validation_score` (see `mean_score`),
-    `validation_without_face`, a fraction, and, from two pairs on, `validation_difference` to the untuned images with
-    the ends of its 95% interval, `validation_low` and `validation_high`. Several processes share the images.
+    Below the run's output: `validation/STEP/*.png`, at most 256 px wide, step 0 being untuned, `validation.jsonl` with
+    a row per image, and `validation.png`, a contact sheet with a row per step; in `metrics.jsonl` the step's
+    `validation_score` (see `mean_score`), `validation_without_face`, a fraction, and, from two pairs on,
+    `validation_difference` to the untuned images with the ends of its 95% interval, `validation_low` and
+    `validation_high`. Several processes share the images.
 
     Raises ValueError where the run's `keep_best` or `patience` has no score to go by.
     """
@@ -200,11 +219,7 @@ class Validation:
     ):
         if not prompts:
             raise ValueError("`prompts` is empty: images to validate by need one at least")
-        for name in ("keep_best", "patience"):
-            if getattr(run, name) and not (scorer and validate_every):
-                raise ValueError(
-                    f"`{name}` goes by the Face Score of validations: it needs `validate_every` and a scorer"
-                )
+        require_scores(run, scorer, validate_every)
         self.run, self.tuner, self.scorer, self.prompts = run, tuner, scorer, list(prompts)
         self.resolution, self.validate_every, self.num_validation = resolution, validate_every, num_validation
         self.sample_steps, self.sampler, self.guidance_scale = sample_steps, sampler, guidance_scale
@@ -234,6 +249,13 @@ class Validation:
             self._rows = [row for row in resume_rows(self.run.output / VALIDATION) if row["step"] <= self.run.step]
         rows = [row for row in self._rows if row["step"] == 0] or self._draw(0)
         self._untuned = [row["score"] for row in rows]
+        if self._writes and self.scorer is not None and _worst(self._untuned) is None:
+            logger.warning(
+                "no face was found in the %d untuned validation images: there is no Face Score to compare with%s; "
+                "other `prompts`, or more images (`num_validation`), may show one",
+                len(rows),
+                ", and the last weights are kept" if self.run.keep_best else "",
+            )
         if self.run.step == 0 and self._writes and self.scorer is not None:
             rewrite_rows(self.run.output / METRICS_FILE, [{"step": 0, **self._values(self._untuned)}])
 
@@ -296,18 +318,9 @@ class Validation:
         with sampled_with(self.sampler, pipeline):
             return sample_images(pipeline, [self._prompt(index)], [seed], *options)[0]
 
-    @contextmanager
-    def _scoring(self):
+    def _scoring(self) -> AbstractContextManager[None]:
         """Have the scorer on the run's device, and back where it was afterwards."""
-        if self.scorer is None:
-            yield
-            return
-        home = self.scorer.device
-        self.scorer.to(self.run.accelerator.device)
-        try:
-            yield
-        finally:
-            self.scorer.to(home)
+        return placed([self.scorer] if self.scorer else [], self.run.accelerator.device)
 
     def _score(self, image: Image.Image) -> Score:
         return None if self.scorer is None else score_face(image, self.scorer, self.detector)["score"]
@@ -331,7 +344,27 @@ class Validation:
         self._rows = sorted([*self._rows, *rows], key=lambda row: row["step"])
         if self._writes:
             rewrite_rows(self.run.output / VALIDATION, self._rows)
+            self._save_sheet()
         return rows
+
+    def _save_sheet(self) -> None:
+        """Write the first images of the steps so far as one, a row per step; of many steps some, the last among them.
+
+        Steps of which an image is gone are left out.
+        """
+        files: dict[int, list[Path]] = {}
+        for row in self._rows:
+            files.setdefault(row["step"], []).append(self.run.output / row["image"])
+        steps = [step for step in files if all(file.is_file() for file in files[step])]
+        shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), SHEET_ROWS)).round().astype(int))
+        images, labels = [], []
+        for step in (steps[place] for place in shown):
+            own = [as_array(load_image(file)) for file in files[step][:SHEET_COLUMNS]]
+            label = Image.new("RGB", (MARGIN, len(own[0])), "white")
+            ImageDraw.Draw(label).text((6, len(own[0]) // 2 - 6), f"step {step}" if step else "untuned", "black")
+            images, labels = [*images, *own], [*labels, np.asarray(label)]
+        columns = len(images) // len(labels)
+        save_image(np.hstack([np.vstack(labels), contact_sheet(images, columns)]), self.run.output / SHEET)
 
     def _values(self, scores: Sequence[Score]) -> dict[str, float]:
         """Return what the log says of a validation's scores; nothing without a scorer."""

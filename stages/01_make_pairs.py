@@ -33,7 +33,7 @@ from faceprior.detect import (
     resolve_detector,
     search_orientations,
 )
-from faceprior.diffusion import report_long_prompts
+from faceprior.diffusion import report_long_prompts, report_small_side
 from faceprior.files import atomic_write
 from faceprior.images import save_image
 from faceprior.inpaint import (
@@ -100,7 +100,7 @@ class Config:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # dtype of the networks
     seed: int = 0  # seed from which, with the photograph's name, the seed of each face is derived, [0, inf)
     device: str = "auto"  # device of the networks: auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # start over in an output folder that holds a run
+    overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
     # another size of the batches rounds the pixels of the pairs still to be made differently, and does nothing else
     FREE = frozenset({"batch_size"})
@@ -137,6 +137,7 @@ def main(config: Config) -> None:
 
     # ---- Load the base, and check before the work that it can do what the settings ask for
     pipeline = load_pipeline(base, weight_dtype(config.mixed_precision), config.vae, config.prediction_type)
+    report_small_side(pipeline, config.resolution)
     inpainter = FaceInpainter(pipeline.to(device), config.steps, config.guidance_scale)
     if config.padded_crop:
         inpainter.check_side(config.resolution)

@@ -69,7 +69,7 @@ class Config:
     num_workers: int = 0  # processes that load images, [0, 64]
     seed: int = 0  # seed of the data order, the split and dropout, [0, inf)
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N
-    overwrite: bool = False  # start over in an output folder that holds a run
+    overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
     AFTER_TRAINING = frozenset({"vae"})
 

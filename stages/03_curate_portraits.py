@@ -6,41 +6,73 @@ Stage 3: curate portraits: find faces, align, judge quality, caption (AuthFace, 
 
 Reads   photographs: a folder, a glob, a file, a .txt list of paths, or WebDataset shards (`{000..009}.tar`); captions
         beside them (NAME.txt, NAME.json, NAME_qwen.json)
-Writes  data/portraits/: images/ (aligned squares and their captions), manifest.jsonl, rejected.jsonl (with reasons),
-        rejected/ (thumbnails, and what was rejected by hand), sheets/ (contact sheets for the review by eye),
-        metrics.jsonl, config.yaml
+Writes  data/portraits/: images/ (aligned squares and their captions), manifest.jsonl, rejected.jsonl (with all that is
+        wrong), rejected/ (thumbnails, and what was rejected by hand), sheets/ (contact sheets for the review by eye),
+        balance.json (who is in the portraits, and who is missing), answers.jsonl (of the vision-language model),
+        originals/ (of retouched portraits), metrics.jsonl, config.yaml
 
-The paper's last filter is a person who looks at every image: look at sheets/, write the ids of the portraits to reject
-into a text file, one per line, and give it as `--review FILE`. The same command with an edited file takes effect on
-what is done: portraits that it names move to rejected/, others move back. Without `--review` all stay where they are.
+Every gate of `faceprior.gates` is one measured number with one limit, a setting below. The numbers of every photograph
+are stored: the same command with other limits judges by them again, and decodes only what is accepted newly.
+`python -m faceprior.report .` draws each number's histogram with its limit.
+
+Captions are tags, semantic and photographic ones, from up to three sources: `--captioners sidecar vlm measured` takes
+those beside a photograph, those of a vision-language model (`--vlm`), and those that are measured in the pixels; the
+first source counts where they contradict each other. `--export_retouch DIR` writes the portraits for a retoucher, and
+`--import_retouch DIR` puts the retouched ones in their places.
+
+The paper's last filter is a person who looks at every image, on a local page (`pip install "faceprior[pages]"`):
+
+    python -m faceprior.human_eval review data/portraits
+
+The decisions are in data/portraits/review.jsonl. The same command as before finds and applies them: portraits that are
+rejected there move to rejected/, others move back. Or look at sheets/, write the ids of the portraits to reject into a
+text file, one per line, and give it as `--review FILE`, which goes before review.jsonl. Without either all stay where
+they are.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from faceprior.align import AlignmentError, align_face
-from faceprior.config import DONE_FILE, METRICS_FILE, finish, is_complete, open_output, print_problems, run_stage
-from faceprior.degrade import DegradationConfig, degrade
-from faceprior.detect import Face, detect_faces
+from faceprior.balance import measure_balance
+from faceprior.captioner import PROMPT, Captioner, clean_answer, find_captioner
+from faceprior.config import (
+    DONE_FILE,
+    METRICS_FILE,
+    REVIEW_FILE,
+    finish,
+    is_complete,
+    open_output,
+    print_problems,
+    run_stage,
+)
 from faceprior.files import atomic_write
-from faceprior.images import as_array, load_image, save_image
+from faceprior.gates import LIMITS, NO_DUPLICATE, Measured, find_faults, measure_photograph
+from faceprior.human_eval.review import REJECTED, hand_reason, is_by_hand, read_review
+from faceprior.images import load_image, save_image
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
-from faceprior.photos import UNREADABLE, Photograph, decode_text, find_photographs, safe_name
-from faceprior.portraits import Portrait, measure_quality, mentions_light, photographic_tags
-from faceprior.procedural import draw_folder
+from faceprior.models import quiet_libraries, resolve_device, weight_dtype
+from faceprior.photography import head_turn, measured_tags
+from faceprior.photos import UNREADABLE, Photograph, find_photographs, safe_name
+from faceprior.portraits import Portrait
+from faceprior.procedural import Spoil, draw_folder
+from faceprior.quality import NearDuplicates
+from faceprior.retouch import KEPT, export_portraits, import_portraits
+from faceprior.tags import Tags, combine_tags
 
-REJECTED = "rejected.jsonl"
-BY_HAND = "rejected by hand"
+BALANCE = "balance.json"
 SEARCHED_FACE = 20  # pixels; smaller faces in the background of a photograph do not count as further ones
+THUMBNAIL = 192  # pixels, longer side
+Sources = tuple[Literal["sidecar", "vlm", "measured"], ...]
 
 
 class Unfit(Exception):
-    """A photograph that does not pass a gate; the message is the reason."""
+    """A photograph that makes no portrait; the message is the reason."""
 
 
 @dataclass
@@ -50,39 +82,72 @@ class Config:
     output: str = "data/portraits"  # output folder for the portraits
     resolution: int = 128  # side of the aligned squares in pixels, [64, 4096]
     detector: Literal["auto", "retinaface", "mtcnn"] = "auto"  # face detector; auto never downloads
-    min_confidence: float = 0.9  # minimum confidence of the detector, [0, 1]
-    min_face_size: int = 64  # minimum shorter side of the face box in pixels of the photograph, [8, inf)
-    min_side: int = 0  # minimum shorter side of a photograph in pixels; the paper's images exceed 8K, [0, inf)
-    one_face: bool = True  # rejection of photographs with several faces; false: the largest face is taken
-    min_laplacian: float = 4.0  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
-    max_noise: float = 5.0  # maximum standard deviation of Gaussian noise in grey levels; above: noisy, [0, 255]
-    max_pepper: float = 0.004  # maximum fraction of outlying pixels; above: pepper noise, [0, 1]
-    max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
-    min_texture: float = 1.0  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
-    max_clipped: float = 0.35  # maximum fraction of black and white pixels; above: badly exposed, [0, 1]
-    captions: Literal["both", "sidecar", "measured"] = "both"  # source of the tags: caption file, measured light, both
-    review: str = ""  # text file with the ids that a person rejected, one per line
-    seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
-    overwrite: bool = False  # start over in an output folder that holds a run
+    device: str = "auto"  # device of the learned models: auto, cpu, cuda or cuda:N
 
-    FREE = frozenset({"review"})
-    RENAMED = {"min_sharpness": "min_laplacian"}
+    # ---- the photograph and its face
+    min_side: int = 0  # minimum shorter side of a photograph in pixels; the paper's images exceed 8K, [0, inf)
+    min_confidence: float = 0.9  # minimum confidence of the detector; below: no face, (0, 1]
+    min_face_size: int = 64  # minimum shorter side of the face box in pixels of the photograph, [8, inf)
+    max_second_face: float = 0.5  # maximum side of the second largest face over the largest's; 1000: off, [0, 1000]
+    max_misfit: float = 0.2  # maximum distance of the landmarks from a mean head's in eye distances, [0, 1]
+    max_yaw: float = 35.0  # maximum turn of the head to a side in degrees, estimated to about 4; 90: off, [0, 90]
+    max_pitch: float = 45.0  # maximum tilt up or down in degrees; a broad smile adds up to 30; 180: off, [0, 180]
+    max_roll: float = 35.0  # maximum tilt to a side in degrees, from the nearest quarter turn; 45: off, [0, 45]
+    max_outside: float = 0.15  # maximum fraction of the aligned square outside of the photograph; 1: off, [0, 1]
+    min_eyes: float = 0.12  # minimum contrast of the weaker eye over the cheeks' brightness; below: covered, [0, inf)
+    min_mouth: float = 0.12  # minimum contrast of the mouth over the cheeks' brightness; below: covered, [0, inf)
+
+    # ---- its quality
+    max_pepper: float = 0.01  # maximum fraction of outlying pixels; above: pepper noise, [0, 1]
+    max_noise: float = 7.0  # maximum standard deviation of Gaussian noise in grey levels; above: noisy, [0, 255]
+    max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
+    min_laplacian: float = 4.3  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
+    min_detail: float = 0.1  # minimum energy of the crop's finest octave over the one below; below: enlarged, [0, inf)
+    min_texture: float = 1.2  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
+    min_highlights: float = 100.0  # minimum 95th percentile of the face in grey levels; below: too dark, [0, 255]
+    max_blown: float = 0.02  # maximum fraction of the face that is white in two channels; above: too bright, [0, 1]
+    max_hash_distance: int = 4  # maximum number of different bits of 64 of a near-duplicate; -1: off, [-1, 64]
+    quality_model: Literal["", "musiq", "topiq_nr-face"] = ""  # learned quality, by pyiqa with weights on the disk
+    min_quality: float = 0.0  # minimum learned quality: musiq 0 to 100, topiq_nr-face 0 to 1, [0, 100]
+
+    # ---- captions, retouching and review
+    captioners: Sources = ("sidecar", "measured")  # sources of tags, the most trusted first: sidecar, vlm, measured
+    vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # vision-language model: folder or hub id; the paper's is LLaVA-1.6
+    vlm_prompt: str = PROMPT  # question to the vision-language model
+    vlm_tokens: int = 160  # maximum length of its answers in tokens, [1, 4096]
+    batch_size: int = 4  # portraits that it sees at once, [1, 256]
+    quantization: Literal["none", "8bit", "nf4"] = "none"  # form of its weights
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # precision of its weights
+    export_retouch: str = ""  # folder to write the portraits to for a retoucher
+    import_retouch: str = ""  # folder with retouched portraits, under the names of the export
+    review: str = ""  # review.jsonl of the page, or a text file of rejected ids; empty: review.jsonl in the output
+    seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
+    overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
+
+    # other limits are applied to the stored numbers; the main face is chosen by `min_confidence`
+    FREE = frozenset({"review", "batch_size", "export_retouch", "import_retouch", *LIMITS}) - {"min_confidence"}
+    RENAMED = {"min_sharpness": "min_laplacian", "captions": "captioners"}
 
 
 def main(config: Config) -> None:
     # ---- Find the photographs; the output folder may lie among them
-    review = read_review(config.review)
-    made = [Path(config.output) / folder for folder in ("images", "rejected", "sheets")]
+    review = find_review(config)
+    made = [Path(config.output) / folder for folder in ("images", "rejected", "sheets", KEPT)]
+    made += [Path(folder) for folder in (config.export_retouch, config.import_retouch) if folder]
     sources, problems = find_photographs(config.images, made) if config.images else (None, [])
 
     # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
     accepted, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
-    reviewed = review is not None and (accepted.keys() & review or forgiven(rejected, review))
-    if is_complete(output) and sources is None and not reviewed:
+    reviewed = review is not None and is_new(review, accepted, rejected)
+    retouched = bool(config.export_retouch or config.import_retouch)
+    changed = reviewed or retouched or judged_otherwise(config, accepted, rejected)
+    if is_complete(output) and sources is None and not changed:
         print(f"{output} is complete: {len(accepted)} portraits")
         return
+    learned = load_quality_model(config)
     (output / DONE_FILE).unlink(missing_ok=True)
+    judge_again(config, output, accepted, rejected)
     if review is not None:  # rows of older runs without the portrait are judged again
         rejected.remove([i for i in forgiven(rejected, review) if "image" not in rejected[i]])
     for source in sources or []:  # unreadable in an earlier run and fixed since: judged again
@@ -93,22 +158,42 @@ def main(config: Config) -> None:
         sources = find_photographs(str(output / "drawn"))[0]
 
     # ---- Judge every photograph that an earlier run did not (quality-first collection, 3.1)
+    new = [source for source in sources if safe_name(source.name) not in accepted.keys() | rejected.keys()]
+    if "vlm" in config.captioners and new:
+        find_captioner(config.vlm)  # a wrong name is an error now, not after hours of judging
+    portraits = NearDuplicates(config.max_hash_distance)
+    for identity, row in accepted.items():
+        if "hash" in row:  # rows of older versions have none
+            portraits.add(identity, int(row["hash"], 16))
     for source in tqdm(sources, desc="curating", unit="photo"):
         identity = safe_name(source.name)
         if identity not in accepted and identity not in rejected:
-            row = judge(config, output, source)
+            row = judge(config, output, source, portraits, learned)
             (rejected if "reason" in row else accepted).add(row)
+            if "reason" not in row:
+                portraits.add(identity, int(row["hash"], 16))
 
     # ---- The paper's last filter, a person
     if review is not None:
         reject_by_hand(output, accepted, rejected, review)
-        accept_again(output, accepted, rejected, review)
-        unknown = sorted(review - accepted.keys() - rejected.keys())
+        accept_again(output, accepted, rejected, forgiven(rejected, review))
+        unknown = sorted(review.keys() - accepted.keys() - rejected.keys())
         problems += [(identity, "no portrait has this id") for identity in unknown]
+
+    # ---- Photography-guided annotation of what is left (3.1), and the round trip to the retoucher (appendix A)
+    if config.import_retouch:
+        problems += import_retouched(config, output, accepted)
+    answers = ask_model(config, output, accepted) if "vlm" in config.captioners else {}
+    problems += annotate(config, output, accepted, answers)
+    if config.export_retouch:
+        exported = export_portraits(output, accepted.values(), sources, config.export_retouch)
+        print(f"{exported} new files for the retoucher in {config.export_retouch}")
 
     # ---- Sort the rows, so that interrupted and whole runs leave the same files; write the numbers and the sheets
     accepted, rejected = sort_rows(output / MANIFEST), sort_rows(output / REJECTED)
     rewrite_rows(output / METRICS_FILE, [{"step": step, **row["quality"]} for step, row in enumerate(accepted, 1)])
+    with atomic_write(output / BALANCE, "w") as file:
+        json.dump(measure_balance(accepted), file, indent=1, ensure_ascii=False)
     write_sheets(output, accepted)
     finish(output, accepted=len(accepted), rejected=len(rejected))
 
@@ -119,42 +204,51 @@ def main(config: Config) -> None:
         raise ValueError(
             f"none of {len(sources)} photographs passed the gates: {output / REJECTED} holds their measured numbers"
         )
-    print(f"{len(accepted)} portraits in {output}; look at {output / 'sheets'} and reject by hand with `--review`")
+    print(f"{len(accepted)} portraits in {output}; look at each: `python -m faceprior.human_eval review {output}`")
 
 
-def read_review(path: str) -> set[str] | None:
-    """Return the ids that a person rejected, None without a review."""
-    if not path:
-        return None
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no review file {path}: it lists the ids of rejected portraits, one per line")
-    return set(decode_text(Path(path).read_bytes()).split())
+def find_review(config: Config) -> dict[str, str] | None:
+    """Return the portraits that a person rejected, id -> reason; None without a review."""
+    own = Path(config.output) / REVIEW_FILE
+    return read_review(config.review or own) if config.review or own.is_file() else None
+
+
+def is_new(review: dict[str, str], accepted: KeyedRows, rejected: KeyedRows) -> bool:
+    """Tell whether a review differs from what is done."""
+    return bool(accepted.keys() & review or forgiven(rejected, review) or restated(rejected, review))
 
 
 # Portraits move by renaming their files, then adding the row that names them, then removing the other row: a run that
 # was killed in between is completed by the next one.
 
 
-def reject_by_hand(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: set[str]) -> None:
+def reject_by_hand(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: dict[str, str]) -> None:
     """Move the portraits that a person rejected out of the manifest; images and numbers are kept."""
+    if changed := restated(rejected, review):
+        rejected.replace({**rejected[identity], "reason": hand_reason(review[identity])} for identity in changed)
     identities = [identity for identity in accepted if identity in review]
     for identity in identities:
         image = move_portrait(output, accepted[identity]["image"], "rejected")
         thumbnail = save_thumbnail(load_image(output / image), output, identity)
-        rejected.add({**accepted[identity], "image": image, **thumbnail, "reason": BY_HAND})
+        rejected.add({**accepted[identity], "image": image, **thumbnail, "reason": hand_reason(review[identity])})
     accepted.remove(identities)
 
 
-def forgiven(rejected: KeyedRows, review: set[str]) -> list[str]:
+def forgiven(rejected: KeyedRows, review: dict[str, str]) -> list[str]:
     """Return the ids of portraits that were rejected by hand and are no longer in the review."""
-    return [identity for identity, row in rejected.items() if row["reason"] == BY_HAND and identity not in review]
+    return [identity for identity, row in rejected.items() if is_by_hand(row) and identity not in review]
 
 
-def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: set[str]) -> None:
-    """Move portraits that are no longer in the review back into the manifest."""
-    identities = forgiven(rejected, review)
+def restated(rejected: KeyedRows, review: dict[str, str]) -> list[str]:
+    """Return the ids of portraits that were rejected by hand for another reason than that of the review."""
+    by_hand = (identity for identity in review if identity in rejected and is_by_hand(rejected[identity]))
+    return [identity for identity in by_hand if rejected[identity]["reason"] != hand_reason(review[identity])]
+
+
+def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, identities: list[str]) -> None:
+    """Move portraits that are rejected no longer back into the manifest."""
     for identity in identities:
-        row = {key: value for key, value in rejected[identity].items() if key not in ("reason", "thumbnail")}
+        row = {key: value for key, value in rejected[identity].items() if key not in ("reason", "thumbnail", "faults")}
         accepted.add({**row, "image": move_portrait(output, row["image"], "images")})
         (output / rejected[identity]["thumbnail"]).unlink(missing_ok=True)
     rejected.remove(identities)
@@ -171,81 +265,177 @@ def move_portrait(output: Path, image: str, folder: str) -> str:
     return target
 
 
-def judge(config: Config, output: Path, source: Photograph) -> dict:
-    """Return a photograph's row of the manifest, or, with a `reason`, of the rejected; its files come before."""
+def judge(
+    config: Config,
+    output: Path,
+    source: Photograph,
+    portraits: NearDuplicates,
+    learned: Callable[[Image.Image, Measured], float] | None = None,
+) -> dict:
+    """Return a photograph's row of the manifest, or, with a `reason`, of the rejected; its files come before.
+
+    portraits: those that were accepted. learned: the learned quality of a face.
+    """
     identity, photograph = safe_name(source.name), None
     row = {"id": identity, "photograph": source.name}
     try:
-        # ---- Face detection and image quality
+        # ---- Face detection, alignment as in FFHQ, and all that can be measured
         photograph = source.load()
-        face = find_face(config, photograph)
-        row["quality"] = measure_quality(photograph, face)
-        if fault := first_fault(config, row["quality"]):
-            raise Unfit(fault)
+        searched = min(config.min_face_size, SEARCHED_FACE)
+        measured = measure_photograph(photograph, config.resolution, config.detector, config.min_confidence, searched)
+        nearest, distance = portraits.nearest(measured.hash) or (None, NO_DUPLICATE)
+        row |= {"hash": f"{measured.hash:016x}", "quality": {**measured.values, "duplicate": distance}}
+        if learned and measured.crop:
+            row["quality"]["model_quality"] = round(learned(photograph, measured), 4)
 
-        # ---- Alignment as in FFHQ, and photography-guided annotation
-        crop = align_face(photograph, face.landmarks, config.resolution).crop
-        caption = make_caption(config, source, crop)
-    except (Unfit, AlignmentError, *UNREADABLE) as error:
+        # ---- The gates, all of them: a photographer wants to know everything that is wrong
+        if faults := find_faults(row["quality"], config):
+            copy_of = {"duplicate_of": nearest} if distance <= config.max_hash_distance else {}
+            row |= {**copy_of, "faults": [fault.gate.fault for fault in faults]}
+            raise Unfit("; ".join(map(str, faults)))
+
+        # ---- Photography-guided annotation
+        turn = round(head_turn(measured.face.landmarks), 4)
+        found = find_tags(config, source, measured.crop, turn)
+    except (Unfit, *UNREADABLE) as error:
         thumbnail = save_thumbnail(photograph, output, identity) if photograph is not None else {}
         unreadable = {"unreadable": True} if isinstance(error, UNREADABLE) else {}
         return {**row, **thumbnail, **unreadable, "reason": str(error)}
 
-    image = f"images/{identity}.png"
-    with atomic_write((output / image).with_suffix(".txt"), "w") as file:
-        file.write(caption + "\n")
-    save_image(crop, output / image)
-    size = min(face.width, face.height)
-    return Portrait(identity, source.name, image, caption, face.confidence, size, row["quality"]).to_row()
+    image, tags = f"images/{identity}.png", join_tags(config, found)
+    write_caption(output / image, tags)
+    save_image(measured.crop, output / image)
+    confidence, size = row["quality"]["confidence"], row["quality"]["face_size"]
+    groups = (tags.semantic, tags.photographic)
+    portrait = Portrait(identity, source.name, image, *groups, confidence, size, row["quality"])
+    return {**portrait.to_row(), "hash": row["hash"], "tags": found, "turn": turn}
 
 
-def find_face(config: Config, photograph: Image.Image) -> Face:
-    """Return the photograph's face, or raise Unfit with the rule that it breaks."""
-    if min(photograph.size) < config.min_side:
-        raise Unfit(f"{photograph.width} x {photograph.height} pixels: the shorter side is below {config.min_side}")
-    searched = min(config.min_face_size, SEARCHED_FACE)
-    faces = detect_faces(photograph, config.detector, config.min_confidence, searched, turned=True)
-    if not faces:
-        raise Unfit("no face found")
-    if config.one_face and len(faces) > 1:
-        raise Unfit(f"{len(faces)} faces found, one is wanted")
-    face = next((face for face in faces if face.landmarks is not None), None)
-    if face is None:
-        raise Unfit("no face can be aligned: its landmarks do not fit its box")
-    size = min(face.width, face.height)
-    if size < config.min_face_size:
-        raise Unfit(f"face of {size:.0f} pixels is below {config.min_face_size}")
-    return face
+# ---- Other limits than those of an earlier run are applied to the numbers that it stored
 
 
-def first_fault(config: Config, quality: dict[str, float]) -> str | None:
-    """Return the first quality rule that the numbers break, None if they pass all."""
-    rules = [
-        ("pepper", quality["pepper"] <= config.max_pepper, f"pepper noise: at most {config.max_pepper}"),
-        ("noise", quality["noise"] <= config.max_noise, f"noisy: at most {config.max_noise}"),
-        ("sharpness", quality["sharpness"] >= config.min_laplacian, f"blurred: at least {config.min_laplacian}"),
-        ("blocks", quality["blocks"] <= config.max_blocks, f"JPEG blocks: at most {config.max_blocks}"),
-        ("texture", quality["texture"] >= config.min_texture, f"over-smooth: at least {config.min_texture}"),
-        ("clipped", quality["clipped"] <= config.max_clipped, f"badly exposed: at most {config.max_clipped}"),
+def judged_otherwise(config: Config, accepted: KeyedRows, rejected: KeyedRows) -> bool:
+    """Whether the limits of this run reject what is accepted, or accept what is rejected."""
+    return any(find_faults(row["quality"], config) for row in accepted.values()) or any(
+        "faults" in row and not find_faults(row["quality"], config) for row in rejected.values()
+    )
+
+
+def judge_again(config: Config, output: Path, accepted: KeyedRows, rejected: KeyedRows) -> None:
+    """Apply the limits of this run to the rows of an earlier one; what is to be decoded again loses its row."""
+    # ---- Accepted, and no longer: image and caption are kept
+    found = {identity: find_faults(row["quality"], config) for identity, row in accepted.items()}
+    fallen = [identity for identity, faults in found.items() if faults]
+    for identity in fallen:
+        image = move_portrait(output, accepted[identity]["image"], "rejected")
+        thumbnail = save_thumbnail(load_image(output / image), output, identity)
+        words = {"faults": [f.gate.fault for f in found[identity]], "reason": "; ".join(map(str, found[identity]))}
+        rejected.add({**accepted[identity], "image": image, **thumbnail, **words})
+    accepted.remove(fallen)
+
+    # ---- Rejected, and no longer, or as a copy of what is no portrait now; one that was a portrait keeps its image
+    again = [
+        identity
+        for identity, row in rejected.items()
+        if "faults" in row and (row.get("duplicate_of") in fallen or not find_faults(row["quality"], config))
     ]
-    return next((f"{name} {quality[name]} ({rule})" for name, passed, rule in rules if not passed), None)
+    accept_again(output, accepted, rejected, [identity for identity in again if "image" in rejected[identity]])
+    again = [identity for identity in again if identity in rejected]
+    for identity in again:
+        (output / "rejected" / f"{identity}.jpg").unlink(missing_ok=True)
+    rejected.remove(again)
 
 
-def make_caption(config: Config, source: Photograph, crop: Image.Image) -> str:
-    """Join the tags beside the photograph and, if none of them is about light, photographic tags that are measured."""
-    written = source.caption() if config.captions != "measured" else None
-    if config.captions == "sidecar" and not written:
+def load_quality_model(config: Config) -> Callable[[Image.Image, Measured], float] | None:
+    """Return the learned quality of a face in a photograph, None without `quality_model`.
+
+    Raises MetricUnavailable, which names the commands, where pyiqa or its weights are not on this machine.
+    """
+    if not config.quality_model:
+        return None
+    from faceprior.evaluation.judges import portrait_metric
+
+    score = portrait_metric(config.quality_model, config.device, config.detector).load()
+    return lambda photograph, measured: score(photograph, "", measured.face)
+
+
+# ---- Captions: every source's tags stand in the row, and are joined in the order of `captioners`
+
+ANSWERS = "answers.jsonl"  # of the vision-language model, as it gave them
+
+
+def find_tags(config: Config, source: Photograph, crop: Image.Image, turn: float) -> dict[str, dict[str, list[str]]]:
+    """Return the tags of each source but the vision-language model: those beside the photograph, and those measured."""
+    written = source.tags() if "sidecar" in config.captioners else None
+    if config.captioners == ("sidecar",) and not (written and written.prompt()):
         raise Unfit("no caption beside it")
-    tags = (written or "portrait photo").split(", ")
-    if config.captions != "sidecar" and not mentions_light(", ".join(tags)):
-        tags += [tag for tag in photographic_tags(crop) if tag not in tags]
-    return ", ".join(tags)
+    found = {"sidecar": written or Tags()}
+    if "measured" in config.captioners:
+        found["measured"] = Tags(photographic=tuple(measured_tags(crop, turn)))
+    return {name: tags.to_row() for name, tags in found.items()}
+
+
+def join_tags(config: Config, found: dict[str, dict[str, list[str]]]) -> Tags:
+    """Join the tags of the sources; those of the first ones count where they contradict each other."""
+    tags = combine_tags(Tags.from_row(found[name]) for name in config.captioners if name in found)
+    return tags if tags.semantic else Tags(("portrait photo",), tags.photographic)
+
+
+def write_caption(image: Path, tags: Tags) -> None:
+    with atomic_write(image.with_suffix(".txt"), "w") as file:
+        file.write(tags.prompt() + "\n")
+
+
+def ask_model(config: Config, output: Path, accepted: KeyedRows) -> KeyedRows:
+    """Ask the vision-language model about the portraits that it has not seen; return its answers by id."""
+    answers = KeyedRows(output / ANSWERS)
+    waiting = [row for identity, row in accepted.items() if identity not in answers]
+    if waiting:
+        quiet_libraries()
+        captioner = Captioner.from_pretrained(config.vlm, weight_dtype(config.mixed_precision), config.quantization)
+        captioner.to(resolve_device(config.device))
+    for start in tqdm(range(0, len(waiting), config.batch_size), desc="captioning", unit="batch", disable=not waiting):
+        rows = waiting[start : start + config.batch_size]
+        images = [load_image(output / row["image"]) for row in rows]
+        texts = captioner.answer(images, config.vlm_prompt, config.vlm_tokens)
+        for row, text in zip(rows, texts, strict=True):
+            answers.add({"id": row["id"], "answer": text})
+    return answers
+
+
+def annotate(config: Config, output: Path, accepted: KeyedRows, answers: dict[str, dict]) -> list[tuple[str, str]]:
+    """Join the tags of all sources in the rows and beside the images; return whose answers hold no tags."""
+    problems = []
+    for identity, row in accepted.items():
+        if identity in answers:
+            tags = clean_answer(answers[identity]["answer"])
+            row["tags"]["vlm"] = tags.to_row()
+            if not tags.prompt():
+                problems.append((identity, f"no tags in the model's answer {answers[identity]['answer'][:80]!r}"))
+        tags = join_tags(config, row["tags"])
+        if tags.prompt() != row["caption"]:
+            write_caption(output / row["image"], tags)
+        accepted[identity] = {**row, **tags.to_row(), "caption": tags.prompt()}
+    rewrite_rows(output / MANIFEST, accepted.values())
+    return problems
+
+
+def import_retouched(config: Config, output: Path, accepted: KeyedRows) -> list[tuple[str, str]]:
+    """Replace portraits by their retouched versions, whose tags are measured again; return what was left out."""
+    changed, problems = import_portraits(output, accepted, config.import_retouch)
+    for identity, row in changed.items():
+        if "measured" in row["tags"]:
+            tags = Tags(photographic=tuple(measured_tags(load_image(output / row["image"]), row["turn"])))
+            row["tags"]["measured"] = tags.to_row()
+        accepted[identity] = row
+    print(f"{len(changed)} portraits replaced by retouched ones of {config.import_retouch}")
+    return problems
 
 
 def save_thumbnail(photograph: Image.Image, output: Path, identity: str) -> dict[str, str]:
     """Write the thumbnail of a rejected photograph and return its entry in the row."""
-    small = photograph.copy()
-    small.thumbnail((192, 192))
+    scale = min(1, THUMBNAIL / max(photograph.size))  # resized, not copied first: a photograph can be large
+    small = photograph.resize([max(1, round(scale * side)) for side in photograph.size], reducing_gap=2.0)
     file = f"rejected/{identity}.jpg"
     save_image(small, output / file)
     return {"thumbnail": file}
@@ -260,54 +450,6 @@ def write_sheets(output: Path, accepted: list[dict], columns: int = 8, rows: int
             image = load_image(output / row["image"]).resize((side, side))
             sheet.paste(image, (place % columns * side, place // columns * side))
         save_image(sheet, output / f"sheets/{number // per_sheet:03d}.jpg")
-
-
-# ---- Flaws of drawn portraits, so that the gates have something to reject
-
-SPOIL_EVERY = 4
-
-
-class Spoil:
-    """Gives every fourth drawn portrait, in turns, one of the flaws that the gates reject."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __call__(self, image: np.ndarray, index: int) -> tuple[np.ndarray, str]:
-        """Return the changed image, (H, W, 3) uint8, and the name of its flaw (empty: none)."""
-        if index % SPOIL_EVERY:
-            return image, ""
-        flaws = (self.blur, self.noise, self.pepper, self.compress, self.hide)
-        flaw = flaws[index // SPOIL_EVERY % len(flaws)]
-        return flaw(image, np.random.default_rng([self.seed, index])), flaw.__name__
-
-    @staticmethod
-    def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Shrink it to a twelfth and enlarge it again."""
-        size = image.shape[1::-1]
-        small = Image.fromarray(image).resize([side // 12 for side in size], Image.BOX)
-        return as_array(small.resize(size, Image.BICUBIC))
-
-    @staticmethod
-    def noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Add Gaussian noise with a standard deviation of 12 grey levels."""
-        return (image + rng.normal(0, 12, image.shape)).clip(0, 255).astype(np.uint8)
-
-    @staticmethod
-    def pepper(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Make 6% of the pixels black."""
-        return np.where(rng.random(image.shape[:2])[..., None] < 0.06, 0, image).astype(np.uint8)
-
-    @staticmethod
-    def compress(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Compress it as a JPEG of quality 4."""
-        only_jpeg = DegradationConfig(blur_sigma=(0.1, 0.1), downsample=(1, 1), noise=(0, 0), jpeg=(4, 4))
-        return degrade(image, only_jpeg, rng)
-
-    @staticmethod
-    def hide(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Replace it by its mean colour: nobody is in it."""
-        return np.full_like(image, image.mean(axis=(0, 1)).astype(np.uint8))
 
 
 if __name__ == "__main__":

@@ -24,12 +24,19 @@ import torch
 from PIL import Image
 
 from faceprior import tiny
-from faceprior.bases import BaseInfo, require_base, require_single_file
+from faceprior.bases import BaseInfo, describe_base, require_base, require_single_file
 from faceprior.bases.parts import SD1, SD2, SDXL
 from faceprior.cache import rehearse_cache
 from faceprior.config import is_complete, print_problems, run_stage
-from faceprior.detect import Face
-from faceprior.diffusion import make_sampler, noise_like, report_long_prompts, require_side, sample_images
+from faceprior.detect import Face, resolve_detector
+from faceprior.diffusion import (
+    make_sampler,
+    noise_like,
+    report_long_prompts,
+    report_small_side,
+    require_side,
+    sample_images,
+)
 from faceprior.dino import dino_distance
 from faceprior.features import FeatureNetwork
 from faceprior.guidance import GuidanceTuner
@@ -38,12 +45,12 @@ from faceprior.losses import guidance_loss
 from faceprior.memory import SAMPLES, Rehearsal
 from faceprior.models import quiet_libraries, require_trainable, weight_dtype
 from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
-from faceprior.photos import read_prompts
 from faceprior.plan import show_plan
+from faceprior.prompts import read_prompts
 from faceprior.reward_tuning import FaceReward
 from faceprior.scorer import FaceScorer, empty_scorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
-from faceprior.validation import Validation
+from faceprior.validation import Validation, require_scores
 
 EXTRACTED, SINGLE_FILE = "lora", "guided.safetensors"
 FILES = ("lora_format", "extract_lora", "single_file")  # the settings that say what is written
@@ -119,7 +126,9 @@ class Config:
     keep_best: bool = False  # choice of the weights whose validation has the best Face Score, in place of the last
     patience: int = 0  # validations without a better Face Score after which the training ends; 0: never, [0, inf)
     num_samples: int = 8  # images before and after, at seeds of their own, to judge the result by, [0, 1024]
-    prompts: str = ""  # text file of the prompts of all images, one a line; empty: those of the largest faces
+    prompts: str = (
+        ""  # prompts of all images: people, general, or a file (text: one a line); empty: of the largest faces
+    )
     sample_steps: int = 25  # sampling steps of all images, [1, 1000]
     sampler: Literal["base", "pndm", "ddim", "ddpm", "euler", "dpm++"] = "base"  # sampler; base: the base's own
     guidance_scale: float = 2.5  # classifier-free guidance scale of all images, [1, 30]
@@ -153,11 +162,14 @@ def main(config: Config) -> None:
         base = tiny.resolve(config.base, "sd15")
         if config.overwrite or not is_complete(config.output):
             require_files(config, require_base(base, "tune", config.vae, config.prediction_type, config.train))
+            require_scores(config, find_scorer(config.scorer, base), config.validate_every)
         output = open_run(config, accelerator)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
             return
         scorer = load_scorer(config.scorer, base)
+        if scorer or "reward" in config.objective:
+            resolve_detector(config.detector)  # one that cannot be had is found now, not after the cache is filled
 
     # ---- The base, and which of its weights are trained
     tuner = make_tuner(config, base)
@@ -167,6 +179,7 @@ def main(config: Config) -> None:
     # ---- The pairs; with a cache, the VAE and the text encoders are on the device only while they fill it
     dataset = PairDataset(pairs, config.resolution)
     if accelerator.is_main_process:
+        report_small_side(tuner.pipeline(), config.resolution)
         report_long_prompts(tuner.pipeline(), [*sample_prompts, *(pair.prompt for pair in pairs)])
     if config.cache:
         dataset = tuner.cached(dataset, config.cache, accelerator, config.batch_size, config.num_workers)
@@ -236,12 +249,15 @@ def main(config: Config) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.use_final_weights()
-        save_tuned(config, output, tuner)
+        saved = save_tuned(config, output, tuner)
         tiny.copy_info(config.base, output)
         verdict = validation.judge(config.num_samples)
         run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs), verdict=verdict.to_dict())
         print_problems(problems, "pair")
-        print(f"{output}: tuned for {run.describe()}; samples before and after in {output / 'samples'}")
+        drawn = f"; samples before and after in {output / 'samples'}" if config.num_samples else ""
+        print(f"{output}: tuned for {run.describe()}{drawn}")
+        for line in saved:
+            print(line)
         print(f"Face Score, tuned against untuned: {verdict}")
         if tuner.reward:
             print("That Face Score was trained for: look at the samples, and at the other measures in metrics.jsonl")
@@ -289,24 +305,32 @@ def require_files(config: Config, base: BaseInfo) -> None:
         require_single_file(base.architecture)
 
 
-def save_tuned(config: Config, output: Path, tuner: GuidanceTuner) -> None:
-    """Write the tuned weights in the forms that are asked for; what an earlier end of this run wrote besides, goes."""
-    written = set()
+def save_tuned(config: Config, output: Path, tuner: GuidanceTuner) -> list[str]:
+    """Write the tuned weights in the forms that are asked for -> a line about each, and by what it is loaded.
+
+    What an earlier end of this run wrote besides, goes.
+    """
+    written, lora_file = set(), LORA_FORMATS[config.lora_format]
+    reader = "`load_lora_weights` of diffusers" + (" and the web UIs" if config.lora_format == "kohya" else "")
     if config.train == "lora":
         tuner.save_lora(output, config.lora_format)
-        written.add(output / LORA_FORMATS[config.lora_format])
+        written.add(output / lora_file)
+        lines = [f"LoRA, for {reader}: {output / lora_file}"]
     else:
         tuner.save_pretrained(output)
+        lines = [f"whole model, for `DiffusionPipeline.from_pretrained`: {output}"]
     if config.extract_lora:
         lora = tuner.save_lora(output / EXTRACTED, config.lora_format, config.extract_lora)
-        written.add(output / EXTRACTED / LORA_FORMATS[config.lora_format])
-        print(f"{output / EXTRACTED}: {lora.loss()}")
+        written.add(output / EXTRACTED / lora_file)
+        lines.append(f"extracted LoRA, for {reader}: {output / EXTRACTED / lora_file}; {lora.loss()}")
     if config.single_file != "none":
         tuner.save_single_file(output / SINGLE_FILE, {"fp16": torch.float16, "fp32": torch.float32}[config.single_file])
         written.add(output / SINGLE_FILE)
+        lines.append(f"single-file checkpoint: {output / SINGLE_FILE}")
     files = [folder / file for folder in (output, output / EXTRACTED) for file in LORA_FORMATS.values()]
     for old in {*files, output / SINGLE_FILE} - written:
         old.unlink(missing_ok=True)
+    return lines
 
 
 def load_features(name: str, weights: bool = True) -> FeatureNetwork:
@@ -323,6 +347,10 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         # ---- The base, and which of its weights are trained
         tuner = make_tuner(config, base, weights=False)
         pipeline, trained = tuner.pipeline(), tuner.trainable_parameters()
+        require_files(config, describe_base(pipeline))  # refuse what the training refuses, and do not advise it
+        require_side(pipeline, side)
+        make_sampler(config.sampler, pipeline.scheduler)
+        require_scores(config, find_scorer(config.scorer, base), config.validate_every)
         rehearsal.name_pipeline(pipeline, trained)
         if tuner.reward:
             rehearsal.name("scorer", tuner.reward.scorer)
@@ -347,6 +375,8 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
             denoiser, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
             keeping = {"ema_decay": config.ema_decay, "ema_device": config.ema_device}
             run = TrainingRun(None, 1, accelerator, {"unet": denoiser}, {"unet": optimizer}, **keeping)
+            if config.ema_device == "cpu":
+                rehearsal.leave_rest()
             rehearsal.name_rest("averaged weights")
             denoiser.train()
             generators = [torch.Generator() for _ in range(count)]
@@ -356,11 +386,15 @@ def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         # ---- An image, as `Validation` draws them one by one, with the VAE and the text encoders, and its score
         drawn = (["a face"], [0], side, 2, config.guidance_scale)
         if config.validate_every:
-            with rehearsal.phase(SAMPLES), run.averaged(), tuner.sampling() as tuned:
-                sample_images(tuned, *drawn)
+            with run.averaged(), tuner.sampling() as tuned:
+                rehearsal.leave_rest()  # the weights that the average stands for meanwhile
+                with rehearsal.phase(SAMPLES):
+                    sample_images(tuned, *drawn)
         if config.num_samples:
-            with rehearsal.phase(SAMPLES), tuner.untuned() as original:
-                sample_images(original, *drawn)
+            with tuner.untuned() as original:
+                rehearsal.leave_rest()  # the tuned weights
+                with rehearsal.phase(SAMPLES):
+                    sample_images(original, *drawn)
         if config.validate_every or config.num_samples:
             with rehearsal.away(*unused):
                 scorer = load_scorer(config.scorer, base, weights=False)
@@ -384,13 +418,19 @@ def load_reward(config: Config, weights: bool = True) -> FaceReward:
     return FaceReward(empty_scorer(name), lambda image: [whole_image(len(image))], min(steps, last + 2), last, *rest)
 
 
-def load_scorer(name: str, base: str, weights: bool = True) -> FaceScorer | None:
-    """Load the scorer of the images, or build it only; `auto` takes one that is here, a tiny one for a tiny base."""
+def find_scorer(name: str, base: str) -> str | None:
+    """Return which scorer the images get; `auto` takes one that is here, a tiny one for a tiny base."""
     if name == "auto":
         stage_2, is_tiny = Path("checkpoints/scorer"), tiny.info(base) is not None
         fits = (stage_2 / FaceScorer.config_name).is_file() and (tiny.info(stage_2) is not None) == is_tiny
         name = str(stage_2) if fits else tiny.NAME if is_tiny else "none"
-    if name == "none":
+    return None if name == "none" else name
+
+
+def load_scorer(name: str, base: str, weights: bool = True) -> FaceScorer | None:
+    """Load the scorer of the images, or build it only."""
+    name = find_scorer(name, base)
+    if name is None:
         return None
     return (FaceScorer.from_pretrained if weights else empty_scorer)(tiny.resolve(name, "scorer"))
 

@@ -74,3 +74,18 @@ def drawn_benchmark(tmp_path_factory) -> Path:
 def simulated_benchmark(drawn_benchmark, tmp_path) -> Path:
     """A copy of `drawn_benchmark`."""
     return Path(shutil.copytree(drawn_benchmark, tmp_path / "benchmark"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium without a network; tests that need it are skipped where it, gradio or playwright is missing."""
+    from local_page import CHROMIUM, FLAGS, OFFLINE
+
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS.split(), OFFLINE])
+        yield browser
+        browser.close()

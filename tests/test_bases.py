@@ -532,6 +532,8 @@ def test_a_stage_refuses_a_base_before_it_makes_its_output(stage, key, reason, s
     readers = {"04": ("gather_pairs", "pairs"), "05": ("read_portraits", ""), "06": ("readable_images", "")}
     if stage[:2] in readers:  # the inputs of the stage before do not matter here
         monkeypatch.setattr(module, readers[stage[:2]][0], lambda *args: ([], []))
+    if stage[:2] == "06":
+        values["images"] = str(tmp_path)
     with pytest.raises(ValueError, match=reason):
         module.main(make_settings(stage, tmp_path, **values))
     assert not (tmp_path / "out").exists()

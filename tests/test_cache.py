@@ -390,8 +390,8 @@ def test_a_folder_that_may_not_be_written(tuner, pairs):
 
 
 def test_a_pair_that_does_not_fit_is_an_error_as_without_cache(tuner, pairs, tmp_path):
-    Image.new("L", (80, 80)).save(pairs / "2_mask.png")
     data = dataset(pairs)
+    Image.new("L", (80, 80)).save(pairs / "2_mask.png")  # after the pairs were looked at
     for use in (lambda: data[2], lambda: cached(tuner, tmp_path / "cache", data)):
         with pytest.raises(ValueError, match="pair 2: .* must be of one size"):
             use()

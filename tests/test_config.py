@@ -425,6 +425,22 @@ def test_same_settings_resume(config):
     assert (open_output(config) / "row").read_text() == "kept"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_folder_in_which_another_process_runs_is_refused(config, monkeypatch):
+    """It is held as long as that process lives, and once by all that one process does in it."""
+    monkeypatch.setattr("faceprior.files._PATIENCE", 0)
+    Path(config.output).mkdir()
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", code, config.output]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(FileExistsError, match="another process is running in .*run: wait until it has ended"):
+            open_output(config)
+        other.kill()
+    open_output(config)
+    open_output(dataclasses.replace(config))
+
+
 def test_other_settings_are_refused_with_their_keys(config):
     (open_output(config) / "row").write_text("kept")
     with pytest.raises(FileExistsError) as refused:
@@ -432,6 +448,14 @@ def test_other_settings_are_refused_with_their_keys(config):
     message = str(refused.value)
     assert "limits (0.5 1.0 there, 1.0 now), rate (0.001 there, 0.5 now)" in message and "--overwrite" in message
     assert (Path(config.output) / "row").read_text() == "kept"
+
+
+def test_a_log_without_a_step_is_no_result(config):
+    (open_output(config) / "metrics.jsonl").touch()
+    open_output(dataclasses.replace(config, rate=0.5))
+    (Path(config.output) / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(FileExistsError, match=r"rate \(0.5 there, 0.001 now\)"):
+        open_output(config)
 
 
 @pytest.mark.parametrize("left", ["row", "drawn", None])
@@ -598,15 +622,16 @@ def test_options_that_need_less_memory():
     """Those of the same run first, with the samples of a step kept; of what is used already none."""
     config_class = load_stage("05_prior_tune").Config
     assert memory_advice(config_class(batch_size=4, accumulation=3)) == (
-        "less is needed with --batch_size 2 --accumulation 6 or --gradient_checkpointing (the same run resumes), else, "
-        "in a new run, --mixed_precision bf16, --optimizer adamw8bit, --train lora, --train lora --quantization nf4, a "
-        "smaller --resolution"
+        "less is needed with --cache data/cache or --batch_size 2 --accumulation 6 or --gradient_checkpointing (the "
+        "same run resumes), else, in a new run, --mixed_precision bf16, --optimizer adamw8bit, --train lora, "
+        "--train lora --quantization nf4, a smaller --resolution"
     )
-    lora = config_class(batch_size=1, gradient_checkpointing=True, mixed_precision="bf16", train="lora")
+    small = {"batch_size": 1, "cache": "mine", "gradient_checkpointing": True}
+    lora = config_class(**small, mixed_precision="bf16", train="lora")
     last = ", --quantization nf4, a smaller --resolution"
     assert memory_advice(lora) == f"less is needed with --optimizer adamw8bit{last}"
     spare = {"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw8bit", "train": "lora"}
-    spare |= {"quantization": "nf4"}
+    spare |= {"quantization": "nf4", "cache": "mine"}
     assert memory_advice(config_class(batch_size=1, **spare)) == "less is needed with a smaller --resolution"
     guidance = load_stage("04_guidance_tune").Config
     assert "--cache data/cache or --batch_size" in memory_advice(guidance())
@@ -789,6 +814,89 @@ def test_the_rows_of_a_table_differ_in_what_the_paper_compares():
         row = settings(name)
         assert {key: value for key, value in row.items() if dino[key] != value and key != "output"} == difference
     assert dino["train"] == "self_attention" and (dino["t_end"], dino["learning_rate"]) == (0.5, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in PRESETS if (p.parent.name == "rows" or "_table" in p.stem) and "04_guidance_tune" in p.read_text()],
+    ids=lambda p: p.stem,
+)
+def test_the_evaluation_of_a_row_measures_its_own_model(path):
+    tuned, measured = (
+        parse_config(load_stage(name).Config, ["--config", str(path)]) for name in ("04_guidance_tune", "07_eval")
+    )
+    assert measured.generators == ("base", f"tuned={tuned.output}")
+    assert (measured.base, measured.vae) == (tuned.base, tuned.vae)
+    assert measured.output == tuned.output.replace("checkpoints/", "results/")
+
+
+def test_the_rows_of_authface_differ_in_what_the_paper_compares():
+    """Table 2 in prior and facial loss, Table 4 in m and s; tiny rows as the real ones."""
+    config_class = load_stage("06_train_restorer").Config
+
+    def settings(name):
+        return dataclasses.asdict(parse_config(config_class, ["--config", str(STAGES / "presets" / f"{name}.yaml")]))
+
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+    expected = {
+        "table2_sdxl_none": ("sdxl_none", {"facial_loss": "none", "prior": sdxl}),
+        "table2_tuned_none": ("none", {"facial_loss": "none"}),
+        "table2_tuned_constant": ("constant", {"facial_loss": "constant"}),
+        "table4_m_0": ("m_0", {"time_m": 0.0}),
+        "table4_m_0.5": ("m_0.5", {"time_m": 0.5}),
+        "table4_s_0.5": ("s_0.5", {"time_s": 0.5}),
+    }
+    real, tiny = settings("authface_table2_tuned_time_aware"), settings("rows/authface_time_aware")
+    assert (real["facial_loss"], real["time_m"], real["time_s"]) == ("time_aware", -0.5, 1.0)
+    assert real["prior"] == "checkpoints/prior" and real["reward_weight"] == 0
+    for name, (row, difference) in expected.items():
+        own, small = settings(f"authface_{name}"), settings(f"rows/authface_{row}")
+        assert {key: v for key, v in own.items() if real[key] != v and key != "output"} == difference
+        in_small = difference | ({"prior": "tiny"} if "prior" in difference else {})
+        assert {key: v for key, v in small.items() if tiny[key] != v and key != "output"} == in_small
+
+
+def test_the_prior_is_tuned_as_the_paper_tunes_it():
+    """AuthFace, 4.1: AdamW at 5e-7, 96 portraits a step, 50k steps, squares of 1024 pixels, the whole U-Net."""
+    config = parse_config(
+        load_stage("05_prior_tune").Config, ["--config", str(STAGES / "presets" / "authface_table3_both.yaml")]
+    )
+    assert (config.optimizer, config.learning_rate, config.steps, config.train) == ("adamw", 5e-7, 50000, "full")
+    assert (config.batch_size * config.accumulation, config.resolution, config.schedule) == (96, 1024, "constant")
+    assert not (config.min_snr_gamma or config.ema_decay or config.warmup_steps) and config.quantization == "none"
+
+
+def test_the_rows_of_authface_table_3_differ_in_their_tags():
+    """Each has an output of its own; tiny rows as the real ones, which are the preset `sdxl`."""
+    config_class = load_stage("05_prior_tune").Config
+
+    def settings(name):
+        return dataclasses.asdict(parse_config(config_class, ["--config", str(STAGES / "presets" / f"{name}.yaml")]))
+
+    outputs = set()
+    for tags in ("none", "semantic", "both"):
+        for name, base in (
+            (f"authface_table3_{tags}", settings("sdxl")),
+            (f"rows/authface_tags_{tags}", dataclasses.asdict(config_class())),
+        ):
+            row = settings(name)
+            assert row["tags"] == tags and row["output"].endswith(tags)
+            assert {key for key in row if row[key] != base[key]} <= {"tags", "output"}
+            outputs.add(row["output"])
+    assert len(outputs) == 6 and config_class().output not in outputs
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("-0.25", -0.25), ("1e-1", 0.1)])
+def test_a_number_or_a_word(text, value):
+    config_class = load_stage("06_train_restorer").Config
+    assert parse_config(config_class, ["--time_m", text]).time_m == value
+    with pytest.raises(ValueError, match="`time_m` has to be a number but is 'soon'; or auto"):
+        make_config(config_class, {"time_m": "soon"})
+
+
+@pytest.mark.parametrize("text", ["", "none", None])
+def test_an_empty_value_of_an_optional_number_is_none(text):
+    assert make_config(load_stage("06_train_restorer").Config, {"gray_prob": text}).gray_prob is None
 
 
 def test_stage_1_reads_the_former_names_of_its_strengths():

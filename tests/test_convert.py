@@ -172,7 +172,9 @@ def test_finding_the_official_files(tmp_path, weights, mean, std):
 
 
 def test_a_scorers_folder_is_ours_or_a_released_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no scorer in .*no config\.json or FS_model\.pt.*`--checkpoint tiny`"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no scorer in .*no config\.json or FS_model\.pt.*`tiny` is the small one"
+    ):
         find_checkpoint_folder(tmp_path)
     for number, name in enumerate(("config.json", "FaceScore_model/FS_model.pt", "ImageReward.pt")):
         path = tmp_path / str(number) / name
@@ -183,7 +185,7 @@ def test_a_scorers_folder_is_ours_or_a_released_one(tmp_path):
 
 
 def test_a_scorer_that_is_neither_a_folder_nor_on_the_hub(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no scorer 'nobody/nothing'.*`--checkpoint tiny`"):
+    with pytest.raises(FileNotFoundError, match="no scorer 'nobody/nothing'.*`tiny` is the small one"):
         find_checkpoint_folder("nobody/nothing", cache_dir=tmp_path / "cache", local_files_only=True)
     with pytest.raises(FileNotFoundError, match="no scorer at .*missing.*02_train_scorer.py"):
         find_checkpoint_folder(tmp_path / "missing")

@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import skimage.data
+from conftest import load_stage
 
+from faceprior.config import parse_config
 from faceprior.degrade import (
     PRESETS,
     Degradation,
@@ -13,6 +15,7 @@ from faceprior.degrade import (
     apply_degradation,
     degrade,
     gaussian_kernel,
+    ranges_of,
     sample_degradation,
     scaled,
 )
@@ -115,6 +118,26 @@ def test_a_degradation_round_trips_through_json():
 def test_a_config_out_of_range_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
         DegradationConfig(**{field: value})
+
+
+# --- a stage's settings ---
+
+
+@pytest.mark.parametrize("stage", ["06_train_restorer", "07_eval"])
+def test_a_stage_takes_the_preset_and_any_range_over_it(stage):
+    """At 128 pixels a quarter of the sizes, unless that is off; what is not given is the preset's."""
+    config_class = load_stage(stage).Config
+    for name in PRESETS:
+        assert ranges_of(config_class(degradation=name), 512) == PRESETS[name]
+        assert ranges_of(config_class(degradation=name), 128) == scaled(PRESETS[name], 128)
+    words = "--degradation gfpgan --blur_sigma 1 4 --jpeg 0 0 --jitter_prob 0 --gray_prob 0.5 --no-scale_degradation"
+    config = parse_config(config_class, words.split())
+    expected = replace(PRESETS["gfpgan"], blur_sigma=(1.0, 4.0), jpeg=None, jitter_prob=0.0, gray_prob=0.5)
+    assert ranges_of(config, 128) == expected
+    assert ranges_of(replace(config, scale_degradation=True), 128) == scaled(expected, 128)
+    for wrong in ({"noise": (5.0,)}, {"downsample": (8.0, 2.0)}, {"jpeg": (0, 50)}, {"blur_kernel": 4}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` has to be"):
+            ranges_of(config_class(**wrong), 512)
 
 
 # --- applying ---

@@ -13,6 +13,7 @@ from faceprior.detect import (
     Face,
     MTCNNDetector,
     _face_from_retinaface,
+    detect_all_orientations,
     detect_faces,
     finds_face,
     landmarks_fit,
@@ -22,7 +23,7 @@ from faceprior.detect import (
     retinaface_weights_path,
     search_orientations,
 )
-from faceprior.procedural import draw_portrait
+from faceprior.procedural import draw_portrait, draw_scene
 
 # read off the photograph by eye: pupils, tip of the nose, corners of the mouth, left and right as in the image
 ASTRONAUT_LANDMARKS = np.array([[204, 101], [247, 103.5], [223, 127.5], [203, 139.5], [244.5, 141.5]])
@@ -254,7 +255,33 @@ def test_a_sure_upright_face_ends_the_search():
 
 
 def test_nobody_in_any_orientation():
-    assert detect_faces(np.full((64, 80, 3), 128, np.uint8), "mtcnn", turned=True) == []
+    grey = np.full((64, 80, 3), 128, np.uint8)
+    assert detect_faces(grey, "mtcnn", turned=True) == detect_all_orientations(grey, "mtcnn") == []
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_faces_of_two_orientations_in_one_photograph(blurred, factor):
+    """One upright, one on its side; the second search of the larger image runs at 1024 pixels of 3200."""
+    lying = np.rot90(np.pad(blurred, ((0, 80), (0, 0), (0, 0)), "edge"), -1)
+    both = Image.fromarray(np.hstack([np.pad(blurred, ((0, 80), (0, 0), (0, 0)), "edge"), lying]))
+    photograph = both.resize((both.width * factor, both.height * factor), Image.BICUBIC)
+    faces = detect_all_orientations(photograph, "mtcnn")
+    assert len(faces) == 2
+    (upright,) = detect_faces(blurred, "mtcnn")
+    x, y = upright.landmarks.T
+    expected = [upright.landmarks, np.stack([400 + 399 - y, x], axis=1)]
+    for face, landmarks in zip(sorted(faces, key=lambda face: face.box[0]), expected, strict=True):
+        np.testing.assert_allclose((face.landmarks + 0.5) / factor - 0.5, landmarks, atol=6)
+
+
+def test_upright_faces_are_found_once():
+    scene = draw_scene(11, 512).image
+    assert detect_all_orientations(scene, "mtcnn") == detect_faces(scene, "mtcnn")
+
+
+def test_a_function_is_not_asked_about_turned_copies():
+    found = [Face((0, 0, 30, 30), UPRIGHT * 0.3, 0.999)]
+    assert detect_all_orientations(np.zeros((40, 60, 3), np.uint8), lambda rgb: found) == found
 
 
 # --- Face ---

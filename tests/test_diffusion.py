@@ -27,6 +27,7 @@ from faceprior.diffusion import (
     pred_original_sample,
     prediction_type,
     report_long_prompts,
+    report_small_side,
     require_side,
     sampled_with,
     training_target,
@@ -341,6 +342,17 @@ def test_what_t5_reads_of_long_prompts(kind, read, caplog):
     assert torch.equal(t5[0], t5[1]) and not torch.equal(t5[2], t5[3])
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd3"])
+def test_a_side_that_is_small_for_the_base_is_said(kind, caplog):
+    """The tiny bases are meant for 32 pixels."""
+    pipeline = build(kind)
+    report_small_side(pipeline, 16)
+    assert not caplog.messages
+    report_small_side(pipeline, 12)
+    (message,) = caplog.messages
+    assert message.startswith("`resolution` is 12, and this base is meant for 32 pixels")
+
+
 @pytest.mark.parametrize(("kind", "multiple"), [("sd1", 4), ("sdxl", 4), ("sd3", 4), ("flux-dev", 4)])
 def test_sides_that_a_base_cannot_make(kind, multiple):
     """The U-Nets' tiny VAE halves twice, the transformers' once, and they join 2 x 2 latents."""
@@ -362,7 +374,7 @@ def test_the_vae_keeps_its_dtype_under_autocast(sd15):
 # samplers
 
 
-@pytest.mark.parametrize("name", ["pndm", "ddim", "ddpm", "euler", "dpm++"])
+@pytest.mark.parametrize("name", ["pndm", "ddim", "ddpm", "euler", "dpm++", "sde-dpm++"])
 def test_samplers_have_the_noise_schedule_of_the_base(name):
     """PNDM in 50 steps calls the network 51 times, the linear multistep alone; the base's own comes back afterwards."""
     own = DDIMScheduler(

@@ -98,6 +98,30 @@ def test_parts_by_hand():
         assert parts[1][i].item() == pytest.approx(style, rel=1e-5)
 
 
+def test_accuracy_by_hand():
+    """Of each side the fraction of logits with the right sign; a face that was not found counts as 0.5."""
+    facial = make_facial()
+    prediction, latents = random_latents(2, 1), random_latents(2, 2)
+    landmarks = torch.stack([LANDMARKS, torch.full((5, 2), math.nan)])
+    signs = {}
+    for side, z, sign in (("real", latents, 1), ("fake", prediction, -1)):
+        crops = crop_regions(z[:1], LANDMARKS[None], 512)
+        for name, discriminator in facial.discriminators.regions.items():
+            signs[f"{name}_{side}"] = (sign * discriminator(crops[name])[1] > 0).float().mean().item()
+    facial.train_discriminators(prediction, latents, landmarks)
+    measured = {name: value.item() for name, value in facial.accuracy.items()}
+    assert measured == pytest.approx({name: (fraction + 0.5) / 2 for name, fraction in signs.items()})
+
+
+def test_discriminators_that_are_trained_get_it_right():
+    """Latents of another mean are told apart after a few steps."""
+    facial = make_facial()
+    latents, landmarks = random_latents(4, 2), LANDMARKS.expand(4, 5, 2)
+    for _ in range(20):
+        facial.train_discriminators(latents + 1, latents, landmarks)
+    assert all(value > 0.9 for value in facial.accuracy.values())
+
+
 def test_gradient_reaches_the_prediction_in_the_boxes_only():
     """Through z0_hat = (z_t - sqrt(1 - a) e) / sqrt(a): the noise's gradient is -sqrt((1 - a) / a) times z0_hat's."""
     facial, scheduler = make_facial(), DDPMScheduler()

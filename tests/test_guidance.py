@@ -530,6 +530,13 @@ def test_fit_resumes(bases, tmp_path):
     assert [json.loads(line)["step"] for line in logs[0].splitlines()] == [1, 2, 3, 4]
 
 
+def test_an_empty_cache_is_none(bases, tmp_path, monkeypatch):
+    """As in stage 4: nothing is written to the folder that Python runs in."""
+    monkeypatch.chdir(tmp_path)
+    GuidanceTuner(copy.deepcopy(bases["sd15"]), "lora", rank=2).fit(samples(), steps=1, cache="", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_fit_reads_the_folder_of_stage_1(tiny_models, tmp_path, caplog):
     """One step on a drawn pair at the base's own 128 pixels, without the pair whose file is empty; a LoRA is saved."""
     drawing = draw_portrait(1, 64)

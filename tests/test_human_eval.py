@@ -21,6 +21,7 @@ from faceprior.human_eval.agreement import (
     bootstrap_interval,
     compare_pairs,
     majority_vote,
+    mean_ranks,
     metric_accuracy,
     metric_statistics,
     model_mean,
@@ -28,7 +29,15 @@ from faceprior.human_eval.agreement import (
     win_rates,
 )
 from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_ranking, read_rankings, read_scores
-from faceprior.human_eval.tables import METRICS, PUBLISHED, tables, to_markdown, write_tables
+from faceprior.human_eval.tables import (
+    METRICS,
+    PUBLISHED,
+    PUBLISHED_RANKS,
+    alignment_estimates,
+    tables,
+    to_markdown,
+    write_tables,
+)
 from faceprior.images import save_image
 from faceprior.procedural import draw_portrait
 
@@ -268,7 +277,7 @@ def test_written_tables_hold_ours_and_the_papers(folder, tmp_path, capsys):
     assert "| FS | 61.11 |" in text and "| FS | 80.31 | - | - | - | paper |  |" in text
     assert "| HPS | - | - | - | - | missing | missing: HPS v1 on the whole image and its prompt: no " in text
     assert "| HPS | - | - | - | - | missing | see Table 2 |" in text
-    assert "| FS | A | 5 | 4 | 1 | measured |" in text and "| FS | Dalle3 | 3.45 | - | - | paper |" in text
+    assert "| FS | A | 5 | 4 | 1 | measured |" in text and "| FS | DALL-E 3 | 3.45 | - | - | paper |" in text
     content = json.loads((tmp_path / "out" / "tables.json").read_text(encoding="utf-8"))
     assert content["measured"]["discarded"] == ["p4"]
     assert content["paper"]["table_4"][2]["pearson"] == 0.6759
@@ -399,7 +408,7 @@ def test_prompts_come_as_csv_or_json_lines(folder):
         ("prompts.csv", "id,prompt\np1,a, b\n", r"prompts.csv:2: a row has to have 2 cells"),
         ("prompts.csv", "id,prompt\np1,a\n", r"images/A/p2.png: no prompt has the id 'p2'"),
         ("prompts.csv", b"id,prompt\np1,\xff\n", r"prompts.csv is no CSV file in UTF-8"),
-        ("images/A/p1.jpg", b"", r"p1.png: p1.jpg is an image of this prompt already|p1.jpg: p1.png is"),
+        ("images/A/p1.jpg", b"", r"p1.png: p1.jpg is an image of this name already|p1.jpg: p1.png is"),
     ],
 )
 def test_a_folder_that_breaks_a_rule(folder, file, content, message):
@@ -502,3 +511,40 @@ def test_images_are_needed(folder):
     (folder / "images").mkdir()
     with pytest.raises(BenchmarkError, match="images holds no folder"):
         read_benchmark(folder)
+
+
+# --- mean ranks
+
+
+def test_mean_ranks_by_hand():
+    """Two annotators, two triplets, one discarded by the second: ranks of A 1, 1.5, 3; B 2, 1.5, 1; C 3, 3, 2."""
+    votes = np.array([[(3, 2, 1), (3, 3, 1)], [(1, 3, 2), DISCARDED]])
+    rows = mean_ranks(votes, MODELS)
+    assert [row.model for row in rows] == list(MODELS)
+    assert [row.rank.value for row in rows] == pytest.approx([5.5 / 3, 4.5 / 3, 8 / 3])
+    assert sum(row.rank.value for row in rows) == pytest.approx(6)
+    assert all(row.rank.n == 3 and 1 <= row.rank.low <= row.rank.value <= row.rank.high <= 3 for row in rows)
+    assert sum(row.rank.value for row in PUBLISHED_RANKS) == pytest.approx(6, abs=0.05)  # the paper's, rounded
+
+
+def test_mean_ranks_stand_in_the_tables(tmp_path):
+    folder = write_folder(tmp_path / "benchmark", VOTES, MODELS, votes_array())
+    result = tables(folder)
+    assert result.mean_ranks == mean_ranks(votes_array(), MODELS)
+    text = to_markdown(result)
+    assert "| SDXL | 2.53 |" in text and "| measured |" in text.split("Mean rank")[1]
+    write_tables(folder)
+    assert json.loads((folder / "tables.json").read_text())["paper"]["mean_ranks"][2]["rank"]["value"] == 1.33
+
+
+def test_accuracies_as_estimates(tmp_path):
+    """The rows of Table 2 under the names of metrics; a metric that is missing has the reason."""
+    folder = write_folder(tmp_path / "benchmark", VOTES, MODELS, votes_array())
+    write_csv(folder / "scores" / "FS.csv", *score_rows(FS))
+    estimates = alignment_estimates(folder, reasons={"IR": "no weights"})
+    row = next(row for row in tables(folder).table_2 if row.metric == "FS")
+    fs = estimates["FS"]
+    assert (fs.value, fs.low, fs.high, fs.n) == (row.accuracy, row.low, row.high, row.pairs)
+    assert fs.note == f"{row.left_out} pairs without a score" and estimates["IR"].to_row()["note"].endswith(
+        "no weights"
+    )

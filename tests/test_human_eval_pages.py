@@ -4,20 +4,17 @@ All annotators here are simulated.
 """
 
 import csv
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from local_page import Desk, served
 
 from faceprior.human_eval.__main__ import main
 from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_ranking
-from faceprior.human_eval.pages import Progress, Ranking, _triplet, is_whole, order_scores, press, take_back
+from faceprior.human_eval.rank import Progress, Ranking, _triplet, is_whole, order_scores, press, take_back
 from faceprior.human_eval.tables import tables
 
 
@@ -140,66 +137,6 @@ def test_without_gradio_the_command_says_how_to_get_it(simulated_benchmark, caps
 
 # --- in Chromium
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync"
-)
-OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-
-
-@contextmanager
-def served(folder):
-    """The page as the command serves it: (process, address). The process is killed in the end, as a power cut would."""
-    command = [sys.executable, "-m", "faceprior.human_eval", "rank", str(folder)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(folder.parent)}
-    )
-    try:
-        yield process, re.search(r"http://\S+", process.stdout.readline()).group()
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS.split(), OFFLINE])
-        yield browser
-        browser.close()
-
-
-class Desk:
-    """A window with the page; every step waits for what it should show."""
-
-    def __init__(self, browser, address):
-        self.page = browser.new_page(viewport={"width": 1280, "height": 900})
-        self.page.set_default_timeout(60_000)
-        self.requests = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(address)
-
-    def enter(self, name, then):
-        self.page.fill("#annotator input, #annotator textarea", name)
-        self.page.keyboard.press("Enter")
-        self.wait(then)
-
-    def press(self, keys, then="", order=None):
-        for key in keys.split():
-            self.page.keyboard.press(key)
-        self.wait(then)
-        if order is not None:
-            shown = "text => document.querySelector('#order').innerText.trim() === text"
-            self.page.wait_for_function(shown, arg=order)
-
-    def wait(self, text):
-        self.page.wait_for_function("text => document.body.innerText.includes(text)", arg=text)
-
 
 def scores_on_disk(folder, name):
     return read_ranking(folder / "rankings" / f"{name}.csv", read_benchmark(folder), complete=False)
@@ -208,7 +145,7 @@ def scores_on_disk(folder, name):
 @pytest.mark.browser
 def test_people_rank_on_the_page(simulated_benchmark, browser):
     """Keys and mouse, a tie, a discarded triplet, both kinds of undo; nothing leaves the machine."""
-    with served(simulated_benchmark) as (process, address):
+    with served("rank", simulated_benchmark) as (process, address):
         desk = Desk(browser, address)
         desk.enter("../evil", "cannot be the name of a file")
         desk.enter("simulated one", "0 of 3 ranked")
@@ -223,7 +160,7 @@ def test_people_rank_on_the_page(simulated_benchmark, browser):
         assert [scores["0001", model] for model in (first, second, third)] == [3, 3, 1]
 
         for place in (3, 1, 2):
-            desk.page.click(f"#place-{place}")
+            desk.click(place)
         desk.wait("2 of 3 ranked")
         desk.press("Backspace", "1 of 3 ranked")
         assert prompts["0002"] in desk.page.inner_text("#prompt")
@@ -235,24 +172,38 @@ def test_people_rank_on_the_page(simulated_benchmark, browser):
         desk.press("0", "All triplets are ranked")
         desk.wait("3 of 3 ranked, 1 of them discarded")
         assert tables(simulated_benchmark).discarded == ("0003",)
-        assert {url.split("/")[2] for url in desk.requests if url.startswith("http")} == {address.split("/")[2]}
-        assert_on_this_machine_only(process)
-        desk.page.close()
+        desk.assert_local(process)
+        desk.close()
 
 
-def assert_on_this_machine_only(process):
-    import psutil
-
-    connections = psutil.Process(process.pid).net_connections("inet")
-    assert connections
-    assert {end.ip for c in connections for end in (c.laddr, c.raddr) if end} == {"127.0.0.1"}
+@pytest.mark.browser
+def test_quick_keys_keep_their_order(simulated_benchmark, browser):
+    """The first of the three keys of a triplet takes the longest way: without an order it would arrive last."""
+    slow_first = """
+        const direct = window.fetch;
+        let sent = 0;
+        window.fetch = async (address, options) => {
+          if (String(address).includes("/queue/join") && sent++ % 3 === 1)  // the first event is the name
+            await new Promise((done) => setTimeout(done, 700));
+          return direct(address, options);
+        };"""
+    with served("rank", simulated_benchmark) as (_, address):
+        desk = Desk(browser, address)
+        desk.page.add_init_script(slow_first)
+        desk.page.reload()
+        desk.enter("simulated one", "0 of 3 ranked")
+        desk.press("3 1 2", "1 of 3 ranked")
+        places = Ranking(read_benchmark(simulated_benchmark), "simulated one").shown("0001")
+        scores = scores_on_disk(simulated_benchmark, "simulated one")
+        assert [scores["0001", model] for model in places] == [2, 1, 3]
+        desk.close()
 
 
 @pytest.mark.browser
 def test_an_image_that_cannot_be_read_locks_nobody_out(simulated_benchmark, browser):
     (simulated_benchmark / "images" / "soft" / "0001.png").write_bytes(b"no picture")
     place = Ranking(read_benchmark(simulated_benchmark), "simulated one").shown("0001").index("soft") + 1
-    with served(simulated_benchmark) as (_, address):
+    with served("rank", simulated_benchmark) as (_, address):
         desk = Desk(browser, address)
         desk.enter("simulated one", f"Cannot be read: image {place}. Rank it last")
         shown = [desk.page.locator(f"#picture-{i} img").count() for i in (1, 2, 3)]
@@ -260,21 +211,21 @@ def test_an_image_that_cannot_be_read_locks_nobody_out(simulated_benchmark, brow
         others = [i for i in (1, 2, 3) if i != place]
         desk.press(f"{others[0]} {others[1]} {place}", "1 of 3 ranked")
         assert scores_on_disk(simulated_benchmark, "simulated one")["0001", "soft"] == 1
-        desk.page.close()
+        desk.close()
 
 
 @pytest.mark.browser
 def test_a_killed_page_goes_on_and_people_do_not_meet(simulated_benchmark, browser):
     """Killed with two answers and half of a third; a second person begins at the beginning."""
-    with served(simulated_benchmark) as (_, address):
+    with served("rank", simulated_benchmark) as (_, address):
         desk = Desk(browser, address)
         desk.enter("simulated one", "0 of 3 ranked")
         desk.press("1 2 3", "1 of 3 ranked")
         desk.press("3 2 1", "2 of 3 ranked")
         desk.press("2", order="2")
         before = scores_on_disk(simulated_benchmark, "simulated one")
-    desk.page.close()
-    with served(simulated_benchmark) as (_, address):
+    desk.page.close()  # its console says that the server has gone
+    with served("rank", simulated_benchmark) as (_, address):
         desk, other = Desk(browser, address), Desk(browser, address)
         desk.enter("simulated one", "2 of 3 ranked")
         other.enter("simulated two", "0 of 3 ranked")
@@ -283,5 +234,5 @@ def test_a_killed_page_goes_on_and_people_do_not_meet(simulated_benchmark, brows
         desk.press("1 2 3", "3 of 3 ranked")
         assert len(scores_on_disk(simulated_benchmark, "simulated one")) == 9
         assert len(scores_on_disk(simulated_benchmark, "simulated two")) == 3
-        desk.page.close()
-        other.page.close()
+        desk.close()
+        other.close()

@@ -18,9 +18,9 @@ from torchvision.transforms.functional import to_tensor
 from faceprior.align import align_face
 from faceprior.blip import CLIP_MEAN, CLIP_STD
 from faceprior.detect import crop_bounds, detect_faces, resolve_detector
+from faceprior.evaluation.judges import Metric, clip_metric, face_quality_metric, require
 from faceprior.human_eval.__main__ import main
 from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_scores, write_ranking
-from faceprior.human_eval.metrics import Metric, clip_metric, face_quality_metric, require
 from faceprior.human_eval.scores import face_finder, measure
 from faceprior.human_eval.tables import METRICS
 from faceprior.images import load_image

@@ -13,6 +13,7 @@ from faceprior.images import (
     ImageError,
     Metadata,
     as_array,
+    contact_sheet,
     count_frames,
     decode_image,
     load_image,
@@ -553,3 +554,10 @@ def test_a_torn_png_is_found_without_decoding_it(tmp_path):
 def test_a_name_that_is_too_long_is_no_image():
     with pytest.raises(FileNotFoundError, match="no image at xxx"):
         load_image("x" * 300 + ".png")
+
+
+def test_contact_sheet_fills_its_rows():
+    """Three images in rows of two make two rows; the fourth place is grey."""
+    sheet = contact_sheet([np.zeros((4, 4, 3), np.uint8)] * 3, columns=2)
+    assert sheet.shape == (8, 8, 3)
+    assert (sheet[4:, 4:] == 128).all()

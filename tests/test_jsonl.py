@@ -148,6 +148,8 @@ def test_a_row_is_written_once(path):
     assert read_rows(path) == ([{"id": "a", "value": 1}, {"id": "b", "value": 3}], [])
     assert again["b"]["value"] == 3 and "c" not in again
     assert KeyedRows(path, "value").keys() == {1, 3}
+    again.replace([{"id": "a", "value": 5}])
+    assert again == KeyedRows(path) == {"a": {"id": "a", "value": 5}, "b": {"id": "b", "value": 3}}
     again.remove(["a", "c"])
     assert again == KeyedRows(path) == {"b": {"id": "b", "value": 3}}
 

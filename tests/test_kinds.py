@@ -170,6 +170,21 @@ def test_sampled_images_are_the_stock_pipelines(kind):
     assert (images[1.0] == images[4.0]) == (kind == "flux-schnell")
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux-dev"])
+def test_a_negative_prompt_is_that_of_the_stock_pipeline(kind):
+    """FLUX.1 has no classifier-free guidance that it could lead."""
+    pipeline, options = shared(kind), {"size": SIZE, "steps": 2, "guidance_scale": 4.0}
+    if kind == "flux-dev":
+        with pytest.raises(ValueError, match="`negative_prompt` is 'ugly', which FLUX.1 cannot use"):
+            sample_images(pipeline, ["a man"], [7], **options, negative_prompt="ugly")
+        return
+    plain, negative = (sample_images(pipeline, ["a man"], [7], **options, negative_prompt=p)[0] for p in ("", "ugly"))
+    sizes = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "guidance_scale": 4.0}
+    expected = pipeline(["a man"], negative_prompt=["ugly"], generator=[generator(7)], **sizes).images[0]
+    assert np.abs(np.asarray(negative, int) - np.asarray(expected, int)).max() <= 1
+    assert negative != plain
+
+
 # ------------------------------------------------------------------------------------------------ prompts
 
 
@@ -504,9 +519,9 @@ def test_a_lora_of_stage_4_in_stage_7(folders, pairs, tmp_path, kind):
     four.main(four.Config(**settings(folders(kind), pairs, tmp_path / "guided", **values)))
     (tmp_path / "prompts.txt").write_text("a man")
     config = seven.Config(
-        scorer="", restorer="", base=folders(kind), guided=str(tmp_path / "guided"), output=str(tmp_path / "results"),
-        prompts=str(tmp_path / "prompts.txt"), generation_resolution=64, sample_steps=2, mixed_precision="bf16",
-        detector="mtcnn", device="cpu",
+        protocols=("generation",), generators=("base", f"tuned={tmp_path / 'guided'}"), base=folders(kind), scorer="",
+        output=str(tmp_path / "results"), prompts=str(tmp_path / "prompts.txt"), generation_resolution=64,
+        sample_steps=2, mixed_precision="bf16", detector="mtcnn", device="cpu",
     )  # fmt: skip
     seven.main(config)
     pipelines = {
@@ -516,7 +531,7 @@ def test_a_lora_of_stage_4_in_stage_7(folders, pairs, tmp_path, kind):
     pictures = {}
     for name, pipeline in pipelines.items():
         (drawn,) = sample_images(pipeline, ["a man"], [0], 64, steps=2, guidance_scale=2.5)
-        with Image.open(tmp_path / f"results/pictures/{name}/00000.png") as saved:
+        with Image.open(tmp_path / f"results/generation/images/{name}/00000.png") as saved:
             pictures[name] = np.asarray(saved, int)
         assert np.abs(np.asarray(drawn, int) - pictures[name]).max() <= 1
     assert (pictures["base"] != pictures["tuned"]).any()

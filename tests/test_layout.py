@@ -12,13 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "faceprior"
 # A floor imports lower floors only; a subpackage stands on one floor, and its own modules may import each other.
 FLOORS = {
-    0: "errors files losses memory original_layout quantization streams",
+    0: "errors files losses memory original_layout pose quantization streams tags",
     1: "images jsonl config models",
-    2: "detect align degrade color plan quality metrics training diffusion photos procedural",
-    3: "bases cache lora pairs portraits features facial blip convert tables reward_tuning validation",
-    4: "dino inpaint scorer guidance restorer",
+    2: "detect html align balance degrade color plan quality metrics training diffusion photos photography procedural",
+    3: "bases cache lora gates pairs portraits features facial blip convert tables reward_tuning validation identity "
+    "prompts video",
+    4: "captioner clean_faces dino inpaint scorer guidance restoration_reward restorer retouch",
     5: "scorer_checks tiny",
-    6: "cli human_eval report",
+    6: "evaluation",
+    7: "cli human_eval report",
+    8: "confidence",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 ROOMS = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}  # modules and subpackages
@@ -91,6 +94,7 @@ def loaded_by(statement: str) -> set[str]:
         "import faceprior.config, faceprior.models, faceprior.tiny",
         "import faceprior.cli; faceprior.cli.make_parser().format_help()",
         "import faceprior.images, faceprior.detect, faceprior.align, faceprior.degrade, faceprior.procedural",
+        "import faceprior.evaluation.measures, faceprior.evaluation.tables, faceprior.prompts",
     ],
 )
 def test_light_imports_load_no_model_library(statement):
@@ -102,7 +106,8 @@ def test_score_loads_neither_the_trainer_nor_what_builds_the_tiny_models(tmp_pat
     command = ["score", str(tmp_path / "empty.png"), "--checkpoint", "tiny", "--detector", "mtcnn"]
     loaded = loaded_by(f"import faceprior.cli; faceprior.cli.main({command})")
     assert "faceprior.scorer" in loaded
-    assert not loaded & {"faceprior.training", "faceprior.tiny.build", "faceprior.restorer", "faceprior.diffusion"}
+    unwanted = {"training", "guidance", "restorer", "diffusion", "tiny.build"}
+    assert not loaded & {f"faceprior.{name}" for name in unwanted}
 
 
 def test_the_three_classes_are_loaded_on_first_use():

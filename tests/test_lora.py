@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 
 import numpy as np
@@ -197,6 +198,33 @@ def test_the_tensors_alone_draw_the_tuned_image(bases, tmp_path, kind, variant):
     stock = bases(kind)
     stock.load_lora_weights(load_file(file))
     assert same_image(draw(stock), draw(tuned))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "`rank` has to be a whole number of at least 1 but is 0"),
+        ({"rank": 2.5}, "`rank` has to be a whole number of at least 1 but is 2.5"),
+        ({"alpha": 0}, "`alpha` has to be above 0 but is 0"),  # it would train nothing
+        ({"alpha": math.nan}, "`alpha` has to be above 0 but is nan"),
+        ({"alpha": math.inf}, "`alpha` has to be above 0 but is inf"),
+    ],
+)
+def test_a_lora_without_size_or_strength_is_refused(bases, options, message):
+    with pytest.raises(ValueError, match=message):
+        GuidanceTuner(bases("sd1"), train="lora", **options)
+
+
+def test_a_second_lora_goes_on_a_pipeline_once_the_first_is_in_its_weights(bases, tmp_path):
+    GuidanceTuner(bases("sd1"), train="lora").save_pretrained(tmp_path)
+    pipeline = bases("sd1")
+    load_lora(pipeline, tmp_path / LORA_FILE)
+    for train in ("lora", "self_attention", "full"):
+        with pytest.raises(ValueError, match="has a LoRA already: `pipeline.fuse_lora"):
+            GuidanceTuner(pipeline, train=train)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert GuidanceTuner(pipeline, train="lora", rank=2).trainable_parameters()
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(8, 2), (16, 4), (4, 10)])
@@ -541,9 +569,11 @@ def test_stage_4_trains_a_lora_for_the_web_uis(stage_4, tiny_models, tmp_path):
         ({"train": "lora", "extract_lora": 4}, "`extract_lora` is of trained self-attention, but `train` is lora"),
         ({"train": "full", "extract_lora": 4}, "`extract_lora` is of trained self-attention, but `train` is full"),
         ({"train": "lora", "single_file": "fp16"}, "`single_file` is a whole checkpoint, but `train` is lora"),
+        ({"keep_best": True, "scorer": "none"}, "`keep_best` goes by the Face Score of validations"),
+        ({"patience": 2}, "`patience` goes by the Face Score of validations"),
     ],
 )
-def test_stage_4_refuses_files_before_it_trains(stage_4, tmp_path, settings, message):
+def test_stage_4_refuses_settings_before_it_trains(stage_4, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         stage_4(**settings)
     assert not (tmp_path / "guided").exists()

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
+from faceprior.diffusion import pred_original_sample, training_target
 from faceprior.losses import (
     discriminator_loss,
     dpo_loss,
@@ -12,6 +14,7 @@ from faceprior.losses import (
     generator_loss,
     gram_matrix,
     guidance_loss,
+    min_snr_weight,
     noise_loss,
     normalized_time,
     pairwise_ranking_loss,
@@ -135,6 +138,48 @@ def test_noise_loss_by_hand():
     """Differences 1 and 3: (1 + 9) / 2 = 5, in float32 whatever the network ran in."""
     loss = noise_loss(torch.tensor([2.0, 0.0], dtype=torch.bfloat16), torch.tensor([1.0, 3.0]))
     assert loss.item() == 5 and loss.dtype == torch.float32
+
+
+def test_noise_loss_with_weights_by_hand():
+    """Errors (1 + 9) / 2 = 5 and (4 + 4) / 2 = 4 with weights 1/5 and 1: (1 + 4) / 2."""
+    model_pred = torch.tensor([[1.0, 3.0], [2.0, -2.0]]).view(2, 1, 1, 2)
+    assert noise_loss(model_pred, torch.zeros(2, 1, 1, 2), torch.tensor([0.2, 1.0])).item() == 2.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("epsilon", [1.0, 1.0, 1.0, 0.5]),  # min(SNR, 5) / SNR; at SNR 0 its limit
+        ("v_prediction", [0.0, 1 / 4, 1 / 2, 5 / 11]),  # min(SNR, 5) / (SNR + 1)
+        ("sample", [0.0, 1 / 3, 1.0, 5.0]),  # min(SNR, 5)
+    ],
+)
+def test_min_snr_weights_by_hand(kind, weights):
+    """alpha_bar 0, 1/4, 1/2 and 10/11 are SNR 0, 1/3, 1 and 10."""
+    alpha_bar = torch.tensor([0.0, 1 / 4, 1 / 2, 10 / 11])
+    torch.testing.assert_close(min_snr_weight(alpha_bar, kind, gamma=5.0), torch.tensor(weights))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_every_prediction_as_its_x0(kind, gamma):
+    """w ||target - prediction||^2 = min(SNR, gamma) ||x_0 - x_0 of the prediction||^2, by diffusers' scheduler."""
+    scheduler = DDPMScheduler(prediction_type=kind)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, error = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(3))
+    timesteps = torch.tensor([10, 200, 500, 900])
+    target = training_target(scheduler, latents, noise, timesteps)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    found = pred_original_sample(scheduler, target + error, timesteps, noisy)
+    alpha_bar = scheduler.alphas_cumprod[timesteps]
+    expected = (alpha_bar / (1 - alpha_bar)).clamp(max=gamma) * squared_error(found, latents)
+    loss = noise_loss(target + error, target, min_snr_weight(alpha_bar, kind, gamma))
+    torch.testing.assert_close(loss, expected.mean(), rtol=1e-3, atol=0)
+
+
+def test_min_snr_of_flow_matching_is_refused():
+    with pytest.raises(ValueError, match="of epsilon, v_prediction and sample, but the prediction is flow_prediction"):
+        min_snr_weight(torch.tensor([0.5]), "flow_prediction")
 
 
 def test_normalized_time_by_hand():

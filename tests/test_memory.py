@@ -59,6 +59,22 @@ def test_what_is_away_is_not_counted():
     assert rehearsal.peaks == {"one": {"here": 4 * 256 * 256}, "both": {"here": 4 * 256 * 256, "there": 4 * 512 * 256}}
 
 
+@pytest.mark.parametrize(("device", "counted"), [("cuda", 0), ("cpu", 4 * 512 * 256)])
+def test_what_lies_on_the_cpu_is_not_counted_for_a_gpu(device, counted):
+    """Nor is it where an operation returns it again; what is made of it is."""
+    with Rehearsal(device) as rehearsal:
+        here = torch.zeros(256, 256)
+        rehearsal.name("here", here)
+        there = torch.zeros(512, 256)
+        rehearsal.leave_rest()
+        rehearsal.name_rest("there")
+        there.mul_(2)
+        with rehearsal.phase("step"):
+            made = there[:256] * here
+    expected = {"here": 4 * 256 * 256, "there": counted, "activations": made.nbytes}
+    assert rehearsal.peaks["step"] == {part: size for part, size in expected.items() if size}
+
+
 def test_who_asks_for_a_value_gets_one_or_a_place():
     with Rehearsal("cpu"):
         assert float(torch.rand((), generator=torch.Generator())) == 1

@@ -17,6 +17,8 @@ from faceprior.metrics import (
     fid,
     fraction_interval,
     frechet_distance,
+    kernel_distance,
+    kid,
     landmark_error,
     lpips_distance,
     mean_interval,
@@ -263,6 +265,44 @@ def test_frechet_distance_of_fewer_images_than_features():
     a[:, 3], b[:, 40] = (-1, 1), (-2, 2)
     assert frechet_distance(a, b) == pytest.approx(10)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+
+
+# --- KID ---
+
+
+def test_kid_by_hand():
+    """Features (1, 1), (-1, 1) and (1, -1), (1, 1), D = 2: x . y / 2 + 1 is 1 within a, (1 - 1) / 2 + 1 = 1 within b.
+
+    Between them the products are 0, 2, -2, 0, that is 1, 2, 0, 1, of which the cubes have the mean 10 / 4:
+    1 + 1 - 2 * 2.5 = -3, which an unbiased estimate may be.
+    """
+    a, b = np.array([[1.0, 1], [-1, 1]]), np.array([[1.0, -1], [1, 1]])
+    assert kernel_distance(a, b) == (-3, None)
+
+
+def test_kid_agrees_with_clean_fid():
+    """Sets of one size below 1000 are one subset there, too."""
+    from cleanfid.fid import kernel_distance as expected
+
+    x, y = np.random.default_rng(0).normal(size=(2, 60, 16)) + np.array([0, 0.3])[:, None, None]
+    assert kernel_distance(x, y).mean == pytest.approx(expected(x, y, num_subsets=3), rel=1e-6)
+
+
+def test_kid_of_subsets_is_that_of_the_sets():
+    """The mean of 100 subsets of 50 within three standard errors (std / 10) of the whole sets' value."""
+    x, y = np.random.default_rng(1).normal(size=(2, 400, 8)) + np.array([0, 0.5])[:, None, None]
+    mean, std = kernel_distance(x, y, subset_size=50)
+    whole, none = kernel_distance(x, y)
+    assert none is None and std > 0 and abs(mean - whole) < 3 * std / 10
+    assert kernel_distance(x, y, subset_size=50) == (mean, std) != kernel_distance(x, y, subset_size=50, seed=1)
+    with pytest.raises(ValueError, match="N, M >= 2"):
+        kernel_distance(x, y[:1])
+
+
+def test_kid_of_folders(tmp_path):
+    a = folder_of(tmp_path / "a", 0)
+    near, far = folder_of(tmp_path / "near", 0, brightness=2), folder_of(tmp_path / "far", 0, brightness=10)
+    assert kid(a, near, colour_statistics).mean < kid(a, far, colour_statistics).mean
 
 
 # --- how sure ---

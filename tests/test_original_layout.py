@@ -143,6 +143,18 @@ def test_a_single_file_in_half_precision(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.safetensors"]
 
 
+def test_weights_that_half_precision_does_not_hold(tmp_path):
+    """Float16 ends at 65504: beyond it the file would hold infinities, and every image of it would be black."""
+    pipeline, file = build("sd1"), tmp_path / "model.safetensors"
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight[0] = 1e5
+    with pytest.raises(ValueError, match=r"cannot be written in float16, .*input_blocks.0.0.weight \(1 in all\)"):
+        save_single_file(pipeline, file)
+    assert not list(tmp_path.iterdir())
+    save_single_file(pipeline, file, torch.float32)
+    assert load_file(file)["model.diffusion_model.input_blocks.0.0.weight"].max() == 1e5
+
+
 def test_the_tuner_writes_the_trained_weights(tmp_path):
     tuner = GuidanceTuner(build("sd1"))
     with torch.no_grad():

@@ -502,6 +502,7 @@ BAD_ROWS = {
     "area": ({"area_ratio": 1.5}, r"has to be in \(0, 1.0\] but is 1.5"),
     "round trip": ({"round_trip": 1}, "`round_trip` has to be"),
     "lost": ({"lost": "no"}, "`lost` has to be"),
+    "prompt of half a character": ({"prompt": "a \ud83d"}, "surrogates not allowed"),
 }
 
 
@@ -572,6 +573,16 @@ def test_sides_of_different_sizes_are_an_error(folder):
     save_image(np.zeros((64, 64, 3), np.uint8), folder / "bad/a.png")
     with pytest.raises(ValueError, match=r"pair a_0: .*\(80, 64\), \(64, 64\) and \(80, 64\)"):
         PairDataset([in_folder(folder)], 32)[0]
+
+
+def test_sides_of_different_sizes_are_found_before_the_work(folder):
+    """They are a problem of the pair, as other spoilt files are, and no error in the middle of a training."""
+    save_image(np.zeros((64, 80, 3), np.uint8), folder / "bad/b.png")
+    save_image(np.zeros((64, 64, 3), np.uint8), folder / "bad/a.png")
+    write_manifest(folder, {"id": "a", **ROW}, {"id": "whole", **ROW, "bad": "bad/b.png"})
+    pairs, ((place, why),) = gather_pairs(folder)
+    assert [pair.id for pair in pairs] == ["whole"] and place == "a"
+    assert re.search(r"must be of one size but are \(80, 64\), \(64, 64\) and \(80, 64\)", why)
 
 
 @pytest.mark.parametrize(

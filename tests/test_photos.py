@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from faceprior.images import ImageError, save_image
-from faceprior.photos import CaptionError, expand_braces, find_photographs, parse_caption, read_prompts, read_shard
+from faceprior.photos import CaptionError, expand_braces, find_photographs, parse_caption, read_shard
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -330,18 +330,3 @@ def test_a_caption_is_decoded_by_its_mark(name, encoding):
 def test_what_is_no_caption(data, name, reason):
     with pytest.raises(CaptionError, match=reason):
         parse_caption(data, name)
-
-
-def test_a_file_of_prompts(tmp_path):
-    """One a line, in any of the encodings of captions, without empty lines."""
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(b"\xef\xbb\xbf a man \r\n\r\nportrait of Zo\xc3\xab\n")
-    assert read_prompts(path) == ["a man", "portrait of Zo\u00eb"]
-    path.write_bytes(b"\n \n")
-    with pytest.raises(ValueError, match="prompts.txt holds no prompt"):
-        read_prompts(path)
-    path.write_bytes(b"Zo\xeb")
-    with pytest.raises(ValueError, match="prompts.txt is not UTF-8 .*save it as UTF-8"):
-        read_prompts(path)
-    with pytest.raises(FileNotFoundError, match="no prompt file .*: it holds one prompt a line"):
-        read_prompts(tmp_path / "missing.txt")

@@ -20,9 +20,19 @@ from faceprior.bases import load_pipeline
 from faceprior.bases.empty import KNOWN
 from faceprior.config import load_section, make_config, memory_options, run_stage
 from faceprior.diffusion import encode_prompts
-from faceprior.memory import Rehearsal
+from faceprior.memory import SAMPLES, Rehearsal
 from faceprior.models import quantizable, quiet_libraries
-from faceprior.plan import GIB, Plan, command_options, find_fitting, make_plan, options, parse_size, show_plan
+from faceprior.plan import (
+    GIB,
+    Plan,
+    command_options,
+    find_fitting,
+    find_needless,
+    make_plan,
+    options,
+    parse_size,
+    show_plan,
+)
 from faceprior.quantization import quantized_bytes
 from faceprior.scorer import FaceScorer
 
@@ -56,7 +66,7 @@ def test_sizes(written, size):
     assert parse_size(written) == size
 
 
-@pytest.mark.parametrize("written", ["large", "8TB", "0", "-1", "8GB of it"])
+@pytest.mark.parametrize("written", ["large", "8TB", "0", "-1", "8GB of it", "9" * 400])
 def test_what_is_no_size_is_named(written):
     with pytest.raises(ValueError, match=f"`--plan` takes the memory of a card, such as 8GB, but got '{written}'"):
         parse_size(written)
@@ -98,6 +108,7 @@ def test_options_keep_the_samples_of_a_step():
         {"train": "lora"},
         {"train": "lora", "quantization": "8bit"},
         {"train": "lora", "quantization": "nf4"},
+        {"scorer": "none"},
         {"resolution": 384},
         {"resolution": 256},
     ]
@@ -105,7 +116,7 @@ def test_options_keep_the_samples_of_a_step():
 
 def test_options_go_on_where_the_settings_are():
     config = load_stage(GUIDANCE).Config(batch_size=1, train="lora", quantization="8bit", cache="mine", ema_decay=0.9)
-    rest = {"mixed_precision": "bf16"}, {"optimizer": "adamw8bit"}, {"quantization": "nf4"}
+    rest = {"mixed_precision": "bf16"}, {"optimizer": "adamw8bit"}, {"quantization": "nf4"}, {"scorer": "none"}
     assert list(options(config)) == [{"gradient_checkpointing": True}, {"ema_device": "cpu"}, *rest]
 
 
@@ -176,6 +187,24 @@ def test_a_setting_that_cannot_be_is_passed_over():
     assert [option for option, _, _ in found] == [{"batch_size": 1, "accumulation": 4}]
 
 
+def test_what_a_later_option_makes_needless_is_taken_back(capsys):
+    """All in one phase, 608 KB: two images 480, one 416, a LoRA 224; with the LoRA two images fit into 400 KB."""
+
+    def one_phase(config, rehearsal):
+        with rehearsal, rehearsal.phase("all"):
+            weights = 64 if config.train == "lora" else 256
+            torch.zeros((96 + weights + 64 * config.batch_size) * 1024, dtype=torch.uint8)
+
+    halved, one, lora = {"batch_size": 2, "accumulation": 2}, {"batch_size": 1, "accumulation": 4}, {"train": "lora"}
+    found = find_needless(one_phase, Config(), 400 * 1024, [halved, one, lora])
+    assert [(option, plan.peak // 1024) for option, plan in found] == [(one, 288)]
+    assert list(find_needless(one_phase, Config(), 230 * 1024, [halved, one, lora])) == []
+    assert show_plan(one_phase, Config(), f"{400 / 1024}MB") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("not needed any more" in line for line in lines) == 1
+    assert lines[-1].endswith("with --batch_size 2 --accumulation 2 --train lora")
+
+
 def test_a_stage_says_what_fits(capsys):
     config = replace(Config(), train="lora")
     assert show_plan(rehearse, config, "0.16MB") == 0
@@ -184,6 +213,20 @@ def test_a_stage_says_what_fits(capsys):
     assert show_plan(rehearse, config, "0.1MB") == 1
     assert "nothing fits into 0 MiB: the least is 0 MiB with --batch_size 1" in capsys.readouterr().out
     assert show_plan(rehearse, config, "1MB") == show_plan(rehearse, config) == 0
+
+
+def test_a_plan_beside_it_is_a_line(capsys):
+    """Of what is trained, each part where it takes most; nothing where the run has those settings."""
+    config = replace(Config(), train="lora", quantization="nf4")
+    full = {"train": "full", "quantization": "none"}
+    phases = [{"trained weights": 2 * GIB}, {"trained weights": 2 * GIB, "gradients": GIB, "optimizer state": 4 * GIB}]
+    words = "7.00 GiB, of which trained weights 2.00 GiB, gradients 1.00 GiB, optimizer state 4.00 GiB"
+    assert Plan(dict(zip("ab", phases, strict=True)), "cpu").training() == words
+    assert show_plan(rehearse, config, beside=full) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.match("with --train full --quantization none: 0 MiB, of which trained weights 0 MiB, gradients", line)
+    assert show_plan(rehearse, replace(config, **full), beside=full) == 0
+    assert "with --train" not in capsys.readouterr().out
 
 
 def test_options_are_written_as_the_command_line_takes_them():
@@ -264,9 +307,12 @@ def test_the_presets_name_bases_that_are_known():
     assert {name for name in named if not Path(name).exists()} <= KNOWN.keys()
 
 
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none"))):
-        load_pipeline(str(tmp_path / "none"), weights=False)
+@pytest.mark.parametrize("name", ["none", "my_model.safetensors", ""])
+def test_a_path_without_a_base_is_named_and_not_sought_on_the_hub(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"no base model (at|in) {re.escape(str(tmp_path / name))}"):
+        load_pipeline(str(tmp_path / name), weights=False)
+    with pytest.raises(FileNotFoundError, match=r"no base model at my_model\.safetensors: the path does not exist"):
+        load_pipeline("my_model.safetensors", weights=False)
 
 
 # ---- the stages
@@ -308,6 +354,41 @@ def as_with_data(name, config, tolerance=0.01):
     return planned
 
 
+@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_the_prior_with_all_its_options(train, bases, tmp_path, monkeypatch):
+    """With a cache the encoders are away in the step; on a GPU, an average on the CPU takes nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    options = {"train": train, "cache": "unused", "min_snr_gamma": 5.0, "ema_decay": 0.9, "validate_every": 1}
+    config = replace(settings(bases, PRIOR), **options)
+    phases = as_with_data(PRIOR, config)
+    assert not [part for part, size in phases["training"].items() if part.startswith(("text", "VAE")) and size]
+    on_gpu = replace(config, device="auto", mixed_precision="no", num_samples=1)
+    plans = {
+        place: make_plan(load_stage(PRIOR).rehearse, replace(on_gpu, ema_device=place)) for place in ("auto", "cpu")
+    }
+    trained = plans["auto"].phases["training"]["trained weights"]
+    assert plans["auto"].phases["training"]["averaged weights"] == trained
+    for phase, parts in plans["cpu"].phases.items():
+        assert "averaged weights" not in parts
+        # nor do the trained weights that are on the CPU while images are drawn
+        assert phase != SAMPLES or parts["activations"] < trained or train == "lora"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"cache": "unused", "flip_prob": 0.5}, {"reward_weight": 0.1, "reward_t_end": 1.0}]
+)
+def test_the_restorer_with_a_cache_or_a_reward(options, bases, tmp_path, monkeypatch):
+    """With a cache the VAE is away in the step; the text encoders are in any case."""
+    monkeypatch.chdir(tmp_path)
+    scorer = {"reward_scorer": "tiny"} if "reward_weight" in options else {}
+    config = replace(settings(bases, RESTORER), facial_loss="none", **options, **scorer)
+    phases = as_with_data(RESTORER, config)
+    held = [part for part in phases["training"] if phases["training"][part]]
+    assert not [part for part in held if part.startswith("text encoders")]
+    assert any(part.startswith("VAE") for part in held) == ("cache" not in options)
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -339,6 +420,37 @@ def test_the_scorer_takes_memory_as_a_reward_and_while_it_scores(bases, tmp_path
     assert phases["training"]["scorer"] == pytest.approx(weights, rel=0.01)
     assert phases["scores"]["scorer"] == pytest.approx(2 * weights, rel=0.01)
     assert "VAE, float32" in phases["training"] and "text encoders, float32" not in phases["training"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("sd1", {"quantization": "nf4"}, "quantized weights cannot be trained"),
+        ("sd1", {"train": "lora", "single_file": "fp16"}, "`single_file` is a whole checkpoint"),
+        ("sd1", {"train": "lora", "extract_lora": 4}, "`extract_lora` is of trained self-attention"),
+        ("sd1", {"train": "lora", "lora_variant": "dora", "lora_format": "kohya"}, "drops the magnitudes of a DoRA"),
+        ("flux-dev", {"train": "lora", "lora_format": "kohya"}, "kohya is for U-Nets"),
+        ("flux-dev", {"train": "lora", "sampler": "ddim"}, "`sampler` is ddim, which cannot sample a base"),
+        ("sd1", {"resolution": 66}, "`resolution` has to be a multiple of 4 for this base but is 66"),
+        ("sd1", {"keep_best": True}, "`keep_best` goes by the Face Score of validations"),
+    ],
+)
+def test_a_plan_refuses_what_the_training_refuses(kind, settings, message, bases):
+    config = load_stage(GUIDANCE).Config(base=str(bases / kind), batch_size=1, device="cpu", scorer="none", **settings)
+    with pytest.raises(ValueError, match=message):
+        make_plan(load_stage(GUIDANCE).rehearse, config)
+
+
+@pytest.mark.slow
+def test_a_plan_never_advises_what_the_training_refuses(bases):
+    """A LoRA would take less, but a single file is asked for, which holds none."""
+    stage = load_stage(GUIDANCE)
+    config = stage.Config(base=str(bases / "sd1"), batch_size=1, resolution=64, device="cpu", num_samples=0, cache="c")
+    config = replace(config, gradient_checkpointing=True, mixed_precision="bf16", optimizer="adamw8bit")
+    for single_file, advised in (("none", True), ("fp16", False)):
+        config = replace(config, single_file=single_file)
+        tried = [option for option, *_ in find_fitting(stage.rehearse, config, 1, make_plan(stage.rehearse, config))]
+        assert any(option.get("train") == "lora" for option in tried) == advised
 
 
 @pytest.mark.parametrize("mode", ["8bit", "nf4"])
@@ -385,7 +497,7 @@ def test_the_command_plans_and_writes_nothing(bases, tmp_path, capsys, monkeypat
 def test_plan_is_an_option_of_the_stages_that_train(capsys):
     for name in (SCORER, GUIDANCE, PRIOR, RESTORER):
         source = Path(load_stage(name).__file__).read_text()
-        assert "run_stage(main, Config, plan=partial(show_plan, rehearse))" in source
+        assert "run_stage(main, Config, plan=partial(show_plan, rehearse" in source
     stage = load_stage(GUIDANCE)
     with pytest.raises(SystemExit):
         run_stage(stage.main, stage.Config, ["--help"], show_plan)
@@ -410,6 +522,43 @@ def test_a_lora_preset_fits(preset, size, monkeypatch):
         parts = plan.phases["training"]
         assert parts["U-Net, bfloat16"] == pytest.approx(2 * 859_520_964, rel=0.001)
         assert parts["activations"] > 4 * 2 * 64 * 64 * 320  # at least one of the U-Net's widest maps
+
+
+@pytest.mark.slow
+def test_the_restorer_fits_into_24_gb(monkeypatch):
+    """By the preset: neither encoders nor VAE are there in the step, and the frozen U-Net is in 4 bits."""
+    monkeypatch.setattr("faceprior.bases.empty.find_folder", not_reached)
+    stage = load_stage(RESTORER)
+    path = Path(stage.__file__).parent / "presets" / "sdxl_lora.yaml"
+    values = load_section(path, RESTORER, stage.Config) | {"prior": "stabilityai/stable-diffusion-xl-base-1.0"}
+    plan = make_plan(stage.rehearse, make_config(stage.Config, values))
+    assert plan.device == "cuda" and plan.needed < 18 * GIB
+    step = plan.phases["training"]
+    assert not [part for part, size in step.items() if part.startswith(("text encoders", "VAE")) and size]
+    assert step["U-Net, 4-bit and bfloat16"] < 2 * GIB
+    assert step["optimizer state"] < 0.6 * step["trained weights"]  # two moments of a byte for weights of four
+
+
+@pytest.mark.slow
+def test_the_prior_fits_into_24_gb(monkeypatch, capsys):
+    """A LoRA by the preset does; full tuning, of 2567 million weights, their gradients and moments, does not."""
+    monkeypatch.setattr("faceprior.bases.empty.find_folder", not_reached)
+    stage, count = load_stage(PRIOR), 2_567_463_684
+    folder = Path(stage.__file__).parent / "presets"
+    lora, paper = (
+        make_config(stage.Config, load_section(folder / f"{name}.yaml", PRIOR, stage.Config))
+        for name in ("sdxl_lora", "sdxl")
+    )
+    assert show_plan(stage.rehearse, lora, "24GB", beside=stage.FULL) == 0
+    out = capsys.readouterr().out
+    size = 4 * count / GIB
+    words = f"GiB, of which trained weights {size:.2f} GiB, gradients {size:.2f} GiB, optimizer state 4."
+    assert "with --train full: " in out and words in out and out.endswith("it fits into 24.00 GiB\n")
+
+    plan = make_plan(stage.rehearse, paper)  # AdamW keeps two moments of 4 bytes
+    parts = plan.phases["optimizer step"]
+    assert parts["trained weights"] == parts["gradients"] == pytest.approx(4 * count, rel=0.001)
+    assert parts["optimizer state"] == pytest.approx(8 * count, rel=0.001) and plan.needed > 48 * GIB
 
 
 @pytest.mark.slow

@@ -1,23 +1,15 @@
-"""Portraits: the measured quality, the tags of the light, the manifest, the dataset."""
+"""Portraits: the tags of the light, the manifest, the dataset."""
 
-import io
 import json
-import math
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
 
-from faceprior.detect import Face
 from faceprior.images import save_image
 from faceprior.portraits import (
     Portrait,
     PortraitDataset,
-    measure_quality,
-    mentions_light,
-    photographic_tags,
     read_portraits,
 )
 from faceprior.procedural import draw_portrait
@@ -28,172 +20,19 @@ def drawing():
     return draw_portrait(3, 256)
 
 
-@pytest.fixture(scope="module")
-def face(drawing):
-    return Face(drawing.box, drawing.landmarks, 1.0)
-
-
-def compressed(image, quality):
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file))
-
-
-# --------------------------------------------------------------------------------------- a face's quality
-
-
-def spoil(image, flaw, rng):
-    """The image with one flaw: pixels (H, W, 3) uint8."""
-    if flaw == "blur":
-        return cv2.GaussianBlur(image, (0, 0), 4)
-    if flaw == "noise":
-        return (image + rng.normal(0, 12, image.shape)).clip(0, 255).astype(np.uint8)
-    if flaw == "pepper":
-        return np.where(rng.random(image.shape[:2])[..., None] < 0.05, 0, image).astype(np.uint8)
-    if flaw == "jpeg":
-        return compressed(image, 5)
-    if flaw == "smooth":
-        return cv2.bilateralFilter(cv2.bilateralFilter(image, 9, 60, 9), 9, 60, 9)
-    return (image * 3.0).clip(0, 255).astype(np.uint8)  # overexposed
-
-
-@pytest.mark.parametrize(
-    ("flaw", "number", "direction"),
-    [
-        ("blur", "sharpness", -1), ("blur", "texture", -1), ("smooth", "texture", -1), ("noise", "noise", 1),
-        ("pepper", "pepper", 1), ("jpeg", "blocks", 1), ("overexposed", "clipped", 1),
-    ],
-)  # fmt: skip
-def test_every_flaw_moves_its_number(drawing, face, flaw, number, direction):
-    clean = measure_quality(Image.fromarray(drawing.image), face)
-    spoiled = spoil(drawing.image, flaw, np.random.default_rng(0))
-    measured = measure_quality(Image.fromarray(spoiled), face)
-    assert direction * (measured[number] - clean[number]) > 0
-    factor = measured[number] / clean[number] if clean[number] else math.inf
-    assert factor > 1.3 or factor < 1 / 1.3
-
-
-def test_quality_is_a_row_of_plain_numbers(drawing, face):
-    quality = measure_quality(Image.fromarray(drawing.image), face)
-    assert set(quality) == {"noise", "pepper", "blocks", "sharpness", "texture", "clipped"}
-    assert json.loads(json.dumps(quality)) == quality
-
-
-def test_pepper_and_noise_are_measured_on_the_photographs_own_pixels(drawing, face):
-    """5% of black pixels on a face that is brighter than 40 grey levels: nearly that fraction is found, at any size."""
-    spoiled = spoil(drawing.image, "pepper", np.random.default_rng(0))
-    assert measure_quality(Image.fromarray(spoiled), face)["pepper"] == pytest.approx(0.05, abs=0.015)
-
-
-def test_blocks_are_found_whatever_the_corner_of_the_box(drawing, face):
-    """The grid of a JPEG begins at the corner of the image, not at the face's."""
-    spoiled = Image.fromarray(compressed(drawing.image, 5))
-    x0, y0, x1, y1 = face.box
-    for shift in (0, 3, 5):
-        moved = Face((x0 + shift, y0 + shift, x1, y1), face.landmarks, 1.0)
-        assert measure_quality(spoiled, moved)["blocks"] > 1.5
-
-
-def test_a_face_at_the_border_and_a_tiny_one(drawing, face):
-    photograph = Image.fromarray(drawing.image)
-    for box in ((0, 0, 256, 256), (200, 200, 256, 256), (0, 0, 5, 5), (248, 248, 256, 256)):
-        quality = measure_quality(photograph, Face(box, face.landmarks, 1.0))
-        assert all(math.isfinite(value) for value in quality.values())
-
-
-def test_a_face_in_the_corner_is_not_measured_beyond_the_image(face):
-    """The two blocks around a box of 8 x 8 pixels lie inside of an even image: no dark border, no pepper, no step."""
-    photograph = Image.new("RGB", (256, 256), (200, 180, 170))
-    quality = measure_quality(photograph, Face((248, 248, 256, 256), face.landmarks, 1.0))
-    assert (quality["noise"], quality["pepper"], quality["blocks"]) == (0, 0, 1)
-
-
-# ------------------------------------------------------------------------------------------- the light
-
-
-def lit(left, right, colour=(1.0, 1.0, 1.0), side=256):
-    """A crop of one colour whose halves have two brightnesses, 0 to 255."""
-    halves = np.full((side, side, 3), left, np.float32)
-    halves[:, side // 2 :] = right
-    return Image.fromarray((halves * colour).clip(0, 255).astype(np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "hardness", "side"),
-    [
-        (120, 120, "soft light", "front light"),
-        (126, 114, "soft light", "front light"),  # (126 - 114) / 240 = .05
-        (130, 110, "soft light", "light from the left"),  # 20 / 240 = .083
-        (110, 130, "soft light", "light from the right"),
-        (160, 80, "hard light", "light from the left"),  # 80 / 240 = .33
-        (80, 160, "hard light", "light from the right"),
-    ],
-)
-def test_side_and_hardness_of_the_light(left, right, hardness, side):
-    """Below .06 the halves count as even, above .2 the light counts as hard."""
-    assert photographic_tags(lit(left, right))[:2] == [hardness, side]
-
-
-@pytest.mark.parametrize(
-    ("colour", "tag"),
-    [((1.0, 0.75, 0.5), "warm light"), ((1.0, 0.9, 0.75), "neutral light"), ((0.8, 0.9, 1.0), "cool light")],
-)
-def test_colour_of_the_light(colour, tag):
-    """Red over blue: 2, 1.33 and .8; skin itself is redder than grey, so that 1.15 to 1.6 is neutral."""
-    assert photographic_tags(lit(150, 150, colour))[2] == tag
-
-
-def test_dark_and_light_tones():
-    assert [photographic_tags(lit(value, value))[3:] for value in (50, 120, 220)] == [
-        ["dark tones"],
-        [],
-        ["light tones"],
-    ]
-
-
-def test_mirroring_swaps_the_sides(drawing):
-    """The light of a portrait whose right half is the mirrored left one, darkened, comes from the left."""
-    half = drawing.image[:, :128].astype(np.float32)
-    image = Image.fromarray(np.concatenate([half, half[:, ::-1] * 0.5], axis=1).astype(np.uint8))
-    tags, mirrored = photographic_tags(image), photographic_tags(ImageOps.mirror(image))
-    assert tags[:2] == ["hard light", "light from the left"]
-    assert mirrored == ["hard light", "light from the right", *tags[2:]]
-
-
-def test_tags_do_not_depend_on_the_size_of_the_crop():
-    assert photographic_tags(lit(160, 80, side=64)) == photographic_tags(lit(160, 80, side=512))
-
-
-@pytest.mark.parametrize(
-    "caption",
-    [
-        "portrait photo, soft light", "hard light from the left, studio", "low-key lighting",
-        "The light falls from above.", "backlit", "a woman in soft sunlight", "rim light", "golden hour",
-        "Natural light. She smiles",
-    ],
-)  # fmt: skip
-def test_captions_about_light(caption):
-    assert mentions_light(caption)
-
-
-@pytest.mark.parametrize(
-    "caption",
-    [
-        "light brown hair", "highlighted cheekbones", "light skin, slight smile", "a delighted man", "a lighthouse",
-        "street lights bokeh background", "her hair is light", "light blue eyes, light beard", "traffic light",
-        "lightly tanned",
-    ],
-)  # fmt: skip
-def test_captions_that_only_have_light_in_them(caption):
-    assert not mentions_light(caption)
-
-
 # -------------------------------------------------------------------------------- manifest and dataset
 
 ROW = {
-    "photograph": "a.png", "image": "images/a.png", "caption": "portrait photo, young woman", "confidence": 0.99,
-    "face_size": 120.5, "quality": {"noise": 1.5, "blocks": 1},
+    "photograph": "a.png", "image": "images/a.png", "semantic": ["portrait photo", "young woman"],
+    "photographic": ["smile", "soft light"], "confidence": 0.99, "face_size": 120.5,
+    "quality": {"noise": 1.5, "blocks": 1},
 }  # fmt: skip
+
+
+@pytest.fixture
+def portrait():
+    groups = {"semantic": tuple(ROW["semantic"]), "photographic": tuple(ROW["photographic"])}
+    return Portrait(id="a", **{**ROW, **groups})
 
 
 @pytest.fixture
@@ -213,17 +52,27 @@ def test_a_missing_manifest_names_the_command(tmp_path):
         read_portraits(tmp_path)
 
 
-def test_a_row_makes_the_round_trip(folder):
-    portrait = Portrait(id="a", **ROW)
+def test_a_row_makes_the_round_trip(folder, portrait):
     write_manifest(folder, portrait.to_row(), {**portrait.to_row(), "extra": 1})
     assert read_portraits(folder) == ([portrait, portrait], [])
+    assert json.loads(json.dumps(portrait.to_row())) == portrait.to_row()
+    assert portrait.to_row()["caption"] == "portrait photo, young woman, smile, soft light"
+
+
+def test_a_row_of_an_older_manifest_has_a_caption_only(folder):
+    old = {key: value for key, value in ROW.items() if key not in ("semantic", "photographic")}
+    write_manifest(folder, {"id": "a", **old, "caption": "young woman, soft light"})
+    ((portrait,), problems) = read_portraits(folder)
+    assert (portrait.semantic, portrait.photographic) == (("young woman", "soft light"), ()) and not problems
+    assert portrait.caption == portrait.prompt("semantic") == "young woman, soft light"
 
 
 BAD_ROWS = {
     "missing": ({"image": "images/b.png"}, "images/b.png is missing"),
     "escaping": ({"image": "../a.png"}, "leads out of"),
     "absolute": ({"image": "/etc/passwd"}, "leads out of"),
-    "caption": ({"caption": None}, "`caption` has to be"),
+    "semantic": ({"semantic": "young woman"}, "`semantic` has to be list"),
+    "photographic": ({"photographic": ["smile", 1]}, "`photographic` has to be a list of strings"),
     "confidence": ({"confidence": "0.9"}, "`confidence` has to be"),
     "quality": ({"quality": [1, 2]}, "`quality` has to be"),
 }
@@ -252,18 +101,28 @@ def test_no_usable_portrait_is_an_error_with_the_first_reason(folder):
         read_portraits(folder)
 
 
-def test_a_sample(folder):
+def test_a_sample(folder, portrait):
     """64 pixels halved: the first pixel is the mean of x 0 and 1 of the ramp 4 x, 2 of 255."""
-    dataset = PortraitDataset(folder, [Portrait(id="a", **ROW)], resolution=32)
+    dataset = PortraitDataset(folder, [portrait], resolution=32)
     (sample,) = [dataset[index] for index in range(len(dataset))]
     assert sample["pixel_values"].shape == (3, 32, 32) and sample["pixel_values"].dtype == torch.float32
     expected = (torch.arange(32) * 8 + 2) / 127.5 - 1
     torch.testing.assert_close(sample["pixel_values"][0, 10, 2:-2], expected[2:-2], rtol=0, atol=0.01)
-    assert (sample["id"], sample["caption"]) == ("a", ROW["caption"])
+    assert (sample["id"], sample["caption"]) == ("a", portrait.caption)
 
 
-def test_a_truncated_image_is_named(folder):
+@pytest.mark.parametrize(
+    ("tags", "caption"),
+    [("none", ""), ("semantic", "portrait photo, young woman"),
+     ("both", "portrait photo, young woman, smile, soft light")],
+)  # fmt: skip
+def test_the_groups_of_tags_that_make_the_caption(folder, portrait, tags, caption):
+    (sample,) = [PortraitDataset(folder, [portrait], 32, tags)[0]]
+    assert sample["caption"] == portrait.prompt(tags) == caption
+
+
+def test_a_truncated_image_is_named(folder, portrait):
     path = folder / "images/a.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match="a.png"):
-        PortraitDataset(folder, [Portrait(id="a", **ROW)], resolution=32)[0]
+        PortraitDataset(folder, [portrait], resolution=32)[0]

@@ -13,7 +13,6 @@ from faceprior.procedural import (
     TEST_SEEDS,
     TRAIN_SEEDS,
     VALIDATION_SEEDS,
-    contact_sheet,
     draw_portrait,
     draw_scene,
     draw_scenes,
@@ -332,13 +331,6 @@ def test_scenes_in_a_folder_take_turns_in_their_bins_and_are_kept(tmp_path):
 
 def test_seed_ranges_are_apart():
     assert TRAIN_SEEDS < VALIDATION_SEEDS < TEST_SEEDS
-
-
-def test_contact_sheet_fills_its_rows():
-    """Three images in rows of two make two rows; the fourth place is grey."""
-    sheet = contact_sheet([np.zeros((4, 4, 3), np.uint8)] * 3, columns=2)
-    assert sheet.shape == (8, 8, 3)
-    assert (sheet[4:, 4:] == 128).all()
 
 
 def test_the_command_writes_a_sheet(tmp_path):

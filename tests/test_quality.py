@@ -7,10 +7,20 @@ import math
 import cv2
 import numpy as np
 import pytest
+import skimage.data
+from matplotlib import cbook
 from PIL import Image, ImageFilter
 
 from faceprior.procedural import draw_portrait
-from faceprior.quality import NearDuplicates, blockiness, noise_level, perceptual_hash, sharpness
+from faceprior.quality import (
+    NearDuplicates,
+    blockiness,
+    fine_detail,
+    finest_octave,
+    noise_level,
+    perceptual_hash,
+    sharpness,
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +106,8 @@ def test_distances_of_hashes():
     top = 2**64 - 1
     duplicates.add("c", top)
     assert duplicates.find(top - 1) == ("c", 1)
+    assert duplicates.nearest(0b1111111) == ("b", 5)  # whatever the limit
+    assert NearDuplicates(max_distance=2).nearest(0) is None
 
 
 def test_near_duplicates_can_be_left_in():
@@ -167,3 +179,117 @@ def test_blockiness_grows_as_the_quality_of_jpeg_falls(portraits):
         rgb = np.asarray(Image.open(file))
         values.append(blockiness(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).astype(float)))
     assert values == sorted(values) and values[-1] > 1.5
+
+
+# ------------------------------------------------------------------------------------------------- fine detail
+
+
+def waves(size, *waves_):
+    """The sum of cosines over a part of the image: (frequency in cycles per pixel, amplitude, columns that show it)."""
+    x = np.arange(size) + 0.5
+    image = np.zeros((size, size))
+    for frequency, amplitude, columns in waves_:
+        image[:, columns] += (amplitude * np.cos(2 * np.pi * frequency * x))[columns]
+    return image
+
+
+def test_fine_detail_of_waves_by_hand():
+    """Twice as small holds 0.25 cycles per pixel. One wave of 0.1875 (below) everywhere has the energy A^2 / 2; one of
+    0.37 (above) in a quarter of the columns B^2 / 8, and the median of the band there is about 0. So for B = 2 A the
+    ratio is 1, whatever A; a wave of 0.09 belongs to another octave.
+    """
+    below, quarter = slice(None), slice(0, 256)
+    image = waves(1024, (0.1875, 20, below), (0.37, 40, quarter), (0.09, 50, below))
+    assert fine_detail(image, 2) == pytest.approx(1, rel=0.1)  # where the wave ends, it leaks
+    assert fine_detail(waves(1024, (0.1875, 20, below), (0.37, 20, quarter)), 2) == pytest.approx(0.25, rel=0.1)
+    assert fine_detail(waves(1024, (0.1875, 20, below)), 2) < 0.01
+    # a nearly empty octave below counts an eighth, 400, of a wave of 0.045 with the energy 80^2 / 2; B^2 / 8 is 200
+    blurred = waves(1024, (0.1875, 2, below), (0.37, 40, quarter), (0.045, 80, below))
+    assert fine_detail(blurred, 2) == pytest.approx(0.5, rel=0.1)
+
+
+def test_noise_has_no_fine_detail():
+    """The variance of white noise follows from its median; what is left of it is below 0.02 of the octave below."""
+    noise = np.random.default_rng(0).normal(128, 30, (512, 512))
+    for scale in (1.3, 2, 4):
+        assert fine_detail(noise, scale) < 0.02
+
+
+def test_jpeg_blocks_are_no_fine_detail():
+    """A soft image in which steps stand at every 8th pixel, wherever the first one is."""
+    soft = np.asarray(
+        Image.fromarray(skimage.data.astronaut()).convert("L").resize((128, 128)).resize((512, 512)), float
+    )
+    for shift in (0, 3):
+        grid = np.roll(np.kron(np.random.default_rng(0).normal(0, 4, (64, 64)), np.ones((8, 8))), shift, (0, 1))
+        assert fine_detail(soft + grid, 2) < 0.05
+
+
+@pytest.mark.parametrize("name", ["astronaut", "hopper"])
+def test_fine_detail_tells_sharp_photographs_from_soft_ones(name):
+    """Sharp above 0.1 at every scale, with noise of 4 levels or JPEG at 50 above 0.06, enlarged or blurred below."""
+    if name == "astronaut":
+        image = Image.fromarray(skimage.data.astronaut()).crop((170, 60, 280, 190))
+    else:
+        with cbook.get_sample_data("grace_hopper.jpg") as file:
+            image = Image.open(file).convert("RGB").crop((160, 110, 370, 350))
+    gray = image.convert("L")
+    noise = np.random.default_rng(0).normal(0, 4, gray.size[::-1])
+    buffer = io.BytesIO()
+    gray.save(buffer, "JPEG", quality=50)
+    for scale in (1.5, 2, 2.8):
+        small = gray.resize([round(side / scale / 1.5) for side in gray.size], Image.LANCZOS)
+        enlarged = np.asarray(small.resize(gray.size, Image.BICUBIC), float)
+        blurred = np.asarray(gray.filter(ImageFilter.GaussianBlur(1.5)), float)
+        assert fine_detail(np.asarray(gray, float), scale) > 0.1
+        assert fine_detail(np.asarray(gray, float) + noise, scale) > 0.06
+        assert fine_detail(np.asarray(Image.open(buffer), float), scale) > 0.06
+        for soft in (enlarged, blurred):
+            assert fine_detail(soft, scale) < 0.06 and fine_detail(soft + noise, scale) < 0.06
+
+
+@pytest.mark.parametrize("sigma", [2, 2.5, 4])
+def test_what_compression_leaves_of_a_blurred_photograph_is_no_detail(sigma):
+    """Two octaves of JPEG's remainders have like energies, whatever their ratio; saved again off its first grid."""
+    image = Image.fromarray(skimage.data.astronaut()).filter(ImageFilter.GaussianBlur(sigma))
+    for quality in (20, 40, 60):
+        sheet = Image.new("RGB", (640, 640), "gray")
+        sheet.paste(saved(image, quality), (20, 60))
+        gray = np.asarray(saved(sheet, 90).crop((190, 120, 300, 250)).convert("L"), float)
+        for scale in (1.3, 2):
+            assert fine_detail(gray, scale) < 0.06
+
+
+def saved(image, quality):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert(image.mode)
+
+
+def test_nothing_is_finer_than_an_image_of_equal_size():
+    noise = np.random.default_rng(0).normal(128, 30, (64, 64))
+    assert fine_detail(noise, 1) == fine_detail(noise, 0.5) == fine_detail(noise, 1.2) == 0
+    assert fine_detail(noise[:12], 2) == fine_detail(np.zeros((64, 64)), 2) == 0
+
+
+# ---------------------------------------------------------------------------------------- the finest octave
+
+
+def test_the_finest_octave_of_waves_by_hand():
+    """Waves of 0.37 and 0.1875 cycles per pixel stand for the two octaves: A^2 / B^2, whatever coarser ones do."""
+    everywhere = slice(None)
+    image = waves(1024, (0.1875, 20, everywhere), (0.37, 10, everywhere), (0.09, 50, everywhere))
+    assert finest_octave(image) == pytest.approx(0.25, rel=0.05)
+    # an octave that is nearly empty counts an eighth of the one two below, 40^2 of 80^2: 10^2 over 40^2 / 2
+    assert finest_octave(waves(1024, (0.37, 10, everywhere), (0.045, 80, everywhere))) == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_the_finest_octave_of_a_photograph_and_of_an_enlarged_one():
+    image = Image.fromarray(skimage.data.astronaut()).convert("L").crop((170, 60, 298, 188))
+    assert finest_octave(np.asarray(image, float)) > 0.15
+    enlarged = image.resize((64, 64), Image.LANCZOS).resize((128, 128), Image.BICUBIC)
+    assert finest_octave(np.asarray(enlarged, float)) < 0.1
+
+
+def test_nothing_too_small_has_octaves():
+    assert finest_octave(np.ones((15, 40))) == finest_octave(np.zeros((64, 64))) == 0

@@ -3,53 +3,27 @@ import io
 import json
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from html_page import Page
 from PIL import Image
 
 from faceprior.images import load_image
 from faceprior.jsonl import append_row
-from faceprior.report import write_report
+from faceprior.report import opening, write_report
 from faceprior.report.__main__ import REPORT_FILE, main
-from faceprior.report.charts import bin_counts, running_mean, thinned, tick_texts, ticks
+from faceprior.report.charts import bin_counts, histogram, running_mean, thinned, tick_texts, ticks
 from faceprior.report.making import command_text
 from faceprior.report.page import MAX_BYTES, SECTIONS
 from faceprior.report.pairs import PAIRS
 from faceprior.report.run import Run, face_window, points
 from faceprior.report.summary import duration, format_number, reason_kind, spread
 
-VOID = {"meta", "link", "img", "input", "br"}
 CAPTION = "portrait photo, young woman, long wavy red hair"
 PROBLEMS = "What could not be read"
-
-
-class Page(HTMLParser):
-    """A parsed report: its elements as (name, attributes), its text, and whether every tag was closed in order."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.elements, self.pieces, self.open, self.balanced = [], [], [], True
-        self.feed(path.read_text(encoding="utf-8"))
-        self.balanced = self.balanced and not self.open
-        self.text = " ".join(" ".join(self.pieces).split())
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append((name, dict(attributes)))
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_endtag(self, name):
-        self.balanced = self.balanced and bool(self.open) and self.open.pop() == name
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.pieces.append(data)
-
-    def all(self, name, class_=None):
-        return [a for n, a in self.elements if n == name and (class_ is None or class_ in a.get("class", "").split())]
 
 
 def picture(path, size=(24, 24), seed=0):
@@ -118,8 +92,8 @@ def make_validation(folder):
 def make_scorer(folder):
     make_training(folder, start_accuracy=0.5, accuracy=0.75, training_pairs=8, validation_pairs=4)
     rows(folder / "metrics.jsonl", {"step": 4, "loss": 0.2, "accuracy": 0.5, "validation_accuracy": 0.75})
-    for index, (good, bad) in enumerate(((1.0, 0.0), (2.0, 0.5), (0.0, 1.0), (1.5, 1.0))):
-        rows(folder / "scores.jsonl", {"id": str(index), "area_ratio": 0.2, "good": good, "bad": bad})
+    for name, good, bad in (("one", 1.0, 0.0), ("two", 2.0, 0.5), ("three", 0.0, 1.0), ("four", 1.5, 1.0)):
+        rows(folder / "scores.jsonl", {"id": name, "area_ratio": 0.2, "good": good, "bad": bad})
     shortcut = {"test": "good through the VAE, above bad", "share": 0.725, "low": 0.571, "high": 0.839, "n": 40}
     missing = {**dict.fromkeys(("share", "low", "high")), "n": 0, "note": "not measured: `--vae` names a VAE"}
     calibration = {"expected_error": 0.0625, "bins": [{"pairs": 4, "margin": 0.75, "expected": 0.68, "right": 0.75}]}
@@ -129,14 +103,46 @@ def make_scorer(folder):
 
 def make_portraits(folder):
     picture(folder / "images/one.png")
-    rows(
-        folder / "manifest.jsonl", {"id": "one", "photograph": "one.png", "image": "images/one.png", "caption": CAPTION}
-    )
+    one = {"id": "one", "photograph": "one.png", "image": "images/one.png", "caption": CAPTION}
+    rows(folder / "manifest.jsonl", {**one, "quality": {"sharpness": 9.5, "yaw": -20.0}})
     picture(folder / "rejected/two.png")
     blurred = {"reason": "sharpness 1.6 (blurred: at least 4.0)", "thumbnail": "rejected/two.png"}
+    blurred |= {"faults": ["blurred"], "quality": {"sharpness": 1.6, "yaw": 10.0}}
+    (folder / "config.yaml").write_text("03_curate_portraits:\n  min_laplacian: 4.0\n  max_yaw: 35.0\n")
+    balance = {"portraits": 1, "skin_tones": {"light": 1}, "ages": {"young": 1}, "tags": {"red hat": 1}}
+    objects(folder / "balance.json", {**balance, "missing": ["no portrait of the skin tone dark"]})
     rows(folder / "rejected.jsonl", {"id": "two", "photograph": "two.png", **blurred})
     rows(folder / "rejected.jsonl", {"id": "three", "photograph": "three.png", "reason": "no face found"})
     objects(folder / "done.json", {"accepted": 1, "rejected": 2})
+
+
+def make_evaluation(folder):
+    """One face by two methods, of which one is not measured by LPIPS, beside a published row."""
+    words = {"protocol": "restoration", "better": "higher", "unit": "", "note": ""}
+    empty = {"value": None, "low": None, "high": None, "median": None, "n": 0}
+    psnr = {**words, "measure": "psnr", "title": "PSNR", "header": "PSNR (dB) ↑", "spec": ".2f"}
+    lpips = {**words, **empty, "measure": "lpips", "title": "LPIPS", "header": "LPIPS ↓", "spec": ".4f"}
+    numbers = {"value": 21.5, "low": 20.25, "high": 22.75, "median": 21.0, "n": 8, "worst": ["a"], "best": ["a"]}
+    results = {
+        "rows": [
+            {**psnr, **empty, "n": 8, "is_infinite": True, "method": "untouched", "note": "8 of 8 equal the reference"},
+            {**psnr, **numbers, "difference": -1.5, "diff_low": -2, "diff_high": -1, "p_value": 0.03, "method": "ours"},
+            {**lpips, "method": "ours", "note": "not measured: the weights of AlexNet are not here"},
+        ],
+        "published": {
+            "protocol": "restoration",
+            "source": "arXiv 2410.09864, Table 1",
+            "rows": [{"method": "AuthFace", "values": {"psnr": 25.57, "lpips": 0.2143}}],
+        },
+        "notes": {"restoration": ["8 faces of a test set"]},
+        "methods": [{"protocol": "restoration", "name": "ours", "text": "checkpoints/ours", "kind": "model"}],
+        "versions": {"torch": "2.0"},
+    }
+    objects(folder / "results.json", results)
+    for place, method in enumerate(("input", "untouched", "ours")):
+        picture(folder / f"restoration/images/{method}/a.png", seed=place)
+        image = {"image": f"restoration/images/{method}/a.png", "psnr": 21.5}
+        rows(folder / "rows.jsonl", {"protocol": "restoration", "method": method, "id": "a", **image})
 
 
 def make_photographs(root):
@@ -159,18 +165,7 @@ def root(tmp_path):
     make_validation(root / "checkpoints/guided")
     make_training(root / "checkpoints/restorer", faces=1)
     make_samples(root / "checkpoints/restorer", "clean", "degraded", "restored")
-    measured = {
-        "part": "restoration",
-        "metric": "PSNR (dB), restored",
-        "value": 21.5,
-        "low": 20.25,
-        "high": 22.75,
-        "n": 8,
-    }
-    empty = {"part": "restoration", "metric": "LPIPS, restored", "value": None, "low": None, "high": None, "n": 0}
-    note = {"note": "not measured: the weights of AlexNet are not here"}
-    infinite = {**empty, "metric": "PSNR (dB), untouched", "note": "infinite: all equal the clean ones"}
-    objects(root / "results/results.json", {"rows": [{**measured, "note": ""}, {**empty, **note}, infinite]})
+    make_evaluation(root / "results")
     make_photographs(root)
     command = ["/usr/bin/python3", "stages/01_make_pairs.py", "--output", f"{root}/data/pairs"]
     rows(root / "commands.jsonl", {"command": command, "seconds": 72.4})
@@ -202,12 +197,23 @@ def test_a_whole_run_has_every_part(root):
         "0.062 apart in the mean", "72.5%", "57.1% to 83.9%", "VAE: mine", "`--vae` names a VAE",
         CAPTION, "sharpness 1.6 (blurred: at least 4.0)", "197,184",
         "21.5", "20.25 to 22.75", "not measured", "the weights of AlexNet are not here",
-        "infinite", "all equal the clean ones",
+        "infinite", "8 of 8 equal the reference", "-1.50 (-2.00 to -1.00), p = 0.03", "25.57", "8 faces of a test set",
         "better by 1.5 (95% interval 0.5 to 2.5, n = 16 paired images)", "step 20, kept: 1.75", "untuned: -0.25",
         "Face Score of the validation images",
         "python3 stages/01_make_pairs.py --output data/pairs", "1 min 12 s", "torch", "accelerate", "noise_factors",
     ):  # fmt: skip
         assert text in page.text, text
+
+
+def test_validations_that_nobody_scored_are_images_alone(root):
+    folder = root / "checkpoints/prior"
+    for step in (0, 20):
+        picture(folder / f"validation/{step:06d}/000.png", seed=step)
+        row = {"step": step, "prompt": CAPTION, "seed": 0, "image": f"validation/{step:06d}/000.png", "score": None}
+        rows(folder / "validation.jsonl", row)
+    page = read(root)
+    assert page.text.count("Face Score of the validation images") == page.text.count("The score is the mean") == 1
+    assert page.text.count("The same prompts and noise every time.") == 2 and PROBLEMS not in page.text
 
 
 def test_the_file_is_self_contained(root):
@@ -226,10 +232,10 @@ def test_the_file_is_self_contained(root):
 
 
 def test_every_image_is_embedded_with_a_description(root):
-    """3 x (whole + face) for two pairs, 2 portraits, 2 x 2 samples, 3 x 2 validation images, 3 + 2 of restoration,
-    1 + 2 + 2 photographs."""
+    """3 x 2 in the opening, 3 x (whole + face) of two pairs, 2 portraits, 2 x 2 samples, 3 x 2 validations, 3 + 2
+    of restoration, 2 sliders and 2 ends of the evaluation, 1 + 2 + 2 photographs."""
     images = read(root).all("img")
-    assert len(images) == 12 + 2 + 4 + 6 + 5 + 5
+    assert len(images) == 6 + 12 + 2 + 4 + 6 + 5 + 6 + 5
     assert all(image["alt"] for image in images)
     by_name = {image["alt"]: decoded(image["src"]) for image in images}
     good = load_image(root / "data/pairs/good/one.png")
@@ -242,10 +248,28 @@ def test_sliders_are_range_inputs_over_two_images(root):
     page = read(root)
     inputs = page.all("input")
     assert [(i["type"], i["min"], i["max"], i["aria-label"]) for i in inputs] == [
+        ("range", "0", "100", "Score: bad face: 0.5 to good face: 2.0"),
+        ("range", "0", "100", "Tune: untuned to tuned"),
+        ("range", "0", "100", "Restore: degraded to restored"),
         ("range", "0", "100", "sample 1: degraded to restored"),
         ("range", "0", "100", "astronaut.png: original to restored"),
+        ("range", "0", "100", "a: input to untouched"),
+        ("range", "0", "100", "a: input to ours"),
     ]
-    assert len(page.all("div", "frame")) == 2
+    assert len(page.all("div", "frame")) == 7
+
+
+def test_every_gate_that_judged_something_has_a_histogram_with_its_limit(root):
+    """Sharpness 9.5 and 1.6 with the limit 4 between them, yaw 20 and 10 with 35 beyond them; no other numbers."""
+    page = read(root)
+    marks = page.all("line", "mark")
+    assert len(marks) == 2
+    figures = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
+    assert {"sharpness (blurred)", "yaw (turned away)"} <= set(figures)
+    chart = histogram("", {"accepted": [9.5], "rejected": [1.6]}, "", "", limit=4.0)
+    assert chart.axes.x(1.6) < chart.mark == chart.axes.x(4.0) < chart.axes.x(9.5)
+    for text in ("at least 4", "at most 35", "red hat", "no portrait of the skin tone dark"):
+        assert text in page.text, text
 
 
 def test_the_boxes_of_scored_faces_are_drawn_in_pixels(root):
@@ -260,6 +284,19 @@ def test_the_same_run_gives_the_same_images(root):
 
 
 # --- what is not there ---
+
+
+def test_the_opening_shows_the_middle_of_what_was_scored(root):
+    """Gains of 3, 1 and 2: the last sample; a job without images has its text alone."""
+    folder = root / "checkpoints/guided"
+    (folder / "samples.jsonl").unlink()
+    for after in (3.0, 1.0, 2.0):
+        make_samples(folder, "before", "after", score_before=0.0, score_after=after)
+    (root / "checkpoints/scorer/scores.jsonl").unlink()
+    score, tune, restore = opening.describe(Run(root))
+    assert (tune.names, "of 3 samples the middle one" in tune.about) == (("untuned: 0.0", "tuned: 2.0"), True)
+    assert score.before is None and restore.after.uri
+    assert tune.origin == "By 40 steps of this run, on the tiny weights that ship with faceprior, untrained."
 
 
 def test_an_empty_folder_names_every_command(tmp_path):
@@ -306,11 +343,30 @@ def test_any_value_of_the_checks_may_be_wrong(root, wrong):
             assert page.balanced and other in page.text
 
 
+def test_the_facial_loss_is_drawn(root):
+    """The accuracy of both discriminators, the weight with the m that was measured, and the curve it is from."""
+    folder = root / "checkpoints/restorer"
+    for step in (1, 2):
+        accuracy = {f"{region}_{side}": 0.5 for region in ("eyes", "mouth") for side in ("real", "fake")}
+        rows(folder / "metrics.jsonl", {"step": step, "loss": 0.1, **accuracy})
+    objects(
+        folder / "confidence.json",
+        {"t": [0, 0.5], "mean": [1, 0], "low": [1, 0], "high": [1, 0.1], "n": 7, "m": 0.25},
+    )
+    settings = {"facial_loss": "time_aware", "time_m": "auto", "time_s": 0.5}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"06_train_restorer": settings}))
+    text = (write_report(root, root / "report.html")).read_text()
+    for title in ("discriminator, eyes", "discriminator, mouth", "m = 0.25, s = 0.5", "under noise, n = 7"):
+        assert title in text
+    (folder / "confidence.json").write_text('{"t": [0], "n": 7}')
+    assert "confidence.json could not be shown" in write_report(root, root / "report.html").read_text()
+
+
 def test_a_photograph_that_was_not_restored_is_named(root):
     (root / "restored/astronaut.png").unlink()
     page = read(root)
     assert "astronaut.png was not restored: faceprior restore" in page.text
-    assert len(page.all("input")) == 1
+    assert len(page.all("input")) == 6  # those of the opening, of a sample, and of the evaluation
 
 
 def test_photographs_are_shown_without_the_stages(tmp_path):
@@ -370,7 +426,7 @@ def test_an_unreadable_image_is_named_and_has_a_placeholder(root):
     assert "data/pairs/bad/one.png" in page.text and "data/pairs/mask/two.png is missing" in page.text
     lost = [div["aria-label"] for div in page.all("div", "lost")]
     assert sum("cannot be read" in label for label in lost) == 4  # the picture and its face, twice
-    assert len(page.all("img")) == 34 - 4
+    assert len(page.all("img")) == 46 - 4
 
 
 @pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname"])
@@ -410,8 +466,8 @@ def test_any_value_may_be_wrong(root, wrong):
             changed.append({**first, "faces": [*faces, wrong]})
         path.write_text("\n".join([*lines, *map(json.dumps, changed)]) + "\n")
     results = json.loads((root / "results/results.json").read_text())["rows"]
-    changed = [{**results[0], key: wrong} for key in results[0]]
-    objects(root / "results/results.json", {"rows": [*results, *changed, wrong]})
+    changed = [{**results[1], key: wrong} for key in results[1]]
+    objects(root / "results/results.json", {"rows": [*results, *changed, wrong], "published": wrong, "notes": wrong})
     for path in [*root.rglob("done.json"), *root.rglob("tiny.json")]:
         objects(path, {key: wrong for key in json.loads(path.read_text())})
     page = read(root)

@@ -322,7 +322,7 @@ def test_the_best_validation_is_what_remains(base, scorer, tmp_path):
     assert np.array_equal(load_image(tmp_path / f"validation/{best:06d}/000.png"), again)
 
 
-def test_images_without_a_face_are_counted(base, scorer, tmp_path):
+def test_images_without_a_face_are_counted(base, scorer, tmp_path, caplog):
     """A detector that sees a face in bright images only; with none in any untuned one there is nothing to compare."""
 
     def see_bright(threshold):
@@ -340,7 +340,12 @@ def test_images_without_a_face_are_counted(base, scorer, tmp_path):
     assert first["validation_score"] == pytest.approx(
         np.mean([worst if row["score"] is None else row["score"] for row in found])
     )
+    assert not any("no face" in message for message in caplog.messages)
     tuner = fit(base, tmp_path / "none", scorer, steps=2, detector=see_bright(300), keep_best=True)
+    (said,) = (message for message in caplog.messages if "no face" in message)
+    assert (
+        said.startswith("no face was found in the 3 untuned validation images") and "the last weights are kept" in said
+    )
     *_, last = rows(tmp_path / "none/metrics.jsonl")
     assert last["validation_without_face"] == 1 and "validation_score" not in last
     assert str(tuner.verdict).startswith("too few images to tell (n = 0); 0 of 3 images had a face before, 0 after")

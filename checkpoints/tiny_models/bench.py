@@ -26,10 +26,10 @@ from faceprior.bases import load_pipeline
 from faceprior.diffusion import decode_latents, encode_latents, sample_images
 from faceprior.features import FeatureNetwork
 from faceprior.files import atomic_write
-from faceprior.images import load_image, save_image, to_pil, to_pixel_values
+from faceprior.images import contact_sheet, load_image, save_image, to_pil, to_pixel_values
 from faceprior.metrics import MetricUnavailable
 from faceprior.models import load_part, resolve_device
-from faceprior.procedural import TEST_SEEDS, Drawing, contact_sheet, draw_portrait
+from faceprior.procedural import TEST_SEEDS, Drawing, draw_portrait
 from faceprior.scorer import FaceScorer
 
 SHIPPED = ("sd15", "sdxl", "scorer", "restorer", "features", "judge")  # the other models are in the work folder

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from faceprior.images import load_image
-from faceprior.procedural import TEST_SEEDS, contact_sheet, draw_portrait
+from faceprior.images import contact_sheet, load_image
+from faceprior.procedural import TEST_SEEDS, draw_portrait
 
 ROOT = Path(__file__).resolve().parents[2]
 SHEETS, DEMO, OUTPUT = ROOT / "results/tiny/sheets", ROOT / "results/demo", ROOT / "examples/pictures"

@@ -12,7 +12,7 @@ from types import MethodType
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from faceprior.bases.describe import METHODS, BaseInfo, describe_base, require_base
+from faceprior.bases.describe import BaseInfo, describe_base, require_base
 from faceprior.bases.empty import empty_vae, load_empty
 from faceprior.bases.export import require_single_file, save_single_file
 from faceprior.bases.folder import find_folder, load_folder
@@ -21,11 +21,9 @@ from faceprior.bases.single_file import load_single_file, set_schedule
 from faceprior.models import load_part, quantize, require_quantization
 
 __all__ = [
-    "METHODS",
     "BaseInfo",
     "describe_base",
     "empty_vae",
-    "find_folder",
     "load_pipeline",
     "require_base",
     "require_single_file",

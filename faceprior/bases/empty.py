@@ -16,19 +16,18 @@ from transformers import PreTrainedTokenizerBase, T5Tokenizer
 from faceprior.bases.folder import find_folder
 from faceprior.bases.parts import (
     LOADING_ERRORS,
-    NO_CHECKER,
-    SD3,
     TEXT_TO_IMAGE,
     VAE_HINT,
     Part,
     architecture_of,
     class_problem,
+    left_out,
     parts_of_folder,
     pipeline_class_of_folder,
     read_json,
 )
 from faceprior.bases.single_file import CONFIGS, configs_of_file, make_tokenizer, parts_of_file
-from faceprior.models import first_line, resolve_model
+from faceprior.models import first_line, looks_like_path, resolve_model
 
 logger = logging.getLogger(__name__)
 _LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
@@ -86,10 +85,7 @@ def load_empty(
             module.eval()
 
     # ---- the pipeline, with the scheduler and the other tokenizers from their files
-    if "safety_checker" in read_json(folder / "model_index.json"):
-        parts |= NO_CHECKER
-    if architecture == SD3 and "text_encoder_3" not in described:
-        parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    parts |= left_out(folder, described)
     try:
         return TEXT_TO_IMAGE.get(architecture, DiffusionPipeline).from_pretrained(folder, **parts)
     except LOADING_ERRORS as error:
@@ -111,6 +107,8 @@ def _describe(base: str | Path, vae: str | None, prediction_type: str) -> tuple[
         folder = find_folder(base, vae, weights=False)
         return folder, parts_of_folder(folder, replaced)
     except FileNotFoundError:
+        if looks_like_path(base) or path.exists():
+            raise  # what is a path is not on the hub
         folder, changes = _known(str(base))
     parts = parts_of_folder(folder, replaced)
     network = "transformer" if "transformer" in parts else "unet"
@@ -124,6 +122,8 @@ def _find_vae(name: str) -> Path:
     try:
         return resolve_model(name, "VAE", hint, subfolder=subfolder, patterns=("*.json",))
     except FileNotFoundError:
+        if looks_like_path(name) or Path(name).expanduser().exists():
+            raise
         return _known(name)[0] / "vae"
 
 

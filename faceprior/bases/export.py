@@ -29,7 +29,8 @@ def save_single_file(pipeline: DiffusionPipeline, file: str | Path, dtype: torch
     Besides the tensors the file says what the U-Net predicts, as the field does: a tensor `v_pred` for v-prediction,
     `ztsnr` for zero terminal SNR, and `modelspec` metadata. dtype: of all tensors.
 
-    Raises ValueError for a pipeline other than Stable Diffusion 1 and SDXL, and for a U-Net with a LoRA.
+    Raises ValueError for a pipeline other than Stable Diffusion 1 and SDXL, for a U-Net with a LoRA, and for weights
+    that `dtype` does not hold, as above 65504 in float16.
     """
     architecture = architecture_of(parts_of_pipeline(pipeline))
     require_single_file(architecture)
@@ -46,6 +47,12 @@ def save_single_file(pipeline: DiffusionPipeline, file: str | Path, dtype: torch
     # one tensor after the other leaves the device, which has no room for a second U-Net
     named = original_tensors(pipeline, is_xl=architecture == SDXL)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in named.items()}
+    if spoilt := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{file} cannot be written in {kind}, in which weights are not finite: {', '.join(spoilt[:3])} "
+            f"({len(spoilt)} in all). Write it in float32 (`--single_file fp32`)"
+        )
     tensors |= {"v_pred": torch.zeros(0)} if is_velocity else {}
     tensors |= {"ztsnr": torch.zeros(0)} if settings.get("rescale_betas_zero_snr") else {}
     file = Path(file)

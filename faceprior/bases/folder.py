@@ -13,11 +13,11 @@ from huggingface_hub import snapshot_download
 from faceprior.bases.parts import (
     LOADING_ERRORS,
     NO_CHECKER,
-    SD3,
     TEXT_TO_IMAGE,
     VAE_HINT,
     architecture_of,
     class_problem,
+    left_out,
     parts_of_folder,
     pipeline_class_of_folder,
     require_complete,
@@ -57,13 +57,9 @@ def load_folder(path: Path, dtype: torch.dtype, parts: dict) -> DiffusionPipelin
     if problem := class_problem(pipeline_class_of_folder(path), architecture):
         raise ValueError(f"the pipeline in {path} cannot be loaded: {problem}")
     try:
-        config = DiffusionPipeline.load_config(path)
-        if "safety_checker" in config:
-            parts = {**parts, **NO_CHECKER}
         if "vae" not in parts and "vae" not in described:
             raise ValueError(f"it has no VAE: {VAE_HINT}")
-        if architecture == SD3 and "text_encoder_3" not in described:
-            parts = {**parts, "text_encoder_3": None, "tokenizer_3": None}  # T5, which takes 9 GB, may be left out
+        config, parts = DiffusionPipeline.load_config(path), {**parts, **left_out(path, described)}
 
         # ---- parts that are there in a variant only
         for name, part in described.items():

@@ -115,6 +115,14 @@ def parts_of_folder(folder: Path, replaced: tuple[str, ...] = ()) -> dict[str, P
     return parts
 
 
+def left_out(folder: Path, described: dict[str, Part]) -> dict[str, Any]:
+    """Return what `from_pretrained` is told to load a folder without: the safety checker, a T5 that is not there."""
+    without_checker = NO_CHECKER if "safety_checker" in read_json(folder / "model_index.json") else {}
+    # T5, which takes 9 GB, may be left out of Stable Diffusion 3
+    has_t5 = architecture_of(described) != SD3 or "text_encoder_3" in described
+    return {**without_checker, **({} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None})}
+
+
 def pipeline_class_of_folder(folder: Path) -> str:
     """Return the name of the class in a folder's model_index.json; a class of its own code is listed with its file."""
     name = read_json(folder / "model_index.json").get("_class_name", "")

@@ -28,12 +28,12 @@ from transformers import CLIPTokenizer
 
 from faceprior.bases.parts import (
     LOADING_ERRORS,
-    NO_CHECKER,
     SD2,
     TEXT_TO_IMAGE,
     VAE_HINT,
     Part,
     architecture_of,
+    left_out,
     parts_of_folder,
     read_json,
     require_complete,
@@ -222,8 +222,7 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: dict, prediction_typ
                 parts[name] = make_tokenizer(folder / name)
 
         # ---- the pipeline, with the scheduler of the configs
-        if "safety_checker" in read_json(folder / "model_index.json"):
-            parts |= NO_CHECKER
+        parts |= left_out(folder, described)
         pipeline = TEXT_TO_IMAGE[architecture].from_pretrained(folder, dtype=dtype, **parts)
         require_complete(path.parent, pipeline)
     except LOADING_ERRORS as error:

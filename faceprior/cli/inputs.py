@@ -1,5 +1,6 @@
 """The images that a command is given: files, folders, globs and lists, without what faceprior itself wrote."""
 
+import codecs
 import functools
 import glob
 import os
@@ -37,8 +38,13 @@ class Inputs:
         return self.folders + [Path(name).parent for name in self.groups.get(SINGLE_IMAGES, ())]
 
 
-def find_inputs(images: list[str], output_folders: Sequence[Path] = (), record_folders: Sequence[Path] = ()) -> Inputs:
-    """Find the images; one that does not exist does not stop the others.
+def find_inputs(
+    images: list[str],
+    output_folders: Sequence[Path] = (),
+    record_folders: Sequence[Path] = (),
+    videos: bool = False,
+) -> Inputs:
+    """Find the images, and the videos if they are wanted; one that does not exist does not stop the others.
 
     output_folders: those that the command alone writes to; no file in them is an input. record_folders: those that it
     writes to beside files of others; what their record lists is no input. ValueError if nothing is found.
@@ -46,11 +52,14 @@ def find_inputs(images: list[str], output_folders: Sequence[Path] = (), record_f
     entries, groups, first_names = {}, {}, {}
     for argument in _arguments(images):
         try:
-            found = without_outputs(argument, find_images(argument), output_folders, record_folders)
+            found = without_outputs(argument, find_images(argument, videos=videos), output_folders, record_folders)
         except (ValueError, OSError) as error:
             entries[str(Path(os.path.expanduser(argument)))] = str(error)  # the same name as where it is found
             continue
         names = [first_names.setdefault(os.path.realpath(path), str(path)) for path in found]
+        for path, name in zip(found, names, strict=True):
+            if os.path.abspath(path) != os.path.abspath(name):
+                say(f"{path}: the same file as {name}, taken once")
         entries.update(dict.fromkeys(names))
         group = argument if Path(argument).expanduser().is_dir() else SINGLE_IMAGES
         groups.setdefault(group, {}).update(dict.fromkeys(names))
@@ -65,8 +74,9 @@ def _arguments(images: list[str]) -> Iterator[str]:
     """The arguments, with `-` replaced by the lines of stdin (read as bytes: a file name may not be valid text)."""
     for argument in images:
         if argument == "-":
-            lines = (line.rstrip(b"\r") for line in sys.stdin.buffer.read().split(b"\n"))
-            yield from (os.fsdecode(line) for line in lines if line)
+            text = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
+            lines = (line.rstrip(b"\r") for line in text.split(b"\n"))
+            yield from (os.fsdecode(line) for line in lines if line.strip())
         else:
             yield argument
 

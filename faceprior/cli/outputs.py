@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,24 @@ RECORD_FILE = ".faceprior-restored.jsonl"
 
 MAX_NAME_BYTES = 255  # of a file or folder, on most file systems
 
-# what `faceprior restore` writes of an image: its result, or a copy of the file if no face of it was restored; and the
-# comparison
-RESULT, COPY, COMPARISON = "result", "copy", "comparison"
-RESTORED = {RESULT: "{base}.png", COPY: "{base}{suffix}", COMPARISON: "{base}_compare.png"}
+# What `faceprior restore` writes of a photograph or video: its result, or a copy of the file if no face of it was
+# restored; and the comparison. With --only-faces it is the faces, of which the first stands for all in a plan: as names
+# of two bases end in another number, or differ before it, no two faces have one name.
+RESULT, COPY, COMPARISON, FACE = "result", "copy", "comparison", "face1"
+PHOTOGRAPH_NAMES = {RESULT: "{base}{result}", COPY: "{base}{suffix}", COMPARISON: "{base}_compare{result}"}
+FACE_NAME = "{base}_face{number}{result}"
+
+SAME_FORMAT = "same"
+FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+_OWN_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp")  # that `same` keeps
+
+
+def result_suffix(image: str, output_format: str) -> str:
+    """The suffix of an image's result; of formats that Pillow writes with losses of its own, `same` makes PNG."""
+    if output_format != SAME_FORMAT:
+        return FORMATS[output_format]
+    suffix = Path(image).suffix
+    return suffix if suffix.lower() in _OWN_SUFFIXES else ".png"
 
 
 # ---- names
@@ -51,12 +66,13 @@ def plan_outputs(
     kinds: Mapping[str, str],
     known: Mapping[str, str] | None = None,
     taken: Iterable[str] = (),
+    results: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, str]]:
     """Name the outputs of all images, so that no two files have one name, on any file system.
 
-    inner: {image: its path below the output folder}. kinds: {kind: pattern}, with `{base}` and the image's `{suffix}`
-    in it, such as `{base}_compare.png`. known: {image: base} of an earlier run, which an image keeps. taken: names that
-    belong to other images.
+    inner: {image: its path below the output folder}. kinds: {kind: pattern}, with `{base}`, the image's `{suffix}` and
+    its `{result}`, the suffix in `results`, in it, such as `{base}_compare.png`. known: {image: base} of an earlier
+    run, which an image keeps. taken: names that belong to other images.
 
     Returns {image: {kind: path below the output folder}}. The base is the image's path without its suffix; with it,
     `a.jpg`, where names would clash; and with a number, `a.jpg-2`, where they still would.
@@ -68,7 +84,8 @@ def plan_outputs(
 
     def names(image: str) -> dict[str, str]:
         base = _base(inner[image], levels[image], known.get(image))
-        return {kind: pattern.format(base=base, suffix=inner[image].suffix) for kind, pattern in kinds.items()}
+        suffixes = {"suffix": inner[image].suffix, "result": (results or {}).get(image, "")}
+        return {kind: pattern.format(base=base, number=1, **suffixes) for kind, pattern in kinds.items()}
 
     while True:
         owners: dict[str, dict[str, None]] = {}
@@ -145,6 +162,18 @@ def require_no_inputs(targets: Iterable[Path], images: Iterable[str], option: st
             raise ValueError(f"{option} would overwrite the input {image}{link}: give another place")
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Make a folder; ValueError if no file can be written to it, which else shows when the first image is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option}: nothing can be written to {folder} ({error.strerror}): give another place"
+        ) from error
+
+
 def require_apart(drawings: Iterable[Path], images: Iterable[str], folder: Path) -> None:
     """Raise ValueError if a drawing may have the name of a copy, `folder`/RANK_NAME."""
     names = {_key(Path(image).name) for image in images}
@@ -170,20 +199,19 @@ class RestoreRecord:
 
     Before the outputs of an image are written, a row claims their names; afterwards a second row says from what file
     and by which settings they were made, and which older outputs of the image were removed. So a killed run knows its
-    files again, and no other file is overwritten.
+    files again, and no other file is overwritten. The restored photographs of a folder and, with only_faces, the
+    restored faces are recorded apart: neither replaces the others.
     """
 
-    def __init__(self, folder: Path, overwrite: bool = False):
+    def __init__(self, folder: Path, overwrite: bool = False, only_faces: bool = False):
         """overwrite: nothing counts as finished, and rows that cannot be read are ignored."""
-        self.folder, self.path = folder, folder / RECORD_FILE
-        self._rows: dict[str, dict[str, Any]] = {}
-        self._owned: dict[str, tuple[str, str]] = {}  # {key of an output: (the image that it was made from, name)}
+        self.folder, self.path, self.only_faces = folder, folder / RECORD_FILE, only_faces
+        self._rows: dict[_Owner, dict[str, Any]] = {}
+        self._owned: dict[str, tuple[_Owner, str]] = {}  # {key of an output: (what it was made from, its name)}
         exists = self.path.is_file()
         for row in (read_rows(self.path)[0] if overwrite else resume_rows(self.path)) if exists else ():
             try:
-                require_keys({"removed": [], **row}, {"source": str, "outputs": dict, "removed": list})
-                if not row["outputs"].keys() & {RESULT, COPY}:
-                    raise ValueError("`outputs` names neither a result nor a copy")
+                _check_row(row)
             except ValueError as error:
                 if overwrite:
                     continue
@@ -192,33 +220,36 @@ class RestoreRecord:
 
     def bases(self, images: Iterable[str]) -> dict[str, str]:
         """{image: base} of the images that earlier runs wrote."""
-        rows = {image: self._rows.get(self._source(image)) for image in images}
-        return {image: _base_of(row["outputs"], Path(image).suffix) for image, row in rows.items() if row}
+        rows = {image: self._rows.get(self._owner(image)) for image in images}
+        return {image: _base_of(row, Path(image).suffix) for image, row in rows.items() if row}
 
     def taken(self, images: Iterable[str]) -> list[str]:
         """The outputs of other images than these."""
-        own = {self._source(image) for image in images}
-        return [name for name, (source, _) in self._owned.items() if source not in own]
+        own = {self._owner(image) for image in images}
+        return [name for name, (owner, _) in self._owned.items() if owner not in own]
 
-    def require_free(self, names: Iterable[str]) -> None:
-        """Raise ValueError that names the outputs that exist and that no earlier run wrote."""
+    def require_free(self, names: Iterable[str], image: str | None = None) -> None:
+        """Raise ValueError that names the outputs that exist and that no earlier run wrote, or not of this image."""
         most = 10
-        unowned = [name for name in dict.fromkeys(names) if _key(name) not in self._owned]
+        free = {key for key, (owner, _) in self._owned.items() if image is None or owner == self._owner(image)}
+        # a link is not what a run wrote, and writing would go through it
+        unowned = [n for n in dict.fromkeys(names) if _key(n) not in free or os.path.islink(self.folder / n)]
         found = [str(self.folder / name) for name in unowned if os.path.lexists(self.folder / name)]
         if found:
             more = f" and {len(found) - most} more" if len(found) > most else ""
             exist, them = ("exists", "it") if len(found) == 1 else ("exist", "them")
+            of = "" if image is None else f" of {image}"
             raise ValueError(
-                f"{', '.join(found[:most])}{more} {exist}, and no run of `faceprior restore` wrote {them}: "
+                f"{', '.join(found[:most])}{more} {exist}, and no run of `faceprior restore`{of} wrote {them}: "
                 f"move {them} away, or give another folder"
             )
 
-    def finished(self, image: str, settings: str, kinds: Iterable[str]) -> dict[str, str] | None:
-        """Return the outputs of an image that was restored by these settings and has not changed since, else None.
+    def finished(self, image: str, settings: str, kinds: Iterable[str] = ()) -> dict[str, Any] | None:
+        """Return the row of an image that was restored by these settings and has not changed since, else None.
 
-        kinds: those that are needed.
+        kinds: the outputs that are needed.
         """
-        row = self._rows.get(self._source(image), {})
+        row = self._rows.get(self._owner(image), {})
         outputs = row.get("outputs", {})
         if row.get("settings") != settings or not set(kinds) <= outputs.keys():
             return None
@@ -227,40 +258,52 @@ class RestoreRecord:
         state = os.stat(image)
         same = row.get("size") == state.st_size
         same = same and (row.get("mtime_ns") == state.st_mtime_ns or row.get("sha256") == _hash(image))
-        return outputs if same else None
+        return row if same else None
 
-    def claim(self, image: str, outputs: Mapping[str, str]) -> None:
-        """Record that these files are going to be written for an image."""
-        row = {"source": self._source(image), "outputs": dict(outputs)}
-        if any(self._owned.get(_key(name), ("", ""))[0] != row["source"] for name in outputs.values()):
+    def claim(self, image: str, base: str, outputs: Mapping[str, str]) -> None:
+        """Record that these files, whose names begin with `base`, are going to be written for an image."""
+        row = self._row(image, base, outputs)
+        if any(self._owned.get(_key(name), (None, ""))[0] != self._owner(image) for name in outputs.values()):
             append_row(self.path, row)
         self._remember(row)
 
-    def finish(self, image: str, outputs: Mapping[str, str], settings: str) -> None:
-        """Remove the older outputs of an image that were not written again; record that the others are whole."""
+    def finish(
+        self, image: str, base: str, outputs: Mapping[str, str], settings: str, faces: Mapping[str, Any] | None = None
+    ) -> None:
+        """Remove the older outputs of an image that were not written again; record that the others are whole.
+
+        faces: what was done with them, for the summary of a later run.
+        """
         state = os.stat(image)
-        row = {"source": self._source(image), "outputs": dict(outputs), "settings": settings}
+        row = self._row(image, base, outputs) | {"settings": settings}
         row |= {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": _hash(image)}
-        if stale := self._stale(row["source"], outputs):
+        row |= {"faces": dict(faces)} if faces else {}
+        if stale := self._stale(self._owner(image), outputs):
             for name in stale:
                 (self.folder / name).unlink(missing_ok=True)
             row["removed"] = stale
         append_row(self.path, row)
         self._remember(row)
 
-    def _stale(self, source: str, outputs: Mapping[str, str]) -> list[str]:
+    def _row(self, image: str, base: str, outputs: Mapping[str, str]) -> dict[str, Any]:
+        row = {"source": self._source(image), "base": base, "outputs": dict(outputs)}
+        return row | ({"only_faces": True} if self.only_faces else {})
+
+    def _stale(self, owner: "_Owner", outputs: Mapping[str, str]) -> list[str]:
         """The files in the folder that earlier runs wrote for the image, without its `outputs`."""
         current = {_key(name) for name in outputs.values()}
-        older = [name for key, (owner, name) in self._owned.items() if owner == source and key not in current]
-        return [name for name in older if not Path(name).is_absolute() and ".." not in Path(name).parts]
+        return [name for key, (other, name) in self._owned.items() if other == owner and key not in current]
 
     def _remember(self, row: dict[str, Any]) -> None:
-        source = row["source"]
-        self._rows[source] = row
+        owner = (row["source"], bool(row.get("only_faces")))
+        self._rows[owner] = row
         for key in map(_key, row.get("removed", ())):
-            if self._owned.get(key, ("", ""))[0] == source:
+            if self._owned.get(key, (None, ""))[0] == owner:
                 del self._owned[key]
-        self._owned.update({_key(name): (source, name) for name in row["outputs"].values()})
+        self._owned.update({_key(name): (owner, name) for name in row["outputs"].values()})
+
+    def _owner(self, image: str) -> "_Owner":
+        return self._source(image), self.only_faces
 
     def _source(self, image: str) -> str:
         """The image relative to the folder, so that both may be moved together."""
@@ -270,8 +313,27 @@ class RestoreRecord:
             return utf8_text(os.path.abspath(image))
 
 
-def _base_of(outputs: Mapping[str, str], suffix: str) -> str:
-    return outputs[RESULT].removesuffix(".png") if RESULT in outputs else outputs[COPY].removesuffix(suffix)
+def _check_row(row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a row that no run wrote, such as one that names a file outside of the folder."""
+    row = {"removed": [], "base": "", "faces": {}, **row}
+    require_keys(row, {"source": str, "outputs": dict, "removed": list, "base": str, "faces": dict})
+    require_keys({"restored": 0, "left": [], **row["faces"]}, {"restored": int, "left": list})
+    if not row["outputs"].keys() & {RESULT, COPY} and not row.get("only_faces"):
+        raise ValueError("`outputs` names neither a result nor a copy")
+    for name in (row["base"], *row["outputs"].values(), *row["removed"]):
+        if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} is no name of a file in the folder")
+
+
+_Owner = tuple[str, bool]  # an image relative to the folder, and whether it is about its faces only
+
+
+def _base_of(row: Mapping[str, Any], suffix: str) -> str:
+    """The base of an image's outputs; rows of faceprior 0.1 do not hold it."""
+    outputs = row["outputs"]
+    if isinstance(row.get("base"), str):
+        return row["base"]
+    return os.path.splitext(outputs[RESULT])[0] if RESULT in outputs else outputs[COPY].removesuffix(suffix)
 
 
 def _hash(path: str | Path) -> str:

@@ -13,7 +13,8 @@ import faceprior
 from faceprior.cli.drawing import copy_best, draw_scores
 from faceprior.cli.inputs import Inputs, find_inputs
 from faceprior.cli.options import (
-    add_common_options,
+    add_detection_options,
+    add_model_options,
     checkpoint_of,
     count,
     device_of,
@@ -35,7 +36,14 @@ HELP = "print the Face Score of every face"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_common_options(parser, SCORER_ID, "image, folder, glob, or `-` for a list on stdin with one path per line")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image, folder, glob, or `-` for a list on stdin with one path per line",
+    )
+    add_model_options(parser, SCORER_ID)
+    add_detection_options(parser)
     parser.add_argument(
         "--batch-size", type=count, default=32, help="number of faces per forward pass (default: %(default)s)"
     )
@@ -139,7 +147,7 @@ def _load_scorer(options: argparse.Namespace) -> "tuple[FaceScorer, ScoreSetting
     from faceprior.detect import resolve_detector
     from faceprior.scorer import ScoreSettings
 
-    checkpoint, device = checkpoint_of(options, "scorer"), device_of(options)
+    checkpoint, device = checkpoint_of(options.checkpoint, "scorer"), device_of(options)
     scorer = load_checkpoint(faceprior.FaceScorer, checkpoint, dtype_of(options)).to(device)
     scorer.score_crops([], options.batch_size, options.prompt)
     detector = resolve_detector(options.detector)

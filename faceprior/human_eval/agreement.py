@@ -1,4 +1,4 @@
-"""The statistics of a human evaluation: from votes to labels, and metrics against labels (Face Score, 4.2, 4.3).
+"""The statistics of a human evaluation: labels from votes, metrics against labels (Face Score, 4.2, 4.3), mean ranks.
 
 Labels are (triplets, models) integers 1..3, 3 for the best. Fractions and accuracies lie in [0, 1].
 """
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from faceprior.tables import Estimate
 
 LABELS = (1, 2, 3)
 
@@ -71,6 +73,14 @@ class MetricStatistics:
     pearson: float | None = None
     models: tuple[ModelSpread, ...] = ()
     note: str = ""
+
+
+@dataclass(frozen=True)
+class MeanRank:
+    """A row of AuthFace's Table 3: the mean rank of a model's images, 1 for the best of three."""
+
+    model: str
+    rank: Estimate
 
 
 def majority_vote(votes: np.ndarray) -> np.ndarray:
@@ -203,3 +213,45 @@ def model_mean(metric: str, model: str, scores: Iterable[float | None]) -> Model
     if not values:
         return ModelMean(metric, model, without=len(scores), note="no image has a score")
     return ModelMean(metric, model, float(np.mean(values)), len(values), len(scores) - len(values))
+
+
+def mean_ranks(votes: np.ndarray, models: Sequence[str], seed: int = 0) -> tuple[MeanRank, ...]:
+    """Return the mean rank of each model (AuthFace, appendix B and Table 3), with the interval of `crossed_estimate`.
+
+    votes: as for `majority_vote`; a triplet that an annotator discarded has no rank of theirs. Equal images share the
+    mean of their places, 1.5 for the two best, so that the mean ranks of three models always add up to 6.
+    """
+    better = (votes[:, :, None, :] > votes[:, :, :, None]).sum(-1)  # (annotators, triplets, models)
+    equal = (votes[:, :, None, :] == votes[:, :, :, None]).sum(-1) - 1
+    ranks = np.where(votes > 0, 1 + better + equal / 2, np.nan)
+    return tuple(MeanRank(m, crossed_estimate(ranks[..., i], seed=seed)) for i, m in enumerate(models))
+
+
+def crossed_estimate(values: np.ndarray, note: str = "", seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Return the mean of people's answers with a 95% interval for other people and other images.
+
+    values: (people, images), NaN where there is no answer. The interval is the percentile bootstrap in which people and
+    images are both drawn with replacement, so that an answer counts as often as its person times its image was drawn
+    (the pigeonhole bootstrap; Owen 2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1). Answers of one
+    person, and about one image, depend on each other: an interval that takes each as a draw of its own is too narrow.
+    This one is on the wide side: up to sqrt(3) times as wide as need be where answers do not depend on each other.
+    Of a single person, or a single image, only the other is drawn, and the note says so.
+    """
+    given = ~np.isnan(values)
+    answers = int(given.sum())
+    if answers == 0:
+        return Estimate(reason="there is no answer", note=note)
+    mean = float(values[given].mean())
+    with_answer = np.ix_(given.any(1), given.any(0))
+    values, given = values[with_answer], given[with_answer]
+    people, images = values.shape
+    if people == images == 1:
+        return Estimate(mean, None, None, answers, "; ".join(filter(None, (note, "no interval from one answer"))))
+    rng = np.random.default_rng(seed)
+    drawn_people, drawn_images = (rng.multinomial(n, [1 / n] * n, resamples) for n in (people, images))
+    sums = ((drawn_people @ np.where(given, values, 0)) * drawn_images).sum(1)  # (resamples,)
+    counts = ((drawn_people @ given) * drawn_images).sum(1)
+    low, high = np.percentile(sums[counts > 0] / counts[counts > 0], [2.5, 97.5])
+    alone = "one person: the interval is for other images only" if people == 1 else ""
+    alone = "one image: the interval is for other people only" if images == 1 else alone
+    return Estimate(mean, float(low), float(high), answers, "; ".join(filter(None, (note, alone))))

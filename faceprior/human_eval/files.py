@@ -1,4 +1,6 @@
-"""The benchmark folder of a human evaluation: its layout, and reading it with checks (Face Score, 4.2 and 8.4).
+"""The folder of a human evaluation: its layout, and reading it with checks (Face Score, 4.2 and 8.4; AuthFace, C).
+
+A benchmark, whose images people rank:
 
     prompts.jsonl            {"id": "0001", "prompt": "a man in a suit"}, one a line; or prompts.csv: id,prompt
     images/MODEL/ID.png      one image per model and prompt, of any image suffix
@@ -16,15 +18,22 @@ An empty score of a metric (null in a .jsonl) stands for an image without a vali
 In an image of several people the most frontal and representative face counts (`detect.representative_face`). What
 `faceprior score --json` prints has no landmarks and no size of the image: there it is the largest one.
 
+A comparison, whose images people judge in pairs, side by side:
+
+    images/METHOD/NAME.png   one image per method and face, matched by name, of any image suffix
+    preferences/RATER.csv    id,first,second,left,preferred: one row for each answer
+
+Preferences: `id` is the name of the face. All rows about two methods name them in one order, as `first` and `second`;
+`left` is the one that was on the left, and `preferred` the better one, or "same".
+
 Nothing is repaired: a file that breaks a rule raises `BenchmarkError` with file, line, rule and way out.
 """
 
 import csv
 import io
 import math
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +48,10 @@ RANKED_MODELS = 3
 PROMPT_COLUMNS = ("id", "prompt")
 
 SCORE_COLUMNS = ("id", "model", "score")
+
+PREFERENCE_COLUMNS = ("id", "first", "second", "left", "preferred")
+
+SAME = "same"  # the answer that neither of two images is better
 
 Key = tuple[str, str]  # prompt id, model
 
@@ -80,6 +93,29 @@ class Scores:
     by: str = ""
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The images of a comparison.
+
+    methods: the first one is compared with each of the others. images: method -> name -> file; all have the same names.
+    """
+
+    folder: Path
+    methods: tuple[str, ...]
+    images: dict[str, dict[str, Path]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a person said about two images of a face. preferred: `first`, `second` or SAME."""
+
+    id: str
+    first: str
+    second: str
+    left: str
+    preferred: str
+
+
 def read_benchmark(folder: str | Path) -> Benchmark:
     """Read the prompts and list the images.
 
@@ -87,13 +123,18 @@ def read_benchmark(folder: str | Path) -> Benchmark:
     """
     folder = Path(folder)
     prompts = _read_prompts(folder)
+    models = _image_folders(folder, "a benchmark holds its images as images/MODEL/PROMPT_ID.png")
+    return Benchmark(folder, prompts, {model.name: _list_images(model, prompts) for model in models})
+
+
+def _image_folders(folder: Path, layout: str) -> list[Path]:
     root = folder / "images"
     if not root.is_dir():
-        raise FileNotFoundError(f"no {root}: a benchmark holds its images as images/MODEL/PROMPT_ID.png")
-    models = sorted((path for path in root.iterdir() if path.is_dir() and _is_visible(path)), key=natural_key)
-    if not models:
-        raise BenchmarkError(f"{root} holds no folder: it needs one per model, with PROMPT_ID.png in it")
-    return Benchmark(folder, prompts, {model.name: _list_images(model, prompts) for model in models})
+        raise FileNotFoundError(f"no {root}: {layout}")
+    folders = sorted((path for path in root.iterdir() if path.is_dir() and _is_visible(path)), key=natural_key)
+    if not folders:
+        raise BenchmarkError(f"{root} holds no folder: {layout}")
+    return folders
 
 
 def _read_prompts(folder: Path) -> dict[str, str]:
@@ -102,6 +143,12 @@ def _read_prompts(folder: Path) -> dict[str, str]:
         raise FileNotFoundError(
             f"no prompts.jsonl or prompts.csv in {folder}: a benchmark needs one of them, rows of `id` and `prompt`"
         )
+    return read_prompt_table(path)
+
+
+def read_prompt_table(path: str | Path) -> dict[str, str]:
+    """Read a .csv or .jsonl file of `id` and `prompt` -> the prompts by id, in the file's order."""
+    path = Path(path)
     rows = (
         _csv_rows(path, PROMPT_COLUMNS)
         if path.suffix == ".csv"
@@ -128,17 +175,17 @@ def is_file_stem(name: str) -> bool:
     return bool(name) and not name.startswith(".") and name.isprintable() and not any(c in name for c in "/\\")
 
 
-def _list_images(folder: Path, prompts: dict[str, str]) -> dict[str, Path]:
+def _list_images(folder: Path, prompts: dict[str, str] | None = None) -> dict[str, Path]:
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir(), key=natural_key):
         if not _is_visible(path) or path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
-        if path.stem not in prompts:
+        if prompts is not None and path.stem not in prompts:
             raise BenchmarkError(
                 f"{path}: no prompt has the id {path.stem!r}: add it to the prompts or remove the image"
             )
         if path.stem in images:
-            raise BenchmarkError(f"{path}: {images[path.stem].name} is an image of this prompt already: remove one")
+            raise BenchmarkError(f"{path}: {images[path.stem].name} is an image of this name already: remove one")
         images[path.stem] = path
     return images
 
@@ -183,13 +230,8 @@ def read_ranking(path: str | Path, benchmark: Benchmark, complete: bool = True) 
 
 def write_ranking(path: str | Path, ranking: dict[Key, int | None]) -> None:
     """Write one annotator's file, as `read_ranking` returns it; after a crash it is whole, new or old."""
-    text = io.StringIO()
     rows = ([name, model, "" if score is None else score] for (name, model), score in ranking.items())
-    csv.writer(text, lineterminator="\n").writerows([SCORE_COLUMNS, *rows])
-    with atomic_write(path, "w") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
+    _write_csv(path, SCORE_COLUMNS, rows)
 
 
 def _check_triplet(path: Path, name: str, models: list[str], cells: dict[Key, tuple[int, int | None]]) -> None:
@@ -226,6 +268,98 @@ def _ranked_models(rankings: dict[Path, dict[Key, int | None]]) -> set[str]:
                 " all annotators have to rank the same models"
             )
     return models[first]
+
+
+def read_comparison(folder: str | Path, methods: tuple[str, ...] = ()) -> Comparison:
+    """List the images of a comparison.
+
+    methods: two at least, the first to compare with each of the others; by default all, in natural order. Raises
+    FileNotFoundError without images/, BenchmarkError for a broken rule: an image that one of the methods lacks, too.
+    """
+    folder = Path(folder)
+    folders = _image_folders(folder, "a comparison holds its images as images/METHOD/NAME.png")
+    found = {path.name: path for path in folders}
+    methods = methods or tuple(found)
+    if len(methods) < 2 or len(set(methods)) < len(methods) or not set(methods) <= found.keys() or SAME in methods:
+        raise BenchmarkError(
+            f"the methods to compare have to be two or more of {', '.join(found)}, each once and none called {SAME!r},"
+            f" but are {', '.join(methods)}: name them with --methods, the first to compare with each of the others"
+        )
+    images = {method: _list_images(found[method]) for method in methods}
+    names = {name for own in images.values() for name in own}
+    if not names:
+        raise BenchmarkError(f"{folder / 'images'}: the folders of {', '.join(methods)} hold no image: add some")
+    for method, own in images.items():
+        for name in sorted(names - own.keys(), key=natural_key):
+            raise BenchmarkError(f"{found[method]}: no image {name}.*, which another method has: add it or remove that")
+    return Comparison(folder, methods, images)
+
+
+def read_preferences(folder: str | Path, methods: tuple[str, ...] = ()) -> dict[str, list[Answer]]:
+    """Read every person's answers about the images of a folder: RATER -> answers, in their order.
+
+    methods: of a comparison, whose first one is then compared with the others here, too.
+
+    Raises FileNotFoundError where there are none, BenchmarkError for a broken rule.
+    """
+    files = list(_files(Path(folder) / "preferences", (".csv",)))
+    if not files:
+        raise FileNotFoundError(
+            f"no answers in {Path(folder) / 'preferences'}: `python -m faceprior.human_eval compare {folder}` asks for"
+            f" them, or write each person's to RATER.csv, with the columns {','.join(PREFERENCE_COLUMNS)}"
+        )
+    answers = {path.stem: read_answers(path) for path in files}
+    if not any(answers.values()):
+        raise BenchmarkError(
+            f"{files[0].parent} holds no answer: `python -m faceprior.human_eval compare {folder}` asks"
+        )
+    orders = {(methods[0], other) for other in methods[1:]}
+    orders |= {(answer.first, answer.second) for own in answers.values() for answer in own}
+    for first, second in sorted(orders):
+        if (second, first) in orders:
+            raise BenchmarkError(
+                f"{files[0].parent}: {first} is compared with {second}, and {second} with {first}: swap `first` and"
+                " `second` in some rows, or name the methods in the other order with --methods"
+            )
+    return answers
+
+
+def read_answers(path: str | Path) -> list[Answer]:
+    """Read one person's file of PREFERENCE_COLUMNS."""
+    path = Path(path)
+    answers: dict[tuple[str, frozenset[str]], int] = {}
+    found = []
+    for line, row in _csv_rows(path, PREFERENCE_COLUMNS):
+        answer = Answer(**row)
+        methods = {answer.first, answer.second}
+        if not all(row.values()) or len(methods) < 2 or SAME in methods:
+            raise BenchmarkError(
+                f"{path}:{line}: a row names a face and two methods, none called {SAME!r}, but is"
+                f" {','.join(row.values())}: fix it"
+            )
+        if answer.left not in methods or answer.preferred not in methods | {SAME}:
+            raise BenchmarkError(
+                f"{path}:{line}: `left` has to be {answer.first} or {answer.second}, `preferred` one of them or {SAME},"
+                f" but they are {answer.left!r} and {answer.preferred!r}: fix the row"
+            )
+        key = answer.id, frozenset(methods)
+        if key in answers:
+            raise BenchmarkError(f"{path}:{line}: the same question is answered in line {answers[key]}: remove one")
+        answers[key] = line
+        found.append(answer)
+    return found
+
+
+def write_answers(path: str | Path, answers: list[Answer]) -> None:
+    """Write one person's file, as `read_answers` returns it; after a crash it is whole, new or old."""
+    _write_csv(path, PREFERENCE_COLUMNS, (astuple(answer) for answer in answers))
+
+
+def _write_csv(path: str | Path, columns: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    with atomic_write(path, "w") as file:
+        file.write(text.getvalue())
 
 
 def read_scores(benchmark: Benchmark) -> dict[str, Scores]:

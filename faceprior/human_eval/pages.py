@@ -1,29 +1,20 @@
-"""The local page (Gradio, the extra `pages`): people rank the faces of a benchmark (Face Score, 4.2 and 8.4).
+"""What the local pages share (Gradio, the extra `pages`): the entry by name, pictures to magnify, keys, the server.
 
     pip install "faceprior[pages]"
-    python -m faceprior.human_eval rank FOLDER           # then open the address that it prints
 
-The page runs on this machine only and needs no network. It shows a prompt and its three images in an order that does
-not reveal the models. Every answer is in FOLDER/rankings/NAME.csv before the next triplet is shown; the same name
-resumes. `python -m faceprior.human_eval tables FOLDER` makes the tables of the answers.
+A page runs on this machine only and needs no network. Every answer is on the disk before the next question is shown, so
+a page can be closed or killed at any time. A button with the id `key-x` is pressed by the key x.
 """
 
 import functools
 import logging
-import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from faceprior.human_eval.files import (
-    RANKED_MODELS,
-    Benchmark,
-    BenchmarkError,
-    is_file_stem,
-    read_ranking,
-    write_ranking,
-)
+from faceprior.human_eval.files import BenchmarkError, is_file_stem
 from faceprior.images import ImageError, load_image
 
 if TYPE_CHECKING:
@@ -31,109 +22,135 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_warn_once = functools.cache(logger.warning)  # a triplet is loaded again for every annotator and visit
+_warn_once = functools.cache(logger.warning)  # a question is loaded again for every person and visit
 
-PLACES = ("1", "2", "3")  # of the images, from left to right
+# one after the other, so that an answer is on the disk before the next question is shown
+EVENTS = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "answers"}
 
-VIEW = 5 + len(PLACES)  # parts of the page that a triplet fills
+BLOCKS = {"analytics_enabled": False, "fill_width": True, "delete_cache": (600, 3600)}
 
-RULES = """
-- Look at the **faces** only. Whether the image fits the prompt, its composition and its beauty do not count.
-- A **plausible** face comes first, a beautiful one second.
-- In an image of several people, compare the most frontal and representative face.
-- Where only some images lack a face, those are the worst. Where **no image** has a valid face, discard the triplet.
-"""
-
-KEYS = """
-**1** **2** **3** the best image first, then the next, then the worst. **=** before an image: as good as the last.
-**0** no image has a valid face. **Backspace** takes back: the last key, or the last triplet.
-"""
-
+# Keys press buttons. Each event is sent when the one before has arrived, since quick keys may change places on the way.
+# The pointer on any picture is the place that all of them magnify, so that faces can be compared.
 _SCRIPT = """<script>
 document.addEventListener("keydown", (event) => {
-  const names = { 1: "place-1", 2: "place-2", 3: "place-3", "=": "tie", 0: "discard", Backspace: "undo" };
-  const button = document.getElementById(names[event.key]);
-  const typing = event.target.matches("input, textarea");
-  if (!button || typing || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  if (event.target.matches("input, textarea")) {
+    if (key === "Escape") event.target.blur();
+    return;
+  }
+  const button = document.getElementById("key-" + key);
+  if (!button || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
   button.click();
 });
+const send = window.fetch;
+let sent = Promise.resolve();
+window.fetch = (address, options) => {
+  if (!String(address).includes("/queue/join")) return send(address, options);
+  const answer = sent.then(() => send(address, options));
+  sent = answer.catch(() => {});
+  return answer;
+};
+const point = (event) => {
+  const picture = event.target.closest && event.target.closest(".picture");
+  if (!picture) return;
+  const box = picture.getBoundingClientRect();
+  document.body.style.setProperty("--x", 100 * (event.clientX - box.left) / box.width + "%");
+  document.body.style.setProperty("--y", 100 * (event.clientY - box.top) / box.height + "%");
+};
+document.addEventListener("pointermove", point);
+document.addEventListener("pointerdown", point);
 </script>"""
 
 _STYLE = """
+.picture { overflow: hidden; }
 .picture img { width: 100%; height: 58vh; object-fit: contain; }
+.large.picture img { height: 76vh; }
+body.magnified .picture img {
+  transform: scale(3); transform-origin: var(--x, 50%) var(--y, 50%); image-rendering: pixelated;
+}
 #order { text-align: center; }
 #progress { text-align: right; }
+@media (max-width: 640px) { .picture img, .large.picture img { height: 38vh; } #progress { text-align: left; } }
 """
 
 
-class Progress(NamedTuple):
-    """Numbers of triplets: answered ones, the discarded ones among them, and all."""
+class Entry(NamedTuple):
+    """The parts of the page on which a person gives a name: all of it, the name, the button, what is wrong."""
 
-    answered: int
-    discarded: int
-    total: int
+    column: "gradio.Column"
+    name: "gradio.Textbox"
+    begin: "gradio.Button"
+    problem: "gradio.Markdown"
 
+    def start(self, function: Callable[[str], list[Any]], outputs: Sequence[Any]) -> None:
+        """Call a function of the name; it returns the updates of column, problem and `outputs`."""
+        import gradio as gr
 
-class Ranking:
-    """One annotator's ranking of a benchmark. All of its state is the annotator's file, read again for every answer.
-
-    models: which three to rank, needed where the benchmark has more; an annotator's file keeps its own.
-    Raises BenchmarkError for a file, a name or models that break a rule.
-    """
-
-    def __init__(self, benchmark: Benchmark, annotator: str, models: tuple[str, ...] = ()):
-        if not is_file_stem(annotator):
-            raise BenchmarkError(
-                f"the name {annotator!r} cannot be the name of a file: it must not be empty, begin with a dot or hold a"
-                " slash; give another"
-            )
-        self.benchmark, self.annotator = benchmark, annotator
-        self.path = self.benchmark.folder / "rankings" / f"{annotator}.csv"
-        self.models = _ranked_models(self.benchmark.images, {model for _, model in self._read()} | set(models))
-        for model in self.models:
-            for name in self.benchmark.prompts.keys() - self.benchmark.images[model].keys():
-                image = self.benchmark.folder / "images" / model / f"{name}.png"
-                raise BenchmarkError(f"no image of {model} for the prompt {name!r}: add {image}, or remove the prompt")
-
-    def _read(self) -> dict[tuple[str, str], int | None]:
-        return read_ranking(self.path, self.benchmark, complete=False) if self.path.is_file() else {}
-
-    def current(self) -> str | None:
-        """Return the id of the first prompt without an answer; None when all are answered."""
-        answered = {name for name, _ in self._read()}
-        return next((name for name in self.benchmark.prompts if name not in answered), None)
-
-    def progress(self) -> Progress:
-        scores = {name: score for (name, _), score in self._read().items()}
-        return Progress(len(scores), sum(score is None for score in scores.values()), len(self.benchmark.prompts))
-
-    def shown(self, name: str) -> list[str]:
-        """Return the models in the order of their places: shuffled, always alike for a prompt and an annotator."""
-        models = list(self.models)
-        random.Random(f"{self.annotator}/{name}").shuffle(models)
-        return models
-
-    def images(self, name: str) -> list[Image.Image | None]:
-        """Return the images of a prompt by their places; None, and a warning in the log, where one cannot be read."""
-        return [_load_or_warn(self.benchmark.images[model][name]) for model in self.shown(name)]
-
-    def answer(self, name: str, scores: list[int] | None) -> None:
-        """Write the scores of a prompt's images by their places, or None to discard the triplet."""
-        ranking = self._read()
-        places = dict(zip(self.shown(name), scores or [None] * RANKED_MODELS, strict=True))
-        ranking |= {(name, model): places[model] for model in self.models}
-        write_ranking(self.path, ranking)
-
-    def undo(self) -> None:
-        """Take back the last answer, if there is one."""
-        ranking = self._read()
-        if ranking:
-            last = [*ranking][-1][0]
-            write_ranking(self.path, {key: score for key, score in ranking.items() if key[0] != last})
+        outputs = [self.column, self.problem, *outputs]
+        gr.on([self.begin.click, self.name.submit], function, self.name, outputs, **EVENTS)
 
 
-def _load_or_warn(file: Path) -> Image.Image | None:
+def make_entry(title: str, rules: str) -> Entry:
+    import gradio as gr
+
+    with gr.Column() as column:
+        gr.Markdown(f"# {title}\n{rules}")
+        name = gr.Textbox(label="Your name (the same name resumes)", max_length=80, elem_id="annotator")
+        begin = gr.Button("Start", variant="primary", elem_id="start")
+        problem = gr.Markdown(elem_id="problem")
+    return Entry(column, name, begin, problem)
+
+
+def enter(begin: Callable[[], list[Any]], outputs: int) -> list[Any]:
+    """Return the updates of an entry and of its `outputs` from `begin()`; or what is wrong, should it raise."""
+    import gradio as gr
+
+    try:
+        return [gr.update(visible=False), "", *begin()]
+    except (ValueError, OSError) as error:
+        return [gr.skip(), str(error), *[gr.skip()] * outputs]
+
+
+def require_name(name: str) -> str:
+    """Return a person's name without spaces around it; BenchmarkError if no file can have it."""
+    if not is_file_stem(name.strip()):
+        raise BenchmarkError(
+            f"the name {name!r} cannot be the name of a file: it must not be empty, begin with a dot or hold a slash;"
+            " give another"
+        )
+    return name.strip()
+
+
+def make_picture(name: str, large: bool = False) -> "gradio.Image":
+    import gradio as gr
+
+    return gr.Image(
+        format="png",  # the default compresses the image
+        show_label=False,
+        buttons=["fullscreen"],
+        interactive=False,
+        elem_classes=["picture", "large"] if large else "picture",
+        elem_id=f"picture-{name}",
+    )
+
+
+def make_key(key: str, text: str, **options: Any) -> "gradio.Button":
+    """Return a button that a key presses; key: as in the browser's `event.key`, a letter in lower case."""
+    import gradio as gr
+
+    return gr.Button(text, elem_id=f"key-{key}", min_width=90, size="md", **options)
+
+
+def make_magnifier() -> "gradio.Button":
+    """Return the button that magnifies all pictures three times, at the place of the pointer, pixel by pixel."""
+    button = make_key("z", "Z magnify")
+    button.click(None, js="() => { document.body.classList.toggle('magnified'); }")
+    return button
+
+
+def load_or_warn(file: Path) -> Image.Image | None:
+    """Return an image; None, and one warning in the log, where it cannot be read."""
     try:
         return load_image(file)
     except (ImageError, OSError) as error:
@@ -141,147 +158,17 @@ def _load_or_warn(file: Path) -> Image.Image | None:
         return None
 
 
-def _ranked_models(images: dict[str, Any], wanted: set[str]) -> tuple[str, ...]:
-    models = tuple(model for model in images if model in (wanted or images))
-    if len(models) != RANKED_MODELS or wanted - images.keys():
-        raise BenchmarkError(
-            f"a triplet has {RANKED_MODELS} models, but these are {', '.join(sorted(wanted or images))}: name three of"
-            f" {', '.join(images)} with --models"
-        )
-    return models
-
-
-def press(order: str, key: str) -> str:
-    """Return the order so far, such as "2>1", after a key: a place ("3" -> "2>1>3"), or "=" ("=", "3" -> "2>1=3")."""
-    if key == "=":
-        return order if not order or order.endswith("=") else order + "="
-    if key in order:
-        return order
-    return order + key if not order or order.endswith("=") else f"{order}>{key}"
-
-
-def take_back(order: str) -> str:
-    """Return the order before its last key."""
-    return order[:-1] if "=" in order[-2:] else order[:-2]
-
-
-def is_whole(order: str) -> bool:
-    return all(place in order for place in PLACES)
-
-
-def order_scores(order: str) -> list[int]:
-    """Return the score of each place, 3 minus the number of better ones: "2>1=3" -> [2, 3, 2]."""
-    groups = [group.split("=") for group in order.split(">")]
-    better = {place: sum(map(len, groups[:i])) for i, group in enumerate(groups) for place in group}
-    return [RANKED_MODELS - better[place] for place in PLACES]
-
-
-def rank_page(benchmark: Benchmark, models: tuple[str, ...] = ()) -> "gradio.Blocks":
-    """Return the page on which people rank; `launch` serves it. models: as for `Ranking`."""
-    import gradio as gr
-
-    with gr.Blocks(title="Rank faces", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
-        annotator, order = gr.State(), gr.State()
-        with gr.Column() as entry:
-            gr.Markdown("# Rank faces\n" + RULES)
-            own_name = gr.Textbox(label="Your name (the same name resumes)", max_length=80, elem_id="annotator")
-            begin = gr.Button("Start", variant="primary", elem_id="start")
-            problem = gr.Markdown(elem_id="problem")
-        with gr.Column(visible=False) as desk:
-            with gr.Row():
-                prompt, progress = gr.Markdown(elem_id="prompt"), gr.Markdown(elem_id="progress")
-            name = gr.Textbox(visible="hidden", elem_id="shown")
-            with gr.Row():
-                images, buttons = zip(*(_place(place) for place in PLACES), strict=True)
-            line = gr.Markdown(elem_id="order")
-            with gr.Row():
-                tie = gr.Button("= as good as the last", elem_id="tie")
-                discard = gr.Button("0 no valid face", elem_id="discard")
-                undo = gr.Button("⌫ take back", elem_id="undo")
-            gr.Markdown(KEYS + RULES)
-
-        view = [name, order, line, prompt, progress, *images]
-        # one after the other, so that an answer is on the disk before the next triplet is shown
-        options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "answers"}
-        start = functools.partial(_start, benchmark, models)
-        gr.on([begin.click, own_name.submit], start, own_name, [entry, desk, problem, annotator, *view], **options)
-        keys = dict(zip(PLACES, buttons, strict=True)) | {"=": tie, "discard": discard, "undo": undo}
-        for key, button in keys.items():
-            act = functools.partial(_act, benchmark, models, key)
-            button.click(act, [annotator, name, order], view, trigger_mode="multiple", **options)
-    return page
-
-
-def _place(place: str) -> "tuple[gradio.Image, gradio.Button]":
-    import gradio as gr
-
-    with gr.Column(min_width=200):
-        image = gr.Image(
-            format="png",  # the default compresses the image
-            show_label=False,
-            buttons=["fullscreen"],
-            interactive=False,
-            elem_classes="picture",
-            elem_id=f"picture-{place}",
-        )
-        return image, gr.Button(place, elem_id=f"place-{place}")
-
-
-def _start(benchmark: Benchmark, models: tuple[str, ...], annotator: str) -> list[Any]:
-    """Return the updates from the entry to the desk, or what is wrong with the name."""
-    import gradio as gr
-
-    try:
-        ranking = Ranking(benchmark, annotator.strip(), models)
-        return [gr.update(visible=False), gr.update(visible=True), "", ranking.annotator, *_triplet(ranking)]
-    except (ValueError, OSError) as error:
-        return [gr.skip(), gr.skip(), str(error), *[gr.skip()] * (1 + VIEW)]
-
-
-def _act(benchmark: Benchmark, models: tuple[str, ...], key: str, annotator: str, name: str, order: str) -> list[Any]:
-    """Return what a key does to the triplet `name` that was on the page when it was pressed."""
-    import gradio as gr
-
-    ranking = Ranking(benchmark, annotator, models)
-    if (ranking.current() or "") != name:  # an extra key, or answered in another window
-        return _triplet(ranking)
-    if key == "undo" and not order:
-        ranking.undo()
-    elif not name:
-        return [gr.skip()] * VIEW
-    elif key == "discard":
-        ranking.answer(name, None)
-    else:
-        order = take_back(order) if key == "undo" else press(order, key)
-        if not is_whole(order):
-            return [gr.skip(), order, _order_line(order), *[gr.skip()] * (VIEW - 3)]
-        ranking.answer(name, order_scores(order))
-    return _triplet(ranking)
-
-
-def _triplet(ranking: Ranking) -> list[Any]:
-    """Return the next triplet, as the VIEW parts of the page: its id, order, line, prompt, progress, images."""
-    name, done = ranking.current(), ranking.progress()
-    progress = f"{done.answered} of {done.total} ranked"
-    if done.discarded:
-        progress += f", {done.discarded} of them discarded"
-    if name is None:
-        thanks = f"### All triplets are ranked. Thank you!\n\nThe answers are in `{ranking.path}`."
-        return ["", "", _order_line(""), thanks, progress, *[None] * len(PLACES)]
-    prompt, images = f"### {ranking.benchmark.prompts[name]}", ranking.images(name)
-    if empty := [place for place, image in zip(PLACES, images, strict=True) if image is None]:
-        prompt += f"\n\nCannot be read: image {', '.join(empty)}. Rank it last, or discard the triplet."
-    return [name, "", _order_line(""), prompt, progress, *images]
-
-
-def _order_line(order: str) -> str:
-    return f"## {' '.join(order).replace('>', '&gt;')}" if order else "## &nbsp;"
-
-
-def launch(page: "gradio.Blocks", port: int | None = None, block: bool = True) -> str:
+def launch(
+    page: "gradio.Blocks",
+    port: int | None = None,
+    block: bool = True,
+    task: str = "Rank faces",
+    files: Sequence[Path] = (),
+) -> str:
     """Serve a page on this machine only, without a network; returns its address.
 
-    port: the first free one from 7860 on if None. block: until Ctrl-C.
+    port: the first free one from 7860 on if None. block: until Ctrl-C. task: what the printed line says that people do.
+    files: folders whose files the page may show by their path.
     """
     import gradio as gr
 
@@ -298,8 +185,9 @@ def launch(page: "gradio.Blocks", port: int | None = None, block: bool = True) -
         theme=gr.themes.Default(**fonts),
         css=_STYLE,
         head=_SCRIPT,
+        allowed_paths=[str(folder.resolve()) for folder in files],
     )
     if block:
-        print(f"Rank faces at {address} (Ctrl-C ends it; every answer is on the disk already)", flush=True)
+        print(f"{task} at {address} (Ctrl-C ends it; every answer is on the disk already)", flush=True)
         page.block_thread()
     return address

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from faceprior.detect import Detector, Face, detect_faces, representative_face
+from faceprior.evaluation.judges import Metric, Score, Weights, available_metrics
 from faceprior.human_eval.files import Benchmark, BenchmarkError
-from faceprior.human_eval.metrics import Metric, Score, Weights, available_metrics
 from faceprior.images import ImageError, load_image
 from faceprior.jsonl import append_row, read_rows, resume_rows
 

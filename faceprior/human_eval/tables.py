@@ -1,4 +1,5 @@
-"""Tables 1 to 4 of Face Score (arXiv 2406.17100, 4.2 and 4.3) for a benchmark folder that people ranked.
+"""Tables 1 to 4 of Face Score (arXiv 2406.17100, 4.2 and 4.3) for a benchmark folder that people ranked, and the mean
+ranks of AuthFace's Table 3 (arXiv 2410.09864).
 
 People order the images that three models drew for each prompt; their votes become one label per image, and every metric
 is asked how often it orders two images of a triplet as the labels do. Fractions and accuracies lie in [0, 1]; the
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from faceprior.evaluation.tables import published_rows
 from faceprior.files import atomic_write
 from faceprior.human_eval.agreement import (
     LABELS,
     RESAMPLES,
+    MeanRank,
     MetricAccuracy,
     MetricStatistics,
     ModelMean,
@@ -25,6 +28,7 @@ from faceprior.human_eval.agreement import (
     ScoreFractions,
     agreement,
     majority_vote,
+    mean_ranks,
     metric_accuracy,
     metric_statistics,
     model_mean,
@@ -32,7 +36,7 @@ from faceprior.human_eval.agreement import (
     win_rates,
 )
 from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
-from faceprior.tables import EMPTY, markdown_table, number_text
+from faceprior.tables import EMPTY, Estimate, interval_text, markdown_table, number_text
 
 # The paper's metrics in its order, then others of today. LocalX is X on the face with the prompt "A face" (4.3).
 METRICS = {
@@ -68,6 +72,7 @@ class Tables:
     table_2: tuple[MetricAccuracy, ...]
     table_3: tuple[ModelMean, ...]
     table_4: tuple[MetricStatistics, ...]
+    mean_ranks: tuple[MeanRank, ...]
     win_rates: tuple[tuple[float, ...], ...]
     missing: tuple[str, ...]
 
@@ -84,34 +89,35 @@ class Published:
     table_4: tuple[MetricStatistics, ...]
 
 
-def _published_spread(metric: str, pearson: float, *spreads: tuple[float, float]) -> MetricStatistics:
-    models = ("SD1.5", "RV5.1", "SDXL")
-    return MetricStatistics(
-        metric, pearson, tuple(ModelSpread(m, *spread) for m, spread in zip(models, spreads, strict=True))
+def _read_published() -> Published:
+    one, two, three, four = (published_rows(f"face_score_table{number}")["rows"] for number in (1, 2, 3, 4))
+    values = {row["method"]: row["values"] for row in four}
+    models = [row["method"] for row in one]
+    return Published(
+        source="Face Score, arXiv 2406.17100, 4.2 and Tables 1 to 4",
+        agreement=0.933,
+        table_1=tuple(ScoreFractions(row["method"], *row["values"].values()) for row in one),
+        table_2=tuple(MetricAccuracy(row["method"], row["values"]["accuracy"]) for row in two),
+        table_3=tuple(ModelMean("FS", row["method"], row["values"]["face_score"]) for row in three),
+        table_4=tuple(
+            MetricStatistics(
+                metric,
+                own["pearson"],
+                tuple(ModelSpread(model, own[f"median_{model}"], own[f"std_{model}"]) for model in models),
+            )
+            for metric, own in values.items()
+        ),
     )
 
 
-_ACCURACIES = {"Random guess": 0.5, "IR": 0.6087, "ASP": 0.6881, "FQA": 0.7022, "LocalIR": 0.7127}
+PUBLISHED = _read_published()
 
-_ACCURACIES |= {"HPS": 0.7470, "LocalHPS": 0.7531, "FS": 0.8031}
 
-_MEANS = {"Dalle3": 3.45, "MJ": 3.51, "Real": 3.54, "PixArt-α": 3.94, "SC": 3.98, "PGV2.5": 4.40}
-
-PUBLISHED = Published(
-    source="Face Score, arXiv 2406.17100, 4.2 and Tables 1 to 4",
-    agreement=0.933,
-    table_1=(
-        ScoreFractions("SD1.5", 0.7620, 0.1865, 0.0515, 1.2895),
-        ScoreFractions("RV5.1", 0.1222, 0.3720, 0.5058, 2.3836),
-        ScoreFractions("SDXL", 0.1158, 0.4416, 0.4426, 2.3268),
-    ),
-    table_2=tuple(MetricAccuracy(metric, accuracy) for metric, accuracy in _ACCURACIES.items()),
-    table_3=tuple(ModelMean("FS", model, mean) for model, mean in _MEANS.items()),
-    table_4=(
-        _published_spread("FQA", 0.4626, (0.1600, 0.2173), (0.2980, 0.2864), (0.3723, 0.3206)),
-        _published_spread("LocalHPS", 0.5715, (0.4206, 0.1441), (0.4591, 0.1625), (0.3877, 0.1448)),
-        _published_spread("FS", 0.6759, (0.5673, 0.2575), (0.7993, 0.2557), (0.7775, 0.1994)),
-    ),
+# 20 people, 10 prompts
+PUBLISHED_RANKS = (
+    MeanRank("SDXL", Estimate(2.53)),
+    MeanRank("SDXL tuned with semantic tags", Estimate(2.17)),
+    MeanRank("SDXL tuned with photographic tags, too", Estimate(1.33)),
 )
 
 
@@ -148,6 +154,7 @@ def tables(folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None 
         table_2=tuple(row.accuracy for row in rows),
         table_3=tuple(mean for row in rows for mean in row.means),
         table_4=tuple(row.statistics for row in rows),
+        mean_ranks=mean_ranks(rankings.votes, rankings.models, seed),
         win_rates=tuple(tuple(map(float, row)) for row in win_rates(human.labels)),
         missing=tuple(name for name in METRICS if name not in scores),
     )
@@ -199,19 +206,38 @@ def _count_ties(labels: np.ndarray) -> int:
     return sum(int((first == second).sum()) for first, second in pairs)
 
 
+def alignment_estimates(
+    folder: str | Path, seed: int = 0, reasons: Mapping[str, str] | None = None
+) -> dict[str, Estimate]:
+    """Return every metric's accuracy of Table 2 by its name, in [0, 1]; n: pairs; the arguments are those of `tables`.
+
+    A metric that was not measured has an estimate without a value, with the reason.
+    """
+    rows = tables(folder, seed, reasons).table_2
+    return {row.metric: _accuracy_estimate(row) for row in rows}
+
+
+def _accuracy_estimate(row: MetricAccuracy) -> Estimate:
+    if row.accuracy is None:
+        return Estimate(reason=row.note)
+    left_out = f"{row.left_out} pairs without a score" if row.left_out else ""
+    return Estimate(row.accuracy, row.low, row.high, row.pairs, "; ".join(filter(None, (row.note, left_out))))
+
+
 def write_tables(
     folder: str | Path, output: str | Path | None = None, seed: int = 0, reasons: Mapping[str, str] | None = None
 ) -> Tables:
     """Make the tables of a folder and write them to tables.md and tables.json in `output`, by default the folder.
 
-    seed, reasons: as for `tables`. The JSON holds {"measured": Tables, "paper": Published}.
+    seed, reasons: as for `tables`. The JSON holds {"measured": Tables, "paper": Published and the mean ranks}.
     """
     result = tables(folder, seed, reasons)
     output = Path(folder if output is None else output)
     with atomic_write(output / "tables.md", "w") as file:
         file.write(to_markdown(result))
     with atomic_write(output / "tables.json", "w") as file:
-        content = {"measured": asdict(result), "paper": asdict(PUBLISHED)}
+        paper = asdict(PUBLISHED) | {"mean_ranks": list(map(asdict, PUBLISHED_RANKS))}
+        content = {"measured": asdict(result), "paper": paper}
         json.dump(content, file, indent=1, allow_nan=False, ensure_ascii=False)
     return result
 
@@ -224,6 +250,7 @@ def to_markdown(result: Tables) -> str:
         _section("Table 2: pairs that a metric orders as people do", _accuracy_table(result)),
         _section("Table 3: mean score per model", _means_table(result)),
         _section("Table 4: correlation with people, and spread of the normalised scores", _statistics_table(result)),
+        _section("Mean rank: 1 for the best of three (AuthFace, arXiv 2410.09864, Table 3)", _ranks_table(result)),
         _section("Win rates: how often the row is better than the column, ties counted half", _wins_table(result)),
     )
     return "\n".join(sections)
@@ -243,7 +270,8 @@ LocalX is X on the face with the prompt "A face".
 - triplets: {result.triplets} ranked, {len(result.discarded)} discarded{discarded}
 - agreement (labels that more than three fifths of the annotators gave): {agreed}
 - pairs that people did not order: {result.human_ties}, not counted in Table 2; a metric's own ties count half there
-- intervals: 95%, bootstrap over triplets, {RESAMPLES} resamples
+- intervals: 95%, bootstrap over triplets, those of mean ranks over triplets and annotators, {RESAMPLES} resamples
+- mean ranks: of every annotator's own answers; equal images share the mean of their places
 - "without": images or pairs without a score, which are not counted; compare metrics that lack the same ones
 """
 
@@ -292,6 +320,17 @@ def _statistics_table(result: Tables) -> str:
         for source, row in _beside(result, result.table_4, PUBLISHED.table_4)
         for spread in row.models or (ModelSpread("-", None, None),)
     ]
+    return markdown_table(header, rows)
+
+
+def _ranks_table(result: Tables) -> str:
+    header = ["model", "mean rank", "95% interval", "answers", "source", "note"]
+    rows = []
+    for source, row in _beside(result, result.mean_ranks, PUBLISHED_RANKS):
+        rank = row.rank
+        answers = str(rank.n) if source == "measured" else EMPTY
+        interval = interval_text(rank.low, rank.high, ".2f")
+        rows.append([row.model, number_text(rank.value, ".2f"), interval, answers, source, rank.note])
     return markdown_table(header, rows)
 
 

@@ -13,17 +13,19 @@ together. No data, no network, no global state: a seed gives the same bytes on e
 size.
 """
 
-from faceprior.procedural.folders import contact_sheet, draw_folder, draw_scenes, save_captioned
+from faceprior.procedural.flaws import FLAWS, Spoil
+from faceprior.procedural.folders import draw_folder, draw_scenes, save_captioned
 from faceprior.procedural.portraits import Drawing, draw_portrait
 from faceprior.procedural.scenes import Scene, draw_scene
 
 __all__ = [
+    "FLAWS",
     "TEST_SEEDS",
     "TRAIN_SEEDS",
     "VALIDATION_SEEDS",
     "Drawing",
     "Scene",
-    "contact_sheet",
+    "Spoil",
     "draw_folder",
     "draw_portrait",
     "draw_scene",

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from faceprior.images import save_image
-from faceprior.procedural import contact_sheet, draw_portrait
+from faceprior.images import contact_sheet, save_image
+from faceprior.procedural import draw_portrait
 
 
 def parse_seeds(text: str) -> range:

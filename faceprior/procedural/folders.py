@@ -1,4 +1,4 @@
-"""Drawings in files: folders of images with captions, and contact sheets."""
+"""Drawings in files: folders of images with captions."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from faceprior.images import save_image
-from faceprior.procedural.portraits import draw_portrait
+from faceprior.procedural.portraits import Drawing, draw_portrait
 from faceprior.procedural.scenes import draw_scene
 
 
@@ -15,12 +15,12 @@ def draw_folder(
     folder: str | Path,
     seeds: Iterable[int],
     size: int = 256,
-    change: Callable[[np.ndarray, int], tuple[np.ndarray, str]] | None = None,
+    change: Callable[[Drawing, int], tuple[np.ndarray, str]] | None = None,
 ) -> list[Path]:
     """Draw one portrait per seed into `folder`, each a PNG with its caption in a .txt beside it; return their paths.
 
-    change: alters an image, (image, seed) -> (image, a word for the file's name). Images that exist already are kept,
-    so that the same call resumes after an interruption.
+    change: alters a portrait, (drawing, seed) -> (image, a word for the file's name), as `Spoil` does. Images that
+    exist already are kept, so that the same call resumes after an interruption.
     """
     folder, paths = Path(folder), []
     for seed in tqdm(list(seeds), desc="drawing", unit="portrait"):
@@ -31,7 +31,7 @@ def draw_folder(
 
 def _draw_file(folder: Path, seed: int, size: int, change: Callable | None) -> Path:
     drawing = draw_portrait(seed, size)
-    image, word = change(drawing.image, seed) if change else (drawing.image, "")
+    image, word = change(drawing, seed) if change else (drawing.image, "")
     path = folder / f"portrait_{seed:05d}{'_' * bool(word)}{word}.png"
     return save_captioned(image, drawing.caption(), path)
 
@@ -59,11 +59,3 @@ def save_captioned(image: np.ndarray, caption: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".txt").write_text(caption + "\n")
     return save_image(image, path)
-
-
-def contact_sheet(drawings: list[np.ndarray], columns: int = 8) -> np.ndarray:
-    """Join images of one size, (H, W, 3) each, in rows of `columns`; the last row is filled with grey."""
-    blank = np.full_like(drawings[0], 128)
-    rows = -(-len(drawings) // columns)
-    padded = drawings + [blank] * (rows * columns - len(drawings))
-    return np.vstack([np.hstack(padded[r * columns : (r + 1) * columns]) for r in range(rows)])

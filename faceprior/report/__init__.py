@@ -10,6 +10,6 @@ templates/*.html, which escape all of it, say how; `charts` computes the geometr
 sections together.
 """
 
-from faceprior.report.page import write_report
+from faceprior.report.page import write_evaluation, write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_evaluation", "write_report"]

@@ -10,7 +10,9 @@ WIDTH, HEIGHT = 440, 250  # of a chart, in its own units
 TOP, RIGHT, BOTTOM = 12, 24, 46  # margins; the left one depends on the texts
 MAX_POINTS = 300  # of a drawn curve; longer ones are drawn as the means of equal stretches
 NOISY = 60  # points from which on a curve is drawn pale, under its running mean
+LINE, NAME = 30, 22  # height of a line of `box_chart`; characters of its name
 DOTTED = 20  # points up to which they are dots as well
+BESIDE_A_LIMIT = 20  # bins of a histogram with a limit, so that few values share a bin with it
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart; without axes there are no numbers to draw."""
+    """A chart; without axes there are no numbers to draw. mark: where a line across marks a limit, None without."""
 
     title: str
     axes: "Axes | None" = None
     series: tuple[Series, ...] = ()
     note: str = ""
+    mark: float | None = None
 
 
 class Axes:
@@ -83,6 +86,22 @@ def tick_texts(values: Sequence[float]) -> tuple[list[str], str]:
     return [f"{value + 0.0:.{digits}f}" for value in scaled], unit
 
 
+class NamedLines(Axes):
+    """Axes of which the vertical one has a name in place of each number: 0 is the first, at the top."""
+
+    def __init__(self, xs: Sequence[float], names: Sequence[str], x_label: str):
+        super().__init__(xs, [0, 1], x_label, "")
+        self.height = TOP + LINE * len(names) + BOTTOM
+        self.bottom = self.height - BOTTOM
+        x_ticks = ticks(min(xs), max(xs))
+        texts, _ = tick_texts(x_ticks)
+        self.left = 12 + 7.4 * max(map(len, names))
+        self.x = _scale(x_ticks[0], x_ticks[-1], self.left, self.right)
+        self.y = lambda line: round(TOP + LINE * (line + 0.5), 1)
+        self.x_ticks = [(self.x(tick), text) for tick, text in zip(x_ticks, texts, strict=True)]
+        self.y_ticks = [(self.y(line), name) for line, name in enumerate(names)]
+
+
 # ---- curves
 
 
@@ -96,6 +115,16 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str, y_label: 
     noisy = any(len(points) >= NOISY for points in series.values())
     note = "pale: as measured; full: running mean" if noisy else ""
     return Chart(title, axes, tuple(_curve(axes, name, points) for name, points in series.items()), note)
+
+
+def band_chart(
+    title: str, name: str, middle: Points, low: Points, high: Points, series: Mapping[str, Points], *labels: str
+) -> Chart:
+    """Draw a curve in full colour between the two pale ones of its interval, and one more of `series` over it."""
+    every = [point for points in (middle, low, high, *series.values()) for point in points]
+    axes = Axes([x for x, _ in every], [y for _, y in every], *labels)
+    lines = tuple(" ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in points) for points in (low, high, middle))
+    return Chart(title, axes, (Series(name, lines), *(_curve(axes, *item) for item in series.items())))
 
 
 def _curve(axes: Axes, name: str, points: Points) -> Series:
@@ -123,12 +152,21 @@ def running_mean(points: Points) -> list[tuple[float, float]]:
 # ---- histograms
 
 
-def histogram(title: str, series: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Chart:
-    """Draw how often values fall into common bins, the series side by side in each bin."""
+def histogram(
+    title: str,
+    series: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    limit: float | None = None,
+    note: str = "",
+) -> Chart:
+    """Draw how often values fall into common bins, the series side by side in each bin. limit: a line across them."""
     values = [value for own in series.values() for value in own]
     if not values:
         return Chart(title)
-    edges = ticks(min(values), max(values), min(14, max(5, round(len(values) ** 0.5))))
+    shown = values if limit is None else [*values, limit]
+    count = min(14, max(5, round(len(values) ** 0.5))) if limit is None else BESIDE_A_LIMIT
+    edges = ticks(min(shown), max(shown), count)
     counts = [bin_counts(own, edges) for own in series.values()]
     axes = Axes(edges, [0, *(count for own in counts for count in own)], x_label, y_label, counts=True)
     width = (axes.x(edges[1]) - axes.x(edges[0])) * 0.84 / len(counts)  # of a bar: 84% of a bin are for all series
@@ -137,7 +175,7 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], x_label: str, y
         Series(f"{name} (n = {len(own)})", bars=_bars(axes, edges, own_counts, width, index))
         for index, ((name, own), own_counts) in enumerate(named)
     ]
-    return Chart(title, axes, tuple(bars))
+    return Chart(title, axes, tuple(bars), note, None if limit is None else axes.x(limit))
 
 
 def _bars(axes: Axes, edges: Sequence[float], counts: Sequence[int], width: float, index: int) -> list[tuple]:
@@ -156,3 +194,32 @@ def bin_counts(values: Sequence[float], edges: Sequence[float]) -> list[int]:
         place = int((value - edges[0]) / (edges[1] - edges[0]) + 1e-9)
         counts[min(max(place, 0), len(counts) - 1)] += 1
     return counts
+
+
+# ---- distributions
+
+
+def box_chart(title: str, series: Mapping[str, Sequence[float]], x_label: str) -> Chart:
+    """Draw the distribution of each series on a line of its own: 5% to 95%, the quartiles, and the median."""
+    series = {name: sorted(values) for name, values in series.items() if values}
+    if not series:
+        return Chart(title)
+    marks = [[_quantile(own, q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)] for own in series.values()]
+    names = [name if len(name) <= NAME else f"{name[: NAME - 1]}…" for name in series]
+    axes = NamedLines([mark for own in marks for mark in own], names, x_label)
+    bars, dots = [], []
+    for line, (low, first, median, third, high) in enumerate(marks):
+        y = axes.y(line)
+        for start, end, height in ((low, high, 2), (first, third, 12)):
+            bars.append((axes.x(start), y - height / 2, round(max(1, axes.x(end) - axes.x(start)), 1), height))
+        dots.append((axes.x(median), y))
+    parts = (Series("5% to 95%, and the quartiles", bars=bars), Series("median", dots=dots))
+    return Chart(title, axes, parts)
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    """Return a quantile of sorted values, interpolated linearly."""
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

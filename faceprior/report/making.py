@@ -1,33 +1,30 @@
 """How it was made: the commands that were run, the versions of the libraries, the settings of the stages."""
 
-import platform
 import shlex
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import faceprior
-from faceprior.report.run import BAD_INPUT, STAGES, Lost, Run, number
+from faceprior.html import Lost
+from faceprior.models import library_versions
+from faceprior.report.run import BAD_INPUT, STAGES, Run, number
 from faceprior.report.summary import duration
 
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 SETTINGS = 20_000  # characters of a file of settings that are shown
 
 
 def describe(run: Run) -> dict[str, Any]:
     rows = run.rows("commands.jsonl")
     seconds = [number(row, "seconds") for row in rows]
-    versions = {"python": platform.python_version(), "faceprior": faceprior.__version__}
     return {
         "commands": [
             (command_text(run, row.get("command")), None if time is None else duration(time))
             for row, time in zip(rows, seconds, strict=True)
         ],
         "total": duration(sum(time for time in seconds if time is not None)),
-        "versions": versions | {name: _version(name) for name in PACKAGES},
+        "versions": library_versions(),
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
-        "settings": {stage: _settings(run, folder) for stage, folder in STAGES.items()},
+        "settings": {stage: settings_text(run, folder) for stage, folder in STAGES.items()},
     }
 
 
@@ -37,14 +34,7 @@ def command_text(run: Run, command: Any) -> str:
     return shlex.join([Path(words[0]).name, *(run.plain(word) for word in words[1:])]) if words else ""
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _settings(run: Run, folder: str) -> str | Lost | None:
+def settings_text(run: Run, folder: str) -> str | Lost | None:
     """Return the text of a stage's settings, None where none were saved."""
     place = f"{folder}/config.yaml"
     try:

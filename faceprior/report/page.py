@@ -1,24 +1,23 @@
 """The page: its sections in the order of the stages, its head, and the HTML that the templates make of them."""
 
 import functools
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from faceprior.files import atomic_write
-from faceprior.report import evaluation, making, pairs, photographs, portraits, restoration, scorer, tuning
-from faceprior.report.run import BAD_INPUT, STAGES, Lost, Run
+from faceprior.html import Lost, environment
+from faceprior.report import evaluation, making, opening, pairs, photographs, portraits, restoration, scorer, tuning
+from faceprior.report.charts import Chart
+from faceprior.report.run import BAD_INPUT, STAGES, Run
 
 MAX_BYTES = 8_000_000  # of the file; above it, all images are embedded smaller
 SCALES = (1.0, 0.7, 0.5, 0.35)  # of the images' sides, tried in turn
 PROBLEMS = 50  # most that are listed
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -150,16 +149,42 @@ def write_report(root: str | Path, path: str | Path) -> Path:
 
     Images are embedded at a size that keeps the file below about 8 MB. Raises FileNotFoundError without `root`.
     """
-    root, path = Path(root), Path(path)
+    root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: `make demo` makes results/demo")
+    return _write(root, Path(path), page)
+
+
+def write_evaluation(folder: str | Path, path: str | Path) -> Path:
+    """Write what stage 7 left in a folder as one self-contained HTML file, as `write_report` does; returns `path`."""
+    return _write(Path(folder), Path(path), evaluation_page)
+
+
+def _write(root: Path, path: Path, make: Callable[[Run], str]) -> Path:
     for scale in SCALES:
-        text = page(Run(root, scale)).encode("utf-8", "replace")
+        text = make(Run(root, scale)).encode("utf-8", "replace")
         if len(text) <= MAX_BYTES:
             break
     with atomic_write(path) as file:
         file.write(text)
     return path
+
+
+def evaluation_page(run: Run) -> str:
+    """Return the page of the evaluation in the folder `run.root` as HTML."""
+    results = run.read("results.json")
+    shown = run.attempt("results.json", evaluation.describe, run, ".", evaluation.ENDS)
+    body = shown if isinstance(shown, Lost) else _render("evaluation.html", section=None, state="", **shown)
+    problems = list(run.problems.items())
+    return _render(
+        "evaluation_page.html",
+        body=body,
+        methods=run.attempt("results.json", evaluation.sources, run, results),
+        versions=run.attempt("results.json", evaluation.versions, run, results),
+        settings=making.settings_text(run, "."),
+        problems=problems[:PROBLEMS],
+        more=f"{len(problems) - PROBLEMS:,}" if len(problems) > PROBLEMS else None,
+    )
 
 
 def page(run: Run) -> str:
@@ -169,7 +194,7 @@ def page(run: Run) -> str:
         (section.key, section.title, _summary(run, section), run.attempt(section.title, _section, run, section))
         for section in SECTIONS
     ]
-    banner = _banner(run)
+    banner, jobs = _banner(run), opening.describe(run)
 
     # ---- what all of the above could not read
     if run.problems:
@@ -177,7 +202,7 @@ def page(run: Run) -> str:
         more = f"{len(problems) - PROBLEMS:,}" if len(problems) > PROBLEMS else None
         body = _render("problems.html", problems=problems[:PROBLEMS], more=more)
         parts.append(("problems", "What could not be read", f"{len(problems)} named", body))
-    return _render("base.html", parts=parts, banner=banner)
+    return _render("base.html", parts=parts, banner=banner, jobs=jobs)
 
 
 def _section(run: Run, section: Section) -> Markup:
@@ -235,26 +260,20 @@ def _listed(names: list[str]) -> str:
 # ---- templates
 
 
+def svg(charts: Sequence[Chart]) -> str:
+    """Return charts side by side as one SVG file."""
+    width = sum(chart.axes.width for chart in charts)
+    height = max(chart.axes.height + _HEAD * (1 + len(chart.series)) for chart in charts)
+    return str(_render("charts.svg", charts=charts, width=width, height=height, line=_HEAD))
+
+
+_HEAD = 18  # height of a line above a chart
+
+
 def _render(template: str, **values: Any) -> Markup:
     return Markup(_environment().get_template(template).render(values))
 
 
 @functools.cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_readable,
-    )
-    environment.tests["lost"] = lambda value: isinstance(value, Lost)
-    return environment
-
-
-def _readable(value: Any) -> Any:
-    """Return what a template writes of a value: nothing of None, and of a text no control characters."""
-    if value is None:
-        return ""
-    return _CONTROL.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return environment(Path(__file__).with_name("templates"))

@@ -1,4 +1,4 @@
-"""Real photographs below photographs/: the score of every face, and the photograph before and after restoration."""
+"""Photographs below photographs/: the score of every face, and the photograph before and after restoration."""
 
 from pathlib import Path
 from typing import Any

@@ -1,12 +1,17 @@
-"""Portraits for the prior: accepted ones with their captions, rejected ones with their reasons."""
+"""Portraits for the prior: accepted ones with their captions, rejected ones with their reasons, gates, balance."""
 
 from typing import Any
 
-from faceprior.report.run import STAGES, EmbeddedImage, Run
-from faceprior.report.summary import heading, reasons, spread
+from faceprior.gates import GATES, Gate
+from faceprior.html import EmbeddedImage
+from faceprior.report.charts import Chart, histogram
+from faceprior.report.run import STAGES, Run, number
+from faceprior.report.summary import format_number, heading, reasons, spread
 
-FOLDER = STAGES["03_curate_portraits"]
+STAGE = "03_curate_portraits"
+FOLDER = STAGES[STAGE]
 PORTRAITS = 12  # most that are shown of each kind
+TAGS = 40  # most that are counted
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -23,6 +28,8 @@ def describe(run: Run) -> dict[str, Any]:
         ],
         "rejected_heading": heading("Rejected", refused, rejected),
         "rejected": [run.attempt(f"{FOLDER}/rejected.jsonl", _rejected, run, row) for row in refused],
+        "gates": run.attempt(f"{FOLDER}/rejected.jsonl", _gates, run, accepted, rejected),
+        "balance": run.attempt(f"{FOLDER}/balance.json", _balance, run, run.read(f"{FOLDER}/balance.json")),
     }
 
 
@@ -33,3 +40,45 @@ def _rejected(run: Run, row: dict) -> dict[str, Any]:
     else:
         image = run.image(FOLDER, thumbnail, f"rejected portrait {name}", 256)
     return {"image": image, "reason": run.plain(row.get("reason") or "no reason given", 160), "name": name}
+
+
+def _gates(run: Run, accepted: list[dict], rejected: list[dict]) -> dict[str, Any]:
+    """Return a row for each gate that judged something, (fault, number, limit, photographs, those with no other fault),
+    and the histogram of its number with its limit."""
+    limits = run.read(f"{FOLDER}/config.yaml").get(STAGE)
+    limits = limits if isinstance(limits, dict) else {}
+    rows, charts = [], []
+    for gate in GATES:
+        kept, lost = _values(accepted, gate), _values(rejected, gate)
+        limit = number(limits, gate.limit)
+        if limit is None or not kept + lost:
+            continue
+        faults = [row["faults"] for row in rejected if gate.fault in row.get("faults", [])]
+        alone = sum(len(own) == 1 for own in faults)
+        rule = f"{gate.keeps} {format_number(limit)}"
+        rows.append((gate.fault, f"{gate.measure}: {gate.meaning}", rule, len(faults), alone))
+        charts.append(_chart(gate, kept, lost, limit, rule))
+    return {"rows": rows, "charts": charts}
+
+
+def _values(rows: list[dict], gate: Gate) -> list[float]:
+    """Return the sizes of a gate's number in all rows that have it: the sign of an angle does not count."""
+    found = [number(row.get("quality") or {}, gate.measure) for row in rows]
+    return [abs(value) for value in found if value is not None]
+
+
+def _chart(gate: Gate, kept: list[float], lost: list[float], limit: float, rule: str) -> Chart:
+    title, note = f"{gate.measure} ({gate.fault})", f"line: limit; kept: {rule}"
+    return histogram(title, {"accepted": kept, "rejected": lost}, gate.meaning, "photographs", limit, note)
+
+
+def _balance(run: Run, balance: dict[str, Any]) -> dict[str, Any]:
+    if not balance:
+        return {}
+    tags = list(balance["tags"].items())
+    return {
+        "groups": {"skin tone": balance["skin_tones"], "age": balance["ages"]},
+        "heading": heading("Tags", tags[:TAGS], tags, "the most frequent ones"),
+        "tags": {run.plain(tag, 60): count for tag, count in tags[:TAGS]},
+        "missing": [run.plain(sentence, 300) for sentence in balance["missing"]],
+    }

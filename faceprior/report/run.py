@@ -1,7 +1,5 @@
 """What a report reads: the files of a run below one folder. What cannot be read is noted and never raised."""
 
-import base64
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from PIL import Image
 
+from faceprior.html import EmbeddedImage, Lost, data_uri
 from faceprior.images import load_image
 from faceprior.jsonl import read_rows, require_keys, resolve_file
 
@@ -26,30 +25,10 @@ STAGES = {
 }  # stage -> its folder
 
 NUMBER = (int, float)
-PNG_PIXELS, PNG_BYTES = 120_000, 40_000  # an image whose PNG has not more of both is embedded without loss
-JPEG_QUALITY = 88
 
 BAD_INPUT = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)  # of what files hold
 
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Stands in place of something that could not be shown. text: which file, and why."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class EmbeddedImage:
-    """An image as a data URI with the size of its file, or, with an empty URI, the words in its place."""
-
-    alt: str
-    uri: str = ""
-    width: int = 0
-    height: int = 0
-    words: str = "cannot be read"
 
 
 @dataclass
@@ -145,19 +124,6 @@ def face_window(box: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
     left = min(max(round((x0 + x1 - side) / 2), 0), size[0] - side)
     top = min(max(round((y0 + y1 - side) / 2), 0), size[1] - side)
     return left, top, left + side, top + side
-
-
-def data_uri(image: Image.Image, side: int) -> str:
-    """Return an RGB image as a data URI, its longer side at most `side`: PNG where that is small, else JPEG."""
-    image = image.copy()
-    image.thumbnail((side, side), Image.LANCZOS)
-    png, jpeg = io.BytesIO(), io.BytesIO()
-    if image.width * image.height <= PNG_PIXELS:
-        image.save(png, "PNG")
-        if png.tell() <= PNG_BYTES:
-            return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    image.save(jpeg, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
 
 
 def number(row: Mapping[str, Any], key: str) -> float | None:

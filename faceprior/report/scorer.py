@@ -3,10 +3,10 @@
 Is the margin of two scores a probability (calibration), and does the scorer look at faces (shortcuts)?
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from faceprior.report.charts import Chart, histogram, line_chart
-from faceprior.report.evaluation import Measured
 from faceprior.report.pairs import Bins, area_bins, bin_text
 from faceprior.report.run import NUMBER, STAGES, Run, number, points
 from faceprior.report.summary import facts, format_number
@@ -14,6 +14,17 @@ from faceprior.tables import NOT_MEASURED
 
 FOLDER = STAGES["02_train_scorer"]
 FEW = 30  # validation pairs below which an accuracy says little
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of a table of numbers, as texts; value is None for one that was not measured."""
+
+    name: str
+    value: str | None
+    interval: str | None
+    count: str | None
+    note: str
 
 
 def describe(run: Run) -> dict[str, Any]:

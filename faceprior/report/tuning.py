@@ -42,6 +42,8 @@ def _verdict(run: Run, done: dict) -> str | None:
 def _validation(run: Run, folder: str, best: float | None) -> dict[str, Any] | None:
     """Return the curve of the validation scores, and images of some prompts over the steps; None without validations.
 
+    Images that nobody scored, as stage 5's, have no curve.
+
     best: the step whose weights were kept, which is marked.
     """
     rows = run.rows(f"{folder}/validation.jsonl", {"step": int, "seed": int, "image": str})
@@ -57,8 +59,9 @@ def _validation(run: Run, folder: str, best: float | None) -> dict[str, Any] | N
         own = {row["step"]: row for row in reversed(rows) if row["seed"] == seed}
         images = [_step(run, folder, own[step], step == best) for step in shown if step in own]
         prompts.append({"prompt": run.plain(next(iter(own.values())).get("prompt") or "", 300), "images": images})
+    scores = {"all steps": curve, "kept": kept}
     return {
-        "chart": line_chart("Face Score of the validation images", {"all steps": curve, "kept": kept}, "step", "score"),
+        "chart": line_chart("Face Score of the validation images", scores, "step", "score") if curve else None,
         "heading": heading("Validation images", seeds[:PROMPTS], seeds, "the first"),
         "prompts": prompts,
     }

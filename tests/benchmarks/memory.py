@@ -27,7 +27,9 @@ from faceprior.config import load_section, make_config
 from faceprior.diffusion import encode_latents, encode_prompts, make_noise_scheduler, pred_original_sample, predict
 from faceprior.memory import Rehearsal
 from faceprior.models import quiet_libraries
-from faceprior.plan import GIB, Plan, make_plan, text
+from faceprior.plan import GIB, Plan, command_options, make_plan, text
+from faceprior.restorer.rehearsal import RestoringConfig
+from faceprior.restorer.rehearsal import rehearse as rehearse_restoring
 
 STAGES = Path(__file__).resolve().parents[2] / "stages"
 SCORER, GUIDANCE, PRIOR, RESTORER = "02_train_scorer", "04_guidance_tune", "05_prior_tune", "06_train_restorer"
@@ -46,15 +48,15 @@ def load_stage(name: str) -> ModuleType:
 
 
 def presets() -> None:
-    """Print what each preset's stages need. A restorer's prior is the base that stage 5 of its preset tunes.
+    """Print what each preset's stages need, and restoring. A restorer's prior is the base that stage 5 tunes.
 
-    Without `common`, which is not run by itself, and the rows of Face Score's tables, which change a setting of the
+    Without `common`, which is not run by itself, and the rows of the papers' tables, which change a setting of the
     preset that they extend.
     """
     print("| preset | stage | options | tensors | on the card | highest in |")
     print("|---|---|---|---|---|---|")
     for path in sorted((STAGES / "presets").glob("*.yaml")):
-        if path.stem == "common" or path.stem.startswith("face_score_table"):
+        if path.stem == "common" or "_table" in path.stem:
             continue
         for name in (SCORER, GUIDANCE, PRIOR, RESTORER):
             stage = load_stage(name)
@@ -71,7 +73,23 @@ def presets() -> None:
             highest = max(plan.phases, key=lambda phase: sum(plan.phases[phase].values()))
             sizes = f"{text(plan.peak)} | {text(plan.needed)} | {highest}"
             print(f"| `{path.stem}` | {name[:2]} | {described(config)} | {sizes} |", flush=True)
+    for options in RESTORING:
+        config = RestoringConfig(dtype="bfloat16", **options)
+        plan = make_plan(rehearse_restoring, config)
+        highest = max(plan.phases, key=lambda phase: sum(plan.phases[phase].values()))
+        words = " ".join(filter(None, ["--dtype bfloat16", command_options(options, "-")]))
+        print(f"| `faceprior restore` | | {words} | {text(plan.peak)} | {text(plan.needed)} | {highest} |", flush=True)
 
+
+# rows of the restorer at SDXL's size, 4 faces of 512 pixels at once
+RESTORING = (
+    {},
+    {"quantization": "8bit"},
+    {"quantization": "nf4"},
+    {"quantization": "nf4", "vae_tiling": True},
+    {"offload": "model", "vae_tiling": True},
+    {"offload": "sequential", "vae_tiling": True},
+)
 
 OWN = {SCORER: {"vae"}, GUIDANCE: {"base"}, PRIOR: {"base"}, RESTORER: {"images"}}  # what only a real preset has
 

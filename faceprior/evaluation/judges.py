@@ -1,8 +1,11 @@
-"""The metrics beside Face Score, each ready to be measured on this machine (Face Score, 4.3).
+"""Networks that judge an image, each ready to be used on this machine: for `measures` and for human evaluation alike.
 
-LocalX is X on the crop of the face with the prompt "A face" (for LocalIR "A face.", as in the official code). Nothing
-is downloaded: a metric whose library or weights are missing raises `MetricUnavailable`, which names the commands that
-get them.
+    judge = reward_metric("IR", REWARD_ID, "`hf download THUDM/ImageReward`", FaceScorer.from_pretrained)
+    judge.load()(image, "a man in a suit", None)               # judge.by names the weights
+
+Nothing is downloaded: a metric whose library or weights are missing raises `MetricUnavailable` when it is made, which
+names the commands that get them. LocalX is X on the crop of the face with the prompt "A face" (Face Score, 4.3; for
+LocalIR "A face.", as in the official code).
 """
 
 import contextlib
@@ -11,16 +14,15 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 from faceprior.align import align_face
-from faceprior.blip import TOKENIZER, tokenize_prompt
-from faceprior.convert import find_checkpoint_folder, find_official_checkpoint
 from faceprior.detect import Detector, Face, crop_bounds, resolve_detector
 from faceprior.metrics import MetricUnavailable
 from faceprior.models import REWARD_ID, SCORER_ID, resolve_device
@@ -54,6 +56,19 @@ _AESTHETIC = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
 _FACE_QUALITY = "topiq_nr_cgfiqa_res50-0a8b8e4f.pth"
 
 _FACE_PARTS = ("v0.1.0/detection_Resnet50_Final.pth", "v0.2.2/parsing_parsenet.pth")
+
+_QUALITY = {  # of pyiqa's default models, all on KonIQ-10k
+    "musiq": "musiq_koniq_ckpt-e95806b9.pth",
+    "maniqa": "ckpt_koniq10k.pt",
+}
+
+_MANIQA_BACKBONE = "timm/vit_base_patch8_224.augreg2_in21k_ft_in1k"  # it is replaced by the checkpoint, but asked for
+
+_CLIPIQA_FILE = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt"
+
+CLIP_ID = "openai/clip-vit-base-patch16"
+
+ARCFACE_FILES = ("antelopev2/glintr100.onnx", "buffalo_l/w600k_r50.onnx")  # below ~/.insightface/models
 
 Score = Callable[[Image.Image, str, Face | None], float]
 
@@ -92,10 +107,24 @@ def available_metrics(weights: Weights, detector: str, device: str) -> dict[str,
     find = functools.partial(resolve_detector, detector)
     load_scorer = _scorer_loader(device)
     score = (_folder_of(weights.face_score), f"`hf download {SCORER_ID}`, or `--checkpoint FOLDER`", load_scorer)
-    reward = (weights.image_reward, f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`", load_scorer)
-    hps = (weights.hps, "`--hps FILE`, the classifier of https://github.com/tgxs002/align_sd", HPS_V1, device)
+    reward = (
+        weights.image_reward,
+        f"`hf download {REWARD_ID}`, or `--image-reward FOLDER`, in stage 7 `--weights image_reward=FOLDER`",
+        load_scorer,
+    )
+    hps = (
+        weights.hps,
+        "`--hps FILE`, in stage 7 `--weights hps=FILE`, the classifier of https://github.com/tgxs002/align_sd",
+        HPS_V1,
+        device,
+    )
     hps_v2 = weights.hps_v2 or in_hub_cache(HPS_V2_ID, HPS_V2_FILE)
-    hps_v2 = (hps_v2, f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`", HPS_V2, device)
+    hps_v2 = (
+        hps_v2,
+        f"`hf download {HPS_V2_ID} {HPS_V2_FILE}`, or `--hps-v2 FILE`, in stage 7 `--weights hps_v2=FILE`",
+        HPS_V2,
+        device,
+    )
     return {
         "FS": lambda: reward_metric("FS", *score, find()),
         "IR": lambda: reward_metric("IR", *reward),
@@ -144,7 +173,10 @@ def reward_metric(
 
     Raises MetricUnavailable without the weights, or without the tokenizer that other prompts than the default need.
     """
-    folder = _scorer_folder(source, way_out)
+    from faceprior.blip import tokenize_prompt
+    from faceprior.convert import find_official_checkpoint
+
+    folder = scorer_folder(source, way_out)
     tokenizer = None if detector else _tokenizer_folder(folder)
 
     def load() -> Score:
@@ -163,8 +195,10 @@ def reward_metric(
     return Metric(name, _by(called, weights, detector), load, needs_face=detector is not None)
 
 
-def _scorer_folder(source: str, way_out: str) -> Path:
+def scorer_folder(source: str, way_out: str) -> Path:
     """Return the folder of a scorer's weights, found without a network."""
+    from faceprior.convert import find_checkpoint_folder, find_official_checkpoint
+
     try:
         folder = find_checkpoint_folder(source, local_files_only=True)
     except FileNotFoundError:
@@ -176,6 +210,8 @@ def _scorer_folder(source: str, way_out: str) -> Path:
 
 def _tokenizer_folder(folder: Path) -> Path:
     """Return the folder of BERT's tokenizer: beside the weights, or in the hub's cache."""
+    from faceprior.blip import TOKENIZER
+
     if (folder / "vocab.txt").is_file():
         return folder
     cached = in_hub_cache(TOKENIZER, "vocab.txt") or in_hub_cache(TOKENIZER, "tokenizer.json")
@@ -243,7 +279,66 @@ def _open_clip(weights: Path, architecture: str, resize_mode: str, device: str) 
     return clip.eval(), transform, open_clip.get_tokenizer(architecture)
 
 
+def clip_score_metric(source: str, device: "torch.device | str") -> Metric:
+    """CLIP-Score: max(cosine, 0) of an image and its prompt in OpenAI's CLIP (Hessel et al., arXiv 2104.08718, Eq. 1).
+
+    The paper's factor of 2.5 is left out: Face Score's Table 5 prints cosines (0.31), torchmetrics' is 100 times as
+    much. source: folder or hub id of a transformers CLIP; a ViT-B/16 gives about such values, ViT-L/14 lower ones.
+    Prompts are cut at CLIP's 77 tokens. Raises MetricUnavailable without the weights.
+    """
+    folder = Path(source) if Path(source).is_dir() else getattr(in_hub_cache(source, "config.json"), "parent", None)
+    files = [file for end in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{end}"))] if folder else []
+    weights = next(iter(files), None)
+    if weights is None:
+        raise MetricUnavailable(f"it needs the weights {source} (`hf download {source}`, or `--weights clip=FOLDER`)")
+
+    def load() -> Score:
+        import torch
+        from transformers import CLIPModel, CLIPProcessor
+
+        model = CLIPModel.from_pretrained(folder).to(device).eval()
+        processor = CLIPProcessor.from_pretrained(folder)
+        length = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings}
+
+        def score(image: Image.Image, prompt: str, face: Face | None) -> float:
+            inputs = processor(text=[prompt], images=[image], return_tensors="pt", **length).to(device)
+            with torch.inference_mode():
+                found = model(**inputs)
+            return max(0.0, float((found.image_embeds * found.text_embeds).sum()))  # both have length 1
+
+        return score
+
+    called = "/".join(folder.resolve().parts[-2:]) if Path(source).is_dir() else source
+    return Metric("CLIP-Score", _by(called, weights, None), load)
+
+
 # --- pyiqa
+
+
+def quality_metric(name: Literal["musiq", "maniqa", "clipiqa"], device: "torch.device | str") -> Metric:
+    """MUSIQ (0 to 100), MANIQA or CLIPIQA (0 to 1) of the whole image, by pyiqa's default models.
+
+    CLIPIQA is CLIP's RN50 with pyiqa's five pairs of prompts, without weights of its own. MANIQA looks at 20
+    evenly spaced crops of 224 pixels. Raises MetricUnavailable without pyiqa or the weights: offline
+    pyiqa itself would retry for 47 s.
+    """
+    import torch
+
+    clip = Path(torch.hub.get_dir(), "clip", Path(_CLIPIQA_FILE).name)
+    files = {} if name == "clipiqa" else _in_cache(_PYIQA_URL, _QUALITY[name])
+    needed: dict[Path | None, str] = {clip: _curl(clip, _CLIP_URL + _CLIPIQA_FILE)} if name == "clipiqa" else {**files}
+    if name == "maniqa":
+        name_in_hub = (_MANIQA_BACKBONE, "model.safetensors")
+        needed[in_hub_cache(*name_in_hub) or Path(*name_in_hub)] = f"`hf download {_MANIQA_BACKBONE} model.safetensors`"
+    require("pyiqa", "pyiqa", needed)
+
+    def load() -> Score:
+        if name == "clipiqa" and _sha256(clip) != _CLIPIQA_FILE.split("/")[0]:
+            raise MetricUnavailable(f"{_short(clip)} is damaged: {_curl(clip, _CLIP_URL + _CLIPIQA_FILE)}")
+        metric = _pyiqa(name, files, device)
+        return lambda image, prompt, face: metric(image)
+
+    return Metric(name, _by(f"pyiqa's {name}", next(iter(needed)), None), load)
 
 
 def aesthetic_metric(device: "torch.device | str") -> Metric:
@@ -280,6 +375,19 @@ def face_quality_metric(device: "torch.device | str", detector: Detector) -> Met
 
     by = _by("pyiqa's topiq_nr-face", next(iter(files)), detector)
     return Metric("topiq_nr-face", by, load, needs_face=True)
+
+
+def portrait_metric(name: str, device: str, detector: str) -> Metric:
+    """The quality of a portrait's face by `topiq_nr-face`, or by another learned measure on the face aligned to 512."""
+    if name == "topiq_nr-face":
+        return face_quality_metric(resolve_device(device), resolve_detector(detector))
+    whole = quality_metric(name, resolve_device(device))
+
+    def load() -> Score:
+        score = whole.load()
+        return lambda image, prompt, face: score(align_face(image, face.landmarks, 512).crop, prompt, None)
+
+    return replace(whole, load=load, needs_face=True)
 
 
 def _pyiqa(
@@ -329,6 +437,55 @@ def _short(path: Path) -> str:
     """Return a path with ~ for the home folder: tables are shared with others."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+# --- ArcFace
+
+
+_ARCFACE_POINTS = np.array(  # where ArcFace has the five landmarks in its 112 pixels
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
+
+
+def arcface_network(weights: str = "") -> Callable[[Image.Image, Face], "np.ndarray"]:
+    """ArcFace (arXiv 1801.07698) by insightface's ONNX file: (image, face) -> embedding of length 1.
+
+    weights: the file; empty: that of antelopev2, or of buffalo_l, in ~/.insightface/models. onnxruntime runs it.
+    Raises MetricUnavailable without onnxruntime or the file.
+    """
+    path = arcface_file(weights)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+    name = session.get_inputs()[0].name
+
+    def embed(image: Image.Image, face: Face) -> np.ndarray:
+        crop = image.transform((112, 112), Image.AFFINE, _to_image(face.landmarks).ravel(), Image.BILINEAR)
+        pixels = np.asarray(crop, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1  # (1, 3, 112, 112), RGB in [-1, 1]
+        (vector,) = session.run(None, {name: pixels})[0]
+        return vector / np.linalg.norm(vector)
+
+    return embed
+
+
+def arcface_file(weights: str = "") -> Path:
+    """Return the ONNX file of `arcface_network`, with its errors."""
+    folder = Path("~/.insightface/models").expanduser()
+    choices = [Path(weights).expanduser()] if weights else [folder / name for name in ARCFACE_FILES]
+    path = next((file for file in choices if file.is_file()), choices[0])
+    url = "https://github.com/deepinsight/insightface/releases/download/v0.7/antelopev2.zip"
+    zipped = _short(folder / "antelopev2.zip")
+    way_out = f"{_curl(folder / 'antelopev2.zip', url)[:-1]} && unzip -d {_short(folder)} {zipped}`"
+    require("onnxruntime", "onnxruntime", {path: way_out})
+    return path
+
+
+def _to_image(landmarks: np.ndarray) -> np.ndarray:
+    """The similarity (2, 3) from ArcFace's crop to the image, by least squares over the five landmarks."""
+    (x, y), one, zero = _ARCFACE_POINTS.T, np.ones(5), np.zeros(5)
+    equations = np.concatenate([np.stack([x, -y, one, zero], 1), np.stack([y, x, zero, one], 1)])  # (10, 4)
+    a, b, dx, dy = np.linalg.lstsq(equations, np.asarray(landmarks, np.float64).T.ravel(), rcond=None)[0]
+    return np.array([[a, -b, dx], [b, a, dy]])
 
 
 # --- shared by the metrics

@@ -1,0 +1,96 @@
+"""Mean, median, 95% interval and paired test of what was measured of a method: a row of results.json each."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from faceprior.evaluation.measures import Measure
+from faceprior.metrics import paired_test
+from faceprior.tables import NOT_MEASURED
+
+RESAMPLES = 2000
+WORST = 20  # items of each end that a row names
+SMALL_SET = 2048  # images below which FID is biased upwards so much that KID is the better choice
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+    """Return the 95% interval of the mean over items by the bias-corrected and accelerated bootstrap (BCa).
+
+    Efron 1987; scipy.stats.bootstrap with RESAMPLES resamples. None for fewer than two values; equal values give both
+    ends that value.
+    """
+    from scipy import stats
+
+    numbers = np.asarray(values, dtype=np.float64)
+    if len(numbers) < 2:
+        return None
+    if np.ptp(numbers) == 0:
+        return float(numbers[0]), float(numbers[0])
+    found = stats.bootstrap(
+        (numbers,), np.mean, n_resamples=RESAMPLES, batch=max(1, 2_000_000 // len(numbers)), vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    low, high = float(found.low), float(found.high)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def figure(
+    measure: Measure, values: Mapping[str, float | None], baseline: Mapping[str, float | None] | None = None
+) -> dict[str, Any]:
+    """Return the numbers of a method: value (mean), low, high, median, n, and the ends of its order.
+
+    values: item -> value; None where the image has none. baseline: the values of the first method, to which this one
+    is compared on the items that both have: difference (mean of this - first), diff_low, diff_high, p_value, pairs.
+    """
+    known = {item: value for item, value in values.items() if value is not None}
+    row: dict[str, Any] = {"n": len(known)}
+    numbers = list(known.values())
+    notes = []
+    without = len(values) - len(known)
+    if measure.is_infinite and without:
+        notes.append(f"{without} of {len(values)} equal the reference: infinite, not in the mean")
+        if not known:
+            row |= {"n": len(values), "is_infinite": True}
+    elif without:
+        notes.append(f"{without} of {len(values)} images without a value, such as those without a face")
+    if numbers:
+        low, high = interval(numbers) or (None, None)
+        row |= {"value": float(np.mean(numbers)), "low": low, "high": high, "median": float(np.median(numbers))}
+        order = sorted(known, key=lambda item: (known[item], item), reverse=measure.better == "lower")
+        row |= {"worst": order[:WORST], "best": order[::-1][:WORST]}
+    row["note"] = "; ".join(notes)
+    if baseline is not None:
+        row |= _compared(known, baseline)
+    return row
+
+
+def _compared(known: Mapping[str, float], baseline: Mapping[str, float | None]) -> dict[str, Any]:
+    """Compare the items that both have, by Student's paired t test and the bootstrap of the differences."""
+    pairs = [(value, baseline[item]) for item, value in known.items() if baseline.get(item) is not None]
+    if len(pairs) < 2:
+        return {}
+    own, first = zip(*pairs, strict=True)
+    low, high = interval([a - b for a, b in pairs]) or (None, None)
+    test = paired_test(own, first)
+    return {
+        "difference": test.mean_difference, "diff_low": low, "diff_high": high, "p_value": test.p_value,
+        "pairs": test.n,
+    }  # fmt: skip
+
+
+def set_figure(measured: Mapping[str, Any] | None, reference: str) -> dict[str, Any]:
+    """Return the number of a set of images; without an interval: resampled sets have repeated images, and a bias."""
+    if measured is None:
+        return {"n": 0, "note": NOT_MEASURED + "fewer than two images"}
+    few = min(measured["n"], measured["references"])
+    note = f"reference: {reference} (n = {measured['references']})"
+    note += f"; standard deviation over subsets {measured['std']:.3g}" if "std" in measured else ""
+    is_biased = few < SMALL_SET and measured["key"].startswith("fid")
+    note += f"; fewer than {SMALL_SET} images, which biases FID upwards: compare KID" if is_biased else ""
+    return {"n": measured["n"], "value": measured["value"], "low": None, "high": None, "note": note}
+
+
+def not_measured(reason: str) -> dict[str, Any]:
+    return {"n": 0, "note": NOT_MEASURED + reason}

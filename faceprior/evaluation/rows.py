@@ -1,0 +1,60 @@
+"""rows.jsonl of an evaluation: one row per (protocol, method, item), to which measured values are added.
+
+What is added is appended as a line of its own and joined to the row's first line when the file is read, so that a run
+that is killed at any time loses one value at most.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from faceprior.evaluation.methods import Method
+from faceprior.jsonl import append_row, resume_rows, rewrite_rows
+
+Row = dict[str, Any]
+
+
+class EvaluationRows:
+    """The rows of a file, including those of an earlier run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._rows: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in resume_rows(self.path):
+            self._join(row)
+
+    def _join(self, row: Row) -> Row:
+        own = self._rows.setdefault((row["protocol"], row["method"]), {}).setdefault(row["id"], {})
+        own.update(row)
+        return own
+
+    def add(self, protocol: str, method: str, item: str, **values: Any) -> Row:
+        """Add values to a row, which is new or not, on the disk first."""
+        row = {"protocol": protocol, "method": method, "id": item, **values}
+        append_row(self.path, row)
+        return self._join(row)
+
+    def of(self, protocol: str, method: str) -> dict[str, Row]:
+        """Return the rows of a method by the id of the item."""
+        return self._rows.setdefault((protocol, method), {})
+
+    def of_protocol(self, protocol: str) -> list[Row]:
+        return [row for key, own in self._rows.items() if key[0] == protocol for row in own.values()]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rows.values()))
+
+    def require_sources(self, protocol: str, methods: Iterable[Method]) -> None:
+        """Raise FileExistsError where a method of this name had another source in an earlier run."""
+        for method in methods:
+            for row in self.of(protocol, method.name).values():
+                if row.get("source", method.text) != method.text:
+                    raise FileExistsError(
+                        f"{self.path} has rows of {method.name} = {row['source']}, which is {method.text} now: give it "
+                        "another name, another `output`, or `--overwrite` to start over"
+                    )
+
+    def compact(self) -> None:
+        """Write the file anew, a line per row, in the order of protocol, method and item."""
+        ordered = [own[item] for _, own in sorted(self._rows.items()) for item in sorted(own)]
+        rewrite_rows(self.path, [dict(sorted(row.items())) for row in ordered])

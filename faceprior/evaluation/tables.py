@@ -1,0 +1,203 @@
+"""The figures of an evaluation as tables: methods as rows and measures as columns, beside what was published.
+
+results = {"rows": [...], "published": [...], ...}       # as in results.json
+for table in tables_of(results):
+    markdown(table); csv_text(table); latex_rows(table)
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faceprior.evaluation.methods import INPUT, REFERENCE
+from faceprior.tables import EMPTY, NOT_MEASURED, interval_text, markdown_table
+
+PUBLISHED = "published"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table. text, interval: as the table shows them."""
+
+    text: str = EMPTY
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    note: str = ""
+    interval: str = EMPTY
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table; is_published: from a paper, not measured here."""
+
+    method: str
+    cells: dict[str, Cell]
+    is_published: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns: key -> header; notes: what the numbers need to be read by; best: (method, key) of the best numbers.
+
+    The input and the reference are no methods to be the best, nor is what was published, on other machines.
+    """
+
+    protocol: str
+    columns: dict[str, str]
+    lines: list[Line]
+    notes: list[str]
+    best: frozenset[tuple[str, str]] = frozenset()
+
+
+def published_rows(table: str) -> dict[str, Any] | None:
+    """Return a published table: {title, protocol, source, columns, rows: [{method, values: {measure key: value}}]}.
+
+    columns: headers of keys that no measure has, where there are any. None for an empty id; ValueError, which names the
+    known ones, for an unknown id.
+    """
+    if not table:
+        return None
+    known = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    if table not in known:
+        raise ValueError(f"`published` has to be one of {', '.join(known)} but is {table!r}")
+    return known[table]
+
+
+def tables_of(results: Mapping[str, Any]) -> list[Table]:
+    """Make the tables of results.json, one per protocol."""
+    found = []
+    for protocol in dict.fromkeys(row["protocol"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["protocol"] == protocol]
+        columns = {row["measure"]: row["header"] for row in rows}
+        lines = [
+            Line(method, {row["measure"]: _cell(row) for row in rows if row["method"] == method})
+            for method in dict.fromkeys(row["method"] for row in rows)
+        ]
+        specs = {row["measure"]: row["spec"] for row in rows}
+        published = results.get("published") or {}
+        if published.get("protocol") == protocol:
+            headers = published.get("columns", {})
+            columns |= {
+                key: headers.get(key, key) for row in published["rows"] for key in row["values"] if key not in columns
+            }
+            lines += [Line(row["method"], _published_cells(row["values"], specs), True) for row in published["rows"]]
+        found.append(Table(protocol, columns, lines, list((results.get("notes") or {}).get(protocol, [])), _best(rows)))
+    return found
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> frozenset[tuple[str, str]]:
+    found = set()
+    for key in {row["measure"] for row in rows}:
+        own = [
+            row
+            for row in rows
+            if row["measure"] == key and row["value"] is not None and row["method"] not in (INPUT, REFERENCE)
+        ]
+        if len(own) > 1:
+            choose = max if own[0]["better"] == "higher" else min
+            value = choose(row["value"] for row in own)
+            found |= {(row["method"], key) for row in own if row["value"] == value}
+    return frozenset(found)
+
+
+def _cell(row: Mapping[str, Any]) -> Cell:
+    text = "infinite" if row.get("is_infinite") else EMPTY
+    if row["value"] is not None:
+        text = f"{row['value']:{row['spec']}}"
+    interval = interval_text(row["low"], row["high"], row["spec"])
+    return Cell(text, row["value"], row["low"], row["high"], row["n"], row.get("note", ""), interval)
+
+
+def _published_cells(values: Mapping[str, float], specs: Mapping[str, str]) -> dict[str, Cell]:
+    return {key: Cell(f"{value:{specs.get(key, '.4g')}}", value) for key, value in values.items()}
+
+
+# ---- formats
+
+
+def markdown(table: Table) -> str:
+    """Return the table as Markdown: the means, then every number with its interval and note."""
+    head = ("method", *table.columns.values())
+    rows = [
+        [f"{line.method} ({PUBLISHED})" if line.is_published else line.method]
+        + [line.cells.get(key, Cell()).text for key in table.columns]
+        for line in table.lines
+    ]
+    parts = [f"## {table.protocol.capitalize()}\n\n{markdown_table(head, rows)}"]
+    parts += ["\n".join(f"- {note}" for note in table.notes) + "\n"] if table.notes else []
+    return "\n".join(parts)
+
+
+def details(results: Mapping[str, Any]) -> str:
+    """Return every measured number with its interval, its difference to the first method, and its note."""
+    head = ("protocol", "method", "measure", "mean", "95% interval", "median", "n", "against the first", "p", "note")
+    rows = []
+    for row in results["rows"]:
+        spec = row["spec"]
+        cell = _cell(row)
+        difference = row.get("difference")
+        rows.append(
+            (row["protocol"], row["method"], row["title"], cell.text)
+            + (
+                interval_text(row["low"], row["high"], spec),
+                f"{row['median']:{spec}}" if row["median"] is not None else EMPTY,
+            )
+            + (str(row["n"]), EMPTY if difference is None else f"{difference:+{spec}}")
+            + (f"{row['p_value']:.3g}" if row.get("p_value") is not None else EMPTY, row.get("note", ""))
+        )
+    return markdown_table(head, rows)
+
+
+def csv_text(table: Table) -> str:
+    """Return the table as CSV: a line per method, for each measure its value, low, high and n."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    parts = ("", "_low", "_high", "_n")
+    writer.writerow(["method", "source", *(key + part for key in table.columns for part in parts)])
+    for line in table.lines:
+        cells = [line.cells.get(key, Cell()) for key in table.columns]
+        numbers = [x for cell in cells for x in (cell.value, cell.low, cell.high, cell.n)]
+        writer.writerow(
+            [line.method, PUBLISHED if line.is_published else "measured"] + ["" if x is None else x for x in numbers]
+        )
+    return file.getvalue()
+
+
+def latex_rows(table: Table) -> str:
+    """Return the rows of a LaTeX tabular, with the header as the first and the best measured value in bold."""
+    head = " & ".join(["Method", *(latex(header) for header in table.columns.values())]) + r" \\"
+    lines = [head, r"\midrule"]
+    for line in table.lines:
+        name = latex(line.method) + (rf" ({PUBLISHED})" if line.is_published else "")
+        cells = [latex(line.cells.get(key, Cell()).text) for key in table.columns]
+        if not line.is_published:
+            is_best = [(line.method, key) in table.best for key in table.columns]
+            cells = [rf"\textbf{{{cell}}}" if best else cell for cell, best in zip(cells, is_best, strict=True)]
+        lines.append(" & ".join([name, *cells]) + r" \\")
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+}  # fmt: skip
+
+
+def latex(text: str) -> str:
+    """Escape what LaTeX reads as commands."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def missing_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return why numbers are missing, once per reason: `LPIPS, FID: REASON`."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["value"] is None and row["note"].startswith(NOT_MEASURED):
+            reasons.setdefault(row["note"], {})[row["title"]] = None
+    return [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]

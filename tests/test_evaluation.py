@@ -1,0 +1,501 @@
+"""The evaluation: methods, items, rows, figures and tables, and stage 7 on results of other programs."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import load_stage
+from html_page import Page
+from PIL import Image
+
+from faceprior import tiny
+from faceprior.degrade import DegradationConfig
+from faceprior.evaluation import generation, rows
+from faceprior.evaluation.figures import figure, interval, set_figure
+from faceprior.evaluation.items import (
+    Prompt,
+    degraded_faces,
+    faces_of_test_set,
+    prompts_of,
+)
+from faceprior.evaluation.items import (
+    test_set_folders as folders_of_test_set,
+)
+from faceprior.evaluation.making import make_images
+from faceprior.evaluation.measures import Measure, MeasureSettings, find_measure
+from faceprior.evaluation.measuring import Measuring
+from faceprior.evaluation.methods import match_by_stem, parse_methods
+from faceprior.evaluation.rows import EvaluationRows
+from faceprior.evaluation.tables import csv_text, latex, latex_rows, markdown, published_rows, tables_of
+from faceprior.jsonl import read_rows
+from faceprior.metrics import MetricUnavailable
+
+NEUTRAL = DegradationConfig()
+STEM = "{:08d}"
+
+
+def flat(path: Path, level: int, size: int = 64) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (level, level, level)).save(path)
+    return path
+
+
+def evaluate(output: Path | str, **values) -> dict:
+    stage = load_stage("07_eval")
+    stage.main(stage.Config(output=str(output), device="cpu", **values))
+    return json.loads((Path(output) / "results.json").read_text())
+
+
+def numbers(results: dict, key: str) -> dict:
+    return {row["method"]: row for row in results["rows"] if row["measure"] == key}
+
+
+# --- methods ---
+
+
+def test_a_method_is_a_name_a_source_and_options():
+    (ours, gfpgan, bare, base) = parse_methods(
+        ["ours=checkpoints/lora,base=my/model", "GFP GAN=out/a=b/", "results/codeformer/", "input"],
+        ["base"],
+        "restorers",
+    )
+    assert (ours.name, ours.source, ours.options) == ("ours", "checkpoints/lora", {"base": "my/model"})
+    assert ours.text == "checkpoints/lora,base=my/model"
+    assert (gfpgan.name, gfpgan.source, gfpgan.folder) == ("GFP GAN", "out/a=b/", "GFP_GAN")
+    assert (bare.name, bare.kind, base.kind) == ("codeformer", "model", "input")
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (["a=x", "A=y"], "two methods of the name A"),
+        (["a b=x", "a_b=y"], "two methods of the name a_b"),
+        (["reference=x"], "the name `reference`"),
+        (["a="], "has to hold NAME=SOURCE but has 'a='"),
+        (["a=x,steps=3"], "has the option 'steps' in 'a=x,steps=3': the options are base"),
+    ],
+)
+def test_a_wrong_method_is_refused(texts, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_methods(texts, ["base"], "restorers")
+
+
+def test_results_are_found_by_the_names_that_programs_give():
+    names = ["1.png", "2_00.png", "2_01.png", "3_0.png", "4_out.jpg", "a_00.png", "a_00_00.png", "5_other.png"]
+    found = match_by_stem(map(Path, names), ["1", "2", "3", "4", "a_00", "5", "6"])
+    assert {name: file.name for name, file in found.items()} == {
+        "1": "1.png", "2": "2_00.png", "3": "3_0.png", "4": "4_out.jpg", "a_00": "a_00.png",
+    }  # fmt: skip
+
+
+def test_kinds_of_generators(tmp_path, tiny_models):
+    """A pipeline, a folder of images, a LoRA file with its base, and what stage 4 left, which knows its own base."""
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    flat(tmp_path / "pictures/0.png", 9)
+    save_file({"unet.to_q.lora_A.weight": zeros(1, 2)}, tmp_path / "lora.safetensors")
+    (tmp_path / "guided").mkdir()
+    save_file({"unet.to_q.lora_A.weight": zeros(1, 2)}, tmp_path / "guided/pytorch_lora_weights.safetensors")
+    (tmp_path / "guided/config.yaml").write_text("04_guidance_tune: {base: my/base, vae: my/vae}")
+    sources = [tiny_models / "sd15", tmp_path / "pictures", tmp_path / "lora.safetensors", tmp_path / "guided"]
+    texts = ["base", *map(str, sources), f"b={tmp_path}/guided,base=other"]
+    methods = generation.generators_of(texts, "tiny", "", "auto")
+    assert [method.kind for method in methods] == ["model", "model", "images", "model", "model", "model"]
+    assert [method.options.get("base") for method in methods] == [None, None, None, "tiny", "my/base", "other"]
+    assert methods[4].options["vae"] == "my/vae"
+    assert generation.base_notes(methods, "tiny") == [
+        "guided: tuned from my/base, which is not in this table",
+        "b: tuned from my/base, but drawn with other",
+    ]
+    assert "no model" in methods[4].missing or "my/base" in methods[4].missing  # found out before anything is loaded
+    (lost,) = generation.generators_of(["a=./none"], "tiny", "", "auto")
+    assert lost.missing == "no tuned model in ./none: `python stages/04_guidance_tune.py` makes one"
+
+
+# --- items ---
+
+
+def test_faces_of_one_file_name_are_kept_apart(tmp_path):
+    """In natural order, by the name of the file where it is unique; files that cannot be read are named."""
+    for name in ("a/1.png", "b/1.png", "10.png", "2.png"):
+        flat(tmp_path / name, 100)
+    (tmp_path / "torn.png").write_bytes(b"")
+    found = degraded_faces(str(tmp_path), 9, 64, NEUTRAL, 0)
+    assert [face.id.rsplit("_", 1)[0] for face in found.faces] == ["2", "10", "a_1", "b_1"]
+    assert [face.stem for face in found.faces] == ["2", "10", "1", "1"]
+    assert [name for name, _ in found.problems] == ["torn.png"]
+    degraded, clean = found.faces[0].load()
+    assert degraded.size == clean.size == (64, 64)
+
+
+def test_the_layouts_of_test_sets(tmp_path):
+    """CelebA-Test has both, by the same names; LFW-Test has no reference; what lacks its own is named, and left out."""
+    for number in (1, 2, 3):
+        flat(tmp_path / "celeba/LQ" / f"{number}.png", 90)
+    for number in (1, 3):
+        flat(tmp_path / "celeba/GT" / f"{number}.jpg", 100)
+    assert folders_of_test_set(str(tmp_path / "celeba")) == (str(tmp_path / "celeba/LQ"), str(tmp_path / "celeba/GT"))
+    found = faces_of_test_set(*folders_of_test_set(str(tmp_path / "celeba")), 9)
+    assert [face.id for face in found.faces] == ["1", "3"] and found.has_reference
+    assert [(Path(name).name, reason[:22]) for name, reason in found.problems] == [("2.png", "no image of this name ")]
+    alone = faces_of_test_set(*folders_of_test_set(str(tmp_path / "celeba/LQ")), 9)
+    assert len(alone.faces) == 3 and alone.faces[0].load()[1] is None and not alone.has_reference
+    flat(tmp_path / "others/x.png", 0)
+    with pytest.raises(ValueError, match="no image in .*others has the name of one in .*LQ"):
+        faces_of_test_set(str(tmp_path / "celeba/LQ"), str(tmp_path / "others"), 9)
+
+
+def test_general_prompts_and_those_of_people_with_their_seeds(tmp_path):
+    general, people = tmp_path / "general.txt", tmp_path / "people.txt"
+    general.write_text("a boat\na tree\na cup")
+    people.write_text("a man\na woman")
+    both = prompts_of(str(general), str(people), (2, 2), seed=10, images_per_prompt=2)
+    assert [prompt.id for prompt in both][:4] == [f"general_0000{i}_{copy}" for i in (0, 1) for copy in (0, 1)]
+    assert [prompt.seed for prompt in both] == [10, 11, 12, 13] * 2
+    assert {prompt.text for prompt in both if prompt.prompt_set == "people"} == {"a man", "a woman"}
+    assert [prompt.id for prompt in prompts_of("", str(people), (8, 2), 0)] == ["00000", "00001"]
+
+
+def test_finished_images_belong_to_prompts_by_name_or_number():
+    prompts = [Prompt(f"{i:05d}", str(i), i) for i in range(3)]
+    by_name = generation.match_images([Path("00002.png"), Path("00000_0.png")], prompts)
+    assert {item: file.name for item, file in by_name.items()} == {"00000": "00000_0.png", "00002": "00002.png"}
+    counted = generation.match_images([Path(f"{i}.png") for i in (3, 1, 2)], prompts)
+    assert {item: file.name for item, file in counted.items()} == {f"{i:05d}": f"{i + 1}.png" for i in range(3)}
+    assert generation.match_images([Path("cat.png"), Path("dog.png")], prompts) == {}
+
+
+# --- figures ---
+
+
+def test_the_interval_agrees_with_the_normal_one_on_many_values():
+    """400 normal values: mean +- 1.96 s / sqrt(n), to a tenth of its width."""
+    values = np.random.default_rng(3).normal(5, 2, 400)
+    low, high = interval(values)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert interval(values) == (low, high)
+    assert interval([2.0, 2.0]) == (2, 2) and interval([1.0]) is None
+
+
+def test_a_figure_by_hand():
+    """Differences 1, 1, 4 to the first method: mean 2, s = sqrt(3), t = 2 / (sqrt(3) / sqrt(3)) = 2, p = 0.184."""
+    measure = replace(find_measure("psnr", "restoration"), is_infinite=False)
+    found = figure(
+        measure, {"a": 2.0, "b": 4.0, "c": 9.0, "d": None, "e": 1.0}, {"a": 1.0, "b": 3.0, "c": 5.0, "e": None}
+    )
+    assert (found["value"], found["median"], found["n"], found["pairs"]) == (4, 3, 4, 3)
+    assert found["difference"] == 2 and found["p_value"] == pytest.approx(0.1835, abs=1e-4)
+    assert (found["worst"], found["best"]) == (["e", "a", "b", "c"], ["c", "b", "a", "e"])
+    assert found["note"].startswith("1 of 5 images without a value")
+    assert figure(replace(measure, better="lower"), {"a": 1.0, "b": 2.0})["worst"] == ["b", "a"]
+
+
+def test_a_small_set_warns_and_names_its_reference():
+    few = set_figure({"key": "fid", "value": 3.0, "n": 50, "references": 5000}, "FFHQ")
+    assert few["note"].startswith("reference: FFHQ (n = 5000); fewer than 2048 images") and "KID" in few["note"]
+    assert (
+        set_figure({"key": "kid", "value": 3.0, "n": 50, "references": 60}, "FFHQ")["note"]
+        == "reference: FFHQ (n = 60)"
+    )
+
+
+# --- rows and measures ---
+
+
+def brightness(reason: Path) -> Measure:
+    """The mean level of an image, whose weights are a file that may be missing."""
+
+    def load(settings: MeasureSettings):
+        if not reason.exists():
+            raise MetricUnavailable(f"it needs {reason}")
+        return lambda sample: float(np.asarray(sample.image).mean())
+
+    return Measure("level", "level", load)
+
+
+def test_a_measure_whose_weights_come_later_is_taken_then_and_only_there(tmp_path):
+    """Until then another one stands in for it, if the models are tiny, and only then."""
+    file = EvaluationRows(tmp_path / "rows.jsonl")
+    for item, level in {"a": 10, "b": 30}.items():
+        flat(tmp_path / f"{item}.png", level)
+        file.add("restoration", "ours", item, image=f"{item}.png")
+    weights, calls = tmp_path / "weights", []
+    measure = brightness(weights)
+    tiny_one = Measure(
+        "level_tiny", "tiny level", lambda settings: lambda sample: calls.append(1) or 5.0, stands_in_for="level"
+    )
+    (method,) = parse_methods(["ours=x"], [], "restorers")
+
+    def run(are_tiny: bool) -> Measuring:
+        settings = MeasureSettings(are_tiny=are_tiny)
+        made = Measuring(
+            "restoration", [measure, tiny_one], settings, EvaluationRows(tmp_path / "rows.jsonl"), tmp_path
+        )
+        made.run([method])
+        return made
+
+    real = run(False)
+    assert real.reasons == {"level": f"it needs {weights}"} and not calls
+    assert [m.key for m in real.taken()] == ["level"]
+    small = run(True)
+    assert [m.key for m in small.taken()] == ["level", "level_tiny"] and len(calls) == 2
+    weights.touch()
+    last = run(True)
+    assert not last.reasons and [m.key for m in last.taken()] == ["level"] and len(calls) == 2
+    assert {item: row["level"] for item, row in last.rows.of("restoration", "ours").items()} == {"a": 10, "b": 30}
+
+
+def test_a_measure_is_taken_on_its_own_prompts(tmp_path):
+    """Face Score on the prompts of people, CLIP-Score on the general ones (Face Score, 6.1); on all of a single set."""
+    file = EvaluationRows(tmp_path / "rows.jsonl")
+    for item, prompt_set in {"a": "general", "b": "people"}.items():
+        file.add("generation", "base", item, image="x.png", prompt="x", prompt_set=prompt_set)
+    file.add("generation", "one", "c", image="x.png", prompt="x", prompt_set="")
+    measuring = Measuring("generation", [], MeasureSettings(), file, tmp_path)
+    general = Measure("clip", "CLIP-Score", None, needs=("prompt",), prompt_set="general")
+    assert list(measuring.samples(general, "base")) == ["a"]
+    assert list(measuring.samples(find_measure("face_score", "generation"), "base")) == ["b"]
+    assert list(measuring.samples(general, "one")) == ["c"]
+
+
+def test_a_name_with_another_source_is_refused(tmp_path):
+    file = EvaluationRows(tmp_path / "rows.jsonl")
+    file.add("restoration", "ours", "a", source="old", image="a.png")
+    with pytest.raises(FileExistsError, match="has rows of ours = old, which is new now"):
+        file.require_sources("restoration", parse_methods(["ours=new"], [], "restorers"))
+
+
+def test_a_batch_that_fails_is_made_one_by_one():
+    import torch
+
+    items = [Prompt(str(i), "", i) for i in range(5)]
+    saved, sizes = {}, []
+
+    def make(batch):
+        sizes.append(len(batch))
+        if any(item.seed == 3 for item in batch):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [item.seed for item in batch]
+
+    def save(item, image, seconds):
+        assert seconds >= 0
+        saved[item.id] = image
+
+    failed = make_images(make, items, save, torch.device("cpu"), batch_size=2)
+    assert saved == {"0": 0, "1": 1, "2": 2, "4": 4} and [name for name, _ in failed] == ["3"]
+    assert sizes == [2, 2, 2, 1, 1, 1]  # the first once more: it is not timed
+
+
+# --- tables ---
+
+
+def test_tables_in_all_formats():
+    words = {"protocol": "restoration", "better": "lower", "unit": "", "spec": ".2f", "low": 1.0, "high": 2.0}
+    words |= {"median": 1.5, "n": 4, "note": "", "measure": "psnr", "title": "PSNR", "header": "PSNR ↓"}
+    results = {
+        "rows": [
+            {**words, "method": "ours_100%", "value": 1.5},
+            {**words, "method": "other", "value": None, "n": 0},
+            {**words, "method": "input", "value": 1.0},
+            {**words, "method": "worse", "value": 1.75},
+        ],
+        "published": {
+            "protocol": "restoration",
+            "rows": [{"method": "paper", "values": {"psnr": 25.5, "musiq": 7.25}}],
+        },
+        "notes": {"restoration": ["a note"]},
+    }
+    (table,) = tables_of(results)
+    assert "| paper (published) | 25.50 | 7.25 |" in markdown(table) and "- a note" in markdown(table)
+    read = list(csv.DictReader(io.StringIO(csv_text(table))))
+    assert [(row["method"], row["source"], row["psnr"], row["psnr_low"], row["psnr_n"]) for row in read] == [
+        ("ours_100%", "measured", "1.5", "1.0", "4"), ("other", "measured", "", "1.0", "0"),
+        ("input", "measured", "1.0", "1.0", "4"), ("worse", "measured", "1.75", "1.0", "4"),
+        ("paper", "published", "25.5", "", ""),
+    ]  # fmt: skip
+    lines = latex_rows(table).splitlines()
+    assert lines[0] == r"Method & PSNR $\downarrow$ & musiq \\"
+    assert lines[2] == r"ours\_100\% & \textbf{1.50} & - \\"  # the lowest, but for the input's
+    assert latex(r"a\b~^{x}") == r"a\textbackslash{}b\textasciitilde{}\textasciicircum{}\{x\}"
+    with pytest.raises(ValueError, match="`published` has to be one of .*authface_table1.* but is 'table9'"):
+        published_rows("table9")
+
+
+# --- the stage on results of other programs ---
+
+
+@pytest.fixture
+def foreign(tmp_path) -> dict:
+    """Three flat faces of known levels: input 10 below the reference, GFPGAN 5 above, of 80 pixels and without one."""
+    for i in range(3):
+        flat(tmp_path / "set/gt" / f"{STEM.format(i)}.png", 100 + i)
+        flat(tmp_path / "set/lq" / f"{STEM.format(i)}.png", 90 + i)
+        if i < 2:
+            flat(tmp_path / "gfpgan/restored_faces" / f"{STEM.format(i)}_00.png", 105 + i, 80)
+        flat(tmp_path / "same" / f"{STEM.format(i)}.png", 100 + i)
+    restorers = ("input", f"GFPGAN={tmp_path}/gfpgan", f"same={tmp_path}/same")
+    values = {"protocols": ("restoration",), "restorers": restorers, "lq": str(tmp_path / "set"), "scorer": ""}
+    return {**values, "detector": "mtcnn"}
+
+
+def decibels(difference: int) -> float:
+    return 10 * math.log10(255**2 / difference**2)
+
+
+def test_results_of_other_programs_stand_beside_the_input(foreign, tmp_path, capsys):
+    """Levels that differ by d give a PSNR of 10 log10(255^2 / d^2); what is missing or was resized is named."""
+    results = evaluate(tmp_path / "out", **foreign, published="authface_table1_celeba")
+    psnr = numbers(results, "psnr")
+    assert (psnr["input"]["value"], psnr["GFPGAN"]["value"]) == pytest.approx((decibels(10), decibels(5)))
+    assert (psnr["same"]["value"], psnr["same"]["n"], psnr["same"]["is_infinite"]) == (None, 3, True)
+    assert psnr["GFPGAN"]["n"] == psnr["GFPGAN"]["pairs"] == 2
+    assert psnr["GFPGAN"]["difference"] == pytest.approx(decibels(5) - decibels(10))
+    assert [row["value"] for row in numbers(results, "ssim").values()][2] == pytest.approx(1)
+    assert numbers(results, "fid")["same"]["note"].startswith("not measured: FID and KID need the Inception weights")
+    assert not numbers(results, "fid_tiny")  # none of these is a tiny model
+    notes = " ".join(results["notes"]["restoration"])
+    assert f"GFPGAN: 1 of 3 missing: {STEM.format(2)}" in notes
+    assert "GFPGAN: 2 resized to the size of the reference from 80x80 (Lanczos)" in notes
+    printed = capsys.readouterr().out
+    assert "| AuthFace (published) | 25.57 |" in printed and "| same | infinite |" in printed
+    page = Page(tmp_path / "out/report.html")
+    assert page.balanced and "GFPGAN" in page.text and "AuthFace" in page.text
+    assert all(image["src"].startswith("data:") for image in page.all("img")) and len(page.all("input")) == 2 * 2
+
+
+def test_restorers_beside_the_input_and_a_folder(foreign, tmp_path):
+    """Two of one model, with settings of their own, which alone are timed. FID of a set with itself is 0."""
+    added = (*foreign["restorers"], "ours=tiny,steps=2", "faithful=tiny,steps=2,fidelity=0.9")
+    results = evaluate(tmp_path / "out", **foreign | {"restorers": ("LQ=input", *added), "num_faces": 2})
+    assert list(numbers(results, "psnr")) == ["LQ", "input", "GFPGAN", "same", "ours", "faithful"]
+    assert numbers(results, "psnr")["LQ"]["value"] == numbers(results, "psnr")["input"]["value"]
+    assert list(numbers(results, "seconds")) == ["ours", "faithful"]
+    assert numbers(results, "fid_tiny")["same"]["value"] == pytest.approx(0, abs=1e-3)
+    psnr = numbers(results, "psnr")
+    assert psnr["ours"]["value"] != psnr["faithful"]["value"] and psnr["ours"]["n"] == 2
+    before = (tmp_path / "out/restoration/images/ours").stat().st_mtime_ns
+    less = evaluate(tmp_path / "out", **foreign | {"restorers": ("input", "ours=tiny,steps=2"), "num_faces": 2})
+    assert list(numbers(less, "psnr")) == ["input", "ours"]
+    assert (tmp_path / "out/restoration/images/ours").stat().st_mtime_ns == before
+    with pytest.raises(FileExistsError, match="has rows of ours = tiny,steps=2, which is tiny,fidelity=0.5 now"):
+        evaluate(tmp_path / "out", **foreign | {"restorers": ("ours=tiny,fidelity=0.5",), "num_faces": 2})
+
+
+def test_a_killed_evaluation_resumes_with_the_same_numbers(foreign, tmp_path, monkeypatch):
+    """Killed after any line, with half of the next one on the disk."""
+    whole = evaluate(tmp_path / "whole", **foreign)
+    lines = sum(1 for _ in (tmp_path / "whole/rows.jsonl").open())
+    append, left = rows.append_row, []
+
+    def killed(path, row):
+        if not left:
+            with open(path, "ab") as file:
+                file.write(b'{"protocol": "resto')
+            raise KeyboardInterrupt
+        left.pop()
+        append(path, row)
+
+    monkeypatch.setattr(rows, "append_row", killed)
+    for budget in (1, 4, 7, 5, 100):
+        left[:] = [None] * budget
+        try:
+            broken = evaluate(tmp_path / "broken", **foreign)
+        except KeyboardInterrupt:
+            assert budget < 100
+    assert broken["rows"] == whole["rows"]
+    found, problems = read_rows(tmp_path / "broken/rows.jsonl")
+    assert len(found) == lines and not problems
+
+
+def test_without_references_only_what_needs_none_is_measured(foreign, tmp_path):
+    alone = {**foreign, "lq": str(tmp_path / "set/lq"), "restorers": ("input", f"same={tmp_path}/same")}
+    results = evaluate(tmp_path / "out", **alone)
+    assert "psnr" not in {row["measure"] for row in results["rows"]}
+    note = numbers(results, "fid")["input"]["note"]
+    assert note == "not measured: it compares with a set of real images: name its folder as `reference`"
+    later = evaluate(tmp_path / "out", **alone, reference=str(tmp_path / "set/gt"))
+    assert numbers(later, "fid")["input"]["note"].startswith("not measured: FID and KID need the Inception weights")
+
+
+def test_a_method_that_is_not_there_stands_in_the_table_beside_those_that_are(foreign, tmp_path):
+    """Its cells say what makes it; a folder of the wrong layout shows when it is loaded, and the rest is measured."""
+    (tmp_path / "half/unet").mkdir(parents=True)
+    added = (*foreign["restorers"], "later=./not/yet", f"half={tmp_path}/half")
+    psnr = numbers(evaluate(tmp_path / "out", **foreign | {"restorers": added}), "psnr")
+    assert psnr["later"]["note"].startswith(
+        "not measured: no restorer in ./not/yet: `python stages/06_train_restorer.py`"
+    )
+    assert psnr["half"]["note"].startswith(f"not measured: no restorer in {tmp_path}/half")
+    assert psnr["same"]["n"] == 3
+
+
+def test_a_folder_without_a_face_of_the_set_is_refused(foreign, tmp_path):
+    flat(tmp_path / "wrong/cat.png", 1)
+    with pytest.raises(ValueError, match=r"no image in .*wrong has the name of a face, such as 00000000.png"):
+        evaluate(tmp_path / "out", **foreign | {"restorers": (f"a={tmp_path}/wrong",)})
+    with pytest.raises(ValueError, match="`gt` needs `lq`"):
+        evaluate(tmp_path / "out", **foreign | {"lq": "", "gt": "x"})
+    with pytest.raises(FileNotFoundError, match="no restorer in ./a/b: `python stages/06_train_restorer.py` makes one"):
+        evaluate(tmp_path / "out", **foreign | {"restorers": ("input", "ours=./a/b")})
+    with pytest.raises(ValueError, match="has alignment, which needs `benchmark`"):
+        evaluate(tmp_path / "out", protocols=("alignment",))
+    with pytest.raises(ValueError, match="`protocols` has to hold some of restoration, generation"):
+        evaluate(tmp_path / "out", protocols=("everything",))
+
+
+def test_generators_and_finished_images_in_one_table(tmp_path):
+    """The same noise for both of one model gives the same image; images of no prompt are scored on their own."""
+    flat(tmp_path / "real/cat.png", 20)
+    flat(tmp_path / "real/dog.png", 40)
+    values = {"protocols": ("generation",), "scorer": "", "num_prompts": 2, "sample_steps": 2, "detector": "mtcnn"}
+    generators = ("base", "again=tiny", f"real={tmp_path}/real")
+    notes = ["real: 2 finished images, of which none belongs to a prompt of this run by name"]
+    results = evaluate(tmp_path / "out", **values, generators=generators, reference=str(tmp_path / "real"))
+    faces = numbers(results, "faces")
+    assert faces["real"]["value"] == 0 and faces["real"]["n"] == 2 and "difference" not in faces["real"]
+    assert faces["again"]["difference"] == 0 and results["notes"]["generation"][1:2] == notes
+    pictures = tmp_path / "out/generation/images"
+    assert (pictures / "base/00001.png").read_bytes() == (pictures / "again/00001.png").read_bytes()
+    assert numbers(results, "fid_tiny")["real"]["value"] == pytest.approx(0, abs=1e-3)
+    assert f"reference: {tmp_path}/real (n = 2)" in numbers(results, "fid_tiny")["real"]["note"]
+    negative = evaluate(tmp_path / "other", **values, generators=("base",), negative_prompt="ugly", published="")
+    assert "negative prompt 'ugly'" in negative["notes"]["generation"][0]
+    other = tmp_path / "other/generation/images/base/00001.png"
+    assert other.read_bytes() != (pictures / "base/00001.png").read_bytes()
+
+
+def test_alignment_is_a_table_of_metrics(simulated_benchmark, tmp_path):
+    """One annotator ranks as the blur is. Six pairs, less those with a face too blurred; what is missing is named."""
+    scores = {"sharp": 3, "soft": 2, "smudged": 1}
+    lines = [f"{i:04d},{model},{score if i < 3 else ''}" for i in (1, 2, 3) for model, score in scores.items()]
+    (simulated_benchmark / "rankings").mkdir(exist_ok=True)
+    (simulated_benchmark / "rankings/anna.csv").write_text("\n".join(["id,model,score", *lines]))
+    scorer = tiny.resolve("tiny", "scorer")
+    results = evaluate(
+        tmp_path / "out", protocols=("alignment",), benchmark=str(simulated_benchmark), scorer=scorer, detector="mtcnn"
+    )
+    accuracy = numbers(results, "accuracy")
+    assert 0 <= accuracy["FS"]["value"] <= 1 and 2 <= accuracy["FS"]["n"] <= 6
+    assert accuracy["IR"]["value"] is None and accuracy["IR"]["note"].startswith("not measured: ")
+    assert (tmp_path / "out/alignment/tables.md").is_file()
+
+
+def test_answers_of_people_about_the_results_are_a_table(foreign, tmp_path):
+    """Ours is preferred by one of two answers, and nobody finds both alike: shares 1/2, 0, 1/2."""
+    pytest.importorskip("faceprior.human_eval.preferences")
+    evaluate(tmp_path / "out", **foreign)
+    answers = tmp_path / "out/restoration/preferences/anna.csv"
+    answers.parent.mkdir()
+    lines = [f"{STEM.format(0)},GFPGAN,input,input,GFPGAN", f"{STEM.format(1)},GFPGAN,input,GFPGAN,input"]
+    answers.write_text("\n".join(["id,first,second,left,preferred", *lines]))
+    results = evaluate(tmp_path / "out", **foreign | {"protocols": ("restoration", "ab")})
+    shares = [numbers(results, key)["GFPGAN against input"]["value"] for key in ("first", "same", "second")]
+    assert shares == [0.5, 0, 0.5]
+    assert "GFPGAN against input" in Page(tmp_path / "out/report.html").text
