@@ -85,7 +85,7 @@ class Config:
     restorer_steps: int = 400  # training steps of stage 6 with the facial loss, [1, inf)
     ema_decay: float = 0.998  # decay of the moving average of the bases' weights, which is what ships, [0, 1)
     mixed_precision: Literal["no", "bf16"] = "bf16"  # autocast of the forward pass; bf16: 1.4 to 2 times as fast
-    go_on: bool = False  # start vae (its decoder), reward, sd15 and restorer from the shipped weights
+    go_on: bool = False  # start vae (its decoder), judge, reward, sd15 and restorer from the shipped weights
     shard: int = 0  # number of this process among those that draw, [0, 1]
     num_shards: int = 1  # number of processes that draw, [1, 2]
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N

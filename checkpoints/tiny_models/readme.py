@@ -38,7 +38,7 @@ rows have together. The second run of `vae` trained the decoder only: the latent
 not change. `sd15_fine` was continued with the plain loss, which brought little and is no longer done. The last run of
 `sdxl` started over from the last `sd15`; the pairs that `reward` was trained on come from an earlier `sd15` and `vae`.
 
-- Data: {data}, from the training seeds in `faceprior/procedural/`; every run has the seed 0
+- Data: {data}, from the training seeds in `faceprior/procedural/`; every run has the seed 0, the judge's 1
 - Machine: {machines}
 - Licence: Apache-2.0, as the code. The images are drawn by it: no photograph of anyone was used
 
@@ -84,8 +84,7 @@ def write_readme(config, work: Path) -> None:
     lines = [HEADER, "| folder | what it is | MB |", "|---|---|---|"]
     for kind, what in PARTS.items():
         size = sum(f.stat().st_size for f in (tiny.tiny_folder() / kind).rglob("*") if f.is_file()) / 1e6
-        if size or kind != "judge":  # which ships once it is good enough
-            lines.append(f"| `{kind}/` | {what} | {size:.1f} |")
+        lines.append(f"| `{kind}/` | {what} | {size:.1f} |")
     lines += ["", "| run | steps | loss at the end | hours | result |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(str(row[key]) for key in COLUMNS)} |" for row in runs]
     machines = "; ".join(sorted({row["machine"] for row in runs}))
