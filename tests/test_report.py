@@ -131,6 +131,7 @@ def make_evaluation(folder):
         ],
         "published": {
             "protocol": "restoration",
+            "title": "Restorers on CelebA-Test",
             "source": "arXiv 2410.09864, Table 1",
             "rows": [{"method": "AuthFace", "values": {"psnr": 25.57, "lpips": 0.2143}}],
         },
