@@ -202,8 +202,9 @@ def main(config: Config) -> None:
     # ---- Sort the rows, so that interrupted and whole runs leave the same files; write the numbers and the sheets
     accepted, rejected = sort_rows(output / MANIFEST), sort_rows(output / REJECTED)
     rewrite_rows(output / METRICS_FILE, [{"step": step, **row["quality"]} for step, row in enumerate(accepted, 1)])
+    balance = measure_balance(accepted)
     with atomic_write(output / BALANCE, "w") as file:
-        json.dump(measure_balance(accepted), file, indent=1, ensure_ascii=False)
+        json.dump(balance, file, indent=1, ensure_ascii=False)
     write_sheets(output, accepted)
     finish(output, accepted=len(accepted), rejected=len(rejected))
 
@@ -214,6 +215,8 @@ def main(config: Config) -> None:
         raise ValueError(
             f"none of {len(sources)} photographs passed the gates: {output / REJECTED} holds their measured numbers"
         )
+    for sentence in balance["missing"]:
+        print(f"{output / BALANCE}: {sentence}")
     print(f"{len(accepted)} portraits in {output}; look at each: `python -m faceprior.human_eval review {output}`")
 
 

@@ -191,6 +191,13 @@ def test_small_faces_are_found_where_they_are_asked_for(stage, photos):
     assert 8 <= row["quality"]["face_size"] < 20 and "small face" not in row["faults"]
 
 
+def test_who_is_missing_is_said(stage, photos, capsys):
+    curate(stage)
+    missing = json.loads(Path("out/balance.json").read_text())["missing"]
+    said = capsys.readouterr().out
+    assert missing and all(f"out/balance.json: {sentence}" in said for sentence in missing)
+
+
 def test_all_that_is_wrong_is_named_and_all_numbers_are_stored(stage, photos):
     """Small and dark; the numbers of what passes are the same as those of what does not."""
     dark = Image.open(photos / "portrait_00000.png").point(lambda value: value // 4)
