@@ -314,6 +314,7 @@ def test_tables_in_all_formats():
     }
     (table,) = tables_of(results)
     assert "| paper (published) | 25.50 | 7.25 |" in markdown(table) and "- a note" in markdown(table)
+    assert "- published rows; comparable where the test set," in markdown(table)
     read = list(csv.DictReader(io.StringIO(csv_text(table))))
     assert [(row["method"], row["source"], row["psnr"], row["psnr_low"], row["psnr_n"]) for row in read] == [
         ("ours_100%", "measured", "1.5", "1.0", "4"), ("other", "measured", "", "1.0", "0"),

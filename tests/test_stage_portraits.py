@@ -10,6 +10,7 @@ from conftest import load_stage
 from PIL import Image
 from tiny_vlm import save_tiny_vlm
 
+from faceprior import sorting
 from faceprior.config import parse_config
 from faceprior.jsonl import read_rows
 from faceprior.metrics import MetricUnavailable
@@ -153,13 +154,13 @@ def test_killed_during_the_review(stage, photos, monkeypatch, step):
     identity = safe_name("b/portrait_00000.png")
     Path("review.txt").write_text(identity)
     with monkeypatch.context() as patch:
-        work = getattr(stage, step)
+        work = getattr(sorting, step)
 
         def killed(*args):
             work(*args)
             raise KeyboardInterrupt
 
-        patch.setattr(stage, step, killed)
+        patch.setattr(sorting, step, killed)
         with pytest.raises(KeyboardInterrupt):
             curate(stage, review="review.txt")
     rows = curate(stage, review="review.txt")
@@ -190,6 +191,13 @@ def test_small_faces_are_found_where_they_are_asked_for(stage, photos):
     assert 8 <= row["quality"]["face_size"] < 20 and "small face" not in row["faults"]
 
 
+def test_who_is_missing_is_said(stage, photos, capsys):
+    curate(stage)
+    missing = json.loads(Path("out/balance.json").read_text())["missing"]
+    said = capsys.readouterr().out
+    assert missing and all(f"out/balance.json: {sentence}" in said for sentence in missing)
+
+
 def test_all_that_is_wrong_is_named_and_all_numbers_are_stored(stage, photos):
     """Small and dark; the numbers of what passes are the same as those of what does not."""
     dark = Image.open(photos / "portrait_00000.png").point(lambda value: value // 4)
@@ -217,6 +225,30 @@ def test_other_limits_judge_by_the_stored_numbers(stage, photos, monkeypatch):
         assert not list(Path("out/images").iterdir()) and all(Path("out", row["image"]).is_file() for row in rejected)
     assert curate(stage) == whole
     assert contents(Path("out")) == before
+
+
+def test_what_stays_rejected_says_so_by_the_limits_of_this_run(stage, photos):
+    """The faults, values and limits in rejected.jsonl are those of a run from the beginning with the same limits."""
+    Image.open(photos / "portrait_00000.png").point(lambda value: value // 4).save(photos / "portrait_00000.png")
+    (first,) = curate(stage)["rejected"]
+    limits = {"min_highlights": 90.0, "min_eyes": 0.0, "min_texture": 1.1, "max_yaw": 0.0}
+    with pytest.raises(ValueError, match="none of 2 photographs passed"):
+        curate(stage, **limits)
+    now = next(row for row in read_rows("out/rejected.jsonl")[0] if row["id"] == first["id"])
+    assert "turned away" in now["faults"] and "turned away" not in first["faults"]
+    assert "underexposed: at least 90.0" in now["reason"] and "underexposed: at least 100.0" in first["reason"]
+    with pytest.raises(ValueError, match="none of 2 photographs passed"):
+        curate(stage, output="new", **limits)
+    assert now == next(row for row in read_rows("new/rejected.jsonl")[0] if row["id"] == first["id"])
+
+
+def test_a_portrait_that_is_not_rejected_by_hand_any_more_is_judged_by_the_limits_of_this_run(stage, photos):
+    identity = safe_name("b/portrait_00000.png")
+    Path("review.txt").write_text(identity)
+    (row,) = curate(stage, review="review.txt")["rejected"]
+    Path("review.txt").write_text("")
+    rows = curate(stage, review="review.txt", min_texture=row["quality"]["texture"] + 0.1)["rejected"]
+    assert "over-smooth" in next(r for r in rows if r["id"] == identity)["faults"]
 
 
 def test_a_copy_of_what_is_no_portrait_any_more_takes_its_place(stage, photos):

@@ -23,13 +23,11 @@ from faceprior.config import REVIEW_FILE
 from faceprior.human_eval.pages import BLOCKS, EVENTS, make_key, make_magnifier, make_picture
 from faceprior.jsonl import MANIFEST, read_rows, require_keys, rewrite_rows
 from faceprior.photos import decode_text
+from faceprior.sorting import BY_HAND, REJECTED, is_by_hand
 from faceprior.tables import markdown_table, number_text
 
 if TYPE_CHECKING:
     import gradio
-
-REJECTED = "rejected.jsonl"  # of stage 3, beside the manifest
-BY_HAND = "rejected by hand"
 
 KEEP, REJECT = "keep", "reject"
 DECIDED = {"": "not decided", KEEP: "kept", REJECT: "**rejected**"}
@@ -75,16 +73,6 @@ def _read_decisions(path: Path) -> list[Row]:
         place, reason = problems[0]
         raise ValueError(f"{place}: {reason}: fix or remove the line")
     return rows
-
-
-def hand_reason(reason: str) -> str:
-    """Return the `reason` of a row in rejected.jsonl for the reason, maybe empty, that a person gave."""
-    return f"{BY_HAND}: {reason}" if reason else BY_HAND
-
-
-def is_by_hand(row: Row) -> bool:
-    """Whether a row of rejected.jsonl is of a portrait that a person rejected."""
-    return row["reason"] == BY_HAND or row["reason"].startswith(f"{BY_HAND}: ")
 
 
 class Portraits(NamedTuple):
