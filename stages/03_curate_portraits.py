@@ -134,11 +134,14 @@ def main(config: Config) -> None:
     review = find_review(config)
     made = [Path(config.output) / folder for folder in ("images", "rejected", "sheets", KEPT)]
     made += [Path(folder) for folder in (config.export_retouch, config.import_retouch) if folder]
+    require_apart(config)
     sources, problems = find_photographs(config.images, made) if config.images else (None, [])
 
     # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
     accepted, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
+    require_rows(output, accepted)
+    complete_moves(output, accepted, rejected)
     reviewed = review is not None and is_new(review, accepted, rejected)
     retouched = bool(config.export_retouch or config.import_retouch)
     changed = reviewed or retouched or judged_otherwise(config, accepted, rejected)
@@ -147,9 +150,10 @@ def main(config: Config) -> None:
         return
     learned = load_quality_model(config)
     (output / DONE_FILE).unlink(missing_ok=True)
-    judge_again(config, output, accepted, rejected)
-    if review is not None:  # rows of older runs without the portrait are judged again
+    if review is not None:  # by the limits, too; rows of older runs without the portrait are judged again
         rejected.remove([i for i in forgiven(rejected, review) if "image" not in rejected[i]])
+        accept_again(output, accepted, rejected, forgiven(rejected, review))
+    judge_again(config, output, accepted, rejected)
     for source in sources or []:  # unreadable in an earlier run and fixed since: judged again
         if rejected.get(safe_name(source.name), {}).get("unreadable") and source.is_readable():
             rejected.remove([safe_name(source.name)])
@@ -176,7 +180,6 @@ def main(config: Config) -> None:
     # ---- The paper's last filter, a person
     if review is not None:
         reject_by_hand(output, accepted, rejected, review)
-        accept_again(output, accepted, rejected, forgiven(rejected, review))
         unknown = sorted(review.keys() - accepted.keys() - rejected.keys())
         problems += [(identity, "no portrait has this id") for identity in unknown]
 
@@ -207,6 +210,24 @@ def main(config: Config) -> None:
     print(f"{len(accepted)} portraits in {output}; look at each: `python -m faceprior.human_eval review {output}`")
 
 
+def require_apart(config: Config) -> None:
+    """Raise ValueError for a folder of retouching in the output folder, whose portraits it would mix with."""
+    for key in ("export_retouch", "import_retouch"):
+        folder = getattr(config, key)
+        if folder and Path(folder).resolve().is_relative_to(Path(config.output).resolve()):
+            raise ValueError(f"`{key}` {folder} lies in the output folder {config.output}: choose one beside it")
+
+
+def require_rows(output: Path, accepted: KeyedRows) -> None:
+    """Raise FileExistsError for portraits of a version that kept less about them."""
+    for identity, row in accepted.items():
+        if lacking := [key for key in ("image", "caption", "quality", "tags", "turn") if key not in row]:
+            raise FileExistsError(
+                f"{output / MANIFEST} is of another version: {identity} has no `{lacking[0]}`: choose another `output`,"
+                " or `--overwrite` to start over"
+            )
+
+
 def find_review(config: Config) -> dict[str, str] | None:
     """Return the portraits that a person rejected, id -> reason; None without a review."""
     own = Path(config.output) / REVIEW_FILE
@@ -220,6 +241,16 @@ def is_new(review: dict[str, str], accepted: KeyedRows, rejected: KeyedRows) -> 
 
 # Portraits move by renaming their files, then adding the row that names them, then removing the other row: a run that
 # was killed in between is completed by the next one.
+
+
+def complete_moves(output: Path, accepted: KeyedRows, rejected: KeyedRows) -> None:
+    """Put the images where their rows say: a run with other limits or another review was killed while it moved them."""
+    for identity, row in [*accepted.items(), *rejected.items()]:
+        image = Path(row.get("image", ""))
+        if "image" not in row or (output / image).exists() or (identity in accepted and row is not accepted[identity]):
+            continue
+        elsewhere = "rejected" if image.parent.name == "images" else "images"
+        move_portrait(output, f"{elsewhere}/{image.name}", image.parent.name)
 
 
 def reject_by_hand(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: dict[str, str]) -> None:
@@ -248,7 +279,8 @@ def restated(rejected: KeyedRows, review: dict[str, str]) -> list[str]:
 def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, identities: list[str]) -> None:
     """Move portraits that are rejected no longer back into the manifest."""
     for identity in identities:
-        row = {key: value for key, value in rejected[identity].items() if key not in ("reason", "thumbnail", "faults")}
+        gone = ("reason", "thumbnail", "faults", "duplicate_of")
+        row = {key: value for key, value in rejected[identity].items() if key not in gone}
         accepted.add({**row, "image": move_portrait(output, row["image"], "images")})
         (output / rejected[identity]["thumbnail"]).unlink(missing_ok=True)
     rejected.remove(identities)
@@ -333,14 +365,38 @@ def judge_again(config: Config, output: Path, accepted: KeyedRows, rejected: Key
         rejected.add({**accepted[identity], "image": image, **thumbnail, **words})
     accepted.remove(fallen)
 
-    # ---- Rejected, and no longer, or as a copy of what is no portrait now; one that was a portrait keeps its image
-    again = [
-        identity
-        for identity, row in rejected.items()
-        if "faults" in row and (row.get("duplicate_of") in fallen or not find_faults(row["quality"], config))
-    ]
-    accept_again(output, accepted, rejected, [identity for identity in again if "image" in rejected[identity]])
-    again = [identity for identity in again if identity in rejected]
+    # ---- A portrait in whose place a copy had come is none's copy where that one is no portrait now
+    for identity, row in rejected.items():
+        if "image" in row and "faults" in row and row.get("duplicate_of", identity) not in {identity, *accepted}:
+            row = {**row, "quality": {**row["quality"], "duplicate": NO_DUPLICATE}}
+            rejected.replace([{key: value for key, value in row.items() if key != "duplicate_of"}])
+
+    # ---- Rejected, and no longer: one that was a portrait keeps its image, unless its copy took its place
+    passed = [i for i, row in rejected.items() if "faults" in row and not find_faults(row["quality"], config)]
+    portraits = NearDuplicates(config.max_hash_distance)
+    for identity, row in accepted.items():
+        if "hash" in row:
+            portraits.add(identity, int(row["hash"], 16))
+    for identity in passed:
+        row = rejected[identity]
+        copy_of, distance = ("hash" in row and portraits.find(int(row["hash"], 16))) or ("", NO_DUPLICATE)
+        if "image" not in row:
+            continue
+        if copy_of and identity not in accepted:
+            row = {**row, "quality": {**row["quality"], "duplicate": distance}, "duplicate_of": copy_of}
+            faults = find_faults(row["quality"], config)
+            words = {"faults": [f.gate.fault for f in faults], "reason": "; ".join(map(str, faults))}
+            rejected.replace([{**row, **words}])
+        else:
+            accept_again(output, accepted, rejected, [identity])
+            if "hash" in row:
+                portraits.add(identity, int(row["hash"], 16))
+
+    # ---- What was never a portrait is decoded again, as are copies of what is none now, by its numbers
+    lost = {identity for identity, row in rejected.items() if "image" in row and "faults" in row}
+    copies = [i for i, row in rejected.items() if row.get("duplicate_of") in lost and "image" not in row]
+    again = [identity for identity in {**dict.fromkeys(passed), **dict.fromkeys(copies)} if identity in rejected]
+    again = [identity for identity in again if "image" not in rejected[identity]]
     for identity in again:
         (output / "rejected" / f"{identity}.jpg").unlink(missing_ok=True)
     rejected.remove(again)
