@@ -13,9 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from faceprior.gates import Fault, find_faults
+from faceprior.gates import NO_DUPLICATE, Fault, find_faults
 from faceprior.images import load_image, save_image
 from faceprior.jsonl import KeyedRows
+from faceprior.quality import NearDuplicates
 
 REJECTED = "rejected.jsonl"  # beside the manifest
 BY_HAND = "rejected by hand"
@@ -53,20 +54,48 @@ def judge_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, limits: 
         _reject(output, accepted[identity], rejected, words_of(found[identity]))
     accepted.remove(fallen)
 
-    # ---- Rejected, and no longer, or as a copy of what is no portrait now; one that was a portrait keeps its image
-    found = {i: find_faults(row["quality"], limits) for i, row in rejected.items() if "faults" in row}
-    again = [i for i, faults in found.items() if not faults or rejected[i].get("duplicate_of") in fallen]
-    accept_again(output, accepted, rejected, [identity for identity in again if "image" in rejected[identity]])
-    again = [identity for identity in again if identity in rejected]
+    # ---- A portrait in whose place a copy had come is none's copy where that one is no portrait now
+    lone = [
+        {**row, "quality": {**row["quality"], "duplicate": NO_DUPLICATE}}
+        for identity, row in rejected.items()
+        if "image" in row and "faults" in row and row.get("duplicate_of", identity) not in {identity, *accepted}
+    ]
+    if lone:
+        rejected.replace({key: value for key, value in row.items() if key != "duplicate_of"} for row in lone)
+
+    # ---- Rejected, and no longer: one that was a portrait keeps its image, unless a copy took its place
+    passed = [i for i, row in rejected.items() if "faults" in row and not find_faults(row["quality"], limits)]
+    portraits = NearDuplicates(limits.max_hash_distance)
+    for row in accepted.values():
+        _add_hash(portraits, row)
+    for identity in [identity for identity in passed if "image" in rejected[identity]]:
+        row = rejected[identity]
+        copy_of, distance = ("hash" in row and portraits.find(int(row["hash"], 16))) or ("", NO_DUPLICATE)
+        if copy_of and identity not in accepted:
+            row = {**row, "quality": {**row["quality"], "duplicate": distance}, "duplicate_of": copy_of}
+            rejected.replace([{**row, **words_of(find_faults(row["quality"], limits))}])
+        else:
+            accept_again(output, accepted, rejected, [identity])
+            _add_hash(portraits, row)
+
+    # ---- What was never a portrait is decoded again, as are copies of what is none now, by its numbers
+    lost = {identity for identity, row in rejected.items() if "image" in row and "faults" in row}
+    copies = [identity for identity, row in rejected.items() if row.get("duplicate_of") in lost]
+    again = [i for i in dict.fromkeys([*passed, *copies]) if i in rejected and "image" not in rejected[i]]
     for identity in again:
         (output / "rejected" / f"{identity}.jpg").unlink(missing_ok=True)
     rejected.remove(again)
 
     # ---- Still rejected, for other reasons
-    words = {identity: words_of(faults) for identity, faults in found.items() if identity in rejected}
+    words = {i: words_of(find_faults(row["quality"], limits)) for i, row in rejected.items() if "faults" in row}
     changed = [identity for identity in words if words[identity]["reason"] != rejected[identity]["reason"]]
     if changed:
         rejected.replace({**rejected[identity], **words[identity]} for identity in changed)
+
+
+def _add_hash(portraits: NearDuplicates, row: Row) -> None:
+    if "hash" in row:  # rows of older versions have none
+        portraits.add(row["id"], int(row["hash"], 16))
 
 
 # ---- By hand
@@ -111,6 +140,16 @@ def _restated(rejected: KeyedRows, review: dict[str, str]) -> list[str]:
 # ---- There and back
 
 
+def complete_moves(output: Path, accepted: KeyedRows, rejected: KeyedRows) -> None:
+    """Put the images where their rows say: a run with other limits or another review was killed while it moved them."""
+    for row in {**rejected, **accepted}.values():
+        image = Path(row.get("image", ""))
+        if "image" not in row or (output / image).exists():
+            continue
+        elsewhere = "rejected" if image.parent.name == "images" else "images"
+        move_portrait(output, f"{elsewhere}/{image.name}", image.parent.name)
+
+
 def _reject(output: Path, row: Row, rejected: KeyedRows, words: Row) -> None:
     image = move_portrait(output, row["image"], "rejected")
     thumbnail = save_thumbnail(load_image(output / image), output, row["id"])
@@ -120,7 +159,8 @@ def _reject(output: Path, row: Row, rejected: KeyedRows, words: Row) -> None:
 def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, identities: Sequence[str]) -> None:
     """Move portraits that are rejected no longer back into the manifest."""
     for identity in identities:
-        row = {key: value for key, value in rejected[identity].items() if key not in ("reason", "thumbnail", "faults")}
+        gone = ("reason", "thumbnail", "faults", "duplicate_of")
+        row = {key: value for key, value in rejected[identity].items() if key not in gone}
         accepted.add({**row, "image": move_portrait(output, row["image"], "images")})
         (output / rejected[identity]["thumbnail"]).unlink(missing_ok=True)
     rejected.remove(identities)

@@ -66,6 +66,7 @@ from faceprior.retouch import KEPT, export_portraits, import_portraits
 from faceprior.sorting import (
     REJECTED,
     accept_again,
+    complete_moves,
     forgiven,
     is_new,
     judge_again,
@@ -144,11 +145,14 @@ def main(config: Config) -> None:
     review = find_review(config)
     made = [Path(config.output) / folder for folder in ("images", "rejected", "sheets", KEPT)]
     made += [Path(folder) for folder in (config.export_retouch, config.import_retouch) if folder]
+    require_apart(config)
     sources, problems = find_photographs(config.images, made) if config.images else (None, [])
 
     # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
     accepted, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
+    require_rows(output, accepted)
+    complete_moves(output, accepted, rejected)
     reviewed = review is not None and is_new(review, accepted, rejected)
     retouched = bool(config.export_retouch or config.import_retouch)
     changed = reviewed or retouched or judged_otherwise(accepted, rejected, config)
@@ -218,6 +222,24 @@ def main(config: Config) -> None:
     for sentence in balance["missing"]:
         print(f"{output / BALANCE}: {sentence}")
     print(f"{len(accepted)} portraits in {output}; look at each: `python -m faceprior.human_eval review {output}`")
+
+
+def require_apart(config: Config) -> None:
+    """Raise ValueError for a folder of retouching in the output folder, whose portraits it would mix with."""
+    for key in ("export_retouch", "import_retouch"):
+        folder = getattr(config, key)
+        if folder and Path(folder).resolve().is_relative_to(Path(config.output).resolve()):
+            raise ValueError(f"`{key}` {folder} lies in the output folder {config.output}: choose one beside it")
+
+
+def require_rows(output: Path, accepted: KeyedRows) -> None:
+    """Raise FileExistsError for portraits of a version that kept less about them."""
+    for identity, row in accepted.items():
+        if lacking := [key for key in ("image", "caption", "quality", "tags", "turn") if key not in row]:
+            raise FileExistsError(
+                f"{output / MANIFEST} is of another version: {identity} has no `{lacking[0]}`: choose another `output`,"
+                " or `--overwrite` to start over"
+            )
 
 
 def find_review(config: Config) -> dict[str, str] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from faceprior.evaluation.methods import INPUT, REFERENCE
-from faceprior.tables import EMPTY, NOT_MEASURED, interval_text, markdown_table
+from faceprior.tables import EMPTY, NOT_MEASURED, interval_text, markdown_table, markdown_text
 
 PUBLISHED = "published"
 
@@ -142,7 +142,7 @@ def markdown(table: Table) -> str:
         for line in table.lines
     ]
     parts = [f"## {table.title}\n\n{markdown_table(head, rows)}"]
-    parts += ["\n".join(f"- {note}" for note in table.notes) + "\n"] if table.notes else []
+    parts += ["\n".join(f"- {markdown_text(note)}" for note in table.notes) + "\n"] if table.notes else []
     return "\n".join(parts)
 
 
@@ -208,7 +208,7 @@ _LATEX = {
 
 def latex(text: str) -> str:
     """Escape what LaTeX reads as commands."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
 def missing_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

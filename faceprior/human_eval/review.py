@@ -55,7 +55,10 @@ def read_review(path: str | Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"no review file {path}: it lists the ids of rejected portraits, one per line")
     if path.suffix != ".jsonl":
-        return dict.fromkeys(decode_text(path.read_bytes()).split(), "")
+        try:
+            return dict.fromkeys(decode_text(path.read_bytes()).split(), "")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as such, with an id a line") from error
     last = {row["id"]: row for row in _read_decisions(path)}
     return {identity: row.get("reason", "") for identity, row in last.items() if row["decision"] == REJECT}
 
