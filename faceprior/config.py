@@ -516,6 +516,25 @@ def _entries(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: (order.get(path.name, 1), path.name))
 
 
+def require_outside(output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise ValueError for an input that lies in what a run writes to `output`, and `overwrite` deletes.
+
+    Folders of other runs inside it may be inputs.
+    """
+    made = [path.resolve() for path in _entries(Path(output))] if is_run(output) else []
+    for path in inputs:
+        if any(Path(path).expanduser().resolve().is_relative_to(own) for own in made):
+            raise ValueError(
+                f"{path} lies in the output folder {output}, where files are replaced and `--overwrite` deletes them:"
+                " move it out, or choose another `output`"
+            )
+
+
+def is_run(output: str | Path) -> bool:
+    """Tell whether a folder holds the settings of a run."""
+    return (Path(output) / CONFIG_FILE).is_file()
+
+
 def _is_empty_log(path: Path) -> bool:
     """Tell whether a file is the log of a run that has not taken a step."""
     return path.name == METRICS_FILE and path.is_file() and path.stat().st_size == 0

@@ -280,7 +280,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open `path` for writing so that it appears whole or not at all.
 
     The data go to a temporary file in the same folder (created if missing), which replaces `path` at the end; on an
-    error it is removed and an older `path` stays. mode: "wb", or "w" for UTF-8 text.
+    error it is removed and an older `path` stays. mode: "wb", or "w" for UTF-8 text, in which bytes of file names that
+    are no text stand as escapes, `\\udce9`, as JSON has them.
     """
     if mode not in ("wb", "w"):
         raise ValueError(f'`mode` has to be "wb" or "w" but is {mode!r}')
@@ -288,7 +289,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".faceprior-{uuid.uuid4().hex}.tmp")  # short, however long `path` is
     try:
-        with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+        with open(temporary, mode.replace("w", "x"), **text) as file:
             _lock(file)
             yield file
             file.flush()

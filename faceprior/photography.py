@@ -18,7 +18,7 @@ from faceprior.images import as_array, cv2
 ANALYSIS_SIZE = 256  # side in pixels of the aligned crops that are measured
 
 # Rows and columns of parts of the face in a crop of ANALYSIS_SIZE, which all faces share after the alignment
-CHEEKS = (np.s_[140:175, 72:108], np.s_[140:175, 148:184])  # left and right in the picture
+CHEEKS = (np.s_[140:175, 72:108], np.s_[140:175, 148:184])  # left and right in the image
 SIDES = (  # besides the nose, on the chin, on the forehead: left and right
     (np.s_[145:175, 88:112], np.s_[145:175, 144:168]),
     (np.s_[200:225, 92:124], np.s_[200:225, 132:164]),
@@ -71,7 +71,7 @@ ATTRIBUTES = (
 def head_turn(landmarks: np.ndarray) -> float:
     """Return how far the nose's tip is to the right of the middle between the eyes, in eye distances.
 
-    landmarks: (5, 2), in the photograph or in the crop. Positive: the head is turned to the picture's right.
+    landmarks: (5, 2), in the photograph or in the crop. Positive: the head is turned to the image's right.
     """
     left, right, nose = np.asarray(landmarks, np.float64)[:3]
     axis = right - left
@@ -84,7 +84,7 @@ def measured_tags(crop: Image.Image, turn: float = 0.0) -> list[str]:
     tags = {attribute.name: attribute.tag(values[attribute.name]) for attribute in ATTRIBUTES}
     if tags["colours"]:  # without colours, that of the light is not known
         tags["colour temperature"] = ""
-    if tags["sharpness"] == "soft focus":  # nor is what a blurred picture does not show
+    if tags["sharpness"] == "soft focus":  # nor is what a blurred image does not show
         tags["skin"] = tags["depth of field"] = ""
     return [tag for tag in tags.values() if tag]
 

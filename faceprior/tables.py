@@ -12,6 +12,7 @@ with the reason and the way out, `measure` makes an estimate without a value of 
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,10 +107,15 @@ def interval_text(low: float | None, high: float | None, spec: str = ".4g", unit
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, a line per row; `|` is escaped and a line break within a cell becomes a space."""
+    """Return a Markdown table, a line per row, with its texts as `markdown_text` writes them and `|` escaped."""
     lines = [_line(head), "|---" * len(head) + "|", *map(_line, rows)]
     return "\n".join(lines) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+    return "| " + " | ".join(markdown_text(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """Return a text on one line of Markdown, in which no HTML begins: `<b>` is escaped, `p < 0.01` stays."""
+    return re.sub(r"(?<!\\)<(?=[A-Za-z/!?])", r"\\<", " ".join(text.split()))

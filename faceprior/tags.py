@@ -1,6 +1,6 @@
 """Tags, the words of a caption, in the two groups of AuthFace (arXiv 2410.09864, section 3.1).
 
-Semantic tags say who and what is in the picture, as captions for text-to-image models always do; photographic tags say
+Semantic tags say who and what is in the image, as captions for text-to-image models always do; photographic tags say
 how it was photographed and how the face shows in it: expression, skin texture, make-up, lighting, lens, mood, style.
 Table 3 compares a prior that was tuned with semantic tags only with one that was tuned with both.
 """

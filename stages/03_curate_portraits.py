@@ -53,7 +53,7 @@ from faceprior.config import (
 )
 from faceprior.files import atomic_write
 from faceprior.gates import LIMITS, NO_DUPLICATE, Measured, find_faults, measure_photograph
-from faceprior.human_eval.review import REJECTED, hand_reason, is_by_hand, read_review
+from faceprior.human_eval.review import read_review
 from faceprior.images import load_image, save_image
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
 from faceprior.models import quiet_libraries, resolve_device, weight_dtype
@@ -63,11 +63,22 @@ from faceprior.portraits import Portrait
 from faceprior.procedural import Spoil, draw_folder
 from faceprior.quality import NearDuplicates
 from faceprior.retouch import KEPT, export_portraits, import_portraits
+from faceprior.sorting import (
+    REJECTED,
+    accept_again,
+    complete_moves,
+    forgiven,
+    is_new,
+    judge_again,
+    judged_otherwise,
+    reject_by_hand,
+    save_thumbnail,
+    words_of,
+)
 from faceprior.tags import Tags, combine_tags
 
 BALANCE = "balance.json"
 SEARCHED_FACE = 20  # pixels; smaller faces in the background of a photograph do not count as further ones
-THUMBNAIL = 192  # pixels, longer side
 Sources = tuple[Literal["sidecar", "vlm", "measured"], ...]
 
 
@@ -134,22 +145,26 @@ def main(config: Config) -> None:
     review = find_review(config)
     made = [Path(config.output) / folder for folder in ("images", "rejected", "sheets", KEPT)]
     made += [Path(folder) for folder in (config.export_retouch, config.import_retouch) if folder]
+    require_apart(config)
     sources, problems = find_photographs(config.images, made) if config.images else (None, [])
 
     # ---- Open the output folder and read the rows of an earlier run
     output = open_output(config)
     accepted, rejected = KeyedRows(output / MANIFEST), KeyedRows(output / REJECTED)
+    require_rows(output, accepted)
+    complete_moves(output, accepted, rejected)
     reviewed = review is not None and is_new(review, accepted, rejected)
     retouched = bool(config.export_retouch or config.import_retouch)
-    changed = reviewed or retouched or judged_otherwise(config, accepted, rejected)
+    changed = reviewed or retouched or judged_otherwise(accepted, rejected, config)
     if is_complete(output) and sources is None and not changed:
         print(f"{output} is complete: {len(accepted)} portraits")
         return
     learned = load_quality_model(config)
     (output / DONE_FILE).unlink(missing_ok=True)
-    judge_again(config, output, accepted, rejected)
-    if review is not None:  # rows of older runs without the portrait are judged again
-        rejected.remove([i for i in forgiven(rejected, review) if "image" not in rejected[i]])
+    if review is not None:  # rejected by hand and no longer; rows of older runs lack the portrait and are made anew
+        accept_again(output, accepted, rejected, [i for i in forgiven(rejected, review) if "image" in rejected[i]])
+        rejected.remove(forgiven(rejected, review))
+    judge_again(output, accepted, rejected, config)
     for source in sources or []:  # unreadable in an earlier run and fixed since: judged again
         if rejected.get(safe_name(source.name), {}).get("unreadable") and source.is_readable():
             rejected.remove([safe_name(source.name)])
@@ -176,7 +191,6 @@ def main(config: Config) -> None:
     # ---- The paper's last filter, a person
     if review is not None:
         reject_by_hand(output, accepted, rejected, review)
-        accept_again(output, accepted, rejected, forgiven(rejected, review))
         unknown = sorted(review.keys() - accepted.keys() - rejected.keys())
         problems += [(identity, "no portrait has this id") for identity in unknown]
 
@@ -192,8 +206,9 @@ def main(config: Config) -> None:
     # ---- Sort the rows, so that interrupted and whole runs leave the same files; write the numbers and the sheets
     accepted, rejected = sort_rows(output / MANIFEST), sort_rows(output / REJECTED)
     rewrite_rows(output / METRICS_FILE, [{"step": step, **row["quality"]} for step, row in enumerate(accepted, 1)])
+    balance = measure_balance(accepted)
     with atomic_write(output / BALANCE, "w") as file:
-        json.dump(measure_balance(accepted), file, indent=1, ensure_ascii=False)
+        json.dump(balance, file, indent=1, ensure_ascii=False)
     write_sheets(output, accepted)
     finish(output, accepted=len(accepted), rejected=len(rejected))
 
@@ -204,65 +219,33 @@ def main(config: Config) -> None:
         raise ValueError(
             f"none of {len(sources)} photographs passed the gates: {output / REJECTED} holds their measured numbers"
         )
+    for sentence in balance["missing"]:
+        print(f"{output / BALANCE}: {sentence}")
     print(f"{len(accepted)} portraits in {output}; look at each: `python -m faceprior.human_eval review {output}`")
+
+
+def require_apart(config: Config) -> None:
+    """Raise ValueError for a folder of retouching in the output folder, whose portraits it would mix with."""
+    for key in ("export_retouch", "import_retouch"):
+        folder = getattr(config, key)
+        if folder and Path(folder).resolve().is_relative_to(Path(config.output).resolve()):
+            raise ValueError(f"`{key}` {folder} lies in the output folder {config.output}: choose one beside it")
+
+
+def require_rows(output: Path, accepted: KeyedRows) -> None:
+    """Raise FileExistsError for portraits of a version that kept less about them."""
+    for identity, row in accepted.items():
+        if lacking := [key for key in ("image", "caption", "quality", "tags", "turn") if key not in row]:
+            raise FileExistsError(
+                f"{output / MANIFEST} is of another version: {identity} has no `{lacking[0]}`: choose another `output`,"
+                " or `--overwrite` to start over"
+            )
 
 
 def find_review(config: Config) -> dict[str, str] | None:
     """Return the portraits that a person rejected, id -> reason; None without a review."""
     own = Path(config.output) / REVIEW_FILE
     return read_review(config.review or own) if config.review or own.is_file() else None
-
-
-def is_new(review: dict[str, str], accepted: KeyedRows, rejected: KeyedRows) -> bool:
-    """Tell whether a review differs from what is done."""
-    return bool(accepted.keys() & review or forgiven(rejected, review) or restated(rejected, review))
-
-
-# Portraits move by renaming their files, then adding the row that names them, then removing the other row: a run that
-# was killed in between is completed by the next one.
-
-
-def reject_by_hand(output: Path, accepted: KeyedRows, rejected: KeyedRows, review: dict[str, str]) -> None:
-    """Move the portraits that a person rejected out of the manifest; images and numbers are kept."""
-    if changed := restated(rejected, review):
-        rejected.replace({**rejected[identity], "reason": hand_reason(review[identity])} for identity in changed)
-    identities = [identity for identity in accepted if identity in review]
-    for identity in identities:
-        image = move_portrait(output, accepted[identity]["image"], "rejected")
-        thumbnail = save_thumbnail(load_image(output / image), output, identity)
-        rejected.add({**accepted[identity], "image": image, **thumbnail, "reason": hand_reason(review[identity])})
-    accepted.remove(identities)
-
-
-def forgiven(rejected: KeyedRows, review: dict[str, str]) -> list[str]:
-    """Return the ids of portraits that were rejected by hand and are no longer in the review."""
-    return [identity for identity, row in rejected.items() if is_by_hand(row) and identity not in review]
-
-
-def restated(rejected: KeyedRows, review: dict[str, str]) -> list[str]:
-    """Return the ids of portraits that were rejected by hand for another reason than that of the review."""
-    by_hand = (identity for identity in review if identity in rejected and is_by_hand(rejected[identity]))
-    return [identity for identity in by_hand if rejected[identity]["reason"] != hand_reason(review[identity])]
-
-
-def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, identities: list[str]) -> None:
-    """Move portraits that are rejected no longer back into the manifest."""
-    for identity in identities:
-        row = {key: value for key, value in rejected[identity].items() if key not in ("reason", "thumbnail", "faults")}
-        accepted.add({**row, "image": move_portrait(output, row["image"], "images")})
-        (output / rejected[identity]["thumbnail"]).unlink(missing_ok=True)
-    rejected.remove(identities)
-
-
-def move_portrait(output: Path, image: str, folder: str) -> str:
-    """Move an image and its caption, unless a killed run has done so; return the new path, relative to `output`."""
-    target = f"{folder}/{Path(image).name}"
-    for suffix in (".txt", ".png"):
-        source = (output / image).with_suffix(suffix)
-        if source.exists():
-            (output / target).parent.mkdir(exist_ok=True)
-            source.replace((output / target).with_suffix(suffix))
-    return target
 
 
 def judge(
@@ -291,8 +274,8 @@ def judge(
         # ---- The gates, all of them: a photographer wants to know everything that is wrong
         if faults := find_faults(row["quality"], config):
             copy_of = {"duplicate_of": nearest} if distance <= config.max_hash_distance else {}
-            row |= {**copy_of, "faults": [fault.gate.fault for fault in faults]}
-            raise Unfit("; ".join(map(str, faults)))
+            row |= {**copy_of, **words_of(faults)}
+            raise Unfit(row["reason"])
 
         # ---- Photography-guided annotation
         turn = round(head_turn(measured.face.landmarks), 4)
@@ -309,41 +292,6 @@ def judge(
     groups = (tags.semantic, tags.photographic)
     portrait = Portrait(identity, source.name, image, *groups, confidence, size, row["quality"])
     return {**portrait.to_row(), "hash": row["hash"], "tags": found, "turn": turn}
-
-
-# ---- Other limits than those of an earlier run are applied to the numbers that it stored
-
-
-def judged_otherwise(config: Config, accepted: KeyedRows, rejected: KeyedRows) -> bool:
-    """Whether the limits of this run reject what is accepted, or accept what is rejected."""
-    return any(find_faults(row["quality"], config) for row in accepted.values()) or any(
-        "faults" in row and not find_faults(row["quality"], config) for row in rejected.values()
-    )
-
-
-def judge_again(config: Config, output: Path, accepted: KeyedRows, rejected: KeyedRows) -> None:
-    """Apply the limits of this run to the rows of an earlier one; what is to be decoded again loses its row."""
-    # ---- Accepted, and no longer: image and caption are kept
-    found = {identity: find_faults(row["quality"], config) for identity, row in accepted.items()}
-    fallen = [identity for identity, faults in found.items() if faults]
-    for identity in fallen:
-        image = move_portrait(output, accepted[identity]["image"], "rejected")
-        thumbnail = save_thumbnail(load_image(output / image), output, identity)
-        words = {"faults": [f.gate.fault for f in found[identity]], "reason": "; ".join(map(str, found[identity]))}
-        rejected.add({**accepted[identity], "image": image, **thumbnail, **words})
-    accepted.remove(fallen)
-
-    # ---- Rejected, and no longer, or as a copy of what is no portrait now; one that was a portrait keeps its image
-    again = [
-        identity
-        for identity, row in rejected.items()
-        if "faults" in row and (row.get("duplicate_of") in fallen or not find_faults(row["quality"], config))
-    ]
-    accept_again(output, accepted, rejected, [identity for identity in again if "image" in rejected[identity]])
-    again = [identity for identity in again if identity in rejected]
-    for identity in again:
-        (output / "rejected" / f"{identity}.jpg").unlink(missing_ok=True)
-    rejected.remove(again)
 
 
 def load_quality_model(config: Config) -> Callable[[Image.Image, Measured], float] | None:
@@ -430,15 +378,6 @@ def import_retouched(config: Config, output: Path, accepted: KeyedRows) -> list[
         accepted[identity] = row
     print(f"{len(changed)} portraits replaced by retouched ones of {config.import_retouch}")
     return problems
-
-
-def save_thumbnail(photograph: Image.Image, output: Path, identity: str) -> dict[str, str]:
-    """Write the thumbnail of a rejected photograph and return its entry in the row."""
-    scale = min(1, THUMBNAIL / max(photograph.size))  # resized, not copied first: a photograph can be large
-    small = photograph.resize([max(1, round(scale * side)) for side in photograph.size], reducing_gap=2.0)
-    file = f"rejected/{identity}.jpg"
-    save_image(small, output / file)
-    return {"thumbnail": file}
 
 
 def write_sheets(output: Path, accepted: list[dict], columns: int = 8, rows: int = 6, side: int = 160) -> None:

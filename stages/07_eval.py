@@ -19,6 +19,7 @@ measures it, and nothing else, once it is there. In rows.jsonl a value of null i
 infinite: the images are identical.
 """
 
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from faceprior import tiny  # first: it silences bitsandbytes, which diffusers l
 
 # isort: split
 
-from faceprior.config import finish, open_output, print_problems, run_stage
+from faceprior.config import finish, open_output, print_problems, require_outside, run_stage, saved_settings
 from faceprior.degrade import ranges_of
 from faceprior.evaluation import generation, restoration
 from faceprior.evaluation.figures import not_measured
@@ -44,8 +45,10 @@ from faceprior.evaluation.results import (
     result_row,
     write_results,
 )
-from faceprior.evaluation.rows import EvaluationRows
+from faceprior.evaluation.rows import EvaluationRows, require_weights
 from faceprior.evaluation.tables import published_rows
+from faceprior.files import printable
+from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_rankings, require_no_answers
 from faceprior.models import REWARD_ID, library_versions, looks_like_path, quiet_libraries, resolve_device, weight_dtype
 from faceprior.report import write_evaluation
 from faceprior.tables import NOT_MEASURED
@@ -137,12 +140,21 @@ def main(config: Config) -> None:
     device, dtype = resolve_device(config.device), weight_dtype(config.mixed_precision)
     published = published_rows(config.published)
     measures = {protocol: measures_of(protocol, config.measures) for protocol in PROTOCOLS}
-    read_weights(config.weights)
+    weights = read_weights(config.weights)
+    if "alignment" in (config.protocols or PROTOCOLS) and config.benchmark:
+        read_rankings(read_benchmark(config.benchmark))  # raises before hours of measuring
     methods = choose_methods(config)
+    folders = [method.source for chosen in methods.values() for method in chosen if method.kind == "images"]
+    require_outside(config.output, [*folders, *filter(None, (config.lq, config.gt, config.reference))])
     faces = choose_faces(config) if "restoration" in methods else None
     prompts = choose_prompts(config) if "generation" in methods else []
 
     # ---- open the output folder; rows of an earlier run are kept
+    for protocol in PROTOCOLS if config.overwrite else ():
+        require_no_answers(Path(config.output) / protocol)
+    former = None if config.overwrite else saved_settings(config)
+    if former is not None:
+        require_weights(Path(config.output) / ROWS, weights, read_weights(former["weights"]))
     output = open_output(config)
     rows = EvaluationRows(output / ROWS)
     for protocol, chosen in methods.items():
@@ -185,7 +197,7 @@ def main(config: Config) -> None:
         results["notes"][protocol] = [
             *about,
             *method_notes(measuring, chosen, wanted),
-            time_note(device, config.batch_size),
+            *(time_note(device, config.batch_size) for measure in measuring.taken() if measure.key == "seconds"),
         ]
     rows.compact()
 
@@ -205,7 +217,7 @@ def main(config: Config) -> None:
         lacking = {row["title"] for row in results["rows"] if row["note"].startswith(NOT_MEASURED)}
         finish(output, rows=len(rows), **({"missing": sorted(lacking)} if lacking else {}))
     print_problems([*(faces.problems if faces else []), *failed], "image")
-    print(table)
+    print("\n".join(printable(line, sys.stdout.encoding) for line in table.split("\n")))
     print(f"Every number with its interval: {output / TABLE}; with the images: {output / PAGE}")
     if failed:
         print(f"{len(failed)} could not be measured: the same command tries them again")
@@ -252,7 +264,7 @@ def choose_faces(config: Config) -> FaceSet:
         raise ValueError("`gt` needs `lq`, the folder of degraded faces; clean faces to degrade are `images`")
     if config.lq:
         inputs, references = test_set_folders(config.lq)
-        return faces_of_test_set(inputs, config.gt or references, config.num_faces)
+        return faces_of_test_set(inputs, config.gt or references, config.num_faces, config.output)
     ranges = ranges_of(config, config.restoration_resolution)
     pictures = [Path(config.output) / "restoration", Path(config.output) / "generation"]
     return degraded_faces(config.images, config.num_faces, config.restoration_resolution, ranges, config.seed, pictures)
@@ -275,13 +287,11 @@ def measure_settings(config: Config, methods: list[Method], device: str) -> Meas
 def alignment_rows(config: Config, published: dict[str, Any] | None, output: Path, device: str) -> list[dict[str, Any]]:
     """Measure the metrics of a benchmark folder that are missing, and return how they agree with people."""
     from faceprior.evaluation.judges import Weights
-    from faceprior.human_eval.files import read_benchmark, read_rankings
     from faceprior.human_eval.results import table_rows
     from faceprior.human_eval.scores import measure_missing
     from faceprior.human_eval.tables import write_tables
 
     benchmark = read_benchmark(config.benchmark)
-    read_rankings(benchmark)  # raises before hours of measuring
     given = read_weights(config.weights)
     files = {name: Path(given[name]) for name in ("hps", "hps_v2") if name in given}
     weights = Weights(config.scorer, given.get("image_reward", REWARD_ID), **files)
@@ -302,9 +312,13 @@ def preference_rows(folder: Path, seed: int) -> list[dict[str, Any]]:
 
     from faceprior.human_eval.preferences import preference_estimates
 
+    try:
+        estimates = preference_estimates(folder, seed)
+    except (FileNotFoundError, BenchmarkError) as error:  # the other protocols have their numbers
+        return [result_row("ab", "no answers", measure, not_measured(str(error))) for measure in measures]
     return [
         result_row("ab", f"{first} against {second}", measure, estimate.to_row())
-        for (first, second), shares in preference_estimates(folder, seed).items()
+        for (first, second), shares in estimates.items()
         for measure, estimate in zip(measures, shares.values(), strict=True)
     ]
 

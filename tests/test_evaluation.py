@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -29,8 +31,9 @@ from faceprior.evaluation.items import (
 from faceprior.evaluation.making import make_images
 from faceprior.evaluation.measures import Measure, MeasureSettings, find_measure
 from faceprior.evaluation.measuring import Measuring
-from faceprior.evaluation.methods import match_by_stem, parse_methods
-from faceprior.evaluation.rows import EvaluationRows
+from faceprior.evaluation.methods import match_by_stem, parse_methods, stems_of
+from faceprior.evaluation.restoration import restorers_of
+from faceprior.evaluation.rows import EvaluationRows, require_weights
 from faceprior.evaluation.tables import csv_text, latex, latex_rows, markdown, published_rows, tables_of
 from faceprior.jsonl import read_rows
 from faceprior.metrics import MetricUnavailable
@@ -76,6 +79,10 @@ def test_a_method_is_a_name_a_source_and_options():
         (["a=x", "A=y"], "two methods of the name A"),
         (["a b=x", "a_b=y"], "two methods of the name a_b"),
         (["reference=x"], "the name `reference`"),
+        (["input=x"], "has x under the name input, which stands for what is restored"),
+        (["..=x"], "has the name '..', which becomes that of a folder"),
+        (["a\nb=x"], "characters that can be printed"),
+        (["a" * 300 + "=x"], "at most 100 characters"),
         (["a="], "has to hold NAME=SOURCE but has 'a='"),
         (["a=x,steps=3"], "has the option 'steps' in 'a=x,steps=3': the options are base"),
     ],
@@ -91,6 +98,29 @@ def test_results_are_found_by_the_names_that_programs_give():
     assert {name: file.name for name, file in found.items()} == {
         "1": "1.png", "2": "2_00.png", "3": "3_0.png", "4": "4_out.jpg", "a_00": "a_00.png",
     }  # fmt: skip
+
+
+def test_a_result_belongs_to_one_face():
+    """`f_1` is the result of the face f_1, not the first one of f; equal names are told apart by folder and suffix."""
+    files = [Path("r", name) for name in ("f_1.png", "x/1.png", "y/1_00.png", "d.png", "d.jpg")]
+    names = [PurePath(name) for name in ("f.png", "f_1.png", "x/1.png", "y/1.png", "d.png", "d.jpg")]
+    assert stems_of(names) == ["f", "f_1", "x/1", "y/1", "d.png", "d.jpg"]
+    found = match_by_stem(files, stems_of(names), "r")
+    assert {stem: file.relative_to("r").as_posix() for stem, file in found.items()} == {
+        "f_1": "f_1.png", "x/1": "x/1.png", "y/1": "y/1_00.png", "d.png": "d.png", "d.jpg": "d.jpg",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["a=tiny,resolution=abc", "a=tiny,resolution=-8", "a=tiny,resolution=9000"])
+def test_a_wrong_side_is_refused_before_anything_is_loaded(text):
+    with pytest.raises(ValueError, match=r"the option resolution has to be in \[0, 2048\]"):
+        generation.generators_of([text], "tiny", "", "auto")
+
+
+@pytest.mark.parametrize("option", ["fidelity=7", "recipe=none", "steps=0"])
+def test_a_wrong_option_of_a_restorer_is_refused(option):
+    with pytest.raises(ValueError, match="has to be"):
+        restorers_of([f"a=tiny,{option}"])
 
 
 def test_kinds_of_generators(tmp_path, tiny_models):
@@ -128,7 +158,7 @@ def test_faces_of_one_file_name_are_kept_apart(tmp_path):
     (tmp_path / "torn.png").write_bytes(b"")
     found = degraded_faces(str(tmp_path), 9, 64, NEUTRAL, 0)
     assert [face.id.rsplit("_", 1)[0] for face in found.faces] == ["2", "10", "a_1", "b_1"]
-    assert [face.stem for face in found.faces] == ["2", "10", "1", "1"]
+    assert [face.stem for face in found.faces] == ["2", "10", "a/1", "b/1"]
     assert [name for name, _ in found.problems] == ["torn.png"]
     degraded, clean = found.faces[0].load()
     assert degraded.size == clean.size == (64, 64)
@@ -314,6 +344,7 @@ def test_tables_in_all_formats():
     }
     (table,) = tables_of(results)
     assert "| paper (published) | 25.50 | 7.25 |" in markdown(table) and "- a note" in markdown(table)
+    assert "- published rows; comparable where the test set," in markdown(table)
     read = list(csv.DictReader(io.StringIO(csv_text(table))))
     assert [(row["method"], row["source"], row["psnr"], row["psnr_low"], row["psnr_n"]) for row in read] == [
         ("ours_100%", "measured", "1.5", "1.0", "4"), ("other", "measured", "", "1.0", "0"),
@@ -499,3 +530,108 @@ def test_answers_of_people_about_the_results_are_a_table(foreign, tmp_path):
     shares = [numbers(results, key)["GFPGAN against input"]["value"] for key in ("first", "same", "second")]
     assert shares == [0.5, 0, 0.5]
     assert "GFPGAN against input" in Page(tmp_path / "out/report.html").text
+
+
+# --- what must not be lost, and what must not stop a run ---
+
+
+@pytest.fixture
+def faces(tmp_path, monkeypatch) -> dict:
+    """Three faces with references and results, and the settings of a restoration of them."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        for folder, level in (("lq", 90), ("gt", 100), ("m", 95)):
+            flat(Path(folder, f"{number}.png"), level + number)
+    return {"protocols": ("restoration",), "measures": ("psnr",), "lq": "lq", "gt": "gt", "num_faces": 0, "scorer": ""}
+
+
+def test_one_broken_file_is_named_and_left_out(faces, capsys):
+    """A result, then a reference; copied again, the same command takes it in."""
+    Path("m/1.png").write_bytes(b"torn")
+    results = evaluate("out", restorers=("input", "m=m"), **faces)
+    assert {name: row["n"] for name, row in numbers(results, "psnr").items()} == {"input": 3, "m": 2}
+    assert "m/1.png" in capsys.readouterr().out and not Path("out/done.json").exists()
+    flat(Path("m/1.png"), 96)
+    results = evaluate("out", restorers=("input", "m=m"), **faces)
+    assert numbers(results, "psnr")["m"]["n"] == 3 and Path("out/done.json").exists()
+
+    Path("gt/2.png").write_bytes(b"torn")
+    results = evaluate("other", restorers=("input", "m=m"), **faces)
+    assert {name: row["n"] for name, row in numbers(results, "psnr").items()} == {"input": 2, "m": 2}
+    assert "gt/2.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["restorers", "lq", "gt", "reference"])
+def test_inputs_in_the_output_folder_are_refused(faces, key):
+    """They would be replaced by results of the same names, or deleted by --overwrite."""
+    evaluate("out", restorers=("input",), **faces)
+    mine = Path(shutil.copytree("m", "out/restoration/images/m"))
+    before = {file.name: file.read_bytes() for file in mine.iterdir()}
+    value = ("input", f"m={mine}") if key == "restorers" else str(mine)
+    with pytest.raises(ValueError, match="lies in the output folder out, where files are replaced"):
+        evaluate("out", overwrite=True, **{"restorers": ("input",), **faces, key: value})
+    assert {file.name: file.read_bytes() for file in mine.iterdir()} == before
+
+
+def test_an_output_folder_inside_the_inputs_is_not_among_them(faces):
+    for _ in range(2):
+        results = evaluate("m/out", restorers=("input", "m=m"), **faces)
+    assert numbers(results, "psnr")["m"]["value"] == pytest.approx(20 * math.log10(255 / 5))
+    assert numbers(results, "psnr")["m"]["n"] == 3
+
+
+def test_what_people_said_is_not_deleted(faces):
+    evaluate("out", restorers=("input", "m=m"), **faces)
+    answers = Path("out/restoration/preferences/ann.csv")
+    answers.parent.mkdir()
+    answers.write_text("id,first,second,left,preferred\n")
+    with pytest.raises(FileExistsError, match="holds what people said about the images: move it"):
+        evaluate("out", restorers=("input", "m=m"), overwrite=True, **faces)
+    assert answers.is_file()
+    faces["protocols"] = ("restoration", "ab")  # nobody has answered yet: the other numbers come nevertheless
+    results = evaluate("out", restorers=("input", "m=m"), **faces)
+    assert "holds no answer" in numbers(results, "same")["no answers"]["note"]
+    assert numbers(results, "psnr")["m"]["n"] == 3
+
+
+def test_names_that_are_no_text_or_markup(faces):
+    """File names may be any bytes; what looks like HTML, Markdown or LaTeX is escaped."""
+    name = os.fsdecode(b"caf\xe9\n<script>.png")
+    for folder in ("lq", "gt"):
+        Path(folder, "0.png").rename(Path(folder, name))
+    method = "a|<script>_&%#"
+    evaluate("out", restorers=("input", f"{method}=m"), **faces)
+    table = Path("out/table.md").read_text()
+    assert r"a\|\<script>_&%#" in table and r"1 of 3 missing: caf\udce9 \<script>" in table
+    assert r"a|<script>\_\&\%\#" in Path("out/restoration.tex").read_text()
+    assert "<script>_" not in Path("out/report.html").read_text()
+    rows = list(csv.DictReader(io.StringIO(Path("out/restoration.csv").read_text())))
+    assert [row["method"] for row in rows] == ["input", method]
+
+
+def test_what_is_no_number_is_named_and_not_kept(tmp_path):
+    image = flat(tmp_path / "images/0.png", 90)
+    found = EvaluationRows(tmp_path / "rows.jsonl")
+    found.add("restoration", "m", "0", image=str(image.relative_to(tmp_path)))
+    nan = Measure("nan", "NaN", lambda settings: lambda sample: math.nan, protocols=("restoration",))
+    of_set = replace(nan, key="set", of="set", load=lambda settings: lambda images, references: math.inf)
+    found.add("restoration", "m", "1", image=str(image.relative_to(tmp_path)))
+    options = (MeasureSettings(), found, tmp_path, str(tmp_path / "images"))
+    measuring = Measuring("restoration", [nan, of_set], *options)
+    measuring.run(parse_methods(["m=x"], [], "restorers"))
+    reasons = [("m 0", "nan is nan, which is no number"), ("m 1", "nan is nan, which is no number")]
+    assert measuring.failed == [*reasons, ("m", "set is inf, which is no number")]
+    assert "nan" not in found.of("restoration", "m")["0"] and not measuring.sets
+
+
+def test_numbers_by_other_weights_and_rows_of_another_version_are_refused(tmp_path):
+    """Weights that come later are taken; others than those that measured are not mixed in silently."""
+    path = tmp_path / "rows.jsonl"
+    EvaluationRows(path).add("generation", "m", "0", clip_score=0.3)
+    require_weights(path, {"hps": "b", "clip": "a"}, {"clip": "a"})
+    require_weights(path, {}, {"clip": "a"})
+    with pytest.raises(FileExistsError, match="has clip_score by a, but `weights` has clip=b now"):
+        require_weights(path, {"clip": "b"}, {"clip": "a"})
+    path.write_text('{"part": "generation", "model": "base", "id": "0"}\n')
+    with pytest.raises(FileExistsError, match="rows of another version of stage 7"):
+        EvaluationRows(path)

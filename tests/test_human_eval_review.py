@@ -233,3 +233,10 @@ def test_a_person_reviews_on_the_page(folder, browser):
         phone.wait("All portraits are reviewed")
         phone.close()
     assert read_review(folder / "review.jsonl") == {names(1)[0]: "rkz: retouched", names(2)[0]: ""}
+
+
+def test_a_review_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="is no text in UTF-8"):
+        read_review(path)

@@ -17,7 +17,7 @@ FLOORS = {
     2: "detect html align balance degrade color plan quality metrics training diffusion photos photography procedural",
     3: "bases cache lora gates pairs portraits features facial blip convert tables reward_tuning validation identity "
     "prompts video",
-    4: "captioner clean_faces dino inpaint scorer guidance restoration_reward restorer retouch",
+    4: "captioner clean_faces dino inpaint scorer guidance restoration_reward restorer retouch sorting",
     5: "scorer_checks tiny",
     6: "evaluation",
     7: "cli human_eval report",

@@ -129,3 +129,11 @@ def test_the_lists_that_ship():
 )
 def test_what_mentions_a_person(text, expected):
     assert mentions_person(text) is expected
+
+
+def test_categories_that_are_no_text_are_refused(tmp_path):
+    """Of two kinds they could not even be sorted."""
+    path = tmp_path / "meta_data.json"
+    path.write_text('{"a": {"prompt": "x", "category": 1}, "b": {"prompt": "y", "category": "c"}}')
+    with pytest.raises(ValueError, match="the category of a is 1, which is no text"):
+        read_prompts(path)

@@ -131,6 +131,7 @@ def make_evaluation(folder):
         ],
         "published": {
             "protocol": "restoration",
+            "title": "Restorers on CelebA-Test",
             "source": "arXiv 2410.09864, Table 1",
             "rows": [{"method": "AuthFace", "values": {"psnr": 25.57, "lpips": 0.2143}}],
         },
@@ -297,6 +298,13 @@ def test_the_opening_shows_the_middle_of_what_was_scored(root):
     assert (tune.names, "of 3 samples the middle one" in tune.about) == (("untuned: 0.0", "tuned: 2.0"), True)
     assert score.before is None and restore.after.uri
     assert tune.origin == "By 40 steps of this run, on the tiny weights that ship with faceprior, untrained."
+
+
+def test_where_a_comparison_of_published_rows_and_of_rejected_portraits_may_mislead_the_report_says_so(root):
+    """Published rows are of other images; of several faults of a portrait the first one is counted."""
+    text = read(root).text
+    assert "published rows of arXiv 2410.09864, Table 1: Restorers on CelebA-Test; comparable where" in text
+    assert "first reason" in text
 
 
 def test_an_empty_folder_names_every_command(tmp_path):

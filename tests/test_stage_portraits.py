@@ -10,6 +10,7 @@ from conftest import load_stage
 from PIL import Image
 from tiny_vlm import save_tiny_vlm
 
+from faceprior import sorting
 from faceprior.config import parse_config
 from faceprior.jsonl import read_rows
 from faceprior.metrics import MetricUnavailable
@@ -153,13 +154,13 @@ def test_killed_during_the_review(stage, photos, monkeypatch, step):
     identity = safe_name("b/portrait_00000.png")
     Path("review.txt").write_text(identity)
     with monkeypatch.context() as patch:
-        work = getattr(stage, step)
+        work = getattr(sorting, step)
 
         def killed(*args):
             work(*args)
             raise KeyboardInterrupt
 
-        patch.setattr(stage, step, killed)
+        patch.setattr(sorting, step, killed)
         with pytest.raises(KeyboardInterrupt):
             curate(stage, review="review.txt")
     rows = curate(stage, review="review.txt")
@@ -190,6 +191,13 @@ def test_small_faces_are_found_where_they_are_asked_for(stage, photos):
     assert 8 <= row["quality"]["face_size"] < 20 and "small face" not in row["faults"]
 
 
+def test_who_is_missing_is_said(stage, photos, capsys):
+    curate(stage)
+    missing = json.loads(Path("out/balance.json").read_text())["missing"]
+    said = capsys.readouterr().out
+    assert missing and all(f"out/balance.json: {sentence}" in said for sentence in missing)
+
+
 def test_all_that_is_wrong_is_named_and_all_numbers_are_stored(stage, photos):
     """Small and dark; the numbers of what passes are the same as those of what does not."""
     dark = Image.open(photos / "portrait_00000.png").point(lambda value: value // 4)
@@ -217,6 +225,30 @@ def test_other_limits_judge_by_the_stored_numbers(stage, photos, monkeypatch):
         assert not list(Path("out/images").iterdir()) and all(Path("out", row["image"]).is_file() for row in rejected)
     assert curate(stage) == whole
     assert contents(Path("out")) == before
+
+
+def test_what_stays_rejected_says_so_by_the_limits_of_this_run(stage, photos):
+    """The faults, values and limits in rejected.jsonl are those of a run from the beginning with the same limits."""
+    Image.open(photos / "portrait_00000.png").point(lambda value: value // 4).save(photos / "portrait_00000.png")
+    (first,) = curate(stage)["rejected"]
+    limits = {"min_highlights": 90.0, "min_eyes": 0.0, "min_texture": 1.1, "max_yaw": 0.0}
+    with pytest.raises(ValueError, match="none of 2 photographs passed"):
+        curate(stage, **limits)
+    now = next(row for row in read_rows("out/rejected.jsonl")[0] if row["id"] == first["id"])
+    assert "turned away" in now["faults"] and "turned away" not in first["faults"]
+    assert "underexposed: at least 90.0" in now["reason"] and "underexposed: at least 100.0" in first["reason"]
+    with pytest.raises(ValueError, match="none of 2 photographs passed"):
+        curate(stage, output="new", **limits)
+    assert now == next(row for row in read_rows("new/rejected.jsonl")[0] if row["id"] == first["id"])
+
+
+def test_a_portrait_that_is_not_rejected_by_hand_any_more_is_judged_by_the_limits_of_this_run(stage, photos):
+    identity = safe_name("b/portrait_00000.png")
+    Path("review.txt").write_text(identity)
+    (row,) = curate(stage, review="review.txt")["rejected"]
+    Path("review.txt").write_text("")
+    rows = curate(stage, review="review.txt", min_texture=row["quality"]["texture"] + 0.1)["rejected"]
+    assert "over-smooth" in next(r for r in rows if r["id"] == identity)["faults"]
 
 
 def test_a_copy_of_what_is_no_portrait_any_more_takes_its_place(stage, photos):
@@ -391,3 +423,90 @@ def test_an_import_that_was_killed_before_the_row_is_completed(stage, photos, mo
 def test_a_folder_of_retouched_portraits_that_does_not_exist(stage, photos):
     with pytest.raises(FileNotFoundError, match="no folder nowhere with retouched portraits"):
         curate(stage, import_retouch="nowhere")
+
+
+# --- limits, copies, reviews and retouching together, and runs that were killed ---
+
+
+def test_a_portrait_whose_place_a_copy_took_stays_out(stage, photos):
+    """The copy is a portrait while its original is too small; with both large enough there is still one of them."""
+    original, copy = safe_name("b/portrait_00001.png"), safe_name("z.png")
+    curate(stage)
+    Image.open(photos / "portrait_00001.png").resize((300, 300), Image.Resampling.LANCZOS).save("photos/z.png")
+    assert {row["id"] for row in curate(stage)["rejected"]} == {copy}
+    assert {row["id"] for row in curate(stage, min_side=280)["manifest"]} == {copy}
+    for _ in range(2):
+        rows = curate(stage)
+        (dropped,) = rows["rejected"]
+        assert dropped["id"] == original and dropped["duplicate_of"] == copy and Path("out", dropped["image"]).is_file()
+        assert len(rows["manifest"]) == 2
+    with pytest.raises(ValueError, match="none of 3 photographs"):
+        curate(stage, min_side=301)
+    rows = curate(stage)
+    assert len(rows["manifest"]) == 2 and len(rows["rejected"]) == 1
+
+
+@pytest.mark.parametrize("place", ["moved", "noted"])
+def test_a_run_that_was_killed_while_it_moved_portraits(stage, photos, place):
+    """By the same limits or by those before: images stand where their rows say."""
+    first = curate(stage)
+    files = contents(Path("out/images"))
+    row = first["manifest"][0]
+    Path("out/rejected").mkdir()
+    for suffix in (".png", ".txt"):
+        Path("out", row["image"]).with_suffix(suffix).replace(Path("out/rejected", row["id"] + suffix))
+    if place == "noted":
+        moved = {**row, "image": f"rejected/{row['id']}.png", "thumbnail": "", "faults": ["x"], "reason": "x"}
+        Path("out/rejected.jsonl").write_text(json.dumps({**moved, "thumbnail": f"rejected/{row['id']}.jpg"}) + "\n")
+    Path("out/done.json").unlink()
+    assert curate(stage) == first and contents(Path("out/images")) == files
+
+
+def test_a_portrait_that_a_person_takes_back_has_to_pass_the_limits(stage, photos):
+    first = curate(stage)["manifest"]
+    Path("out/review.jsonl").write_text(json.dumps({"id": first[0]["id"], "decision": "reject"}) + "\n")
+    assert len(curate(stage)["rejected"]) == 1
+    Path("out/review.jsonl").write_text("")
+    with pytest.raises(ValueError, match="none of 2 photographs"):
+        curate(stage, min_side=280)
+    assert curate(stage)["manifest"] == first
+
+
+def test_retouching_and_tags_survive_limits(stage, photos):
+    """Of two files the one that was not exported counts, at every run; the original is kept."""
+    row = curate(stage, export_retouch="away")["manifest"][0]
+    image = Path("out", row["image"])
+    exported = image.read_bytes()
+    Image.open(image).point(lambda level: level // 2).save(f"away/{row['id']}.tif")
+    retouched = curate(stage, import_retouch="away")["manifest"]
+    pixels = np.asarray(Image.open(image))
+    assert retouched[0]["retouched"] and not np.array_equal(pixels, np.asarray(Image.open(f"away/{row['id']}.png")))
+    assert curate(stage, import_retouch="away", export_retouch="away")["manifest"] == retouched
+    with pytest.raises(ValueError, match="none of 2 photographs"):
+        curate(stage, min_side=280)
+    assert curate(stage)["manifest"] == retouched and np.array_equal(np.asarray(Image.open(image)), pixels)
+    assert Path("out/originals", image.name).read_bytes() == exported
+
+
+@pytest.mark.parametrize("folder", ["out", "out/images", "out/mine", "photos/../out"])
+@pytest.mark.parametrize("key", ["export_retouch", "import_retouch"])
+def test_retouching_inside_the_output_is_refused(stage, photos, key, folder):
+    with pytest.raises(ValueError, match=f"`{key}` {folder} lies in the output folder out"):
+        curate(stage, **{key: folder})
+
+
+def test_a_list_of_somebody_else_is_not_replaced(stage, photos):
+    Path("away").mkdir()
+    Path("away/portraits.jsonl").write_text('{"name": "mine"}\n')
+    with pytest.raises(FileExistsError, match="is no list of an export and would be replaced"):
+        curate(stage, export_retouch="away")
+    assert Path("away/portraits.jsonl").read_text() == '{"name": "mine"}\n'
+
+
+@pytest.mark.parametrize("key", ["quality", "tags", "turn"])
+def test_rows_of_another_version_are_refused(stage, photos, key):
+    rows = curate(stage)["manifest"]
+    lines = [json.dumps({name: value for name, value in row.items() if name != key}) for row in rows]
+    Path("out/manifest.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(FileExistsError, match=f"is of another version: .* has no `{key}`"):
+        curate(stage)

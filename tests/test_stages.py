@@ -802,7 +802,7 @@ def test_one_bad_file_is_reported_and_the_rest_is_done(workplace, name, tiny_mod
     values = {**settings(tiny_models)[name], "images": "photographs", "output": "out"}
     run(name, **(values if name == PAIRS else {**values, "min_face_size": 48}))
     printed = capsys.readouterr().out
-    for line in ("truncated.png", "text.jpg", "nobody.png: no face"):
+    for line in ("truncated.png", "text.jpg", "nobody.png", "no face found"):
         assert line in printed
     assert len(rows(Path("out/manifest.jsonl"))) == 2
 

@@ -9,6 +9,7 @@ from faceprior.tables import (
     fraction_estimate,
     interval_text,
     markdown_table,
+    markdown_text,
     mean_estimate,
     measure,
     number_text,
@@ -73,3 +74,9 @@ def test_an_infinite_value_is_told_in_words():
     assert row == {"value": None, "low": None, "high": None, "n": 3, "note": "infinite: all alike"}
     assert value_text(row["value"], row["note"]) == "infinite"
     assert value_text(None, "not measured: no weights") == "-" and value_text(0.5, "") == "0.5"
+
+
+def test_no_html_begins_in_markdown():
+    """Names are anybody's; comparisons stay as they are, and what is escaped already is not escaped again."""
+    assert markdown_text("a\n<script> p < 0.01 \\<b> </b>") == "a \\<script> p < 0.01 \\<b> \\</b>"
+    assert markdown_table(["<b>|"], []) == "| \\<b>\\| |\n|---|\n"

@@ -83,7 +83,7 @@ def _compared(known: Mapping[str, float], baseline: Mapping[str, float | None]) 
 def set_figure(measured: Mapping[str, Any] | None, reference: str) -> dict[str, Any]:
     """Return the number of a set of images; without an interval: resampled sets have repeated images, and a bias."""
     if measured is None:
-        return {"n": 0, "note": NOT_MEASURED + "fewer than two images"}
+        return {"n": 0, "note": NOT_MEASURED + "fewer than two images, or no number came out"}
     few = min(measured["n"], measured["references"])
     note = f"reference: {reference} (n = {measured['references']})"
     note += f"; standard deviation over subsets {measured['std']:.3g}" if "std" in measured else ""

@@ -14,11 +14,11 @@ from faceprior import tiny
 from faceprior.bases import describe_base, load_pipeline
 from faceprior.config import CONFIG_FILE
 from faceprior.diffusion import make_sampler, native_side, report_long_prompts, require_side, sample_images
-from faceprior.evaluation.items import Prompt
+from faceprior.evaluation.items import Prompt, images_outside
 from faceprior.evaluation.making import Problems, make_images, picture_file
 from faceprior.evaluation.methods import BASE, GENERATOR_OPTIONS, Method, match_by_stem, parse_methods
 from faceprior.evaluation.rows import EvaluationRows
-from faceprior.files import copy_file, find_images
+from faceprior.files import copy_file
 from faceprior.guidance import load_tuned
 from faceprior.images import save_image
 from faceprior.lora import find_lora
@@ -27,6 +27,7 @@ from faceprior.photos import read_caption, safe_name
 
 PROTOCOL = "generation"
 TUNING = "04_guidance_tune"
+LARGEST_SIDE = 2048  # pixels, as of `generation_resolution`
 OWN = "own_"  # begins the id of a finished image that belongs to no prompt of the run
 
 
@@ -52,6 +53,9 @@ def generators_of(texts: Sequence[str], base: str, vae: str, prediction: str) ->
             method = replace(method, kind="images")
         elif needs_base(folder):
             method = replace(method, options=own | tuned_from(folder) | method.options)
+        side = method.options.get("resolution", "0")
+        if not side.isdecimal() or int(side) > LARGEST_SIDE:
+            raise ValueError(f"`generators`: the option resolution has to be in [0, {LARGEST_SIDE}] but is {side!r}")
         methods.append(_described(method))
     return methods
 
@@ -197,9 +201,10 @@ def draw_images(
 def _add_images(rows: EvaluationRows, method: Method, prompts: Sequence[Prompt], output: Path) -> Problems:
     """Add a row for every image of a folder: for its prompt, or, where names do not tell, as an item of its own."""
     done = rows.of(PROTOCOL, method.name)
-    files = find_images(Path(method.source).expanduser())
+    folder = Path(method.source).expanduser()
+    files = images_outside(folder, output)
     matched = {} if method.options.get("prompts") == "none" else match_images(files, prompts)
-    matched = matched or {f"{OWN}{safe_name(file.name)}": file for file in files}
+    matched = matched or {f"{OWN}{safe_name(file.relative_to(folder).as_posix())}": file for file in files}
     by_id = {prompt.id: prompt for prompt in prompts}
     for item, file in matched.items():
         if item in done:

@@ -1,17 +1,16 @@
 """What every method of an evaluation gets: a face to restore, with or without its reference, or a prompt and a seed."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image
 
 from faceprior.align import align_face
 from faceprior.degrade import DegradationConfig, degrade
-from faceprior.evaluation.methods import match_by_stem
+from faceprior.evaluation.methods import match_by_stem, stems_of
 from faceprior.files import find_images, natural_key
 from faceprior.images import as_array, load_image
 from faceprior.photos import UNREADABLE, Photograph, find_photographs, safe_name
@@ -25,7 +24,7 @@ INPUT_FOLDERS, REFERENCE_FOLDERS = ("lq", "input", "inputs", "degraded"), ("gt",
 
 @dataclass(frozen=True)
 class Face:
-    """A degraded face. id: unique in its set. stem: of its file, by which finished results are found.
+    """A degraded face. id: unique in its set. stem: by which finished results are found, see `stems_of`.
 
     load: () -> (image to restore, what it should be, or None).
     """
@@ -71,10 +70,12 @@ def degraded_faces(
     if images:
         photographs, problems = find_photographs(images, exclude)
         found = sorted(photographs, key=lambda item: natural_key(item.name))[: number or None]
+        stems = dict(zip((item.name for item in found), stems_of([PurePath(item.name) for item in found]), strict=True))
         found, broken = readable(found)
         problems = [*problems, *broken]
         sources: list[tuple[str, str, Load]] = [
-            (safe_name(item.name), Path(item.name).stem, partial(_resized, item, resolution)) for item in found
+            (_face_id(PurePath(item.name), stems[item.name]), stems[item.name], partial(_resized, item, resolution))
+            for item in found
         ]
     else:
         seeds = range(TEST_SEEDS, TEST_SEEDS + number)
@@ -86,7 +87,7 @@ def degraded_faces(
 
     faces = [Face(name, stem, partial(load, place, clean)) for place, (name, stem, clean) in enumerate(sources)]
     about = f"{images or 'drawn portraits'}, degraded"
-    return FaceSet(unique_ids(faces), problems, about, True)
+    return FaceSet(faces, problems, about, True)
 
 
 def readable(photographs: Sequence[Photograph]) -> tuple[list[Photograph], Problems]:
@@ -103,10 +104,9 @@ def readable(photographs: Sequence[Photograph]) -> tuple[list[Photograph], Probl
     return found, problems
 
 
-def unique_ids(faces: Sequence[Face]) -> list[Face]:
-    """Take the stem as the id of every face whose stem no other one has."""
-    count = Counter(face.stem for face in faces)
-    return [replace(face, id=face.stem) if count[face.stem] == 1 else face for face in faces]
+def _face_id(name: PurePath, stem: str) -> str:
+    """Return the stem of a file where it is found by that alone, else a name that is unique."""
+    return stem if stem == name.stem else safe_name(name.as_posix())
 
 
 def _resized(photograph: Photograph, resolution: int) -> Image.Image:
@@ -126,34 +126,41 @@ def test_set_folders(images: str) -> tuple[str, str]:
     return (inputs, references) if inputs else (images, "")
 
 
-def faces_of_test_set(inputs: str, references: str, number: int) -> FaceSet:
+def faces_of_test_set(inputs: str, references: str, number: int, output: str | Path = "") -> FaceSet:
     """Take the faces of a folder as they are, with their references by name where there are any.
 
     inputs, references: folders, as of CelebA-Test; without references as of LFW-Test. An image without its reference is
-    a problem, and left out, if others have one.
+    a problem, and left out, if others have one. output: folder whose images are not looked at, should it lie in them.
     """
-    files = sorted(find_images(inputs), key=lambda file: natural_key(file.relative_to(inputs)))[: number or None]
+    files = sorted(images_outside(inputs, output), key=lambda file: natural_key(file.relative_to(inputs)))
+    files = files[: number or None]
     problems: Problems = []
-    wanted = match_by_stem(find_images(references), [file.stem for file in files]) if references else {}
+    stems = stems_of([file.relative_to(inputs) for file in files])
+    wanted = match_by_stem(images_outside(references, output), stems, references) if references else {}
     if references and not wanted:
         raise ValueError(f"no image in {references} has the name of one in {inputs}: both need the same names")
     faces = []
-    for file in files:
-        if references and file.stem not in wanted:
+    for file, stem in zip(files, stems, strict=True):
+        if references and stem not in wanted:
             problems.append((str(file), f"no image of this name in {references}"))
             continue
+        load = partial(_pair, file, wanted.get(stem))
         try:
-            load_image(file)
+            load()
         except UNREADABLE as error:
             problems.append((str(file), str(error)))
             continue
-        faces.append(
-            Face(safe_name(file.relative_to(inputs).as_posix()), file.stem, partial(_pair, file, wanted.get(file.stem)))
-        )
+        faces.append(Face(_face_id(file.relative_to(inputs), stem), stem, load))
     if not faces:
         raise ValueError(f"no image in {inputs} can be used; the first: {': '.join(problems[0])}")
     about = f"{inputs}, {f'reference {references}' if references else 'no reference'}"
-    return FaceSet(unique_ids(faces), problems, about, bool(references))
+    return FaceSet(faces, problems, about, bool(references))
+
+
+def images_outside(folder: str | Path, output: str | Path) -> list[Path]:
+    """Return the images of a folder but for those of the output folder, which may lie in it."""
+    made = Path(output).resolve() if output else None
+    return [file for file in find_images(folder) if not (made and file.resolve().is_relative_to(made))]
 
 
 def _pair(file: Path, reference: Path | None) -> tuple[Image.Image, Image.Image | None]:

@@ -1,6 +1,7 @@
 """Every row gets the measures that it lacks, one after the other, so that one network is in memory at a time."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -137,6 +138,9 @@ class Measuring:
             if reason is None or is_disk_full(error) or isinstance(error, MetricUnavailable):
                 raise
             self.failed.append((f"{name} {item}", reason))
+            return
+        if wrong := [key for key, x in values.items() if isinstance(x, float) and not math.isfinite(x)]:
+            self.failed.append((f"{name} {item}", f"{wrong[0]} is {values[wrong[0]]}, which is no number"))
         else:
             self.rows.add(self.protocol, name, item, **values)
 
@@ -157,6 +161,9 @@ class Measuring:
             take = take or measure.load(self.settings)
             row = dict(zip(("protocol", "method", "key"), place, strict=True)) | {"mark": mark, "n": len(images)}
             value, std = made if isinstance(made := take(images, references), tuple) else (made, None)
+            if not all(math.isfinite(x) for x in (value, std or 0)):
+                self.failed.append((name, f"{measure.key} is {value}, which is no number"))
+                continue
             row |= {"value": value, "references": len(references)} | ({} if std is None else {"std": std})
             append_row(self.output / SETS_FILE, row)
             self.sets[place] = row

@@ -5,9 +5,10 @@ SOURCE is a model (folder, file, hub id, `tiny`), the word `input` or `base`, or
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from faceprior.models import looks_like_path
@@ -15,6 +16,7 @@ from faceprior.models import looks_like_path
 REFERENCE, INPUT, BASE = "reference", "input", "base"  # what a restorer should make; what it gets; the untuned model
 RESTORER_OPTIONS = ("recipe", "fidelity", "steps")
 GENERATOR_OPTIONS = ("base", "vae", "prediction_type", "resolution", "prompts")
+LONGEST_NAME = 100  # characters
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,17 @@ def parse_methods(texts: Sequence[str], allowed: Sequence[str], key: str) -> lis
     """Read `NAME=SOURCE,OPTION=VALUE` texts; the kind is set by the protocols.
 
     allowed: the options. key: name of the setting, for errors. Raises ValueError for a text without a source, an
-    unknown option, and for two methods of one name.
+    unknown option, a name that no folder can have or that stands for something else, and for two methods of one name.
     """
     methods = [_parse(text, allowed, key) for text in texts]
+    for method in methods:
+        if not method.name.isprintable() or method.name.startswith(".") or len(method.name) > LONGEST_NAME:
+            raise ValueError(
+                f"`{key}` has the name {method.name[:LONGEST_NAME]!r}, which becomes that of a folder: give one of at"
+                f" most {LONGEST_NAME} characters that can be printed, not beginning with a dot, as NAME=SOURCE"
+            )
+        if method.name.lower() == INPUT and method.source != INPUT:
+            raise ValueError(f"`{key}` has {method.source} under the name {INPUT}, which stands for what is restored")
     for attribute in ("name", "folder"):
         seen: set[str] = {REFERENCE}
         for method in methods:
@@ -70,19 +80,33 @@ def _parse(text: str, allowed: Sequence[str], key: str) -> Method:
     return Method(name, source, kind, values, ",".join([source, *options]))
 
 
-def match_by_stem(files: Iterable[Path], ids: Iterable[str]) -> dict[str, Path]:
+def stems_of(names: Sequence[PurePath]) -> list[str]:
+    """Return what each of some relative paths is found by, see `match_by_stem`: its stem where no other one has it.
+
+    Else the path without its suffix, as in `a/1.png` and `b/1.png`, or with it, as in `1.png` and `1.jpg`.
+    """
+    stems = [(name.stem, name.with_suffix("").as_posix(), name.as_posix()) for name in names]
+    count = Counter(stem for own in stems for stem in {*own})
+    return [next((stem for stem in own if count[stem] == 1), own[-1]) for own in stems]
+
+
+def match_by_stem(files: Iterable[Path], ids: Iterable[str], root: str | Path = "") -> dict[str, Path]:
     """Return the file of every id that has one: of that stem, or with a suffix that other programs write.
 
     `0001.png`, `0001_00.png` (GFPGAN, CodeFormer), `0001_0.png` (SUPIR), `0001_out.png`, `0001_restored.png`; the stem
-    itself comes first, then the lowest suffix: the first face of a photograph.
+    itself comes first, then the lowest suffix: the first face of a photograph. A file whose stem is an id is that one's
+    only. root: folder of the files; ids may hold folders below it, and suffixes, see `stems_of`.
     """
-    found: dict[str, Path] = {}
-    by_stem: dict[str, list[Path]] = {}
+    ids = list(ids)
+    names = set(ids)
+    by_stem: dict[str, list[tuple[bool, int, str, Path]]] = {}
     for file in files:
-        by_stem.setdefault(file.stem, []).append(file)
-        if short := re.fullmatch(r"(.+?)[_-](\d{1,2}|out|restored|result|sr|hq)", file.stem, re.IGNORECASE):
-            by_stem.setdefault(short.group(1), []).append(file)
-    for name in ids:
-        if candidates := by_stem.get(name):
-            found[name] = min(candidates, key=lambda file: (file.stem != name, file.stem))
-    return found
+        path = file.relative_to(root) if root and file.is_relative_to(root) else PurePath(file.name)
+        whole = {path.stem, path.with_suffix("").as_posix(), path.as_posix()}
+        short = () if whole & names else {found.group(1) for stem in whole if (found := _SUFFIXED.fullmatch(stem))}
+        for stem in (*whole, *short):
+            by_stem.setdefault(stem, []).append((stem not in whole, len(path.parts), path.stem, file))
+    return {name: min(by_stem[name], key=lambda found: found[:3])[3] for name in ids if name in by_stem}
+
+
+_SUFFIXED = re.compile(r"(.+?)[_-](\d{1,2}|out|restored|result|sr|hq)", re.IGNORECASE)

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from faceprior import tiny
-from faceprior.evaluation.items import Face, FaceSet
+from faceprior.evaluation.items import Face, FaceSet, images_outside
 from faceprior.evaluation.making import Problems, make_images, picture_file
 from faceprior.evaluation.methods import INPUT, REFERENCE, RESTORER_OPTIONS, Method, match_by_stem, parse_methods
 from faceprior.evaluation.rows import EvaluationRows
-from faceprior.files import find_images
 from faceprior.images import load_image, save_image
 from faceprior.models import looks_like_path
+from faceprior.photos import UNREADABLE
 
 PROTOCOL = "restoration"
 RESULTS_FOLDER = "restored_faces"  # where GFPGAN and CodeFormer leave the faces
@@ -46,7 +46,7 @@ def _is_restorer(folder: Path) -> bool:
 
 
 def sampling_of(method: Method) -> dict[str, Any]:
-    """Return the options of a restorer as those of `AuthFaceRestorer.restore_crops`; ValueError for no number."""
+    """Return the options of a restorer as those of `AuthFaceRestorer.restore_crops`; ValueError for a wrong one."""
     names = {"recipe": ("recipe", str), "fidelity": ("fidelity", float), "steps": ("num_inference_steps", int)}
     sampling = {}
     for key, value in method.options.items():
@@ -57,6 +57,10 @@ def sampling_of(method: Method) -> dict[str, Any]:
             raise ValueError(
                 f"`restorers`: the option {key} of {method.name} has to be a number but is {value!r}"
             ) from None
+    if method.options:
+        from faceprior.restorer.settings import RestorerSettings
+
+        RestorerSettings().override(**sampling)  # raises before any face is restored
     return sampling
 
 
@@ -122,15 +126,19 @@ def restore_faces(
     if method.kind == "images":
         folder = Path(method.source).expanduser()
         folder = folder / RESULTS_FOLDER if (folder / RESULTS_FOLDER).is_dir() else folder
-        files = match_by_stem(find_images(folder), [face.stem for face in left])
+        files = match_by_stem(images_outside(folder, output), [face.stem for face in faces], folder)
         if not files and not rows.of(PROTOCOL, method.name):
             raise ValueError(
                 f"no image in {folder} has the name of a face, such as {left[0].stem}.png or {left[0].stem}_00.png"
             )
+        failed: Problems = []
         for face in left:
             if face.stem in files:
-                save(face, load_image(files[face.stem]))
-        return []
+                try:
+                    save(face, load_image(files[face.stem]))
+                except UNREADABLE as error:
+                    failed.append((str(files[face.stem]), str(error)))
+        return failed
 
     # ---- a restorer
     from faceprior.restorer import AuthFaceRestorer

@@ -17,6 +17,7 @@ from faceprior.evaluation.methods import REFERENCE, Method
 from faceprior.evaluation.tables import csv_text, details, latex_rows, markdown, missing_notes, tables_of
 from faceprior.files import atomic_write
 from faceprior.jsonl import rewrite_rows
+from faceprior.tables import markdown_text
 
 RESULTS, TABLE = "results.json", "table.md"
 NAMED = 5  # most items that a note names
@@ -105,7 +106,7 @@ def write_results(output: Path, results: dict[str, Any]) -> str:
         for suffix, made in ((".csv", csv_text(table)), (".tex", latex_rows(table))):
             with atomic_write(output / f"{table.protocol}{suffix}", "w") as file:
                 file.write(made)
-    missing = "".join(f"- {note}\n" for note in missing_notes(results["rows"]))
+    missing = "".join(f"- {markdown_text(note)}\n" for note in missing_notes(results["rows"]))
     short = text + (f"## Missing\n\n{missing}\n" if missing else "")
     with atomic_write(output / TABLE, "w") as file:
         file.write(f"{short}## Every number\n\n{details(results)}")

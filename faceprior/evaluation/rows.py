@@ -4,14 +4,15 @@ What is added is appended as a line of its own and joined to the row's first lin
 that is killed at any time loses one value at most.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from faceprior.evaluation.methods import Method
-from faceprior.jsonl import append_row, resume_rows, rewrite_rows
+from faceprior.jsonl import append_row, read_rows, resume_rows, rewrite_rows
 
 Row = dict[str, Any]
+WEIGHTED = {"image_reward": "ir", "hps_v2": "hpsv2", "clip": "clip_score"}  # measures by the weights of other names
 
 
 class EvaluationRows:
@@ -21,6 +22,11 @@ class EvaluationRows:
         self.path = Path(path)
         self._rows: dict[tuple[str, str], dict[str, Row]] = {}
         for row in resume_rows(self.path):
+            if not {"protocol", "method", "id"} <= row.keys():
+                raise FileExistsError(
+                    f"{self.path} has rows of another version of stage 7: give another `output`, or `--overwrite` to"
+                    " start over"
+                )
             self._join(row)
 
     def _join(self, row: Row) -> Row:
@@ -58,3 +64,18 @@ class EvaluationRows:
         """Write the file anew, a line per row, in the order of protocol, method and item."""
         ordered = [own[item] for _, own in sorted(self._rows.items()) for item in sorted(own)]
         rewrite_rows(self.path, [dict(sorted(row.items())) for row in ordered])
+
+
+def require_weights(path: Path, weights: Mapping[str, str], former: Mapping[str, str]) -> None:
+    """Raise FileExistsError where rows hold a measure by other weights than those that are given now.
+
+    The file is only read: another process may be writing it.
+    """
+    taken = {key for row in read_rows(path)[0] for key in row} if path.is_file() else set()
+    for name, file in weights.items():
+        key = WEIGHTED.get(name, name)
+        if key in taken and former.get(name) != file:
+            raise FileExistsError(
+                f"{path} has {key} by {former.get(name, 'the weights of the cache')}, but `weights` has {name}={file}"
+                " now: give another `output`, or `--overwrite` to start over"
+            )

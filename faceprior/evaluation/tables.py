@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from faceprior.evaluation.methods import INPUT, REFERENCE
-from faceprior.tables import EMPTY, NOT_MEASURED, interval_text, markdown_table
+from faceprior.tables import EMPTY, NOT_MEASURED, interval_text, markdown_table, markdown_text
 
 PUBLISHED = "published"
 
@@ -54,6 +54,10 @@ class Table:
     notes: list[str]
     best: frozenset[tuple[str, str]] = frozenset()
 
+    @property
+    def title(self) -> str:
+        return "AB test" if self.protocol == "ab" else self.protocol.capitalize()
+
 
 def published_rows(table: str) -> dict[str, Any] | None:
     """Return a published table: {title, protocol, source, columns, rows: [{method, values: {measure key: value}}]}.
@@ -80,15 +84,23 @@ def tables_of(results: Mapping[str, Any]) -> list[Table]:
             for method in dict.fromkeys(row["method"] for row in rows)
         ]
         specs = {row["measure"]: row["spec"] for row in rows}
-        published = results.get("published") or {}
+        published, notes = results.get("published") or {}, list((results.get("notes") or {}).get(protocol, []))
         if published.get("protocol") == protocol:
             headers = published.get("columns", {})
             columns |= {
                 key: headers.get(key, key) for row in published["rows"] for key in row["values"] if key not in columns
             }
             lines += [Line(row["method"], _published_cells(row["values"], specs), True) for row in published["rows"]]
-        found.append(Table(protocol, columns, lines, list((results.get("notes") or {}).get(protocol, [])), _best(rows)))
+            notes.append(_published_note(published))
+        found.append(Table(protocol, columns, lines, notes, _best(rows)))
     return found
+
+
+def _published_note(published: Mapping[str, Any]) -> str:
+    """Say where the published rows come from, and when they can be compared with those that were measured."""
+    table = ": ".join(published[key] for key in ("source", "title") if published.get(key))
+    of = f" of {table}" if table else ""
+    return f"{PUBLISHED} rows{of}; comparable where the test set, the weights and the settings are those of the paper"
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> frozenset[tuple[str, str]]:
@@ -129,16 +141,21 @@ def markdown(table: Table) -> str:
         + [line.cells.get(key, Cell()).text for key in table.columns]
         for line in table.lines
     ]
-    parts = [f"## {table.protocol.capitalize()}\n\n{markdown_table(head, rows)}"]
-    parts += ["\n".join(f"- {note}" for note in table.notes) + "\n"] if table.notes else []
+    parts = [f"## {table.title}\n\n{markdown_table(head, rows)}"]
+    parts += ["\n".join(f"- {markdown_text(note)}" for note in table.notes) + "\n"] if table.notes else []
     return "\n".join(parts)
 
 
 def details(results: Mapping[str, Any]) -> str:
-    """Return every measured number with its interval, its difference to the first method, and its note."""
+    """Return every measured number with its interval, its difference to the first method, and its note.
+
+    Those that are missing are not repeated for every method: `missing_notes` names them.
+    """
     head = ("protocol", "method", "measure", "mean", "95% interval", "median", "n", "against the first", "p", "note")
     rows = []
     for row in results["rows"]:
+        if row["note"].startswith(NOT_MEASURED):
+            continue
         spec = row["spec"]
         cell = _cell(row)
         difference = row.get("difference")
@@ -191,7 +208,7 @@ _LATEX = {
 
 def latex(text: str) -> str:
     """Escape what LaTeX reads as commands."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
 def missing_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

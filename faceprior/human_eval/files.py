@@ -51,6 +51,8 @@ SCORE_COLUMNS = ("id", "model", "score")
 
 PREFERENCE_COLUMNS = ("id", "first", "second", "left", "preferred")
 
+ANSWERS = ("rankings", "preferences")  # folders of what people said about the images
+
 SAME = "same"  # the answer that neither of two images is better
 
 Key = tuple[str, str]  # prompt id, model
@@ -114,6 +116,13 @@ class Answer:
     second: str
     left: str
     preferred: str
+
+
+def require_no_answers(folder: str | Path) -> None:
+    """Raise FileExistsError for a folder whose images people have judged, before it is deleted."""
+    answers = [path for name in ANSWERS if (path := Path(folder) / name).exists()]
+    if answers:
+        raise FileExistsError(f"{answers[0]} holds what people said about the images: move it, or give another folder")
 
 
 def read_benchmark(folder: str | Path) -> Benchmark:

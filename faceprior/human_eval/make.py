@@ -21,7 +21,7 @@ import yaml
 from faceprior import tiny
 from faceprior.config import CONFIG_FILE, open_output
 from faceprior.detect import Detector, detect_faces, resolve_detector
-from faceprior.human_eval.files import is_file_stem, read_prompt_table
+from faceprior.human_eval.files import is_file_stem, read_prompt_table, require_no_answers
 from faceprior.images import save_image
 from faceprior.jsonl import append_row, resume_rows, rewrite_rows
 from faceprior.models import looks_like_path, quiet_libraries, resolve_device, weight_dtype
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 DRAWN, DISCARDED = "drawn.jsonl", "discarded.jsonl"
 NO_FACE = "no image has a valid face"
-ANSWERS = ("rankings", "preferences")  # what people said about the images
 
 
 @dataclass
@@ -99,7 +98,9 @@ def make_benchmark(config: Config, detector: Detector | None = None) -> Made:
     prompts = find_prompts(config.prompts)
     wanted = list(prompts)[: config.num_prompts or None]
     device, detector = resolve_device(config.device), detector or resolve_detector(config.detector)
-    output = _open(config)
+    if config.overwrite:
+        require_no_answers(config.output)
+    output = open_output(config)
     rows = resume_rows(output / DRAWN)
     for row in rows:
         if prompts.get(row["id"]) != row["prompt"]:
@@ -180,13 +181,6 @@ def find_prompts(path: str) -> dict[str, str]:
     if Path(path).suffix in (".csv", ".jsonl") and Path(path).is_file():
         return read_prompt_table(path)
     return {f"{number:04d}": prompt for number, prompt in enumerate(read_prompts(path), 1)}
-
-
-def _open(config: Config) -> Path:
-    answers = [Path(config.output) / name for name in ANSWERS if (Path(config.output) / name).exists()]
-    if config.overwrite and answers:
-        raise FileExistsError(f"{answers[0]} holds what people said about the images: move it, or give another folder")
-    return open_output(config)
 
 
 def _drawer(config: Config, source: Source, device: Any) -> Callable[[str, int], Any]:

@@ -1,4 +1,4 @@
-"""What the local pages share (Gradio, the extra `pages`): the entry by name, pictures to magnify, keys, the server.
+"""What the local pages share (Gradio, the extra `pages`): the entry by name, images to magnify, keys, the server.
 
     pip install "faceprior[pages]"
 
@@ -30,7 +30,7 @@ EVENTS = {"show_progress": "hidden", "api_visibility": "private", "concurrency_i
 BLOCKS = {"analytics_enabled": False, "fill_width": True, "delete_cache": (600, 3600)}
 
 # Keys press buttons. Each event is sent when the one before has arrived, since quick keys may change places on the way.
-# The pointer on any picture is the place that all of them magnify, so that faces can be compared.
+# The pointer on any image is the place that all of them magnify, so that faces can be compared.
 _SCRIPT = """<script>
 document.addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
@@ -143,7 +143,7 @@ def make_key(key: str, text: str, **options: Any) -> "gradio.Button":
 
 
 def make_magnifier() -> "gradio.Button":
-    """Return the button that magnifies all pictures three times, at the place of the pointer, pixel by pixel."""
+    """Return the button that magnifies all images three times, at the place of the pointer, pixel by pixel."""
     button = make_key("z", "Z magnify")
     button.click(None, js="() => { document.body.classList.toggle('magnified'); }")
     return button

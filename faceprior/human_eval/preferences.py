@@ -21,7 +21,7 @@ from faceprior.files import atomic_write
 from faceprior.human_eval.agreement import RESAMPLES, crossed_estimate
 from faceprior.human_eval.files import SAME, Answer, read_preferences
 from faceprior.metrics import fraction_interval
-from faceprior.tables import EMPTY, Estimate, interval_text, markdown_table, number_text
+from faceprior.tables import EMPTY, Estimate, interval_text, markdown_table, markdown_text, number_text
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def write_preferences(folder: str | Path, output: str | Path | None = None, seed
 def to_markdown(rows: list[Preference]) -> str:
     """Return the rows as Markdown, a table per first method; the paper's below."""
     sections = [
-        f"## {first} against other methods\n\n{_table(list(own))}"
+        f"## {markdown_text(first)} against other methods\n\n{_table(list(own))}"
         for first, own in itertools.groupby(rows, key=lambda row: row.first)
     ]
     published = [[second, *(number_text(share, ".2%") for share in shares)] for second, shares in PUBLISHED.items()]

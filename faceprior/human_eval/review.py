@@ -23,13 +23,11 @@ from faceprior.config import REVIEW_FILE
 from faceprior.human_eval.pages import BLOCKS, EVENTS, make_key, make_magnifier, make_picture
 from faceprior.jsonl import MANIFEST, read_rows, require_keys, rewrite_rows
 from faceprior.photos import decode_text
+from faceprior.sorting import BY_HAND, REJECTED, is_by_hand
 from faceprior.tables import markdown_table, number_text
 
 if TYPE_CHECKING:
     import gradio
-
-REJECTED = "rejected.jsonl"  # of stage 3, beside the manifest
-BY_HAND = "rejected by hand"
 
 KEEP, REJECT = "keep", "reject"
 DECIDED = {"": "not decided", KEEP: "kept", REJECT: "**rejected**"}
@@ -57,7 +55,10 @@ def read_review(path: str | Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"no review file {path}: it lists the ids of rejected portraits, one per line")
     if path.suffix != ".jsonl":
-        return dict.fromkeys(decode_text(path.read_bytes()).split(), "")
+        try:
+            return dict.fromkeys(decode_text(path.read_bytes()).split(), "")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as such, with an id a line") from error
     last = {row["id"]: row for row in _read_decisions(path)}
     return {identity: row.get("reason", "") for identity, row in last.items() if row["decision"] == REJECT}
 
@@ -75,16 +76,6 @@ def _read_decisions(path: Path) -> list[Row]:
         place, reason = problems[0]
         raise ValueError(f"{place}: {reason}: fix or remove the line")
     return rows
-
-
-def hand_reason(reason: str) -> str:
-    """Return the `reason` of a row in rejected.jsonl for the reason, maybe empty, that a person gave."""
-    return f"{BY_HAND}: {reason}" if reason else BY_HAND
-
-
-def is_by_hand(row: Row) -> bool:
-    """Whether a row of rejected.jsonl is of a portrait that a person rejected."""
-    return row["reason"] == BY_HAND or row["reason"].startswith(f"{BY_HAND}: ")
 
 
 class Portraits(NamedTuple):

@@ -36,7 +36,7 @@ from faceprior.human_eval.agreement import (
     win_rates,
 )
 from faceprior.human_eval.files import Benchmark, BenchmarkError, Scores, read_benchmark, read_rankings, read_scores
-from faceprior.tables import EMPTY, Estimate, interval_text, markdown_table, number_text
+from faceprior.tables import EMPTY, Estimate, interval_text, markdown_table, markdown_text, number_text
 
 # The paper's metrics in its order, then others of today. LocalX is X on the face with the prompt "A face" (4.3).
 METRICS = {
@@ -259,14 +259,14 @@ def to_markdown(result: Tables) -> str:
 def _describe(result: Tables) -> str:
     agreed = "not defined for one annotator" if result.agreement is None else f"{_percent(result.agreement)}%"
     agreed += f" (the paper: {_percent(PUBLISHED.agreement)}%)"
-    discarded = f": {', '.join(result.discarded)}" if result.discarded else ""
+    discarded = f": {markdown_text(', '.join(result.discarded))}" if result.discarded else ""
     return f"""# Human evaluation
 
 Rows marked "paper" are those of {PUBLISHED.source}.
 Those marked "measured" are of this folder; for those marked "missing" Table 2 says what they need.
 LocalX is X on the face with the prompt "A face".
 
-- annotators: {len(result.annotators)} (the paper: 5): {", ".join(result.annotators)}
+- annotators: {len(result.annotators)} (the paper: 5): {markdown_text(", ".join(result.annotators))}
 - triplets: {result.triplets} ranked, {len(result.discarded)} discarded{discarded}
 - agreement (labels that more than three fifths of the annotators gave): {agreed}
 - pairs that people did not order: {result.human_ties}, not counted in Table 2; a metric's own ties count half there

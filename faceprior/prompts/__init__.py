@@ -151,6 +151,8 @@ def _of_categories(path: Path, content: Any, number: int, seed: int, people: boo
     try:
         for name, row in sorted(content.items()):
             prompt = Prompt(name, " ".join(row["prompt"].split()), row["category"])
+            if not isinstance(prompt.category, str):
+                raise TypeError(f"the category of {name} is {prompt.category!r}, which is no text")
             if not people or mentions_person(prompt.text):
                 found.setdefault(prompt.category, []).append(prompt)
     except (TypeError, KeyError, AttributeError) as error:

@@ -11,7 +11,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m faceprior.report", description="Write the report of a run.", allow_abbrev=False
     )
-    parser.add_argument("root", metavar="ROOT", type=Path, help="folder below which the stages were run")
+    parser.add_argument(
+        "root",
+        metavar="ROOT",
+        type=Path,
+        help="folder in which the stages were run: it holds their data/, checkpoints/ and results/",
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, help=f"HTML file (default: ROOT/{REPORT_FILE})")
     options = parser.parse_args(argv)
     try:

@@ -63,7 +63,7 @@ def describe(run: Run, folder: str = FOLDER, ends: int = FEW) -> dict[str, Any]:
     file = f"{folder}/results.json"
     results = run.read(file)
     found = _whole_rows(run, file, results.get("rows"))
-    known = {"rows": found, "published": run.attempt(file, _published, results), "notes": _notes(run, results)}
+    known = {"rows": found, "published": run.attempt(file, _published, run, results), "notes": _notes(run, results)}
     images = _images(run, folder)
     parts = [
         run.attempt(f"{file}: {table.protocol}", _part, run, folder, table, found, images, ends)
@@ -71,8 +71,7 @@ def describe(run: Run, folder: str = FOLDER, ends: int = FEW) -> dict[str, Any]:
             {**known, "published": known["published"] if isinstance(known["published"], dict) else {}}
         )
     ]
-    source = known["published"].get("source", "") if isinstance(known["published"], dict) else ""
-    return {"parts": parts, "file": file, "published": run.plain(source, 200)}
+    return {"parts": parts, "file": file}
 
 
 def sources(run: Run, results: Mapping[str, Any]) -> list[list[str]]:
@@ -116,7 +115,7 @@ def _is_list(row: Mapping[str, Any], key: str) -> bool:
     return isinstance(row.get(key), list)
 
 
-def _published(results: Mapping[str, Any]) -> dict[str, Any]:
+def _published(run: Run, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the published table with finite numbers only; {} without one."""
     table = results.get("published")
     if not isinstance(table, dict):
@@ -126,7 +125,8 @@ def _published(results: Mapping[str, Any]) -> dict[str, Any]:
         values = {key: number(row["values"], key) for key in row["values"]}
         rows.append({"method": str(row["method"]), "values": {k: v for k, v in values.items() if v is not None}})
     columns = {str(key): str(text) for key, text in (table.get("columns") or {}).items()}
-    return {"protocol": table["protocol"], "source": str(table.get("source", "")), "columns": columns, "rows": rows}
+    words = {key: run.plain(table.get(key) or "", 200) for key in ("source", "title")}
+    return {"protocol": table["protocol"], **words, "columns": columns, "rows": rows}
 
 
 def _notes(run: Run, results: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -157,7 +157,7 @@ def _part(run: Run, folder: str, table: Table, rows: Sequence[dict], images: Ima
         (key for key in PRIMARY if any(row["measure"] == key and row["worst"] for row in own if "worst" in row)), ""
     )
     return Part(
-        table.protocol.capitalize(),
+        table.title,
         replace(table, columns=columns),
         missing_notes(own),
         [_detail(row) for row in own if row["value"] is not None or row["is_infinite"]],
