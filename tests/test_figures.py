@@ -16,12 +16,15 @@ from scipy import stats
 from checkpoints.tiny_models import bench as bench_module
 from checkpoints.tiny_models import figures
 from checkpoints.tiny_models import figures_bases as bases
+from checkpoints.tiny_models import figures_ladders as ladders
 from checkpoints.tiny_models import figures_restorer as restorer
 from checkpoints.tiny_models import figures_scorer as scorer
 from checkpoints.tiny_models import figures_tuning as tuning
+from checkpoints.tiny_models import ladders as ladders_module
 from checkpoints.tiny_models.bench import Bench, digest_of
 from checkpoints.tiny_models.faces import Proportions, eye_frame
 from checkpoints.tiny_models.figures_scorer import damage_ladder
+from checkpoints.tiny_models.judge import FaceJudge
 from checkpoints.tiny_models.table import (
     columns,
     correlation_estimate,
@@ -157,6 +160,60 @@ def test_distance_from_proportions():
         Proportions.of(faces(7))
 
 
+def climber(count=4):
+    """People whose rungs are images of grey levels 0, 10, 20 ..."""
+    levels = [Image.new("RGB", (8, 8), (10 * step,) * 3) for step in range(len(ladders.STRENGTHS))]
+    return [ladders.Climber(levels, (0, 0, 8, 8), ladders.SAMPLERS[i % 2]) for i in range(count)]
+
+
+def brightness(images, boxes):
+    return [float(np.asarray(image).mean()) for image in images]
+
+
+def test_strength_rows_of_made_judges():
+    """Darkness falls with every rung, so -1 for all; a judge without any answer has no value.
+
+    Of one with an offset for every second person the order within a person stays, the pooled one does not.
+    """
+    aims = (("<=", -0.6), None)
+    alone, pooled = ladders.strength_rows("a", lambda i, b: [-x for x in brightness(i, b)], climber(), aims)
+    assert (alone["value"], pooled["value"]) == pytest.approx((-1, -1)) and alone["met"] is True and alone["n"] == 4
+    assert alone["note"] == "by sampler: ddim -1.00, base -1.00" and pooled["met"] is None
+    offsets = iter([0.0, 1000.0, 0.0, 1000.0])
+
+    def with_offset(images, boxes):
+        offset = next(offsets)
+        return [offset - x for x in brightness(images, boxes)]
+
+    alone, pooled = ladders.strength_rows("a", with_offset, climber())
+    assert alone["value"] == pytest.approx(-1) and -0.9 < pooled["value"] < 0
+    alone, _ = ladders.strength_rows("a", lambda i, b: [float("nan")] * len(i), climber())
+    assert alone["value"] is None and "no answer" in alone["note"]
+
+
+def test_no_answer_is_the_lowest():
+    """Clean 10 above worse 0; equal ones are not above, and neither is a face without an answer."""
+    bright, dark = (Image.new("RGB", (8, 8), (level,) * 3) for level in (10, 0))
+    framed = ladders.Framed("made", [bright, bright], [(0, 0, 8, 8)] * 2, 4.0)
+    row = ladders.order_row("a", brightness, framed, [dark, bright], (">=", 0.95))
+    assert row["value"] == 0.5 and row["n"] == 2 and row["met"] is False
+    row = ladders.order_row("a", lambda i, b: [1.0 if i[0] is bright else float("nan")] * 2, framed, [dark, dark], None)
+    assert row["value"] == 1
+    assert ladders.blur_note(framed) == "sigma 1 px of 128, 25.0% of the face's width"
+
+
+def test_the_same_people_in_three_framings():
+    """A face fills more of its aligned crop than of its portrait; what is degraded differs from what is clean."""
+    seeds = range(TEST_SEEDS, TEST_SEEDS + 2)
+    portraits, tight, aligned = ladders.framings([draw_portrait(seed, 128) for seed in seeds], seeds)
+    assert portraits.images == tight.images and portraits.boxes[0] == (0, 0, 128, 128) != tight.boxes[0]
+    assert 30 < portraits.face_width < aligned.face_width < 128
+    for preset in ladders.PRESETS:
+        for clean, worse in zip(aligned.images, ladders.degraded(aligned.images, preset), strict=True):
+            assert np.abs(np.asarray(clean, float) - np.asarray(worse)).mean() > 0.5
+    assert np.abs(np.asarray(ladders.soft(tight.images[0]), float) - np.asarray(tight.images[0])).mean() > 0.3
+
+
 def test_prompts_and_what_is_told():
     """Hidden hair is not asked for; glasses count by whether there are any."""
     hair, glasses = bases.TRAITS[:2]
@@ -185,10 +242,11 @@ def test_pairs_of_values_on_both_sides():
 
 
 def test_differences_are_tuned_minus_other():
-    tuned = [tuning.Judged(score, 1.0, 0.9) for score in (3.0, 4.0, 5.5)]
-    base = [tuning.Judged(score, 3.0, 0.8) for score in (1.0, 2.0, 3.0)]
-    score, confidence, distance = tuning.compare(tuned, base, "tuned - base", 0.01)
+    tuned = [tuning.Judged(score, 1.0, 0.9, 2 * score) for score in (3.0, 4.0, 5.5)]
+    base = [tuning.Judged(score, 3.0, 0.8, 2 * score) for score in (1.0, 2.0, 3.0)]
+    score, judged, confidence, distance = tuning.compare(tuned, base, "tuned - base", 0.01)
     assert score["value"] == pytest.approx(6.5 / 3) and score["met"] is True and score["aim"] == "> 0, p < 0.01"
+    assert judged["value"] == pytest.approx(13 / 3) and judged["aim"] == "> 0, p < 0.01"
     assert confidence["value"] == pytest.approx(0.1) and confidence["met"] is True
     assert distance["value"] == -2 and distance["met"] is True
 
@@ -257,7 +315,9 @@ def models(tiny_models, tmp_path_factory):
     }  # fmt: skip
     torch.manual_seed(0)
     FeatureNetwork.from_tags(tags, hidden_size=16, layers=1, heads=2).save_pretrained(folder / "features")
-    (folder / "features" / tiny.INFO_FILE).write_text(json.dumps({"kind": "features", "trained": False}))
+    FaceJudge.untrained().save_pretrained(folder / "judge")
+    for kind in ("features", "judge"):
+        (folder / kind / tiny.INFO_FILE).write_text(json.dumps({"kind": kind, "trained": False}))
     return folder
 
 
@@ -265,7 +325,8 @@ def models(tiny_models, tmp_path_factory):
 def settings(models, tmp_path):
     return {
         "work": str(tmp_path / "work"), "models": str(models), "output": str(tmp_path / "results"), "untrained": True,
-        "num_portraits": 10, "num_samples": 6, "sample_steps": 1, "num_damaged": 2, "num_faces": 4, "restore_steps": 1,
+        "num_portraits": 10, "num_samples": 6, "sample_steps": 1, "num_damaged": 2, "num_faces": 4, "num_climbers": 4,
+        "restore_steps": 1,
         "pair_portraits": 2, "pair_scenes": 0, "pair_steps": 17, "train_ablations": False, "mixed_precision": "no",
         "device": "cpu",
     }  # fmt: skip
@@ -295,6 +356,9 @@ def run_here(stage: str, output: Path, **options) -> None:
 def test_the_table_from_end_to_end(settings, models, tmp_path, monkeypatch, capsys):
     """Every piece; the same model twice differs by exactly nothing, and what is not there is named."""
     monkeypatch.setattr(scorer, "run", run_here)
+    monkeypatch.setattr(ladders_module, "STEPS", 5)
+    for module in (ladders_module, ladders):
+        monkeypatch.setattr(module, "STRENGTHS", (0.2, 0.6, 1.0))
     config = figures.Config(**settings)
     for name, source in (("guided", "sd15"), ("guided_all", "sd15"), ("restorer", "restorer")):
         finished_model(models / source, tmp_path / "work" / name)
@@ -306,13 +370,17 @@ def test_the_table_from_end_to_end(settings, models, tmp_path, monkeypatch, caps
     saved = json.loads((tmp_path / "results/figures.json").read_text())
     assert list(saved["groups"]) == list(figures.make_pieces())
     cells = {name: group["cells"] for name, group in saved["groups"].items()}
-    for name in ("vae", "samples_sd15", "prompts_sdxl", "damage", "sharpness", "ranking", "tuning", "ablations_all"):
+    measured = ("vae", "samples_sd15", "prompts_sdxl", "damage", "sharpness", "ladders", "ranking", "tuning")
+    for name in (*measured, "ablations_all"):
         assert all(row["value"] is not None for row in cells[name]), (name, cells[name])
     assert cells["samples_sd15"][0]["value"] == 1 and cells["samples_sd15"][0]["n"] == 6
+    assert {row["n"] for row in cells["ladders"]} == {4} and len(cells["ladders"]) == 2 + 3 * 5
+    judged = {row["figure"]: row for row in cells["judges"]}
+    assert len(judged) == 5 * 3 + 2 + 3 * 4 and judged["judge: clean above blurred, aligned faces"]["n"] == 4
     by_bin = cells["pairs"]
     assert [row["n"] for row in by_bin] == [0, 0, 0, 2, 2] and "not measured" in by_bin[0]["note"]
     assert cells["restorer"][0]["n"] == 4 and cells["restorer"][-1]["value"] > 0
-    assert [row["value"] for row in cells["ablations_all"][:3]] == [0, 0, 0]
+    assert [row["value"] for row in cells["ablations_all"][:4]] == [0, 0, 0, 0]
     assert not any(row["met"] for row in cells["ablations_all"])
     assert "--objective denoising` trains it" in cells["ablations_denoising"][0]["note"]
     time_aware, constant, difference, missing = cells["facial_loss"]

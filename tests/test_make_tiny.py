@@ -11,10 +11,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from PIL import Image
 
 from checkpoints.tiny_models import bases
-from checkpoints.tiny_models.damage import DAMAGES, PHOTOMETRIC, UNSEEN
+from checkpoints.tiny_models import ladders as ladders_module
+from checkpoints.tiny_models.damage import DAMAGES, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
 from checkpoints.tiny_models.data import Drawings, describe, draw_one, save_arrays
+from checkpoints.tiny_models.judge import FaceJudge, train_judge
+from checkpoints.tiny_models.ladders import RUNGS, People, alike, make_ladders
 from checkpoints.tiny_models.readme import note_duration, write_readme
-from checkpoints.tiny_models.reward import SEEN, DrawnFaces, alike, jitter, train_reward
+from checkpoints.tiny_models.reward import SEEN, STEEPNESS, WAYS, DrawnFaces, make_ladder, train_reward
 from checkpoints.tiny_models.vae import (
     PIPELINES,
     DrawingsAndFaces,
@@ -56,7 +59,8 @@ def work(tmp_path_factory):
 def config():
     return SimpleNamespace(
         resolution=128, vae_steps=2, vae_learning_rate=1e-3, base_steps=2, sdxl_steps=2, base_learning_rate=1e-3,
-        reward_steps=2, reward_learning_rate=1e-3, ema_decay=0.9,
+        reward_steps=2, reward_learning_rate=1e-3, judge_steps=2, judge_learning_rate=1e-3, num_ladder_people=2,
+        ema_decay=0.9,
         mixed_precision="no", device="cpu", go_on=False,
     )  # fmt: skip
 
@@ -217,7 +221,7 @@ def test_min_snr_weights_by_hand():
 
 def test_every_damage_grows_with_its_strength():
     drawing = draw_portrait(10_007, 128)
-    for name, damage in DAMAGES.items():
+    for name, damage in {**DAMAGES, **TRAINING_ONLY}.items():
         weak, strong = (damage(drawing.image, drawing.landmarks, s, np.random.default_rng(1)) for s in (0.2, 1.0))
         again = damage(drawing.image, drawing.landmarks, 1.0, np.random.default_rng(1))
         assert strong.shape == drawing.image.shape and strong.dtype == np.uint8 and (strong == again).all(), name
@@ -229,18 +233,58 @@ def test_every_damage_grows_with_its_strength():
     assert {*UNSEEN} < DAMAGES.keys()
 
 
-def test_the_sides_of_a_pair_differ_in_the_damage_only():
-    """What is done to both sides leaves equal images equal; the kinds that are held out are never used."""
+def test_the_rungs_of_a_ladder_differ_in_the_damage_only():
+    """What is done to all rungs leaves equal images equal; the kinds that are held out are never used."""
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     for seed in range(20):
-        first, second = alike((image, image.copy()), np.random.default_rng(seed))
-        assert (first == second).all()
-        assert min(jitter([1.0, 5.0, 120.0, 128.0], 128, np.random.default_rng(seed))) >= 0
+        (first, second), box = alike([image, image.copy()], [1.0, 5.0, 120.0, 128.0], np.random.default_rng(seed))
+        assert (first == second).all() and box in ([1.0, 5.0, 120.0, 128.0], [8.0, 5.0, 127.0, 128.0])
     assert not {*SEEN} & {*UNSEEN}
 
 
-def test_the_reward_model_is_pretrained(vae, work, config, home):
-    """On spoiled copies and on pairs of stage 1."""
+@pytest.fixture(scope="module")
+def ladders(vae, work, config, home):
+    """Two people on the ladders of both bases, which are untrained."""
+    for kind in ("sd15", "sdxl"):
+        tiny.resolve("tiny", kind, home)
+    with pytest.MonkeyPatch.context() as patch:  # fewer steps on the same rungs
+        patch.setattr(ladders_module, "STEPS", 5)
+        patch.setattr(ladders_module, "CLIMBS", [(ladders_module.STRENGTHS[1::2], "base")])
+        make_ladders(config, work)
+    return work
+
+
+def test_people_climb_both_bases(ladders):
+    """Other people for the judge than for the scorer; what the base leaves of a portrait changes with its strength."""
+    scorers, judges = People(ladders, "sd15"), People(ladders, "sdxl")
+    assert len(scorers) == len(judges) == 2
+    assert not any((a.portrait.image == b.portrait.image).all() for a in scorers for b in judges)
+    person = scorers[1]
+    assert list(person.strengths) == sorted(person.strengths) and len(person.rungs) == 5
+    assert all(rung.image.shape == (128, 128, 3) and rung.box == person.portrait.box for rung in person.rungs)
+    # the face is larger in its aligned crop than in the portrait, and still in it
+    assert person.aligned.face_width > person.portrait.face_width and person.aligned.box[3] <= 128
+    files = {path: path.stat().st_mtime_ns for path in ladders.glob("ladders_*/*.npz")}
+    assert len(files) == 2
+    with pytest.raises(FileNotFoundError, match="--only ladders"):
+        People(ladders / "train", "sd15")
+
+
+def test_the_judge_is_trained_and_loads_with_stock_transformers(ladders, config, home):
+    """In float16; it reads boxes and whole images, and the same run again does nothing."""
+    train_judge(config, ladders)
+    assert tiny.info(home / "judge") == {"kind": "judge", "seed": 1, "trained": True, "steps": 2}
+    judge = FaceJudge.from_pretrained(home / "judge")
+    image = Image.fromarray(Drawings(ladders, "train").images[1])
+    scores = judge.score([image] * 3, [(30, 30, 90, 100), (30, 30, 90, 100), (0, 0, 128, 128)])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5) and abs(scores[2] - scores[0]) > 1e-4
+    train_judge(config, ladders)
+    assert len((ladders / "judge/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_reward_model_is_pretrained(vae, ladders, config, home):
+    """On spoiled copies, on pairs of stage 1, and on ladders."""
+    work = ladders
     image = Drawings(work, "train").images[1]
     for name, pixels in (("good", image), ("bad", image[::-1]), ("mask", image)):
         save_image(pixels, work / f"reward_pairs/{name}.png")
@@ -257,6 +301,12 @@ def test_the_reward_model_is_pretrained(vae, work, config, home):
     assert 0 <= json.loads((work / "reward/done.json").read_text())["validation_accuracy"] <= 1
     train_reward(config, work)  # complete: nothing is done again
     assert len((work / "reward/metrics.jsonl").read_text().splitlines()) == 2
-    faces = DrawnFaces(work, "train", vae, work / "reward_pairs")
-    good, bad, box = faces[3]["pair"]()
-    assert (good == image).all() and (bad == image[::-1]).all() and box == [30, 30, 90, 100]
+    faces = DrawnFaces(work, "train", vae, work / "reward_pairs", People(work, "sd15"))
+    good, bad = faces[3]["pair"]()
+    assert (good.image == image).all() and (bad.image == image[::-1]).all() and good.box == [30, 30, 90, 100]
+    for way in WAYS:
+        for seed in range(6):
+            images, box, kind = make_ladder(faces[seed], np.random.default_rng(seed), way)
+            assert len(images) == RUNGS and len({rung.shape for rung in images}) == 1 and kind in STEEPNESS, way
+            assert 0 <= box[0] < box[2] <= 128 and 0 <= box[1] < box[3] <= 128, way
+            assert all((rung != images[0]).any() for rung in images[1:]), way

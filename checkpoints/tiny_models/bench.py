@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils.operations import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from checkpoints.tiny_models.judge import FaceJudge
+from checkpoints.tiny_models.ladders import half_precision
 from checkpoints.tiny_models.stages import run
 from faceprior import tiny
 from faceprior.bases import load_pipeline
@@ -31,7 +32,7 @@ from faceprior.models import load_part, resolve_device
 from faceprior.procedural import TEST_SEEDS, Drawing, draw_portrait
 from faceprior.scorer import FaceScorer
 
-SHIPPED = ("sd15", "sdxl", "scorer", "restorer", "features")  # the other models are in the work folder
+SHIPPED = ("sd15", "sdxl", "scorer", "restorer", "features", "judge")  # the other models are in the work folder
 SAMPLED_BY = ("scheduler_config.json", "restorer_config.json")  # the settings of a model that its images depend on
 BATCH = 16
 MAKE_TINY = "python -m checkpoints.tiny_models.make_tiny"
@@ -84,6 +85,10 @@ class Bench:
         return FeatureNetwork.from_pretrained(self.folder("features")).to(self.device)
 
     @cached_property
+    def judge(self) -> FaceJudge:
+        return FaceJudge.from_pretrained(self.folder("judge")).to(self.device)
+
+    @cached_property
     def vae(self) -> AutoencoderKL:
         return load_part(AutoencoderKL, str(self.folder("sd15") / "vae"), "VAE").to(self.device)
 
@@ -105,6 +110,12 @@ class Bench:
         """Return the feature network's outputs for images of one size, (B, outputs) on the CPU."""
         batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
         return torch.cat([self.features(to_pixel_values(batch).to(self.device)).cpu() for batch in batches])
+
+    @torch.no_grad()
+    def image_features(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return the feature network's features of images of one size, (B, D) on the CPU."""
+        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        return torch.cat([self.features.features(to_pixel_values(batch).to(self.device)).cpu() for batch in batches])
 
     def predict_tags(self, images: list[Image.Image]) -> list[dict[str, str]]:
         """Return the tags that the feature network predicts for each image: tag -> value."""
@@ -146,15 +157,8 @@ class Bench:
     @contextmanager
     def half_precision(self, *networks: torch.nn.Module) -> Iterator[None]:
         """Run the networks' matrix products in bfloat16, if so configured; all else stays float32, the VAE too."""
-        originals = [network.forward for network in networks]
-        if self.config.mixed_precision == "bf16":
-            for network in networks:
-                network.forward = _under_autocast(network.forward, self.device.type)
-        try:
+        with half_precision(self.config.mixed_precision, self.device.type, *networks):
             yield
-        finally:
-            for network, forward in zip(networks, originals, strict=True):
-                network.forward = forward
 
     def fresh(self, name: str, key: dict) -> Path:
         """Return the folder `name` below the results for images of that key; images of another key are deleted."""
@@ -189,14 +193,6 @@ class Bench:
             except subprocess.CalledProcessError as error:
                 raise MetricUnavailable(f"`{command}` failed (exit code {error.returncode})") from error
         return output
-
-
-def _under_autocast(forward: Callable, device: str) -> Callable:
-    def call(*args, **kwargs):
-        with torch.autocast(device, torch.bfloat16):
-            return forward(*args, **kwargs)
-
-    return convert_outputs_to_fp32(call)
 
 
 def image_path(folder: Path, index: int) -> Path:

@@ -110,6 +110,20 @@ def patches(image, landmarks, strength, rng):
     return result
 
 
+def slices(image, landmarks, strength, rng):
+    """Bands of the face slide sideways, with hard edges."""
+    unit, (rows, _) = between_eyes(landmarks), grid(image)
+    height, side = max(2.0, 0.3 * unit), rng.choice([-1, 1], 64)
+    slide = 0.3 * strength * unit * side[(rows / height).astype(int) % 64]
+    return displace(image, slide * (face_weight(image, landmarks) > 0.3), np.zeros_like(rows))
+
+
+def sharpen(image, landmarks, strength, rng):
+    """Edges with halos: what is sharper than the face is not better."""
+    soft = cv2.GaussianBlur(image, (0, 0), 0.02 + 0.08 * between_eyes(landmarks)).astype(np.float32)
+    return clip(image + 3 * strength * (image - soft))
+
+
 def nose_shift(image, landmarks, strength, rng):
     return shift_feature(image, landmarks, landmarks[2], 0.4, strength, rng)
 
@@ -138,10 +152,12 @@ DAMAGES: dict[str, Callable] = {
     function.__name__: function
     for function in (blur, noise, jpeg, downsample, ghost, warp, swirl, eye_shift, mouth_shift, erase, smear, patches)
 }
-# More ways to move features, for the pretraining only: the figures are about the twelve above.
-TRAINING_ONLY: dict[str, Callable] = {function.__name__: function for function in (nose_shift, stretch, shear)}
+# More ways, for the pretraining only: the figures are about the twelve above.
+TRAINING_ONLY: dict[str, Callable] = {
+    function.__name__: function for function in (nose_shift, stretch, shear, slices, sharpen)
+}
 UNSEEN = ("ghost", "swirl", "mouth_shift", "patches")  # held out from the pretraining
-PHOTOMETRIC = ("blur", "noise", "jpeg", "downsample")
+PHOTOMETRIC = ("blur", "noise", "jpeg", "downsample", "sharpen")
 
 
 def shift_feature(image, landmarks, center, radius, strength, rng):

@@ -102,7 +102,7 @@ def tidy_configs(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_info(folder: Path, steps: int) -> None:
+def write_info(folder: Path, steps: int, seed: int = 0) -> None:
     """Write the `tiny.json` of a trained model; the folder is named after the model's kind."""
-    info = {"kind": folder.name, "seed": 0, "trained": True, "steps": steps}
+    info = {"kind": folder.name, "seed": seed, "trained": True, "steps": steps}
     (folder / tiny.INFO_FILE).write_text(json.dumps(info))

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from checkpoints.tiny_models.bench import Bench, drawing_digest
 from checkpoints.tiny_models.figures_bases import BASES, measure_prompts, measure_samples, measure_vae
+from checkpoints.tiny_models.figures_ladders import measure_judges, measure_ladders
 from checkpoints.tiny_models.figures_restorer import measure_facial_loss, measure_restorer
 from checkpoints.tiny_models.figures_scorer import measure_damage, measure_pairs, measure_ranking, measure_sharpness
 from checkpoints.tiny_models.figures_tuning import measure_ablation, measure_tuning
@@ -51,7 +52,8 @@ class Config:
     pair_scenes: int = 60  # number of scenes for the other three bins, [0, 2000]
     pair_steps: int = 50  # inpainting steps, of which the last int(strength x steps) are run, [17, 1000]
     num_damaged: int = 48  # number of faces that are spoiled in twelve ways, [1, 3000]
-    num_faces: int = 96  # number of faces that are degraded and restored, [1, 2000]
+    num_climbers: int = 48  # number of people who are taken through the base at growing strength, [4, 1000]
+    num_faces: int = 96  # number of faces that are blurred, degraded and restored, [1, 2000]
     restore_steps: int = 0  # sampling steps of the restorer; 0: its own number, [0, 1000]
     train_ablations: bool = True  # train the models that the tuned one and the restorer are compared with
     untrained: bool = False  # measure untrained models too, to try the measuring out
@@ -73,6 +75,7 @@ class Piece:
 SAMPLING = ("num_samples", "sample_steps", "guidance_scale", "mixed_precision")
 PAIRING = ("pair_portraits", "pair_scenes", "pair_steps", "mixed_precision")
 JUDGING = (*SAMPLING, "num_portraits")
+CLIMBING = ("num_climbers", "num_faces", "mixed_precision")
 RESTORING = ("num_faces", "restore_steps", "mixed_precision")
 
 
@@ -90,19 +93,28 @@ def make_pieces() -> dict[str, Piece]:
         "pairs": Piece("Scorer on unseen pairs", measure_pairs, PAIRING, ("sd15", "scorer")),
         "damage": Piece("Scorer against strength of damage", measure_damage, ("num_damaged",), ("scorer",)),
         "sharpness": Piece("Scorer does not only measure sharpness", measure_sharpness, PAIRING, ("sd15", "scorer")),
-        "ranking": Piece("Samples in the scorer's order", measure_ranking, SAMPLING, ("sd15", "scorer", "features")),
-        "tuning": Piece("Guidance tuning", measure_tuning, JUDGING, ("sd15", "scorer", "guided")),
+        "ladders": Piece("Scorer on ladders of known order", measure_ladders, CLIMBING, ("sd15", "scorer")),
+        "judges": Piece(
+            "Judges on ladders of known order",
+            measure_judges,
+            (*CLIMBING, "num_portraits"),
+            ("sd15", "judge", "features"),
+        ),
+        "ranking": Piece(
+            "Samples in the scorer's order", measure_ranking, SAMPLING, ("sd15", "scorer", "features", "judge")
+        ),
+        "tuning": Piece("Guidance tuning", measure_tuning, JUDGING, ("sd15", "scorer", "guided", "judge")),
         "ablations_all": Piece(
             "Guidance tuning against all timesteps",
             partial(measure_ablation, name="guided_all"),
             JUDGING,
-            ("sd15", "scorer", "guided", "guided_all"),
+            ("sd15", "scorer", "guided", "guided_all", "judge"),
         ),
         "ablations_denoising": Piece(
             "Guidance tuning against plain fine-tuning",
             partial(measure_ablation, name="guided_denoising"),
             JUDGING,
-            ("sd15", "scorer", "guided", "guided_denoising"),
+            ("sd15", "scorer", "guided", "guided_denoising", "judge"),
         ),
         "restorer": Piece("Restorer", measure_restorer, RESTORING, ("restorer", "features")),
         "facial_loss": Piece(

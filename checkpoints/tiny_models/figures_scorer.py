@@ -168,7 +168,7 @@ def measure_damage(bench: Bench) -> list[dict]:
 
 
 def measure_ranking(bench: Bench) -> list[dict]:
-    """The base's samples in the scorer's order, against two judges that the scorer does not know."""
+    """The base's samples in the scorer's order, against judges that the scorer does not know."""
     images = bench.samples("sd15")
     found = [(image, face) for image in images if (face := best_face(image)) is not None]
     images, faces = [image for image, _ in found], [face for _, face in found]
@@ -181,10 +181,15 @@ def measure_ranking(bench: Bench) -> list[dict]:
         return correlation_estimate(scores, [-distance for distance in landmark_residuals(bench, images, faces)])
 
     confidence = correlation_estimate(scores, [face.confidence for face in faces])
+
+    def judged() -> Estimate:
+        return correlation_estimate(scores, bench.judge.score(images, [face.box for face in faces]))
+
     found_in = "samples in which MTCNN finds a face"
     minus = "agreement: minus the mean distance between the feature network's landmarks and MTCNN's"
     title = "samples' Face Score and {} (Spearman)"
     return [
+        make_row(title.format("the judge"), measure(judged), (">", 0.3), note=found_in),
         make_row(title.format("MTCNN's confidence"), confidence, (">", 0.3), note=found_in),
         make_row(title.format("agreement of landmarks"), measure(agreement), (">", 0.3), note=minus),
     ]

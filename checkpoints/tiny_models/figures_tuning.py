@@ -20,24 +20,31 @@ ABLATIONS = {  # name in the work folder -> what it is, and what is changed
 
 @dataclass(frozen=True)
 class Judged:
-    """One sample: its Face Score and its distance from drawn proportions (None without a face), MTCNN's confidence."""
+    """One sample: Face Score, distance from drawn proportions, MTCNN's confidence, and the judge's own score.
+
+    All but the confidence are None without a face, the judge's also without a judge.
+    """
 
     score: float | None
     distance: float | None
     confidence: float
+    judged: float | None = None
 
 
 def judge(bench: Bench, images: list[Image.Image], proportions: Proportions) -> list[Judged]:
     """Return the measures of images, each by the face that MTCNN is most confident of."""
     faces = [best_face(image) for image in images]
     sure = [i for i, face in enumerate(faces) if confidence_of(face) >= FOUND]
-    scores = bench.score([images[i] for i in sure], [faces[i].box for i in sure]) if sure else []
-    by_number = dict(zip(sure, scores, strict=True))
+    found, boxes = [images[i] for i in sure], [faces[i].box for i in sure]
+    by_number = dict(zip(sure, bench.score(found, boxes) if sure else [], strict=True))
+    has_judge = bench.digest("judge") is not None
+    by_judge = dict(zip(sure, bench.judge.score(found, boxes), strict=True)) if sure and has_judge else {}
     return [
         Judged(
             by_number.get(i),
             proportions.distance(face.landmarks) if i in by_number else None,
             confidence_of(face),
+            by_judge.get(i),
         )
         for i, face in enumerate(faces)
     ]
@@ -55,12 +62,13 @@ def compare(a: list[Judged], b: list[Judged], name: str, p_below: float | None) 
     found = "samples with a face on both sides"
     measures = (
         ("Face Score", "score", (">", 0), found),
+        ("the judge", "judged", (">", 0), found),
         ("MTCNN's confidence", "confidence", (">", 0), "0 where it finds no face"),
         ("distance from drawn proportions", "distance", ("<", 0), found),
     )
     rows = []
     for what, key, aim, note in measures:
-        limit = p_below if key == "score" else None
+        limit = p_below if key in ("score", "judged") else None
         difference = difference_estimate(*both(a, b, key))
         rows.append(make_row(f"{what}, {name}", difference, aim, note=note, p_below=limit))
     return rows

@@ -19,6 +19,8 @@ from typing import Literal
 from checkpoints.tiny_models.bases import train_sd15, train_sdxl
 from checkpoints.tiny_models.data import draw
 from checkpoints.tiny_models.features import train_features
+from checkpoints.tiny_models.judge import train_judge
+from checkpoints.tiny_models.ladders import make_ladders
 from checkpoints.tiny_models.readme import note_duration, write_readme
 from checkpoints.tiny_models.reward import train_reward
 from checkpoints.tiny_models.stages import (
@@ -41,6 +43,8 @@ STEPS = {
     "features": train_features,
     "sd15": train_sd15,
     "sdxl": train_sdxl,
+    "ladders": make_ladders,
+    "judge": train_judge,
     "reward_pairs": make_reward_pairs,
     "reward": train_reward,
     "pairs": make_pairs,
@@ -61,9 +65,12 @@ class Config:
     vae_learning_rate: float = 1.5e-3  # learning rate of AdamW at its peak for the autoencoder, (0, 1)
     feature_steps: int = 5000  # training steps of the feature network, batch 32, [1, inf)
     feature_learning_rate: float = 1e-3  # learning rate of AdamW at its peak for the feature network, (0, 1)
+    num_ladder_people: int = 256  # number of people that each base's ladders show, [1, 2000]
+    judge_steps: int = 2000  # training steps of the judge, 12 ladders each, [1, inf)
+    judge_learning_rate: float = 1e-3  # learning rate of AdamW at its peak for the judge, (0, 1)
     num_reward_portraits: int = 1200  # number of drawings that are inpainted for the reward model, [1, 4000]
     num_reward_scenes: int = 200  # number of scenes, with smaller faces, that are inpainted for it, [0, 1000]
-    reward_steps: int = 16000  # training steps of the reward model, 16 pairs each, [1, inf)
+    reward_steps: int = 16000  # training steps of the reward model, 8 ladders of 4 images each, [1, inf)
     reward_learning_rate: float = 5e-4  # learning rate of AdamW at its peak for the reward model, (0, 1)
     base_steps: int = 7300  # training steps of the Stable Diffusion type base, batch 32, [1, inf)
     sdxl_steps: int = 2500  # training steps of the SDXL type base, which starts from the other one, batch 32, [1, inf)
@@ -78,7 +85,7 @@ class Config:
     restorer_steps: int = 400  # training steps of stage 6 with the facial loss, [1, inf)
     ema_decay: float = 0.998  # decay of the moving average of the bases' weights, which is what ships, [0, 1)
     mixed_precision: Literal["no", "bf16"] = "bf16"  # autocast of the forward pass; bf16: 1.4 to 2 times as fast
-    go_on: bool = False  # start vae (its decoder), reward, sd15 and restorer from the shipped weights
+    go_on: bool = False  # start vae (its decoder), judge, reward, sd15 and restorer from the shipped weights
     shard: int = 0  # number of this process among those that draw, [0, 1]
     num_shards: int = 1  # number of processes that draw, [1, 2]
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N

@@ -19,9 +19,10 @@ DURATIONS, RECORD = "durations.jsonl", "runs.json"
 PARTS = {
     "sd15": "Stable Diffusion 1.5 type pipeline: tokenizer, text encoder, VAE, U-Net",
     "sdxl": "SDXL type pipeline, trained from the U-Net of `sd15/`; it shares the VAE and the text encoder of `sd15/`",
-    "reward": "BLIP reward model, pretrained on drawn faces and spoiled copies, in place of ImageReward",
+    "reward": "BLIP reward model, pretrained on drawn faces and worse copies, in place of ImageReward",
     "scorer": "the same after stage 2 on inpainted pairs, in place of Face Score",
     "restorer": "portrait prior of stage 5 and ControlNet of stage 6",
+    "judge": "ConvNeXt that orders faces, for measuring only: no other model is trained with it",
     "features": "vision transformer that predicts tags and landmarks, in place of DINO, Inception and LPIPS",
 }
 HEADER = """# The tiny models
@@ -37,13 +38,13 @@ rows have together. The second run of `vae` trained the decoder only: the latent
 not change. `sd15_fine` was continued with the plain loss, which brought little and is no longer done. The last run of
 `sdxl` started over from the last `sd15`; the pairs that `reward` was trained on come from an earlier `sd15` and `vae`.
 
-- Data: {data}, from the training seeds in `faceprior/procedural/`; every run has the seed 0
+- Data: {data}, from the training seeds in `faceprior/procedural/`; every run has the seed 0, the judge's 1
 - Machine: {machines}
 - Licence: Apache-2.0, as the code. The images are drawn by it: no photograph of anyone was used
 
 {keep}"""
 KEEP = "<!-- make_tiny.py writes what is above this line, and keeps what is below it -->"
-RUNS = ("vae", "features", "sd15", "sdxl", "reward", "scorer", "guided", "prior", "control", "restorer")
+RUNS = ("vae", "features", "sd15", "sdxl", "judge", "reward", "scorer", "guided", "prior", "control", "restorer")
 COLUMNS = ("run", "steps", "loss", "hours", "result")
 
 

@@ -1,47 +1,76 @@
-"""The pretraining of the tiny reward model, which takes ImageReward's place: drawn faces against spoiled copies.
+"""The pretraining of the tiny reward model, which takes ImageReward's place: ladders of drawn faces, the best first.
 
-Both sides of a pair went through the same autoencoder or neither did, and both get the same mild blur, resampling,
-JPEG, flip and light, so that neither sharpness nor traces of the autoencoder tell them apart. None of this is in the
-paper.
+A ladder is a face and three worse copies of it: spoiled, inpainted by stage 1, taken through the base at growing
+strength, or degraded. Where a broken face is at stake, all rungs went through the same autoencoder or none did, the
+better and the worse face stand there with and without the same mild blur, and all rungs get the same blur, resampling
+and JPEG: so sharpness cannot tell a broken face, though a blurred face is worse than a sharp one. None of this is in
+the paper.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from checkpoints.tiny_models.damage import DAMAGES, LEVELS, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
+from checkpoints.tiny_models.damage import DAMAGES, TRAINING_ONLY, UNSEEN
 from checkpoints.tiny_models.data import Drawings, save_arrays, tidy_configs, write_info
+from checkpoints.tiny_models.ladders import (
+    RUNGS,
+    People,
+    View,
+    alike,
+    as_images,
+    degradation_ladder,
+    framed,
+    in_order,
+    jitter,
+    ladder_loss,
+    mirrored_and_lit,
+    mixed_ladder,
+    spoil,
+    strength_ladder,
+    with_blurred,
+)
 from checkpoints.tiny_models.vae import pixel_batches
 from faceprior import tiny
 from faceprior.detect import face_square
-from faceprior.images import as_array, cv2, load_image, to_pil
-from faceprior.losses import pairwise_ranking_loss
+from faceprior.images import as_array, load_image, to_pil
 from faceprior.pairs import gather_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
-INPAINTED = 0.6  # fraction of the samples that are pairs of stage 1
+# The ways down a ladder, and how often each is taken. Degradations are learnt soonest.
+WAYS = {"inpainted": 0.3, "spoiled": 0.3, "strength": 0.15, "mixed": 0.1, "degraded": 0.15}
+# A degradation has to show in the score, a broken face has to weigh more: with equal margins blur would outweigh it.
+STEEP = 8.0  # steepness of the loss where two rungs differ in a degradation
+STEEPNESS = {
+    "degraded": (STEEP,) * 6,
+    "blurred": (STEEP, 1.0, 1.0, 1.0, 1.0, STEEP),  # good, good blurred, bad, bad blurred
+    "broken": (1.0,) * 6,
+}
+# In the same order: that a good face under a mild blur is above the sharp bad one is the order that is lost soonest.
+WEIGHTS = {"degraded": (1.0,) * 6, "blurred": (3.0, 1.0, 1.0, 3.0, 1.0, 3.0), "broken": (1.0,) * 6}
 DRAWN = 3000  # most drawings of a split that are used
+BATCH = 8  # ladders
 SEEN = {**{name: damage for name, damage in DAMAGES.items() if name not in UNSEEN}, **TRAINING_ONLY}
-STRUCTURAL = tuple(name for name in SEEN if name not in PHOTOMETRIC)
-HARD = ("warp", "eye_shift", "nose_shift", "stretch", "shear")  # moved features: chosen three times as often
-CHOSEN = (*PHOTOMETRIC, *STRUCTURAL, *HARD, *HARD)
 
 
 class DrawnFaces(Dataset):
-    """Drawn portraits: {"images": [as drawn, as the autoencoder reconstructs it], "landmarks", "box", "pair"}.
+    """Drawn portraits: {"images": [drawn, as the autoencoder reconstructs it], "landmarks", "box", "pair", "person"}.
 
-    "pair" is a function that reads good, bad and box of a pair of stage 1 (of other portraits), None without `pairs`.
+    "pair" is a function that reads both sides of a pair of stage 1, "person" one of the people on the ladders of the
+    base; both show others than the portrait, and are None without `pairs` and without `people`.
     """
 
-    def __init__(self, work: Path, split: str, vae: AutoencoderKL, pairs: Path | None = None):
-        self.pairs = gather_pairs(pairs)[0] if pairs else []
+    def __init__(
+        self, work: Path, split: str, vae: AutoencoderKL, pairs: Path | None = None, people: People | None = None
+    ):
+        self.pairs, self.people = gather_pairs(pairs)[0] if pairs else [], people
         drawings = Drawings(work, split)
         path = work / f"round_trip_{split}.npz"
         if not path.is_file():
@@ -59,15 +88,21 @@ class DrawnFaces(Dataset):
         face = self.faces[number]
         landmarks = np.array(face["landmarks"], np.float32)
         images = [images[number] for images in self.images]
-        pair = partial(self._pair, index) if self.pairs else None
-        return {"images": images, "landmarks": landmarks, "box": face["box"], "pair": pair}
+        return {
+            "images": images,
+            "landmarks": landmarks,
+            "box": face["box"],
+            "pair": partial(self._pair, index) if self.pairs else None,
+            "person": self.people[index % len(self.people)] if self.people else None,
+        }
 
-    def _pair(self, index: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    def _pair(self, index: int) -> tuple[View, View]:
         pair = self.pairs[index % len(self.pairs)]
         good, bad = (load_image(path) for path in (pair.good, pair.bad))
         square = face_square(good.size, pair.box, tiny.RESOLUTION)
         corner = np.array([*square[:2], *square[:2]])
-        return as_array(good.crop(square)), as_array(bad.crop(square)), (pair.box - corner).tolist()
+        box = (pair.box - corner).tolist()
+        return View(as_array(good.crop(square)), box), View(as_array(bad.crop(square)), box)
 
 
 @torch.no_grad()
@@ -80,69 +115,43 @@ def round_trip(vae: AutoencoderKL, drawings: Drawings) -> np.ndarray:
     return np.stack(images)
 
 
-class SpoiledPair:
-    """Makes a pair of a drawn face: `good` and `bad`, (3, 224, 224) each, normalised by CLIP's mean and deviation."""
+class FaceLadder:
+    """Makes a ladder of a sample of `DrawnFaces`, see `make_ladder`.
+
+    "rungs", (4, 3, 224, 224), as the scorer preprocesses faces; "steepness" and "weights", (6,), see `ladder_loss`.
+    """
 
     def __init__(self, scorer: FaceScorer):
         self.preprocess = scorer.preprocess
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict:
-        image, landmarks, box = sample["images"][rng.integers(2)], sample["landmarks"], sample["box"]
-        good, bad = spoil(image, landmarks, rng)
-        if sample["pair"] and rng.random() < INPAINTED:
-            good, bad, box = sample["pair"]()
-        both = alike((good, bad), rng)
-        box = jitter(box, good.shape[1], rng)
-        sides = self.preprocess([Image.fromarray(side) for side in both], [box, box])
-        return {"good": sides[0], "bad": sides[1]}
+        images, box, kind = make_ladder(sample, rng)
+        return {
+            "rungs": self.preprocess(as_images(images), [box] * RUNGS),
+            "steepness": torch.tensor(STEEPNESS[kind]),
+            "weights": torch.tensor(WEIGHTS[kind]),
+        }
 
 
-def spoil(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return a face and a worse one: one damage in two strengths, or a light photometric against a structural one."""
-    seed = int(rng.integers(2**31))
+def make_ladder(sample: dict, rng: np.random.Generator, way: str | None = None) -> tuple[list[np.ndarray], list, str]:
+    """Return four images of one face, the best first, the box to score them in, and a key of STEEPNESS.
 
-    def damaged(image: np.ndarray, name: str, strength: float) -> np.ndarray:
-        if strength == 0:
-            return image
-        return SEEN[name](image, landmarks, strength, np.random.default_rng(seed))
-
-    if rng.random() < 0.6:
-        name = str(rng.choice(CHOSEN))
-        weak, strong = sorted(rng.choice((0.0, *LEVELS), 2, replace=False))
-        weak = weak if rng.random() < 0.5 else 0.0
-        return damaged(image, name, weak), damaged(image, name, strong)
-    name, strength = str(rng.choice(CHOSEN[len(PHOTOMETRIC) :])), rng.uniform(0.4, 1.0)
-    veiled = damaged(image, str(rng.choice(PHOTOMETRIC)), rng.uniform(0.05, 0.25))
-    return veiled, damaged(veiled if rng.random() < 0.4 else image, name, strength)
-
-
-def alike(sides: tuple[np.ndarray, ...], rng: np.random.Generator) -> list[np.ndarray]:
-    """Apply the same mild blur, resampling, JPEG, light and flip to all sides."""
-    width = sides[0].shape[1]
-    sigma, size = rng.uniform(0, 1.1) * (rng.random() < 0.4) * width / 128, round(width * rng.uniform(0.5, 1))
-    quality, gain = int(rng.integers(40, 96)), rng.uniform(0.8, 1.2)
-    resampled, compressed, flipped = rng.random() < 0.3, rng.random() < 0.4, rng.random() < 0.5
-    result = []
-    for side in sides:
-        if sigma > 0.1:
-            side = cv2.GaussianBlur(side, (0, 0), sigma)
-        if resampled:
-            shape = side.shape[1::-1]
-            side = cv2.resize(
-                cv2.resize(side, (size, size), interpolation=cv2.INTER_AREA), shape, interpolation=cv2.INTER_CUBIC
-            )
-        if compressed:
-            side = cv2.imdecode(cv2.imencode(".jpg", side, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
-        side = (side * gain).clip(0, 255).astype(np.uint8)
-        result.append(np.ascontiguousarray(side[:, ::-1]) if flipped else side)
-    return result
-
-
-def jitter(box: list[float], side: int, rng: np.random.Generator) -> list[float]:
-    """Move each edge by up to a tenth of the box in a square image, since detectors do not agree on them."""
-    width, height = box[2] - box[0], box[3] - box[1]
-    moved = np.array(box) + rng.uniform(-0.1, 0.1, 4) * (width, height, width, height)
-    return moved.clip(0, side).tolist()
+    way: a key of WAYS, chosen at random if None; one that the sample lacks a pair or a person for becomes "spoiled".
+    """
+    way = str(rng.choice(list(WAYS), p=list(WAYS.values()))) if way is None else way
+    portrait, person = View(sample["images"][rng.integers(2)], sample["box"]), sample["person"]
+    if way == "degraded":
+        view = (portrait, portrait, person.aligned, person.rungs[0])[rng.integers(4)] if person else portrait
+        return *mirrored_and_lit(degradation_ladder(view, rng), framed(view, rng), rng), "degraded"
+    if way == "strength" and person:
+        return *alike(strength_ladder(person, rng), framed(person.portrait, rng), rng), "broken"
+    if way == "mixed" and person:
+        return *alike(mixed_ladder(person, rng), framed(person.portrait, rng), rng), "blurred"
+    if way == "inpainted" and sample["pair"]:
+        good, bad = sample["pair"]()
+        return *alike(with_blurred(good, bad, rng), jitter(good.box, good.image.shape[1], rng), rng), "blurred"
+    images, kind = spoil(portrait, sample["landmarks"], SEEN, rng)
+    return *alike(images, jitter(portrait.box, portrait.image.shape[1], rng), rng), kind
 
 
 def train_reward(config, work: Path) -> None:
@@ -156,7 +165,7 @@ def train_reward(config, work: Path) -> None:
     folder = tiny.tiny_folder() / "reward"
     scorer = FaceScorer.from_pretrained(folder, dtype=torch.float32) if config.go_on else tiny.tiny_scorer()
     accelerator = make_accelerator(config.device, config.mixed_precision)
-    training = DrawnFaces(work, "train", vae, work / "reward_pairs")
+    training = DrawnFaces(work, "train", vae, work / "reward_pairs", People(work, "sd15"))
     held_out = DrawnFaces(work, "validation", vae)
     optimizer = make_optimizer(scorer.parameters(), "adamw", config.reward_learning_rate, 1e-2)
     model, optimizer = accelerator.prepare(scorer.eval(), optimizer)  # without dropout: its noise would hide the signal
@@ -170,21 +179,21 @@ def train_reward(config, work: Path) -> None:
         warmup_steps=100,
         schedule="cosine",
     )
-    make_pair = SpoiledPair(scorer)
+    make_rungs = FaceLadder(scorer)
 
-    for batch in run.batches(training, batch_size=16, seed=0, augment=make_pair):
+    for batch in run.batches(training, BATCH, seed=0, augment=make_rungs):
         # ---- the ranking loss (Face Score, Eq. 5), with a pull towards small margins around zero
         with accelerator.autocast():
-            good, bad = model(torch.cat([batch["good"], batch["bad"]])).float().chunk(2)  # (B,) each
-        loss = pairwise_ranking_loss(good, bad) + 1e-3 * (good**2 + bad**2).mean()
+            rewards = model(batch["rungs"].flatten(0, 1)).float().unflatten(0, (-1, RUNGS))  # (B, L)
+        loss = ladder_loss(rewards, batch["steepness"], batch["weights"]) + 2e-3 * rewards.square().mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(scorer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.log(loss=loss, accuracy=(good > bad).float().mean(), margin=(good - bad).mean())
+        run.log(loss=loss, accuracy=in_order(rewards), margin=(rewards[:, 0] - rewards[:, -1]).mean())
 
     # ---- accuracy on held-out faces, then the weights in float16
-    accuracy = measure_order(scorer.eval(), held_out, make_pair)
+    accuracy = measure_order(scorer.eval(), held_out, make_rungs)
     scorer.to(torch.float16).save_pretrained(folder)
     tidy_configs(folder)
     write_info(folder, run.steps)
@@ -192,11 +201,10 @@ def train_reward(config, work: Path) -> None:
 
 
 @torch.no_grad()
-def measure_order(scorer: FaceScorer, faces: DrawnFaces, make_pair: SpoiledPair) -> float:
-    """Return the fraction of the held-out faces that score above their spoiled copies."""
+def measure_order(scorer: FaceScorer, faces: DrawnFaces, make_rungs: Callable) -> float:
+    """Return the fraction of the pairs of rungs, on ladders of held-out faces, that are in order."""
     correct = []
     for index in range(len(faces)):
-        pair = make_pair(faces[index], np.random.default_rng([1, index]))
-        good, bad = scorer(torch.stack([pair["good"], pair["bad"]]).to(scorer.device))
-        correct.append(bool(good > bad))
+        rungs = make_rungs(faces[index], np.random.default_rng([1, index]))["rungs"]
+        correct.append(float(in_order(scorer(rungs.to(scorer.device))[None])))
     return float(np.mean(correct))
