@@ -354,7 +354,8 @@ def as_with_data(name, config, tolerance=0.01):
     return planned
 
 
-@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_prior_with_all_its_options(train, bases, tmp_path, monkeypatch):
     """With a cache the encoders are away in the step; on a GPU, an average on the CPU takes nothing of it."""
     monkeypatch.chdir(tmp_path)

@@ -156,7 +156,7 @@ def test_what_the_hub_says_of_the_text_encoders_and_samplers():
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "sd21")) for kind in KINDS])
 def test_a_checkpoint_of_full_size_loads_without_a_hub(kind, tmp_path, caplog):
     """A file of zeros in half precision, a hole on the disk; its weights are mapped, so that they take no memory."""
     path = tmp_path / f"{kind}.safetensors"

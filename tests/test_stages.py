@@ -938,7 +938,9 @@ def test_sigkill_while_pairs_are_made(chain, tmp_path, tiny_models):
     assert snapshot(tmp_path / "data/pairs") == snapshot(chain / "data/pairs")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_killed_while_training(chain, tmp_path, tiny_models, number, code):
     """Killed after its first step, the same command ends with the weights, log and samples of the uninterrupted run."""
     shutil.copytree(chain / "data", tmp_path / "data")
