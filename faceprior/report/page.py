@@ -202,7 +202,7 @@ def page(run: Run) -> str:
         more = f"{len(problems) - PROBLEMS:,}" if len(problems) > PROBLEMS else None
         body = _render("problems.html", problems=problems[:PROBLEMS], more=more)
         parts.append(("problems", "What could not be read", f"{len(problems)} named", body))
-    return _render("base.html", parts=parts, banner=banner, jobs=jobs)
+    return _render("run_page.html", parts=parts, banner=banner, jobs=jobs)
 
 
 def _section(run: Run, section: Section) -> Markup:
