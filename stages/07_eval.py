@@ -179,9 +179,13 @@ def main(config: Config) -> None:
         except FileNotFoundError as error:
             methods["generation"][place] = replace(method, missing=str(error))
 
-    # ---- measure them, one measure after the other
-    results: dict[str, Any] = {"rows": [], "notes": {}, "methods": [], "published": published}
+    # ---- measure them, one measure after the other; what an earlier run was given, and this one is not, does not count
+    results: dict[str, Any] = {"rows": [], "notes": {}, "methods": [], "published": published, "items": {}}
     for protocol, chosen in methods.items():
+        drawn = [row["id"] for row in rows.of_protocol(protocol)]
+        given = {face.id for face in faces.faces} if protocol == "restoration" else {prompt.id for prompt in prompts}
+        rows.select(protocol, [item for item in drawn if item in given or item.startswith(generation.OWN)])
+        results["items"][protocol] = sorted({row["id"] for row in rows.of_protocol(protocol)})
         is_certain = config.min_confidence if protocol == "generation" else 0.5  # a degraded face is one, but unclear
         settings = measure_settings(config, chosen, str(device))
         options = (config.reference, is_certain, config.min_face_size)

@@ -445,6 +445,22 @@ def test_a_killed_evaluation_resumes_with_the_same_numbers(foreign, tmp_path, mo
     assert len(found) == lines and not problems
 
 
+def test_a_face_that_is_gone_does_not_count_and_comes_back_with_its_numbers(foreign, tmp_path):
+    """In the numbers and on the page; its row stays, so that nothing is measured twice."""
+    output = tmp_path / "out"
+    before = numbers(evaluate(output, **foreign), "psnr")
+    gone = Path(foreign["lq"], "lq", f"{STEM.format(0)}.png")
+    gone.rename(tmp_path / gone.name)
+    results = evaluate(output, **foreign)
+    less = numbers(results, "psnr")
+    assert {name: row["n"] - less[name]["n"] for name, row in before.items()} == {name: 1 for name in before}
+    assert gone.stem not in results["items"]["restoration"]
+    assert gone.stem not in Page(output / "report.html").text
+    (tmp_path / gone.name).rename(gone)
+    rows = (output / "rows.jsonl").read_bytes()
+    assert numbers(evaluate(output, **foreign), "psnr") == before and (output / "rows.jsonl").read_bytes() == rows
+
+
 def test_without_references_only_what_needs_none_is_measured(foreign, tmp_path):
     alone = {**foreign, "lq": str(tmp_path / "set/lq"), "restorers": ("input", f"same={tmp_path}/same")}
     results = evaluate(tmp_path / "out", **alone)

@@ -21,6 +21,7 @@ class EvaluationRows:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._rows: dict[tuple[str, str], dict[str, Row]] = {}
+        self._selected: dict[str, frozenset[str]] = {}
         for row in resume_rows(self.path):
             if not {"protocol", "method", "id"} <= row.keys():
                 raise FileExistsError(
@@ -40,12 +41,20 @@ class EvaluationRows:
         append_row(self.path, row)
         return self._join(row)
 
+    def select(self, protocol: str, items: Iterable[str]) -> None:
+        """Leave out of what `of` returns the rows of other items, which this run was not given; the file keeps them."""
+        self._selected[protocol] = frozenset(items)
+
     def of(self, protocol: str, method: str) -> dict[str, Row]:
         """Return the rows of a method by the id of the item."""
-        return self._rows.setdefault((protocol, method), {})
+        own = self._rows.setdefault((protocol, method), {})
+        if protocol not in self._selected:
+            return own
+        return {item: row for item, row in own.items() if item in self._selected[protocol]}
 
     def of_protocol(self, protocol: str) -> list[Row]:
-        return [row for key, own in self._rows.items() if key[0] == protocol for row in own.values()]
+        methods = [method for own, method in self._rows if own == protocol]
+        return [row for method in methods for row in self.of(protocol, method).values()]
 
     def __len__(self) -> int:
         return sum(map(len, self._rows.values()))

@@ -64,7 +64,7 @@ def describe(run: Run, folder: str = FOLDER, ends: int = FEW) -> dict[str, Any]:
     results = run.read(file)
     found = _whole_rows(run, file, results.get("rows"))
     known = {"rows": found, "published": run.attempt(file, _published, run, results), "notes": _notes(run, results)}
-    images = _images(run, folder)
+    images = _images(run, folder, results.get("items"))
     parts = [
         run.attempt(f"{file}: {table.protocol}", _part, run, folder, table, found, images, ends)
         for table in tables_of(
@@ -138,10 +138,13 @@ def _notes(run: Run, results: Mapping[str, Any]) -> dict[str, list[str]]:
 Images = dict[tuple[str, str], dict[str, dict[str, Any]]]  # (protocol, method) -> item -> row
 
 
-def _images(run: Run, folder: str) -> Images:
+def _images(run: Run, folder: str, items: Any) -> Images:
+    """Return the rows with an image. items: protocol -> ids that count; rows of others are of earlier runs."""
+    given = {key: set(ids) for key, ids in items.items() if isinstance(ids, list)} if isinstance(items, dict) else {}
     found: Images = {}
     for row in run.rows(f"{folder}/rows.jsonl", dict.fromkeys(("protocol", "method", "id", "image"), str)):
-        found.setdefault((row["protocol"], row["method"]), {})[row["id"]] = row
+        if row["id"] in given.get(row["protocol"], {row["id"]}):
+            found.setdefault((row["protocol"], row["method"]), {})[row["id"]] = row
     return found
 
 
