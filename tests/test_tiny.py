@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
-from PIL import Image, ImageFilter
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -275,16 +274,14 @@ def test_the_shipped_base_draws_faces_with_stock_diffusers():
 
 
 def test_the_shipped_scorer_prefers_a_face_to_a_blurred_one():
-    """Twelve of sixteen people that no training saw, under strong blur."""
+    """Most of twelve people that no training saw, under 1 px of blur: portraits, tight boxes, aligned faces."""
     scorer = FaceScorer.from_pretrained(SHIPPED / "scorer")
-    order = []
-    for seed in range(TEST_SEEDS, TEST_SEEDS + 16):
-        drawing = draw_portrait(seed, 128)
-        sides = [Image.fromarray(drawing.image), Image.fromarray(drawing.image).filter(ImageFilter.GaussianBlur(4))]
+    seeds = range(TEST_SEEDS, TEST_SEEDS + 12)
+    for framed in framings([draw_portrait(seed, 128) for seed in seeds], seeds):
+        sides = framed.images, list(map(soft, framed.images))
         with torch.no_grad():
-            good, bad = scorer(scorer.preprocess(sides, [drawing.box] * 2))
-        order.append(bool(good > bad))
-    assert sum(order) >= 12
+            clean, blurred = (scorer(scorer.preprocess(side, framed.boxes)) for side in sides)
+        assert (clean > blurred).sum() >= 8, framed.name
 
 
 def test_the_shipped_judge_prefers_a_face_to_a_blurred_one():
