@@ -1,7 +1,8 @@
-"""Files: which of them are images, names and their order, writing whole or not at all, folders that a process holds."""
+"""Files: which of them are images, names, contents, writing whole or not at all, folders that a process holds."""
 
 import contextlib
 import glob
+import hashlib
 import logging
 import os
 import re
@@ -270,6 +271,39 @@ def printable(text: str, encoding: str | None = "utf-8") -> str:
 def size_text(size: float) -> str:
     """Return a number of bytes as MB or GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+# ---- contents
+
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
+_BLOCKS, _BLOCK = 512, 4096  # of a file that are hashed, and their bytes
+
+
+def content_mark(path: str | Path) -> str:
+    """Return 8 hex digits by which other contents under the same name are known: of a file, or of a folder's weights.
+
+    Cheap enough for every start: of each file the size and 512 evenly spaced blocks of 4 KiB are hashed, of one below
+    2 MiB all. They hit every tensor above a 512th of the file, so that no training misses them. A copy has the same
+    mark, whenever it was written; what a stage keeps in `resume/` does not count. Empty where there is nothing.
+    """
+    path, digest = Path(path).expanduser(), hashlib.sha256()
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix.lower() in WEIGHTS)
+    files = [file for file in files if file.is_file() and "resume" not in file.relative_to(path).parts]
+    for file in files:
+        size, name = file.stat().st_size, file.relative_to(path).as_posix()
+        is_small = size <= _BLOCKS * _BLOCK
+        digest.update(f"{name} {size}".encode(errors="surrogateescape"))
+        with open(file, "rb") as opened:
+            for number in range(1 if is_small else _BLOCKS):
+                opened.seek((size - _BLOCK) * number // (_BLOCKS - 1) if number else 0)
+                digest.update(opened.read(-1 if is_small else _BLOCK))
+    return digest.hexdigest()[:8] if files else ""
+
+
+def stamp(path: str | Path) -> tuple[int, int]:
+    """Return size and time of the last change, in nanoseconds, by which a file is known to be the same in one place."""
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
 
 
 # ---- writing

@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from faceprior.files import WEIGHTS
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,7 +38,6 @@ MODEL_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model-0*.safetensors",
 )
-_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 # The names that diffusers and transformers give to weights: `model.fp16-00001-of-00002.safetensors`.
 _WEIGHT_FILE = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
@@ -102,7 +103,7 @@ def looks_like_path(name: str | Path) -> bool:
         or name.startswith((".", "/", "~", *_OUTPUTS))
         or name.count("/") > 1
         or "\\" in name
-        or Path(name).suffix.lower() in _WEIGHTS
+        or Path(name).suffix.lower() in WEIGHTS
     )
 
 

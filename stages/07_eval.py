@@ -7,7 +7,8 @@ Stage 7: measure what the other stages made, beside other methods, on held-out p
 
 Reads   models, or folders of finished images, each NAME=SOURCE; faces to restore, or prompts, one a line
 Writes  results/: results.json, table.md, PROTOCOL.csv and .tex, report.html (every number with its 95% interval),
-        rows.jsonl (one row per method and image), sets.jsonl, PROTOCOL/images/METHOD/, metrics.jsonl, config.yaml
+        rows.jsonl (one row per method and image), sets.jsonl, PROTOCOL/images/METHOD/, metrics.jsonl, config.yaml,
+        weights.json (what measured)
 
 restoration (AuthFace, 4.1 and Table 1): every method restores the same faces, which are degraded here or come as a test
 set. generation (Face Score, 6.1 and Table 5): every method draws the same prompts from the same noise. alignment (Face
@@ -34,7 +35,7 @@ from faceprior.evaluation import generation, restoration
 from faceprior.evaluation.figures import not_measured
 from faceprior.evaluation.items import FaceSet, Prompt, degraded_faces, faces_of_test_set, prompts_of, test_set_folders
 from faceprior.evaluation.making import time_note
-from faceprior.evaluation.measures import Measure, MeasureSettings, measures_of, read_weights
+from faceprior.evaluation.measures import Measure, MeasureSettings, describe_weights, measures_of, read_weights
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import Method
 from faceprior.evaluation.results import (
@@ -45,7 +46,7 @@ from faceprior.evaluation.results import (
     result_row,
     write_results,
 )
-from faceprior.evaluation.rows import EvaluationRows, require_weights
+from faceprior.evaluation.rows import ROWS_FILE, EvaluationRows, require_weights, save_weights
 from faceprior.evaluation.tables import published_rows
 from faceprior.files import printable
 from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_rankings, require_no_answers
@@ -53,7 +54,7 @@ from faceprior.models import REWARD_ID, library_versions, looks_like_path, quiet
 from faceprior.report import write_evaluation
 from faceprior.tables import NOT_MEASURED
 
-ROWS, PAGE = "rows.jsonl", "report.html"
+PAGE = "report.html"
 Problems = list[tuple[str, str]]
 
 
@@ -140,7 +141,7 @@ def main(config: Config) -> None:
     device, dtype = resolve_device(config.device), weight_dtype(config.mixed_precision)
     published = published_rows(config.published)
     measures = {protocol: measures_of(protocol, config.measures) for protocol in PROTOCOLS}
-    weights = read_weights(config.weights)
+    weights = describe_weights(config.scorer, read_weights(config.weights), config.detector)
     if "alignment" in (config.protocols or PROTOCOLS) and config.benchmark:
         read_rankings(read_benchmark(config.benchmark))  # raises before hours of measuring
     methods = choose_methods(config)
@@ -152,13 +153,14 @@ def main(config: Config) -> None:
     # ---- open the output folder; rows of an earlier run are kept
     for protocol in PROTOCOLS if config.overwrite else ():
         require_no_answers(Path(config.output) / protocol)
-    former = None if config.overwrite else saved_settings(config)
-    if former is not None:
-        require_weights(Path(config.output) / ROWS, weights, read_weights(former["weights"]))
+    if not config.overwrite and saved_settings(config) is not None:
+        require_weights(Path(config.output), weights)
     output = open_output(config)
-    rows = EvaluationRows(output / ROWS)
+    rows = EvaluationRows(output / ROWS_FILE)
     for protocol, chosen in methods.items():
         rows.require_sources(protocol, chosen)
+        for method in chosen if protocol == "generation" else []:
+            rows.require_same(protocol, method.name, "prompt", {prompt.id: prompt.text for prompt in prompts})
 
     # ---- make the images: one row each in rows.jsonl, where a run that was stopped resumes
     failed: Problems = []
@@ -180,6 +182,7 @@ def main(config: Config) -> None:
             methods["generation"][place] = replace(method, missing=str(error))
 
     # ---- measure them, one measure after the other; what an earlier run was given, and this one is not, does not count
+    save_weights(output, weights)
     results: dict[str, Any] = {"rows": [], "notes": {}, "methods": [], "published": published, "items": {}}
     for protocol, chosen in methods.items():
         drawn = [row["id"] for row in rows.of_protocol(protocol)]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from faceprior.evaluation.measures import Measure
-from faceprior.metrics import paired_test
+from faceprior.metrics import fraction_interval, mean_interval, paired_test
 from faceprior.tables import NOT_MEASURED
 
 RESAMPLES = 2000
@@ -41,12 +41,14 @@ def figure(
 ) -> dict[str, Any]:
     """Return the numbers of a method: value (mean), low, high, median, n, and the ends of its order.
 
+    The interval is that of `interval`; of a fraction, whose values are 0 or 1, Wilson's: 8 of 8 are not surely all.
     values: item -> value; None where the image has none. baseline: the values of the first method, to which this one
     is compared on the items that both have: difference (mean of this - first), diff_low, diff_high, p_value, pairs.
     """
     known = {item: value for item, value in values.items() if value is not None}
     row: dict[str, Any] = {"n": len(known)}
     numbers = list(known.values())
+    is_fraction = measure.spec.endswith("%")
     notes = []
     without = len(values) - len(known)
     if measure.is_infinite and without:
@@ -56,7 +58,7 @@ def figure(
     elif without:
         notes.append(f"{without} of {len(values)} images without a value, such as those without a face")
     if numbers:
-        low, high = interval(numbers) or (None, None)
+        low, high = (fraction_interval(numbers)[1:] if is_fraction else interval(numbers)) or (None, None)
         row |= {"value": float(np.mean(numbers)), "low": low, "high": high, "median": float(np.median(numbers))}
         order = sorted(known, key=lambda item: (known[item], item), reverse=measure.better == "lower")
         row |= {"worst": order[:WORST], "best": order[::-1][:WORST]}
@@ -80,16 +82,49 @@ def _compared(known: Mapping[str, float], baseline: Mapping[str, float | None]) 
     }  # fmt: skip
 
 
-def set_figure(measured: Mapping[str, Any] | None, reference: str) -> dict[str, Any]:
-    """Return the number of a set of images; without an interval: resampled sets have repeated images, and a bias."""
+def set_figure(
+    measured: Mapping[str, Any] | None, reference: str, baseline: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the number of a set of images, with the interval and the paired test that its images' influences give.
+
+    measured: a row of sets.jsonl. baseline: that of the first method, to which this one is compared if it has the same
+    items. No bootstrap: a resampled set has repeated images, and so another bias.
+    """
     if measured is None:
         return {"n": 0, "note": NOT_MEASURED + "fewer than two images, or no number came out"}
     few = min(measured["n"], measured["references"])
-    note = f"reference: {reference} (n = {measured['references']})"
+    note = f"reference: {reference} (n = {measured['references']}), as it is: interval and test are over the images"
     note += f"; standard deviation over subsets {measured['std']:.3g}" if "std" in measured else ""
-    is_biased = few < SMALL_SET and measured["key"].startswith("fid")
+    is_fid = measured["key"].startswith("fid")
+    is_biased = few < SMALL_SET and is_fid
     note += f"; fewer than {SMALL_SET} images, which biases FID upwards: compare KID" if is_biased else ""
-    return {"n": measured["n"], "value": measured["value"], "low": None, "high": None, "note": note}
+    influence = measured["influence"]
+    low, high = _around(measured["value"], list(influence.values()))
+    row = {"n": measured["n"], "value": measured["value"], "low": max(0.0, low) if is_fid else low, "high": high}
+    row["note"] = note
+    if baseline is not None and baseline["influence"].keys() == influence.keys():
+        own = [influence[item] - baseline["influence"][item] for item in influence]
+        difference = measured["value"] - baseline["value"]
+        low, high = _around(difference, own)
+        p_value = _p_value(difference, own)
+        row |= {"difference": difference, "diff_low": low, "diff_high": high, "p_value": p_value, "pairs": len(own)}
+    return row
+
+
+def _around(value: float, influence: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% interval of a number of a set, by Student's t and the standard error of the mean influence."""
+    half_width = mean_interval(influence).half_width
+    return value - half_width, value + half_width
+
+
+def _p_value(difference: float, influence: Sequence[float]) -> float:
+    """The two-sided p value of a difference of two sets' numbers, as `metrics.paired_test` of their influences."""
+    from scipy import stats
+
+    error = float(np.std(influence, ddof=1)) / math.sqrt(len(influence))
+    if error == 0:
+        return 1.0 if difference == 0 else 0.0
+    return float(2 * stats.t.sf(abs(difference) / error, len(influence) - 1))
 
 
 def not_measured(reason: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The protocol `generation`: every method draws the same prompts from the same noise (Face Score, 6.1 and Table 5)."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,9 @@ from faceprior.config import CONFIG_FILE
 from faceprior.diffusion import make_sampler, native_side, report_long_prompts, require_side, sample_images
 from faceprior.evaluation.items import Prompt, images_outside
 from faceprior.evaluation.making import Problems, make_images, picture_file
-from faceprior.evaluation.methods import BASE, GENERATOR_OPTIONS, Method, match_by_stem, parse_methods
+from faceprior.evaluation.methods import BASE, GENERATOR_OPTIONS, Method, marked, match_by_stem, parse_methods
 from faceprior.evaluation.rows import EvaluationRows
-from faceprior.files import copy_file
+from faceprior.files import content_mark, copy_file
 from faceprior.guidance import load_tuned
 from faceprior.images import save_image
 from faceprior.lora import find_lora
@@ -57,7 +56,7 @@ def generators_of(texts: Sequence[str], base: str, vae: str, prediction: str) ->
         if not side.isdecimal() or int(side) > LARGEST_SIDE:
             raise ValueError(f"`generators`: the option resolution has to be in [0, {LARGEST_SIDE}] but is {side!r}")
         methods.append(_described(method))
-    return methods
+    return marked(methods, "sd15")
 
 
 def _described(method: Method) -> Method:
@@ -193,6 +192,7 @@ def draw_images(
         file = picture_file(PROTOCOL, method.folder, prompt.id)
         save_image(image, output / file)
         own = {"source": method.text, "image": file.as_posix(), "seconds": seconds}
+        own |= {"weights": method.weights} if method.weights else {}
         rows.add(PROTOCOL, method.name, prompt.id, prompt=prompt.text, prompt_set=prompt.prompt_set, **own)
 
     return make_images(draw, left, save, device, batch_size, f"drawing with {method.name}")
@@ -205,26 +205,18 @@ def _add_images(rows: EvaluationRows, method: Method, prompts: Sequence[Prompt],
     files = images_outside(folder, output)
     matched = {} if method.options.get("prompts") == "none" else match_images(files, prompts)
     matched = matched or {f"{OWN}{safe_name(file.relative_to(folder).as_posix())}": file for file in files}
+    marks = {item: content_mark(file) for item, file in matched.items()}
+    rows.require_same(PROTOCOL, method.name, "contents", marks)
     by_id = {prompt.id: prompt for prompt in prompts}
     for item, file in matched.items():
         if item in done:
             continue
         place = picture_file(PROTOCOL, method.folder, item).with_suffix(file.suffix.lower())
-        _take_in(file, output / place)
+        copy_file(file, output / place)  # no link: who edits one would edit the other
         prompt = by_id.get(item) or Prompt(item, read_caption(file) or "", 0)
-        own = {"source": method.text, "image": place.as_posix()}
+        own = {"source": method.text, "image": place.as_posix(), "contents": marks[item]}
         rows.add(PROTOCOL, method.name, item, prompt=prompt.text, prompt_set=prompt.prompt_set, **own)
     return []
-
-
-def _take_in(file: Path, place: Path) -> None:
-    """Give a file a second name, or, on another disk, a copy: the results are whole without their sources."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.unlink(missing_ok=True)
-    try:
-        os.link(file.resolve(), place)
-    except OSError:
-        copy_file(file, place)
 
 
 def match_images(files: Sequence[Path], prompts: Sequence[Prompt]) -> dict[str, Path]:

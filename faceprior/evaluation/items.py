@@ -11,7 +11,7 @@ from PIL import Image
 from faceprior.align import align_face
 from faceprior.degrade import DegradationConfig, degrade
 from faceprior.evaluation.methods import match_by_stem, stems_of
-from faceprior.files import find_images, natural_key
+from faceprior.files import content_mark, find_images, natural_key
 from faceprior.images import as_array, load_image
 from faceprior.photos import UNREADABLE, Photograph, find_photographs, safe_name
 from faceprior.procedural import TEST_SEEDS, draw_portrait
@@ -26,12 +26,13 @@ INPUT_FOLDERS, REFERENCE_FOLDERS = ("lq", "input", "inputs", "degraded"), ("gt",
 class Face:
     """A degraded face. id: unique in its set. stem: by which finished results are found, see `stems_of`.
 
-    load: () -> (image to restore, what it should be, or None).
+    load: () -> (image to restore, what it should be, or None). contents: mark of its files, empty for a drawn one.
     """
 
     id: str
     stem: str
     load: Callable[[], tuple[Image.Image, Image.Image | None]]
+    contents: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,26 @@ def degraded_faces(
         stems = dict(zip((item.name for item in found), stems_of([PurePath(item.name) for item in found]), strict=True))
         found, broken = readable(found)
         problems = [*problems, *broken]
-        sources: list[tuple[str, str, Load]] = [
-            (_face_id(PurePath(item.name), stems[item.name]), stems[item.name], partial(_resized, item, resolution))
+        sources: list[tuple[str, str, Load, str]] = [
+            (
+                _face_id(PurePath(item.name), stems[item.name]),
+                stems[item.name],
+                partial(_resized, item, resolution),
+                content_mark(item.path) if item.image is None else "",
+            )
             for item in found
         ]
     else:
         seeds = range(TEST_SEEDS, TEST_SEEDS + number)
-        sources = [(f"drawn_{i}", f"drawn_{i}", partial(_drawn_face, i, resolution)) for i in seeds]
+        sources = [(f"drawn_{i}", f"drawn_{i}", partial(_drawn_face, i, resolution), "") for i in seeds]
 
     def load(place: int, clean: Load) -> tuple[Image.Image, Image.Image]:
         image = clean()
         return Image.fromarray(degrade(as_array(image), ranges, np.random.default_rng([seed, place]))), image
 
-    faces = [Face(name, stem, partial(load, place, clean)) for place, (name, stem, clean) in enumerate(sources)]
+    faces = [
+        Face(name, stem, partial(load, place, clean), mark) for place, (name, stem, clean, mark) in enumerate(sources)
+    ]
     about = f"{images or 'drawn portraits'}, degraded"
     return FaceSet(faces, problems, about, True)
 
@@ -150,7 +158,8 @@ def faces_of_test_set(inputs: str, references: str, number: int, output: str | P
         except UNREADABLE as error:
             problems.append((str(file), str(error)))
             continue
-        faces.append(Face(_face_id(file.relative_to(inputs), stem), stem, load))
+        contents = "".join(content_mark(path) for path in (file, wanted.get(stem)) if path)
+        faces.append(Face(_face_id(file.relative_to(inputs), stem), stem, load, contents))
     if not faces:
         raise ValueError(f"no image in {inputs} can be used; the first: {': '.join(problems[0])}")
     about = f"{inputs}, {f'reference {references}' if references else 'no reference'}"

@@ -24,6 +24,7 @@ from PIL import Image
 
 from faceprior.align import align_face
 from faceprior.detect import Detector, Face, crop_bounds, resolve_detector
+from faceprior.files import content_mark
 from faceprior.metrics import MetricUnavailable
 from faceprior.models import REWARD_ID, SCORER_ID, resolve_device
 
@@ -38,9 +39,6 @@ HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
 
 # architecture in open_clip, and how an image becomes a square: its middle, or padded with black
 HPS_V1, HPS_V2 = ("ViT-L-14-quickgelu", "shortest"), ("ViT-H-14", "longest")
-
-_EDGE = 2**20  # bytes that are hashed at both ends of a file of weights
-
 
 # the files that pyiqa loads; its cache keeps the file names of the addresses
 _PYIQA_URL = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
@@ -416,7 +414,7 @@ def _pyiqa(
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for chunk in iter(functools.partial(file.read, _EDGE), b""):
+        for chunk in iter(functools.partial(file.read, 2**20), b""):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -518,11 +516,5 @@ def _crop(image: Image.Image, face: Face) -> Image.Image:
 
 
 def _by(source: str, weights: Path, detector: Detector | None) -> str:
-    """Return the `by` of a metric: the weights with a hash of both ends of their file, and the detector."""
-    size = weights.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(weights, "rb") as file:
-        digest.update(file.read(_EDGE))
-        file.seek(max(0, size - _EDGE))
-        digest.update(file.read())
-    return f"{source} ({digest.hexdigest()[:8]})" + (f", faces by {detector.name}" if detector else "")
+    """Return the `by` of a metric: the weights with the mark of what their file holds, and the detector."""
+    return f"{source} ({content_mark(weights)})" + (f", faces by {detector.name}" if detector else "")

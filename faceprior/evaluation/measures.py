@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,11 +21,13 @@ from PIL import Image
 from faceprior import tiny
 from faceprior.detect import Face, resolve_detector
 from faceprior.evaluation import judges
+from faceprior.files import content_mark, stamp
 from faceprior.metrics import (
     MetricUnavailable,
-    SubsetMean,
-    fid,
-    kid,
+    folder_features,
+    frechet_influence,
+    kernel_distance,
+    kernel_influence,
     landmark_error,
     lpips_distance,
     psnr,
@@ -70,8 +72,16 @@ class MeasureSettings:
     weights: Mapping[str, str] = field(default_factory=dict)
 
 
+class SetValue(NamedTuple):
+    """A number of a set of images. influence: how much each image adds to it (N,); std: over subsets, if it has any."""
+
+    value: float
+    influence: np.ndarray
+    std: float | None = None
+
+
 OfImage = Callable[[Sample], float | None]  # None: this image has no value, such as one without a face
-OfSet = Callable[[Sequence[Path], Sequence[Path]], float | SubsetMean]  # (image files, reference files) -> value
+OfSet = Callable[[Sequence[Path], Sequence[Path]], SetValue]  # (image files, reference files) -> value
 WEIGHTS = {
     "image_reward": "folder or hub id of ImageReward",
     "hps": "checkpoint of HPS v1, the classifier of https://github.com/tgxs002/align_sd",
@@ -89,6 +99,15 @@ def read_weights(texts: Sequence[str]) -> dict[str, str]:
         if not equals or not path or name not in WEIGHTS:
             raise ValueError(f"`weights` has to hold NAME=PATH, the names being {', '.join(WEIGHTS)}, but has {text!r}")
         found[name] = path
+    return found
+
+
+def describe_weights(scorer: str, weights: Mapping[str, str], detector: str) -> dict[str, str]:
+    """Return what the measures of a run are taken with, in words with the mark of each; see `rows.require_weights`."""
+    found = dict.fromkeys(WEIGHTS, "those of the cache") | {"detector": resolve_detector(detector).name}
+    for name, path in {**weights, "scorer": scorer}.items():
+        mark = content_mark(tiny.resolve(path, "scorer")) if path else ""
+        found[name] = f"{path} ({mark})" if mark else path
     return found
 
 
@@ -292,30 +311,45 @@ def _quality(name: Any) -> Callable[[MeasureSettings], judges.Metric]:
 
 def _load_fid(settings: MeasureSettings) -> OfSet:
     require_inception()
-    return lambda images, references: fid(images, references, device=str(settings.device))
+    return lambda images, references: _fid(*_features_of("inception", settings.device, images, references))
 
 
 def _load_kid(settings: MeasureSettings) -> OfSet:
     require_inception()
-    return lambda images, references: _thousandfold(kid(images, references, device=str(settings.device)))
-
-
-def _load_tiny_kid(settings: MeasureSettings) -> OfSet:
-    from faceprior.features import tiny_fid_extractor
-
-    extractor = tiny_fid_extractor(_features(settings.device))
-    return lambda images, references: kid(images, references, extractor, str(settings.device))
-
-
-def _thousandfold(measured: SubsetMean) -> SubsetMean:
-    return SubsetMean(1000 * measured.mean, None if measured.std is None else 1000 * measured.std)
+    return lambda images, references: _kid(*_features_of("inception", settings.device, images, references), 1000)
 
 
 def _load_tiny_fid(settings: MeasureSettings) -> OfSet:
+    _features(settings.device)
+    return lambda images, references: _fid(*_features_of("tiny", settings.device, images, references))
+
+
+def _load_tiny_kid(settings: MeasureSettings) -> OfSet:
+    _features(settings.device)
+    return lambda images, references: _kid(*_features_of("tiny", settings.device, images, references))
+
+
+def _fid(features: np.ndarray, references: np.ndarray) -> SetValue:
+    return SetValue(*frechet_influence(features, references))
+
+
+def _kid(features: np.ndarray, references: np.ndarray, factor: float = 1) -> SetValue:
+    measured = kernel_distance(features, references)
+    std = None if measured.std is None else factor * measured.std
+    return SetValue(factor * measured.mean, factor * kernel_influence(features, references), std)
+
+
+def _features_of(network: str, device: str, *sets: Sequence[Path]) -> list[np.ndarray]:
+    """Return the features of the images and of the references, which FID and KID of all methods share."""
+    return [_features_of_files(network, str(device), tuple((file, *stamp(file)) for file in files)) for files in sets]
+
+
+@functools.lru_cache(maxsize=16)
+def _features_of_files(network: str, device: str, files: tuple[tuple[Path, int, int], ...]) -> np.ndarray:
     from faceprior.features import tiny_fid_extractor
 
-    extractor = tiny_fid_extractor(_features(settings.device))
-    return lambda images, references: fid(images, references, extractor, device=str(settings.device))
+    extractor = tiny_fid_extractor(_features(device)) if network == "tiny" else None
+    return folder_features([file for file, *_ in files], extractor, device)
 
 
 def _check_scorer(settings: MeasureSettings) -> None:

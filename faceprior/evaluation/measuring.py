@@ -15,7 +15,7 @@ from faceprior.errors import explain, is_disk_full
 from faceprior.evaluation.measures import Measure, MeasureSettings, Sample
 from faceprior.evaluation.methods import REFERENCE, Method
 from faceprior.evaluation.rows import EvaluationRows, Row
-from faceprior.files import find_images
+from faceprior.files import find_images, stamp
 from faceprior.images import load_image
 from faceprior.jsonl import append_row, resume_rows
 from faceprior.metrics import MetricUnavailable
@@ -150,21 +150,28 @@ class Measuring:
         references = self.reference_files()
         if not self.has_reference_set:
             raise MetricUnavailable("it compares with a set of real images: name its folder as `reference`")
+        if len(references) < 2:
+            raise MetricUnavailable(f"it compares with a set of images, but {self.reference} holds one")
         take = None
         for name in names:
             rows = self.samples(measure, name)
-            images = [self.output / row["image"] for _, row in sorted(rows.items())]
-            mark = _digest([*map(str, images), "|", *map(str, references)])
+            items = sorted(rows)
+            images = [self.output / rows[item]["image"] for item in items]
+            mark = _digest([*map(_stamped, images), "|", *map(_stamped, references)])
             place = (self.protocol, name, measure.key)
-            if len(images) < 2 or self.sets.get(place, {}).get("mark") == mark:
+            if self.sets.get(place, {}).get("mark") == mark:
+                continue
+            self.sets.pop(place, None)  # of other images
+            if len(images) < 2:
                 continue
             take = take or measure.load(self.settings)
             row = dict(zip(("protocol", "method", "key"), place, strict=True)) | {"mark": mark, "n": len(images)}
-            value, std = made if isinstance(made := take(images, references), tuple) else (made, None)
-            if not all(math.isfinite(x) for x in (value, std or 0)):
+            value, influence, std = take(images, references)
+            if not all(math.isfinite(x) for x in (value, std or 0, *influence)):
                 self.failed.append((name, f"{measure.key} is {value}, which is no number"))
                 continue
             row |= {"value": value, "references": len(references)} | ({} if std is None else {"std": std})
+            row |= {"influence": {item: float(f"{x:.6g}") for item, x in zip(items, influence, strict=True)}}
             append_row(self.output / SETS_FILE, row)
             self.sets[place] = row
 
@@ -184,6 +191,10 @@ class Measuring:
 
 def _face(row: Row) -> Face | None:
     return Face.from_dict(row["face"]) if row.get("face") else None
+
+
+def _stamped(file: Path) -> str:
+    return f"{file} {stamp(file)}"
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -7,10 +7,12 @@ SOURCE is a model (folder, file, hub id, `tiny`), the word `input` or `base`, or
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Literal
 
+from faceprior import tiny
+from faceprior.files import content_mark
 from faceprior.models import looks_like_path
 
 REFERENCE, INPUT, BASE = "reference", "input", "base"  # what a restorer should make; what it gets; the untuned model
@@ -24,7 +26,7 @@ class Method:
     """A row of a table.
 
     text: SOURCE with its options, as it was given. kind: `input`, `reference`, `model`, or `images` for a folder of
-    finished ones. missing: why it cannot be measured.
+    finished ones. missing: why it cannot be measured. weights: the `content_mark` of a model on the disk, else empty.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Method:
     options: dict[str, str] = field(default_factory=dict)
     text: str = ""
     missing: str = ""
+    weights: str = ""
 
     @property
     def folder(self) -> str:
@@ -78,6 +81,20 @@ def _parse(text: str, allowed: Sequence[str], key: str) -> Method:
         raise ValueError(f"`{key}` has the option {unknown[0]!r} in {text!r}: the options are {', '.join(allowed)}")
     kind = "input" if source == INPUT else "model"
     return Method(name, source, kind, values, ",".join([source, *options]))
+
+
+def marked(methods: Iterable[Method], kind: str) -> list[Method]:
+    """Return the methods, those that are models with the mark of their weights; kind: of the tiny model, if it is."""
+    return [
+        replace(method, weights=_mark(method, kind)) if method.kind == "model" and not method.missing else method
+        for method in methods
+    ]
+
+
+def _mark(method: Method, kind: str) -> str:
+    """Join the marks of a model and of the base that its options name."""
+    sources = (method.source, method.options.get("base", ""), method.options.get("vae", ""))
+    return "".join(content_mark(tiny.resolve(source, kind)) for source in sources if source)
 
 
 def stems_of(names: Sequence[PurePath]) -> list[str]:

@@ -14,8 +14,17 @@ from PIL import Image
 from faceprior import tiny
 from faceprior.evaluation.items import Face, FaceSet, images_outside
 from faceprior.evaluation.making import Problems, make_images, picture_file
-from faceprior.evaluation.methods import INPUT, REFERENCE, RESTORER_OPTIONS, Method, match_by_stem, parse_methods
+from faceprior.evaluation.methods import (
+    INPUT,
+    REFERENCE,
+    RESTORER_OPTIONS,
+    Method,
+    marked,
+    match_by_stem,
+    parse_methods,
+)
 from faceprior.evaluation.rows import EvaluationRows
+from faceprior.files import content_mark
 from faceprior.images import load_image, save_image
 from faceprior.models import looks_like_path
 from faceprior.photos import UNREADABLE
@@ -38,7 +47,7 @@ def restorers_of(texts: Sequence[str]) -> list[Method]:
             raise ValueError(f"`restorers` has options in {text!r}, which is a folder of finished images")
         sampling_of(method)
         methods.append(method)
-    return methods
+    return marked(methods, "restorer")
 
 
 def _is_restorer(folder: Path) -> bool:
@@ -67,6 +76,7 @@ def sampling_of(method: Method) -> dict[str, Any]:
 def prepare_faces(rows: EvaluationRows, faces: FaceSet, output: Path) -> None:
     """Write the image to restore of every face, and its reference, with a row each."""
     done = rows.of(PROTOCOL, INPUT).keys()
+    rows.require_same(PROTOCOL, INPUT, "contents", {face.id: face.contents for face in faces.faces})
     for face in faces.faces:
         if face.id in done:
             continue
@@ -76,7 +86,8 @@ def prepare_faces(rows: EvaluationRows, faces: FaceSet, output: Path) -> None:
         size = degraded.size
         if reference is not None and size != reference.size:
             degraded = degraded.resize(reference.size, Image.LANCZOS)
-        _save(rows, output, INPUT, INPUT, face.id, degraded, size)
+        contents = {"contents": face.contents} if face.contents else {}
+        _save(rows, output, INPUT, INPUT, face.id, degraded, size, **contents)
 
 
 def _save(
@@ -106,7 +117,7 @@ def restore_faces(
 ) -> Problems:
     """Write the result of a method for every face that has none -> (file or face, reason) of what failed."""
     left = [face for face in faces if face.id not in rows.of(PROTOCOL, method.name)]
-    if not left or method.missing:
+    if method.missing or not (left or method.kind == "images"):
         return []
     if method.kind == "input":  # under another name
         for item, row in rows.of(PROTOCOL, INPUT).items():
@@ -114,12 +125,13 @@ def restore_faces(
         return []
     references = {item: row["image"] for item, row in rows.of(PROTOCOL, REFERENCE).items()}
 
-    def save(face: Face, image: Image.Image, seconds: float | None = None) -> None:
+    def save(face: Face, image: Image.Image, seconds: float | None = None, contents: str = "") -> None:
         made = image
         if face.id in references:
             size = load_image(output / references[face.id]).size
             made = image if image.size == size else image.resize(size, Image.LANCZOS)
-        values = {"source": method.text} | ({} if seconds is None else {"seconds": seconds})
+        known = {"seconds": seconds, "weights": method.weights or None, "contents": contents or None}
+        values = {"source": method.text} | {key: value for key, value in known.items() if value is not None}
         _save(rows, output, method.name, method.folder, face.id, made, image.size, **values)
 
     # ---- finished results of another program
@@ -127,6 +139,8 @@ def restore_faces(
         folder = Path(method.source).expanduser()
         folder = folder / RESULTS_FOLDER if (folder / RESULTS_FOLDER).is_dir() else folder
         files = match_by_stem(images_outside(folder, output), [face.stem for face in faces], folder)
+        marks = {face.id: content_mark(files[face.stem]) for face in faces if face.stem in files}
+        rows.require_same(PROTOCOL, method.name, "contents", marks)
         if not files and not rows.of(PROTOCOL, method.name):
             raise ValueError(
                 f"no image in {folder} has the name of a face, such as {left[0].stem}.png or {left[0].stem}_00.png"
@@ -135,7 +149,7 @@ def restore_faces(
         for face in left:
             if face.stem in files:
                 try:
-                    save(face, load_image(files[face.stem]))
+                    save(face, load_image(files[face.stem]), contents=marks[face.id])
                 except UNREADABLE as error:
                     failed.append((str(files[face.stem]), str(error)))
         return failed

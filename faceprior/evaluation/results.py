@@ -57,8 +57,10 @@ def _numbers(measuring: Measuring, measure: Measure, method: Method, first: Meth
     if reason := method.missing or measuring.reasons.get(measure.key):
         return not_measured(reason)
     if measure.of == "set":
-        measured = measuring.sets.get((measuring.protocol, method.name, measure.key))
-        return set_figure(measured, measuring.reference_name)
+        measured, base = (
+            measuring.sets.get((measuring.protocol, name, measure.key)) for name in (method.name, first.name)
+        )
+        return set_figure(measured, measuring.reference_name, None if method == first else base)
     values, baseline = (_values(measuring, measure, name) for name in (method.name, first.name))
     return figure(measure, values, None if method == first else baseline)
 

@@ -4,15 +4,19 @@ What is added is appended as a line of its own and joined to the row's first lin
 that is killed at any time loses one value at most.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from faceprior.evaluation.methods import Method
+from faceprior.files import atomic_write
 from faceprior.jsonl import append_row, read_rows, resume_rows, rewrite_rows
 
 Row = dict[str, Any]
-WEIGHTED = {"image_reward": "ir", "hps_v2": "hpsv2", "clip": "clip_score"}  # measures by the weights of other names
+ROWS_FILE, WEIGHTS_FILE = "rows.jsonl", "weights.json"
+# measures by what they are taken with, where that has another name
+WEIGHTED = {"image_reward": "ir", "hps_v2": "hpsv2", "clip": "clip_score", "scorer": "face_score", "detector": "faces"}
 
 
 class EvaluationRows:
@@ -60,14 +64,31 @@ class EvaluationRows:
         return sum(map(len, self._rows.values()))
 
     def require_sources(self, protocol: str, methods: Iterable[Method]) -> None:
-        """Raise FileExistsError where a method of this name had another source in an earlier run."""
+        """Raise FileExistsError where a method of this name had another source, or weights, in an earlier run."""
+        way_out = "give it another name, another `output`, or `--overwrite` to start over"
         for method in methods:
             for row in self.of(protocol, method.name).values():
                 if row.get("source", method.text) != method.text:
+                    changed = f"{method.name} = {row['source']}, which is {method.text} now"
+                    raise FileExistsError(f"{self.path} has rows of {changed}: {way_out}")
+                if row.get("weights", method.weights) != method.weights:
                     raise FileExistsError(
-                        f"{self.path} has rows of {method.name} = {row['source']}, which is {method.text} now: give it "
-                        "another name, another `output`, or `--overwrite` to start over"
+                        f"{self.path} has rows of {method.name}, but {method.source} holds other weights now: {way_out}"
                     )
+
+    def require_same(self, protocol: str, method: str, key: str, values: Mapping[str, str]) -> None:
+        """Raise FileExistsError where rows of a method were made of something else than `values`, by item, say now.
+
+        key: `prompt`, or `contents`, the mark of the file that was measured or restored; unknown where it is empty.
+        """
+        for item, row in self.of(protocol, method).items():
+            then, now = row.get(key), values.get(item)
+            if then and now and then != now:
+                what = f"the prompt {then!r}, which is {now!r} now" if key == "prompt" else "a file that has changed"
+                raise FileExistsError(
+                    f"{self.path}: the row {item} of {method} is of {what}: put it back (new ones may follow at the"
+                    " end), give another `output`, or `--overwrite` to start over"
+                )
 
     def compact(self) -> None:
         """Write the file anew, a line per row, in the order of protocol, method and item."""
@@ -75,16 +96,25 @@ class EvaluationRows:
         rewrite_rows(self.path, [dict(sorted(row.items())) for row in ordered])
 
 
-def require_weights(path: Path, weights: Mapping[str, str], former: Mapping[str, str]) -> None:
+def require_weights(output: Path, weights: Mapping[str, str]) -> None:
     """Raise FileExistsError where rows hold a measure by other weights than those that are given now.
 
-    The file is only read: another process may be writing it.
+    weights: name of WEIGHTED -> what it is, see `save_weights`. The files are only read: another process may be writing
+    them.
     """
+    path, saved = output / ROWS_FILE, output / WEIGHTS_FILE
+    former = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
     taken = {key for row in read_rows(path)[0] for key in row} if path.is_file() else set()
-    for name, file in weights.items():
+    for name, now in weights.items():
         key = WEIGHTED.get(name, name)
-        if key in taken and former.get(name) != file:
+        if key in taken and former.get(name, now) != now:
             raise FileExistsError(
-                f"{path} has {key} by {former.get(name, 'the weights of the cache')}, but `weights` has {name}={file}"
-                " now: give another `output`, or `--overwrite` to start over"
+                f"{path} has {key} by {former[name]}, but {name} is {now} now: give another `output`, or `--overwrite`"
+                " to start over"
             )
+
+
+def save_weights(output: Path, weights: Mapping[str, str]) -> None:
+    """Keep what the measures are taken with, for `require_weights` of the next run."""
+    with atomic_write(output / WEIGHTS_FILE, "w") as file:
+        json.dump(weights, file, indent=1)
