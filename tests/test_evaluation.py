@@ -29,11 +29,11 @@ from faceprior.evaluation.items import (
     test_set_folders as folders_of_test_set,
 )
 from faceprior.evaluation.making import make_images
-from faceprior.evaluation.measures import Measure, MeasureSettings, find_measure
+from faceprior.evaluation.measures import Measure, MeasureSettings, SetValue, describe_weights, find_measure
 from faceprior.evaluation.measuring import Measuring
-from faceprior.evaluation.methods import match_by_stem, parse_methods, stems_of
+from faceprior.evaluation.methods import marked, match_by_stem, parse_methods, stems_of
 from faceprior.evaluation.restoration import restorers_of
-from faceprior.evaluation.rows import EvaluationRows, require_weights
+from faceprior.evaluation.rows import EvaluationRows, require_weights, save_weights
 from faceprior.evaluation.tables import csv_text, latex, latex_rows, markdown, published_rows, tables_of
 from faceprior.jsonl import read_rows
 from faceprior.metrics import MetricUnavailable
@@ -227,13 +227,38 @@ def test_a_figure_by_hand():
     assert figure(replace(measure, better="lower"), {"a": 1.0, "b": 2.0})["worst"] == ["b", "a"]
 
 
+def test_a_fraction_has_an_interval_that_knows_how_few_there_are():
+    """8 of 8 images with a face are not surely all: Wilson's lower end is 8 / (8 + 1.96^2) = 67.6%."""
+    found = figure(find_measure("faces", "generation"), dict.fromkeys("abcdefgh", 1.0))
+    assert (found["value"], found["high"]) == (1, 1) and found["low"] == pytest.approx(0.6756, abs=1e-4)
+
+
+def set_row(key: str, value: float, influence: tuple[float, ...], **values) -> dict:
+    items = dict(zip("abcd", influence, strict=True))
+    return {"key": key, "value": value, "n": 4, "references": 5000, "influence": items, **values}
+
+
 def test_a_small_set_warns_and_names_its_reference():
-    few = set_figure({"key": "fid", "value": 3.0, "n": 50, "references": 5000}, "FFHQ")
-    assert few["note"].startswith("reference: FFHQ (n = 5000); fewer than 2048 images") and "KID" in few["note"]
-    assert (
-        set_figure({"key": "kid", "value": 3.0, "n": 50, "references": 60}, "FFHQ")["note"]
-        == "reference: FFHQ (n = 60)"
-    )
+    few = set_figure(set_row("fid", 3.0, (1, -1, 1, -1)), "FFHQ")
+    assert few["note"].startswith("reference: FFHQ (n = 5000), as it is") and "fewer than 2048 images" in few["note"]
+    assert "KID" in few["note"] and set_figure(None, "FFHQ")["note"].startswith("not measured: ")
+    note = set_figure(set_row("kid", 3.0, (0, 0, 0, 0), std=0.25), "FFHQ")["note"]
+    assert "biases" not in note and note.endswith("standard deviation over subsets 0.25")
+
+
+def test_a_set_has_an_interval_and_a_paired_test_by_hand():
+    """Influences +-1 of 4 images: s = 2 / sqrt(3), error 1 / sqrt(3), t(3) = 3.182: half width 1.837.
+
+    Those of the first method twice as much: differences -+1, the same error, t = -2 sqrt(3), p = 0.0405.
+    """
+    own, first = set_row("fid", 1.5, (1, -1, 1, -1)), set_row("fid", 3.5, (2, -2, 2, -2))
+    found = set_figure(own, "FFHQ", first)
+    assert (found["low"], found["high"]) == pytest.approx((0, 1.5 + 1.8374), abs=1e-3)  # FID is never negative
+    assert (found["difference"], found["pairs"]) == (-2, 4)
+    assert (found["diff_low"], found["diff_high"]) == pytest.approx((-3.8374, -0.1626), abs=1e-3)
+    assert found["p_value"] == pytest.approx(0.0405, abs=1e-4)
+    del first["influence"]["d"]
+    assert "difference" not in set_figure(own, "FFHQ", first)  # other images
 
 
 # --- rows and measures ---
@@ -300,6 +325,43 @@ def test_a_name_with_another_source_is_refused(tmp_path):
     file.add("restoration", "ours", "a", source="old", image="a.png")
     with pytest.raises(FileExistsError, match="has rows of ours = old, which is new now"):
         file.require_sources("restoration", parse_methods(["ours=new"], [], "restorers"))
+
+
+def test_a_name_with_other_weights_is_refused(tmp_path):
+    """A model that was trained again in its folder; a copy of it is the same, and rows of before know no weights."""
+    for folder in ("model/unet", "model/resume"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.safetensors").write_bytes(bytes(5_000_000))
+    texts = [f"ours={tmp_path}/model", f"LoRA={tmp_path}/model,base={tmp_path}/model"]
+    ours, lora = marked(parse_methods(texts, ["base"], ""), "sd15")
+    assert len(ours.weights) == 8 and lora.weights == 2 * ours.weights
+    file = EvaluationRows(tmp_path / "rows.jsonl")
+    file.add("restoration", "ours", "a", source=ours.text, image="a.png", weights=ours.weights)
+    file.add("restoration", "LoRA", "a", source=lora.text, image="a.png")
+    (tmp_path / "model/resume/x.safetensors").write_bytes(b"later")
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "copy").rename(tmp_path / "model")
+    file.require_sources("restoration", marked([ours, lora], "sd15"))
+    with open(tmp_path / "model/unet/x.safetensors", "r+b") as weights:
+        weights.seek(3_000_000)
+        weights.write(bytes([1] * 10_000))  # a tensor of a 500th of the file
+    with pytest.raises(FileExistsError, match="has rows of ours, but .*/model holds other weights now: give it ano"):
+        file.require_sources("restoration", marked([ours], "sd15"))
+    file.require_sources("restoration", marked([lora], "sd15"))
+
+
+def test_what_measured_is_known_by_its_weights(tmp_path):
+    (tmp_path / "scorer").mkdir()
+    (tmp_path / "scorer/x.safetensors").write_bytes(b"1")
+    first = describe_weights(f"{tmp_path}/scorer", {"clip": "no/clip"}, "mtcnn")
+    assert first["clip"] == "no/clip" and first["hps"] == "those of the cache" and first["detector"] == "mtcnn"
+    EvaluationRows(tmp_path / "rows.jsonl").add("generation", "base", "a", face_score=1.0)
+    save_weights(tmp_path, first)
+    require_weights(tmp_path, first)
+    (tmp_path / "scorer/x.safetensors").write_bytes(b"2")
+    with pytest.raises(FileExistsError, match="has face_score by .*scorer .*, but scorer is .*scorer .* now"):
+        require_weights(tmp_path, describe_weights(f"{tmp_path}/scorer", {}, "mtcnn"))
 
 
 def test_a_batch_that_fails_is_made_one_by_one():
@@ -459,6 +521,48 @@ def test_a_face_that_is_gone_does_not_count_and_comes_back_with_its_numbers(fore
     (tmp_path / gone.name).rename(gone)
     rows = (output / "rows.jsonl").read_bytes()
     assert numbers(evaluate(output, **foreign), "psnr") == before and (output / "rows.jsonl").read_bytes() == rows
+
+
+@pytest.mark.parametrize("file", ["set/lq/00000001.png", "set/gt/00000001.png", "same/00000001.png"])
+def test_a_file_that_changed_under_its_name_is_refused(foreign, tmp_path, file):
+    """Else its row would keep the number of the old one beside those of the new."""
+    evaluate(tmp_path / "out", **foreign)
+    old = (tmp_path / file).read_bytes()
+    flat(tmp_path / file, 7)
+    with pytest.raises(FileExistsError, match="the row 00000001 of (input|same) is of a file that has changed: put it"):
+        evaluate(tmp_path / "out", **foreign)
+    (tmp_path / file).write_bytes(old)
+    evaluate(tmp_path / "out", **foreign)
+
+
+def test_prompts_that_changed_in_their_file_are_refused(tmp_path):
+    """Edited, removed, inserted, or in another order; prompts that follow, twice or not, are drawn, and fewer count."""
+    file, lines = tmp_path / "prompts.txt", ["a man", "a woman", "a boy"]
+    values = {
+        "protocols": ("generation",),
+        "scorer": "",
+        "sample_steps": 1,
+        "detector": "mtcnn",
+        "measures": ("faces",),
+    }
+    values |= {"prompts": str(file), "generators": ("base",), "generation_resolution": 64}
+    for changed, n in ((lines, 3), ([*lines, "a girl", "a man"], 5), (lines[:2], 2)):
+        file.write_text("\n".join(changed))
+        assert numbers(evaluate(tmp_path / "out", **values), "faces")["base"]["n"] == n
+    for changed in (["a man", "an old woman"], ["a woman", "a boy"], ["a dog", *lines], lines[::-1]):
+        file.write_text("\n".join(changed))
+        with pytest.raises(FileExistsError, match="the row 0000. of base is of the prompt 'a .*', which is '.*' now"):
+            evaluate(tmp_path / "out", **values)
+
+
+def test_a_finished_image_is_copied(tmp_path):
+    """Who edits the copy in place does not edit the input, and the other way round."""
+    image = flat(tmp_path / "real/cat.png", 20)
+    rows_of = EvaluationRows(tmp_path / "rows.jsonl")
+    (method,) = generation.generators_of([f"real={tmp_path}/real"], "tiny", "", "auto")
+    generation._add_images(rows_of, method, [], tmp_path / "out")
+    (row,) = rows_of.of("generation", "real").values()
+    assert (tmp_path / "out" / row["image"]).read_bytes() == image.read_bytes() and image.stat().st_nlink == 1
 
 
 def test_without_references_only_what_needs_none_is_measured(foreign, tmp_path):
@@ -630,9 +734,13 @@ def test_what_is_no_number_is_named_and_not_kept(tmp_path):
     found = EvaluationRows(tmp_path / "rows.jsonl")
     found.add("restoration", "m", "0", image=str(image.relative_to(tmp_path)))
     nan = Measure("nan", "NaN", lambda settings: lambda sample: math.nan, protocols=("restoration",))
-    of_set = replace(nan, key="set", of="set", load=lambda settings: lambda images, references: math.inf)
+    of_set = replace(nan, key="set", of="set", load=lambda settings: lambda *sets: SetValue(math.inf, np.zeros(2)))
     found.add("restoration", "m", "1", image=str(image.relative_to(tmp_path)))
     options = (MeasureSettings(), found, tmp_path, str(tmp_path / "images"))
+    alone = Measuring("restoration", [of_set], *options)
+    alone.run(parse_methods(["m=x"], [], "restorers"))
+    assert alone.reasons == {"set": f"it compares with a set of images, but {tmp_path}/images holds one"}
+    flat(tmp_path / "images/1.png", 80)
     measuring = Measuring("restoration", [nan, of_set], *options)
     measuring.run(parse_methods(["m=x"], [], "restorers"))
     reasons = [("m 0", "nan is nan, which is no number"), ("m 1", "nan is nan, which is no number")]
@@ -644,10 +752,11 @@ def test_numbers_by_other_weights_and_rows_of_another_version_are_refused(tmp_pa
     """Weights that come later are taken; others than those that measured are not mixed in silently."""
     path = tmp_path / "rows.jsonl"
     EvaluationRows(path).add("generation", "m", "0", clip_score=0.3)
-    require_weights(path, {"hps": "b", "clip": "a"}, {"clip": "a"})
-    require_weights(path, {}, {"clip": "a"})
-    with pytest.raises(FileExistsError, match="has clip_score by a, but `weights` has clip=b now"):
-        require_weights(path, {"clip": "b"}, {"clip": "a"})
+    save_weights(tmp_path, {"clip": "a"})
+    require_weights(tmp_path, {"hps": "b", "clip": "a"})
+    require_weights(tmp_path, {})
+    with pytest.raises(FileExistsError, match="has clip_score by a, but clip is b now"):
+        require_weights(tmp_path, {"clip": "b"})
     path.write_text('{"part": "generation", "model": "base", "id": "0"}\n')
     with pytest.raises(FileExistsError, match="rows of another version of stage 7"):
         EvaluationRows(path)

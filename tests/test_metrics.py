@@ -17,7 +17,9 @@ from faceprior.metrics import (
     fid,
     fraction_interval,
     frechet_distance,
+    frechet_influence,
     kernel_distance,
+    kernel_influence,
     kid,
     landmark_error,
     lpips_distance,
@@ -303,6 +305,49 @@ def test_kid_of_folders(tmp_path):
     a = folder_of(tmp_path / "a", 0)
     near, far = folder_of(tmp_path / "near", 0, brightness=2), folder_of(tmp_path / "far", 0, brightness=10)
     assert kid(a, near, colour_statistics).mean < kid(a, far, colour_statistics).mean
+
+
+# --- the influence of each image ---
+
+
+def two_sets(n: int, d: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features whose deviations fall as 1 / sqrt(k), as those of images do."""
+    generator, spread = np.random.default_rng(seed), np.arange(1, d + 1) ** -0.5
+    return generator.normal(size=(n, d)) * spread + 0.2, generator.normal(size=(500, d)) * 1.2 * spread
+
+
+@pytest.mark.parametrize("kind", ["fid", "kid"])
+def test_the_influence_is_what_leaving_an_image_out_changes(kind):
+    """(N - 1) (value of all - value without i): of 400 images the same but for terms of the order of 1 / N."""
+    x, y = two_sets(400, 6, 0)
+    within, across = ((x @ other.T / 6 + 1) ** 3 for other in (x, y))
+
+    def value(keep: np.ndarray) -> float:
+        """FID, or the unbiased squared MMD but for its part of the references alone."""
+        if kind == "fid":
+            return frechet_distance(x[keep], y)
+        own = within[np.ix_(keep, keep)]
+        return (own.sum() - np.trace(own)) / (len(keep) * (len(keep) - 1)) - 2 * across[keep].mean()
+
+    influence = frechet_influence(x, y)[1] if kind == "fid" else kernel_influence(x, y)
+    assert frechet_influence(x, y)[0] == pytest.approx(frechet_distance(x, y))
+    assert influence.shape == (400,) and influence.mean() == pytest.approx(0, abs=1e-9)
+    everything, some = np.arange(400), range(0, 400, 8)
+    left_out = np.array([399 * (value(everything) - value(np.delete(everything, i))) for i in some])
+    assert np.corrcoef(influence[::8], left_out)[0, 1] > 0.999
+    assert np.abs(influence[::8] - left_out).max() < 0.2 * influence.std()
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 24), (20, 32)])
+def test_the_error_of_fid_is_that_of_new_images(n, d):
+    """std / sqrt(N) beside the deviation over 200 new sets: below 25% apart, with fewer images than features, too."""
+    values, errors = [], []
+    for seed in range(200):
+        x, y = two_sets(n, d, seed)[0], two_sets(2, d, 9)[1]
+        value, influence = frechet_influence(x, y)
+        values.append(value)
+        errors.append(influence.std(ddof=1) / math.sqrt(n))
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.25)
 
 
 # --- how sure ---
