@@ -196,45 +196,64 @@ def kid(
 
 
 def kernel_distance(
-    features_a: np.ndarray, features_b: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    features_a: np.ndarray,
+    features_b: np.ndarray,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+    partners: Sequence[int] | None = None,
 ) -> SubsetMean:
     """Unbiased squared MMD with the kernel (x . y / D + 1)^3 of two sets of features (N, D), N >= 2.
 
     As clean-fid's: the mean over `subsets` random subsets of `subset_size` features of each set, or of the smaller
-    set's number; drawn without replacement, by `seed`.
+    set's number; drawn without replacement, by `seed`. partners: place in b of what each feature of a was made from, as
+    a restored face of its reference, or -1; such pairs do not count. They are alike whatever the sets are, and would
+    bring the value of a few images far below 0.
     """
     a, b = (np.asarray(features, np.float64) for features in (features_a, features_b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < 2:
         raise ValueError(f"features have to be (N, D) and (M, D) with N, M >= 2 but are {a.shape} and {b.shape}")
     size, generator = min(len(a), len(b), subset_size), np.random.default_rng(seed)
+    own = np.full(len(a), -1) if partners is None else np.asarray(partners)
     if len(a) == len(b) == size:  # every subset is the whole set
-        return SubsetMean(_squared_mmd(a, b), None)
-    values = [_squared_mmd(*(x[generator.choice(len(x), size, replace=False)] for x in (a, b))) for _ in range(subsets)]
+        return SubsetMean(_squared_mmd(a, b, own[:, None] != np.arange(len(b))), None)
+    values = []
+    for _ in range(subsets):
+        i, j = (generator.choice(len(x), size, replace=False) for x in (a, b))
+        values.append(_squared_mmd(a[i], b[j], own[i, None] != j))
     return SubsetMean(float(np.mean(values)), float(np.std(values)))
 
 
-def kernel_influence(features: np.ndarray, references: np.ndarray, most: int = 10_000, seed: int = 0) -> np.ndarray:
+def kernel_influence(
+    features: np.ndarray, references: np.ndarray, partners: Sequence[int] | None = None, block: int = 1000
+) -> np.ndarray:
     """Return how much each of N features adds to `kernel_distance`, (N,) with mean 0; see `frechet_influence`.
 
-    Twice its mean kernel with the others less that with the references, of which `most` are drawn by `seed`.
+    Twice its mean kernel with the others less that with the references, `partners` left out. block: features at once.
     """
     a, b = (np.asarray(x, np.float64) for x in (features, references))
-    if len(b) > most:
-        b = b[np.random.default_rng(seed).choice(len(b), most, replace=False)]
-    values = np.empty(len(a))
-    for start in range(0, len(a), 1000):  # (1000, N) kernels at once
-        x = a[start : start + 1000]
+    own, values = np.full(len(a), -1) if partners is None else np.asarray(partners), np.empty(len(a))
+    for start in range(0, len(a), block):
+        x = a[start : start + block]
         alone = (np.square(x).sum(1) / x.shape[1] + 1) ** 3
         within = (((x @ a.T / x.shape[1] + 1) ** 3).sum(1) - alone) / (len(a) - 1)
-        values[start : start + 1000] = 2 * (within - ((x @ b.T / x.shape[1] + 1) ** 3).mean(1))
+        across = np.zeros(len(x))
+        for place in range(0, len(b), block):
+            counts = own[start : start + block, None] != np.arange(place, min(place + block, len(b)))
+            across += (((x @ b[place : place + block].T / x.shape[1] + 1) ** 3) * counts).sum(1)
+        has_partner = own[start : start + block] >= 0
+        values[start : start + block] = 2 * (within - across / (len(b) - has_partner))
     return values - values.mean()
 
 
-def _squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
-    """The unbiased estimate (Gretton et al. 2012, Eq. 4) for two sets of equal number m."""
+def _squared_mmd(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> float:
+    """The unbiased estimate (Gretton et al. 2012, Eq. 3) for two sets of equal number m.
+
+    counts: (m, m), which pairs of both sets count; without those of one place it is their Eq. 4.
+    """
     m, dimensions = a.shape
     within = sum(kernel.sum() - np.trace(kernel) for kernel in ((x @ x.T / dimensions + 1) ** 3 for x in (a, b)))
-    return float(within / (m * (m - 1)) - 2 * ((a @ b.T / dimensions + 1) ** 3).mean())
+    return float(within / (m * (m - 1)) - 2 * ((a @ b.T / dimensions + 1) ** 3)[counts].mean())
 
 
 def folder_features(

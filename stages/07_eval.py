@@ -32,7 +32,7 @@ from faceprior import tiny  # first: it silences bitsandbytes, which diffusers l
 from faceprior.config import finish, open_output, print_problems, require_outside, run_stage, saved_settings
 from faceprior.degrade import ranges_of
 from faceprior.evaluation import generation, restoration
-from faceprior.evaluation.figures import not_measured
+from faceprior.evaluation.figures import HOW, not_measured
 from faceprior.evaluation.items import FaceSet, Prompt, degraded_faces, faces_of_test_set, prompts_of, test_set_folders
 from faceprior.evaluation.making import time_note
 from faceprior.evaluation.measures import Measure, MeasureSettings, describe_weights, measures_of, read_weights
@@ -44,17 +44,19 @@ from faceprior.evaluation.results import (
     method_notes,
     protocol_rows,
     result_row,
+    weights_notes,
     write_results,
 )
 from faceprior.evaluation.rows import ROWS_FILE, EvaluationRows, require_weights, save_weights
 from faceprior.evaluation.tables import published_rows
 from faceprior.files import printable
 from faceprior.human_eval.files import BenchmarkError, read_benchmark, read_rankings, require_no_answers
+from faceprior.jsonl import MANIFEST
 from faceprior.models import REWARD_ID, library_versions, looks_like_path, quiet_libraries, resolve_device, weight_dtype
 from faceprior.report import write_evaluation
 from faceprior.tables import NOT_MEASURED
 
-PAGE = "report.html"
+PAGE, RANK = "report.html", "user_rank"
 Problems = list[tuple[str, str]]
 
 
@@ -114,7 +116,7 @@ class Config:
     guidance_scale: float = 2.5  # classifier-free guidance scale of the generated images (the paper: 7.5), [1, 30]
     negative_prompt: str = ""  # what the generated images shall not show; empty: the unconditional prediction
     # ---- Alignment
-    benchmark: str = ""  # folder of images that people ranked (`python -m faceprior.human_eval rank`)
+    benchmark: str = ""  # folder of images that people ranked (`python -m faceprior.human_eval rank`), of any protocol
     # ---- AB test
     comparison: str = ""  # folder of images that people compared (`... compare`); empty: restoration/ of the output
     # ---- Faces, and how it runs
@@ -142,11 +144,13 @@ def main(config: Config) -> None:
     published = published_rows(config.published)
     measures = {protocol: measures_of(protocol, config.measures) for protocol in PROTOCOLS}
     weights = describe_weights(config.scorer, read_weights(config.weights), config.detector)
-    if "alignment" in (config.protocols or PROTOCOLS) and config.benchmark:
+    if config.benchmark:
         read_rankings(read_benchmark(config.benchmark))  # raises before hours of measuring
     methods = choose_methods(config)
     folders = [method.source for chosen in methods.values() for method in chosen if method.kind == "images"]
     require_outside(config.output, [*folders, *filter(None, (config.lq, config.gt, config.reference))])
+    if config.reference and (Path(config.reference) / MANIFEST).is_file():
+        raise ValueError(f"`reference` is {config.reference}, with all that a stage wrote: give images/ in it")
     faces = choose_faces(config) if "restoration" in methods else None
     prompts = choose_prompts(config) if "generation" in methods else []
 
@@ -196,6 +200,8 @@ def main(config: Config) -> None:
         measuring.run([method for method in chosen if not method.missing])
         failed += measuring.failed
         results["rows"] += protocol_rows(measuring, chosen)
+        if published and published["protocol"] == protocol and RANK in published.get("columns", {}):
+            results["rows"] += rank_rows(protocol, chosen, config)
         results["methods"] += described(chosen, protocol)
         if protocol == "generation":
             about, wanted = generation.notes_of(rows, chosen, prompts, config), [prompt.id for prompt in prompts]
@@ -204,6 +210,7 @@ def main(config: Config) -> None:
         results["notes"][protocol] = [
             *about,
             *method_notes(measuring, chosen, wanted),
+            *weights_notes(measuring, weights),
             *(time_note(device, config.batch_size) for measure in measuring.taken() if measure.key == "seconds"),
         ]
     rows.compact()
@@ -216,6 +223,8 @@ def main(config: Config) -> None:
         results["rows"] += preference_rows(compared, config.seed)
 
     # ---- from rows to tables
+    for protocol in dict.fromkeys(row["protocol"] for row in results["rows"]):
+        results["notes"].setdefault(protocol, []).append(HOW[protocol])
     settings = {key: value for key, value in asdict(config).items() if key != "overwrite"}
     results |= {"settings": settings, "versions": library_versions()}
     table = write_results(output, results)
@@ -274,7 +283,9 @@ def choose_faces(config: Config) -> FaceSet:
         return faces_of_test_set(inputs, config.gt or references, config.num_faces, config.output)
     ranges = ranges_of(config, config.restoration_resolution)
     pictures = [Path(config.output) / "restoration", Path(config.output) / "generation"]
-    return degraded_faces(config.images, config.num_faces, config.restoration_resolution, ranges, config.seed, pictures)
+    size, seed = config.restoration_resolution, config.seed
+    faces = degraded_faces(config.images, config.num_faces, size, ranges, seed, pictures)
+    return replace(faces, about=f"{faces.about} as {config.degradation}'s at {size} pixels, seed {seed}")
 
 
 def choose_prompts(config: Config) -> list[Prompt]:
@@ -307,6 +318,22 @@ def alignment_rows(config: Config, published: dict[str, Any] | None, output: Pat
     is_beside = published and published["protocol"] == "alignment"
     columns = {key for row in published["rows"] for key in row["values"]} if is_beside else {"accuracy", "pearson"}
     return [result_row("alignment", *row) for row in table_rows(tables, columns)]
+
+
+def rank_rows(protocol: str, methods: list[Method], config: Config) -> list[dict[str, Any]]:
+    """Return the mean rank that people gave each method in `benchmark`, where it has the same name."""
+    measure = Measure(RANK, "mean rank by people", None, better="lower", spec=".2f")
+    found: dict[str, Any] = {}
+    if config.benchmark:
+        from faceprior.human_eval.tables import tables
+
+        found = {row.model: row.rank.to_row() for row in tables(config.benchmark, config.seed).mean_ranks}
+    reason = not_measured(
+        f"{config.benchmark} has no such model" if config.benchmark else "nobody has ranked the images:"
+        " `python -m faceprior.human_eval make FOLDER --models NAME=SOURCE ...` draws them for three models, `... rank"
+        " FOLDER` asks people, then `--benchmark FOLDER`"
+    )  # fmt: skip
+    return [result_row(protocol, method.name, measure, found.get(method.name, reason)) for method in methods]
 
 
 def preference_rows(folder: Path, seed: int) -> list[dict[str, Any]]:

@@ -240,7 +240,7 @@ def set_row(key: str, value: float, influence: tuple[float, ...], **values) -> d
 
 def test_a_small_set_warns_and_names_its_reference():
     few = set_figure(set_row("fid", 3.0, (1, -1, 1, -1)), "FFHQ")
-    assert few["note"].startswith("reference: FFHQ (n = 5000), as it is") and "fewer than 2048 images" in few["note"]
+    assert few["note"].startswith("reference: FFHQ (n = 5000), which") and "fewer than 2048 images" in few["note"]
     assert "KID" in few["note"] and set_figure(None, "FFHQ")["note"].startswith("not measured: ")
     note = set_figure(set_row("kid", 3.0, (0, 0, 0, 0), std=0.25), "FFHQ")["note"]
     assert "biases" not in note and note.endswith("standard deviation over subsets 0.25")
@@ -734,7 +734,7 @@ def test_what_is_no_number_is_named_and_not_kept(tmp_path):
     found = EvaluationRows(tmp_path / "rows.jsonl")
     found.add("restoration", "m", "0", image=str(image.relative_to(tmp_path)))
     nan = Measure("nan", "NaN", lambda settings: lambda sample: math.nan, protocols=("restoration",))
-    of_set = replace(nan, key="set", of="set", load=lambda settings: lambda *sets: SetValue(math.inf, np.zeros(2)))
+    of_set = replace(nan, key="set", of="set", load=lambda settings: lambda *_, **__: SetValue(math.inf, np.zeros(2)))
     found.add("restoration", "m", "1", image=str(image.relative_to(tmp_path)))
     options = (MeasureSettings(), found, tmp_path, str(tmp_path / "images"))
     alone = Measuring("restoration", [of_set], *options)

@@ -301,6 +301,21 @@ def test_kid_of_subsets_is_that_of_the_sets():
         kernel_distance(x, y[:1])
 
 
+def test_kid_of_restored_faces_leaves_each_one_s_own_reference_out():
+    """Faces that are their references are at 0; with the pairs of like ones it is below 0, the lower the fewer."""
+    x = np.random.default_rng(2).normal(size=(8, 4)) + 1
+    assert kernel_distance(x, x, partners=range(8)).mean == pytest.approx(0, abs=1e-9)
+    assert kernel_distance(x, x).mean < -0.1
+    shuffled = np.random.default_rng(3).permutation(8)
+    near = x + 0.1
+    expected = kernel_distance(near, x, partners=range(8))
+    assert kernel_distance(near, x[shuffled], partners=np.argsort(shuffled)).mean == pytest.approx(expected.mean)
+    whole = kernel_influence(near, x, partners=range(8))
+    np.testing.assert_allclose(kernel_influence(near, x, partners=range(8), block=3), whole)
+    mean, std = kernel_distance(near, x, subset_size=4, partners=range(8))
+    assert abs(mean - expected.mean) < 3 * std / 10
+
+
 def test_kid_of_folders(tmp_path):
     a = folder_of(tmp_path / "a", 0)
     near, far = folder_of(tmp_path / "near", 0, brightness=2), folder_of(tmp_path / "far", 0, brightness=10)

@@ -109,6 +109,25 @@ def test_agreement_with_people_beside_the_paper_s(simulated_benchmark, tmp_path,
     assert "| FS (published) | 80.31%" in (tmp_path / "results/tiny/face_score_table2/table.md").read_text()
 
 
+def test_the_rank_by_people_is_a_column_of_authface_s_table_3(simulated_benchmark, tmp_path, monkeypatch):
+    """Without a benchmark it says how people rank; with one, a method has the rank of its name's model."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("sharp", "other"):
+        path = tmp_path / "data" / folder / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64), (90, 110, 130)).save(path)
+    arguments = ("--generators", "sharp=data/sharp", "other=data/other", "--reference", "", "--measures", "faces")
+    found = {row["method"]: row for row in run("authface_table3", *arguments)["rows"] if row["measure"] == "user_rank"}
+    assert all("nobody has ranked the images: `python -m" in row["note"] for row in found.values()) and len(found) == 2
+    rank(simulated_benchmark)
+    results = run("authface_table3", *arguments, "--benchmark", str(simulated_benchmark))
+    found = {row["method"]: row for row in results["rows"] if row["measure"] == "user_rank"}
+    assert found["sharp"]["value"] == 1 and found["sharp"]["n"] == 4 and "has no such model" in found["other"]["note"]
+    (tmp_path / "data/manifest.jsonl").touch()
+    with pytest.raises(ValueError, match="`reference` is data, with all that a stage wrote: give images/ in it"):
+        run("authface_table3", *arguments[:3], "--reference", "data")
+
+
 def test_folders_of_other_models_beside_the_paper_s(tmp_path, monkeypatch):
     """Real images alone: what is not there yet is listed with the way to it, and the rows of the paper stand below."""
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,16 @@ from faceprior.tables import NOT_MEASURED
 
 RESAMPLES = 2000
 WORST = 20  # items of each end that a row names
+HOW = {  # protocol -> how its intervals and tests are made
+    "alignment": f"intervals: 95%, bootstrap over triplets, {RESAMPLES} resamples",
+    "ab": f"intervals: 95%, bootstrap over people and faces, {RESAMPLES} resamples; Wilson's if all answers are alike",
+}
+HOW |= dict.fromkeys(
+    ("restoration", "generation"),
+    f"intervals: 95%, of a mean by the bootstrap over images (BCa, {RESAMPLES} resamples), of a fraction by Wilson, of"
+    " FID and KID by what each image adds to them; p: Student's paired t test against the first method on the items of"
+    " both, without a correction for several tests",
+)
 SMALL_SET = 2048  # images below which FID is biased upwards so much that KID is the better choice
 
 
@@ -93,7 +103,7 @@ def set_figure(
     if measured is None:
         return {"n": 0, "note": NOT_MEASURED + "fewer than two images, or no number came out"}
     few = min(measured["n"], measured["references"])
-    note = f"reference: {reference} (n = {measured['references']}), as it is: interval and test are over the images"
+    note = f"reference: {reference} (n = {measured['references']}), which the interval and the test take as it is"
     note += f"; standard deviation over subsets {measured['std']:.3g}" if "std" in measured else ""
     is_fid = measured["key"].startswith("fid")
     is_biased = few < SMALL_SET and is_fid

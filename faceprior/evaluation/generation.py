@@ -109,7 +109,7 @@ def notes_of(rows: EvaluationRows, methods: Sequence[Method], prompts: Sequence[
     negative = f", negative prompt {settings.negative_prompt!r}" if settings.negative_prompt else ""
     number = f"{len(prompts)} images of {len({prompt.text for prompt in prompts})} prompts"
     sampling = f"{settings.sample_steps} steps, sampler {settings.sampler}, guidance scale {settings.guidance_scale}"
-    drawn = f"{number}, {sampling}, {size}{negative}"
+    drawn = f"{number}, {sampling}, {size}{negative}, seeds from {settings.seed}"
     return [drawn, *base_notes(methods, settings.base), *image_notes(rows, methods)]
 
 

@@ -81,7 +81,8 @@ class SetValue(NamedTuple):
 
 
 OfImage = Callable[[Sample], float | None]  # None: this image has no value, such as one without a face
-OfSet = Callable[[Sequence[Path], Sequence[Path]], SetValue]  # (image files, reference files) -> value
+# (image files, reference files, partners=place of each image's own reference among them, or -1) -> value
+OfSet = Callable[..., SetValue]
 WEIGHTS = {
     "image_reward": "folder or hub id of ImageReward",
     "hps": "checkpoint of HPS v1, the classifier of https://github.com/tgxs002/align_sd",
@@ -311,32 +312,32 @@ def _quality(name: Any) -> Callable[[MeasureSettings], judges.Metric]:
 
 def _load_fid(settings: MeasureSettings) -> OfSet:
     require_inception()
-    return lambda images, references: _fid(*_features_of("inception", settings.device, images, references))
+    return lambda *sets, partners: _fid(*_features_of("inception", settings.device, *sets))
 
 
 def _load_kid(settings: MeasureSettings) -> OfSet:
     require_inception()
-    return lambda images, references: _kid(*_features_of("inception", settings.device, images, references), 1000)
+    return lambda *sets, partners: _kid(*_features_of("inception", settings.device, *sets), partners, 1000)
 
 
 def _load_tiny_fid(settings: MeasureSettings) -> OfSet:
     _features(settings.device)
-    return lambda images, references: _fid(*_features_of("tiny", settings.device, images, references))
+    return lambda *sets, partners: _fid(*_features_of("tiny", settings.device, *sets))
 
 
 def _load_tiny_kid(settings: MeasureSettings) -> OfSet:
     _features(settings.device)
-    return lambda images, references: _kid(*_features_of("tiny", settings.device, images, references))
+    return lambda *sets, partners: _kid(*_features_of("tiny", settings.device, *sets), partners)
 
 
 def _fid(features: np.ndarray, references: np.ndarray) -> SetValue:
     return SetValue(*frechet_influence(features, references))
 
 
-def _kid(features: np.ndarray, references: np.ndarray, factor: float = 1) -> SetValue:
-    measured = kernel_distance(features, references)
+def _kid(features: np.ndarray, references: np.ndarray, partners: Sequence[int], factor: float = 1) -> SetValue:
+    measured = kernel_distance(features, references, partners=partners)
     std = None if measured.std is None else factor * measured.std
-    return SetValue(factor * measured.mean, factor * kernel_influence(features, references), std)
+    return SetValue(factor * measured.mean, factor * kernel_influence(features, references, partners), std)
 
 
 def _features_of(network: str, device: str, *sets: Sequence[Path]) -> list[np.ndarray]:

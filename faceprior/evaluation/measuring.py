@@ -152,6 +152,7 @@ class Measuring:
             raise MetricUnavailable("it compares with a set of real images: name its folder as `reference`")
         if len(references) < 2:
             raise MetricUnavailable(f"it compares with a set of images, but {self.reference} holds one")
+        places = {} if self.reference else {item: place for place, item in enumerate(sorted(self._reference))}
         take = None
         for name in names:
             rows = self.samples(measure, name)
@@ -166,7 +167,7 @@ class Measuring:
                 continue
             take = take or measure.load(self.settings)
             row = dict(zip(("protocol", "method", "key"), place, strict=True)) | {"mark": mark, "n": len(images)}
-            value, influence, std = take(images, references)
+            value, influence, std = take(images, references, partners=[places.get(item, -1) for item in items])
             if not all(math.isfinite(x) for x in (value, std or 0, *influence)):
                 self.failed.append((name, f"{measure.key} is {value}, which is no number"))
                 continue

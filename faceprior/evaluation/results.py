@@ -14,6 +14,7 @@ from faceprior.evaluation.figures import figure, not_measured, set_figure
 from faceprior.evaluation.measures import Measure
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import REFERENCE, Method
+from faceprior.evaluation.rows import WEIGHTED
 from faceprior.evaluation.tables import csv_text, details, latex_rows, markdown, missing_notes, tables_of
 from faceprior.files import atomic_write
 from faceprior.jsonl import rewrite_rows
@@ -89,6 +90,14 @@ def method_notes(measuring: Measuring, methods: Sequence[Method], wanted: Collec
                 f"{method.name}: {number} resized to the size of the reference from {', '.join(sizes)} (Lanczos)"
             )
     return notes
+
+
+def weights_notes(measuring: Measuring, weights: Mapping[str, str]) -> list[str]:
+    """Say by which weights, and which detector, the numbers of the table were measured."""
+    rows = measuring.rows.of_protocol(measuring.protocol)
+    taken = {key for row in rows for key in row}
+    keys = {name: WEIGHTED.get(name, name) for name in weights}
+    return [f"{key} by {weights[name]}" for name, key in keys.items() if key in taken and key not in measuring.reasons]
 
 
 def described(methods: Sequence[Method], protocol: str) -> list[dict[str, Any]]:

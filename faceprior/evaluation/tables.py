@@ -82,6 +82,7 @@ def tables_of(results: Mapping[str, Any]) -> list[Table]:
         lines = [
             Line(method, {row["measure"]: _cell(row) for row in rows if row["method"] == method})
             for method in dict.fromkeys(row["method"] for row in rows)
+            if method != REFERENCE or any(row["value"] is not None for row in rows if row["method"] == REFERENCE)
         ]
         specs = {row["measure"]: row["spec"] for row in rows}
         published, notes = results.get("published") or {}, list((results.get("notes") or {}).get(protocol, []))

@@ -75,8 +75,8 @@ def describe(run: Run, folder: str = FOLDER, ends: int = FEW) -> dict[str, Any]:
 
 
 def sources(run: Run, results: Mapping[str, Any]) -> list[list[str]]:
-    """Return protocol, name, source and kind of every method."""
-    keys = ("protocol", "name", "text", "kind")
+    """Return protocol, name, source, kind and mark of the weights of every method."""
+    keys = ("protocol", "name", "text", "kind", "weights")
     rows = [row for row in results.get("methods") or [] if isinstance(row, dict)]
     return [[run.plain(row.get(key, ""), 200) for key in keys] for row in rows]
 
