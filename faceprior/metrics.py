@@ -140,8 +140,8 @@ def require_lpips(net: str = "alex") -> None:
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.is_file():
         raise MetricUnavailable(
-            f"LPIPS ({net}) needs {path}, which does not exist. With a network: python -c 'from"
-            f" torchvision.models import {name} as W; W.IMAGENET1K_V1.get_state_dict()', or download {url} to it"
+            f"LPIPS ({net}) needs {path}, which does not exist. With a network: `python -c 'from"
+            f" torchvision.models import {name} as W; W.IMAGENET1K_V1.get_state_dict()'`, or download {url} to it"
         )
 
 
@@ -297,7 +297,7 @@ def require_inception() -> None:
     if not path.is_file():
         raise MetricUnavailable(
             f"FID and KID need the Inception weights {path}, which do not exist. With a network:"
-            f" curl -L -o {path} {INCEPTION_URL}"
+            f" `curl -L -o {path} {INCEPTION_URL}`"
         )
 
 

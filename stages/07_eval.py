@@ -339,7 +339,7 @@ def rank_rows(protocol: str, methods: list[Method], config: Config) -> list[dict
 def preference_rows(folder: Path, seed: int) -> list[dict[str, Any]]:
     """Return the shares of answers for the first method, for neither and for the second, of each pair of methods."""
     keys = {"first": "first preferred", "same": "same", "second": "second preferred"}
-    measures = [Measure(key, title, None, spec=".2%") for key, title in keys.items()]
+    measures = [Measure(key, title, None, "", spec=".2%") for key, title in keys.items()]
     if not (folder / "preferences").is_dir():
         reason = f"nobody has compared images yet: `python -m faceprior.human_eval compare {folder}` asks people"
         return [result_row("ab", "no answers", measure, not_measured(reason)) for measure in measures]

@@ -77,6 +77,7 @@ def test_a_method_is_a_name_a_source_and_options():
     ("texts", "reason"),
     [
         (["a=x", "A=y"], "two methods of the name A"),
+        (["漢" * 100 + "=x"], "which becomes that of a folder"),
         (["a b=x", "a_b=y"], "two methods of the name a_b"),
         (["reference=x"], "the name `reference`"),
         (["input=x"], "has x under the name input, which stands for what is restored"),
@@ -90,6 +91,22 @@ def test_a_method_is_a_name_a_source_and_options():
 def test_a_wrong_method_is_refused(texts, reason):
     with pytest.raises(ValueError, match=reason):
         parse_methods(texts, ["base"], "restorers")
+
+
+def test_a_bare_path_may_hold_an_equals_sign(tmp_path):
+    (tmp_path / "v=1").mkdir()
+    (bare,) = parse_methods([f"{tmp_path}/v=1"], [], "restorers")
+    assert (bare.name, bare.source) == ("v=1", f"{tmp_path}/v=1")
+
+
+def test_a_folder_that_is_still_empty_is_missing(tmp_path):
+    """As one that does not exist: its program did not run yet, and the others have their rows."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.safetensors").write_bytes(b"123")
+    for made in (restorers_of([f"e={tmp_path}/empty"]), generation.generators_of([f"e={tmp_path}/empty"], "", "", "")):
+        assert made[0].kind == "images" and made[0].missing == f"no images in {tmp_path}/empty"
+    with pytest.raises(ValueError, match="bad.safetensors is damaged, or no .safetensors file"):
+        generation.generators_of([f"x={tmp_path}/bad.safetensors"], "tiny", "", "auto")
 
 
 def test_results_are_found_by_the_names_that_programs_give():

@@ -115,7 +115,7 @@ def test_clip_score_is_the_cosine_of_image_and_prompt(tiny_clip, picture):
 def test_clip_score_names_its_weights(tiny_clip, no_weights):
     metric = clip_score_metric(str(tiny_clip[1]), "cpu")
     assert metric.by.endswith(")") and tiny_clip[1].name in metric.by
-    with pytest.raises(MetricUnavailable, match=rf"it needs the weights {CLIP_ID} \(`hf download {CLIP_ID}`"):
+    with pytest.raises(MetricUnavailable, match=rf"it needs the weights {CLIP_ID} \(`hf download {CLIP_ID} --excl"):
         clip_score_metric(CLIP_ID, "cpu")
 
 
@@ -220,5 +220,8 @@ def test_the_command_lists_every_measure(no_weights, tmp_path, capsys):
     assert "| both | face | " in rows["face_score"] and "| generation | prompt | " in rows["clip_score"]
     for text in ("- clip_score: it needs the weights openai/", "- fid, kid: ", "missing.pt"):
         assert text in missing
+    assert (
+        "THUDM/ImageReward`" in missing and "the tokenizer bert-base-uncased (`hf download bert" in missing
+    )  # at once
     assert "- face_score: it needs the weights OPPOer/FaceScore (`hf download OPPOer/FaceScore`" in missing
     assert main(["eval-metrics", "--weights", "fid=x"]) == 2

@@ -13,7 +13,7 @@ from faceprior import tiny
 from faceprior.bases import describe_base, load_pipeline
 from faceprior.config import CONFIG_FILE
 from faceprior.diffusion import make_sampler, native_side, report_long_prompts, require_side, sample_images
-from faceprior.evaluation.items import Prompt, images_outside
+from faceprior.evaluation.items import Prompt, images_outside, without_images
 from faceprior.evaluation.making import Problems, make_images, picture_file
 from faceprior.evaluation.methods import BASE, GENERATOR_OPTIONS, Method, marked, match_by_stem, parse_methods
 from faceprior.evaluation.rows import EvaluationRows
@@ -49,7 +49,7 @@ def generators_of(texts: Sequence[str], base: str, vae: str, prediction: str) ->
         elif folder.is_dir() and is_image_folder(folder):
             if wrong := [key for key in method.options if key != "prompts"]:
                 raise ValueError(f"`generators` has the option {wrong[0]!r} in {text!r}, a folder of finished images")
-            method = replace(method, kind="images")
+            method = replace(method, kind="images", missing=without_images(folder))
         elif needs_base(folder):
             method = replace(method, options=own | tuned_from(folder) | method.options)
         side = method.options.get("resolution", "0")
@@ -86,12 +86,15 @@ def needs_base(path: Path) -> bool:
 
 
 def _is_lora_file(path: Path) -> bool:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if path.suffix.lower() != ".safetensors":
         return False
-    with safe_open(path, "pt") as file:
-        return any("lora" in name.lower() for name in file.keys())  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            return any("lora" in name.lower() for name in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no .safetensors file ({error}): copy it again") from error
 
 
 def tuned_from(folder: Path) -> dict[str, str]:

@@ -172,6 +172,15 @@ def images_outside(folder: str | Path, output: str | Path) -> list[Path]:
     return [file for file in find_images(folder) if not (made and file.resolve().is_relative_to(made))]
 
 
+def without_images(folder: str | Path) -> str:
+    """Return why a folder of finished images has nothing to measure, as one whose program did not run yet; else ""."""
+    try:
+        find_images(folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _pair(file: Path, reference: Path | None) -> tuple[Image.Image, Image.Image | None]:
     return load_image(file), None if reference is None else load_image(reference)
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from faceprior.scorer import FaceScorer
 
 FACE_PROMPT = "A face"
+TOKENIZER = "bert-base-uncased"  # as `blip`, which loads transformers
+_TOKENIZER_WAY_OUT = f"`hf download {TOKENIZER} config.json tokenizer.json tokenizer_config.json vocab.txt`"
 HPS_V2_ID, HPS_V2_FILE = "xswu/HPSv2", "HPS_v2_compressed.pt"
 
 
@@ -112,7 +114,7 @@ def available_metrics(weights: Weights, detector: str, device: str) -> dict[str,
     )
     hps = (
         weights.hps,
-        "`--hps FILE`, in stage 7 `--weights hps=FILE`, the classifier of https://github.com/tgxs002/align_sd",
+        "`--hps FILE`, in stage 7 `--weights hps=FILE`, the classifier hpc.pt of https://github.com/tgxs002/align_sd",
         HPS_V1,
         device,
     )
@@ -174,7 +176,12 @@ def reward_metric(
     from faceprior.blip import tokenize_prompt
     from faceprior.convert import find_official_checkpoint
 
-    folder = scorer_folder(source, way_out)
+    try:
+        folder = scorer_folder(source, way_out)
+    except MetricUnavailable as error:
+        if detector or _cached_tokenizer():
+            raise
+        raise MetricUnavailable(f"{error}, and the tokenizer {TOKENIZER} ({_TOKENIZER_WAY_OUT})") from None
     tokenizer = None if detector else _tokenizer_folder(folder)
 
     def load() -> Score:
@@ -208,14 +215,15 @@ def scorer_folder(source: str, way_out: str) -> Path:
 
 def _tokenizer_folder(folder: Path) -> Path:
     """Return the folder of BERT's tokenizer: beside the weights, or in the hub's cache."""
-    from faceprior.blip import TOKENIZER
-
     if (folder / "vocab.txt").is_file():
         return folder
-    cached = in_hub_cache(TOKENIZER, "vocab.txt") or in_hub_cache(TOKENIZER, "tokenizer.json")
-    if cached is None:
-        raise MetricUnavailable(f"it needs the tokenizer {TOKENIZER} (`hf download {TOKENIZER}`)")
+    if (cached := _cached_tokenizer()) is None:
+        raise MetricUnavailable(f"it needs the tokenizer {TOKENIZER} ({_TOKENIZER_WAY_OUT})")
     return cached.parent
+
+
+def _cached_tokenizer() -> Path | None:
+    return in_hub_cache(TOKENIZER, "vocab.txt") or in_hub_cache(TOKENIZER, "tokenizer.json")
 
 
 def _reward(scorer: Any, image: Image.Image, token_ids: list[int]) -> float:
@@ -288,7 +296,9 @@ def clip_score_metric(source: str, device: "torch.device | str") -> Metric:
     files = [file for end in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{end}"))] if folder else []
     weights = next(iter(files), None)
     if weights is None:
-        raise MetricUnavailable(f"it needs the weights {source} (`hf download {source}`, or `--weights clip=FOLDER`)")
+        others = '--exclude "*.h5" --exclude "*.msgpack"'  # the same weights of other frameworks
+        way_out = f"`hf download {source} {others}`, or `--weights clip=FOLDER`"
+        raise MetricUnavailable(f"it needs the weights {source} ({way_out})")
 
     def load() -> Score:
         import torch

@@ -85,7 +85,7 @@ OfImage = Callable[[Sample], float | None]  # None: this image has no value, suc
 OfSet = Callable[..., SetValue]
 WEIGHTS = {
     "image_reward": "folder or hub id of ImageReward",
-    "hps": "checkpoint of HPS v1, the classifier of https://github.com/tgxs002/align_sd",
+    "hps": "checkpoint of HPS v1, the classifier hpc.pt of https://github.com/tgxs002/align_sd",
     "hps_v2": "checkpoint of HPS v2, in place of that in the hub's cache",
     "clip": "folder or hub id of a transformers CLIP for CLIP-Score",
     "arcface": "ONNX file of an ArcFace network, in place of insightface's",
@@ -116,7 +116,8 @@ def describe_weights(scorer: str, weights: Mapping[str, str], detector: str) -> 
 class Measure:
     """A column of a table.
 
-    key: in rows.jsonl and results.json. title, unit, spec: words for the table and the format of its numbers. load:
+    key: in rows.jsonl and results.json. title, unit, spec: words for the table and the format of its numbers. better:
+    the better side, empty where there is none, as of a share of answers. load:
     settings -> the function of an image (`Sample`), or, with `of` = set, of two lists of files; raises
     MetricUnavailable; None where the key is in the row from the start. needs: what of a Sample has to be there.
     prompt_set: where a run has general prompts and prompts of people, those it is measured on. stands_in_for: key of
@@ -128,7 +129,7 @@ class Measure:
     key: str
     title: str
     load: Callable[[MeasureSettings], Any] | None
-    better: Literal["higher", "lower"] = "higher"
+    better: Literal["higher", "lower", ""] = "higher"
     unit: str = ""
     spec: str = ".3f"
     of: Literal["image", "set"] = "image"
@@ -151,8 +152,9 @@ class Measure:
 
     @property
     def header(self) -> str:
-        """The title with the unit and an arrow towards the better side."""
-        return f"{self.title}{f' ({self.unit})' if self.unit else ''} {'↑' if self.better == 'higher' else '↓'}"
+        """The title with the unit and an arrow towards the better side, if there is one."""
+        arrow = {"higher": " ↑", "lower": " ↓", "": ""}[self.better]
+        return f"{self.title}{f' ({self.unit})' if self.unit else ''}{arrow}"
 
 
 # ---- against the reference
@@ -280,7 +282,7 @@ def _image_reward(settings: MeasureSettings) -> judges.Metric:
 
 def _hps(settings: MeasureSettings) -> judges.Metric:
     file = settings.weights.get("hps")
-    way_out = "`--weights hps=FILE`, the classifier of https://github.com/tgxs002/align_sd"
+    way_out = "`--weights hps=FILE`, the classifier hpc.pt of https://github.com/tgxs002/align_sd"
     return judges.clip_metric("HPS", Path(file) if file else None, way_out, judges.HPS_V1, settings.device)
 
 
@@ -390,6 +392,7 @@ _OF_PROMPT = {"needs": ("prompt",), "protocols": (GENERATION,), "prompt_set": "g
 _INCEPTION = {"licence": "Inception V3 of NVIDIA's StyleGAN2-ADA: TensorFlow's, Apache-2.0", "of": "set"}
 _SCORER = "of the scorer that is given; OPPOer/FaceScore: as its repository states"
 _PYIQA = "code of pyiqa: PolyForm Noncommercial 1.0.0; "
+_PYIQA_WEIGHTS = _PYIQA + "its weights: CC BY-NC-SA 4.0; "
 
 MEASURES = (
     # ---- against the reference
@@ -421,8 +424,8 @@ MEASURES = (
     ),
     Measure("kid_tiny", "tiny KID", _load_tiny_kid, "lower", of="set", stands_in_for="kid"),
     # ---- of an image
-    _judged("maniqa", "MANIQA", _quality("maniqa"), spec=".4f", licence=_PYIQA + "MANIQA: Apache-2.0"),
-    _judged("musiq", "MUSIQ", _quality("musiq"), spec=".2f", licence=_PYIQA + "MUSIQ: Apache-2.0"),
+    _judged("maniqa", "MANIQA", _quality("maniqa"), spec=".4f", licence=_PYIQA_WEIGHTS + "MANIQA's code: Apache-2.0"),
+    _judged("musiq", "MUSIQ", _quality("musiq"), spec=".2f", licence=_PYIQA_WEIGHTS + "MUSIQ's code: Apache-2.0"),
     _judged("clipiqa", "CLIPIQA", _quality("clipiqa"), spec=".4f", licence=_PYIQA + "CLIP: MIT"),
     # ---- of an image and its prompt
     _judged("clip_score", "CLIP-Score (ViT-B/16)", _clip_score, spec=".4f", **_OF_PROMPT, licence="CLIP: MIT"),
@@ -431,7 +434,7 @@ MEASURES = (
     _judged("hpsv2", "HPSv2", _hps_v2, spec=".4f", **_OF_PROMPT, licence="HPS v2: Apache-2.0"),
     _judged(
         "asp", "ASP", _aesthetic, spec=".2f", protocols=(GENERATION,), prompt_set="general",
-        licence=_PYIQA + "predictor: Apache-2.0; CLIP: MIT",
+        licence=_PYIQA_WEIGHTS + "predictor: Apache-2.0; CLIP: MIT",
     ),
     # ---- of faces
     Measure(
@@ -444,7 +447,7 @@ MEASURES = (
     ),
     _judged(
         "topiq_face", "topiq_nr-face", _face_quality, spec=".4f", needs=("face",), prompt_set="people",
-        licence=_PYIQA + "TOPIQ: the same; facexlib's detector and parser: MIT",
+        licence=_PYIQA_WEIGHTS + "facexlib's detector and parser: MIT",
     ),
     Measure("faces", "images with a face", None, spec=".1%", protocols=(GENERATION,), prompt_set="people"),
     Measure("seconds", "time", None, "lower", "s per image"),

@@ -4,6 +4,7 @@ SOURCE is a model (folder, file, hub id, `tiny`), the word `input` or `base`, or
 `NAME=` the source's last part is the name.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from faceprior.models import looks_like_path
 REFERENCE, INPUT, BASE = "reference", "input", "base"  # what a restorer should make; what it gets; the untuned model
 RESTORER_OPTIONS = ("recipe", "fidelity", "steps")
 GENERATOR_OPTIONS = ("base", "vae", "prediction_type", "resolution", "prompts")
-LONGEST_NAME = 100  # characters
+LONGEST_NAME, LONGEST_FOLDER = 100, 255  # characters; bytes, as file systems count
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def parse_methods(texts: Sequence[str], allowed: Sequence[str], key: str) -> lis
     """
     methods = [_parse(text, allowed, key) for text in texts]
     for method in methods:
-        if not method.name.isprintable() or method.name.startswith(".") or len(method.name) > LONGEST_NAME:
+        is_long = len(method.name) > LONGEST_NAME or len(os.fsencode(method.folder)) > LONGEST_FOLDER
+        if not method.name.isprintable() or method.name.startswith(".") or is_long:
             raise ValueError(
                 f"`{key}` has the name {method.name[:LONGEST_NAME]!r}, which becomes that of a folder: give one of at"
                 f" most {LONGEST_NAME} characters that can be printed, not beginning with a dot, as NAME=SOURCE"
@@ -71,7 +73,7 @@ def parse_methods(texts: Sequence[str], allowed: Sequence[str], key: str) -> lis
 def _parse(text: str, allowed: Sequence[str], key: str) -> Method:
     first, *options = re.split(r",(?=\w+=)", text)
     name, equals, source = first.partition("=")
-    if not equals:
+    if not equals or os.path.exists(first):  # a path may hold an equals sign
         name, source = Path(first.rstrip("/")).stem if looks_like_path(first) else first.rpartition("/")[2], first
     name, source = name.strip(), source.strip()
     if not name or not source:

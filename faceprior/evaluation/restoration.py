@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from faceprior import tiny
-from faceprior.evaluation.items import Face, FaceSet, images_outside
+from faceprior.evaluation.items import Face, FaceSet, images_outside, without_images
 from faceprior.evaluation.making import Problems, make_images, picture_file
 from faceprior.evaluation.methods import (
     INPUT,
@@ -39,7 +39,7 @@ def restorers_of(texts: Sequence[str]) -> list[Method]:
     for text, method in zip(texts, parse_methods(texts, RESTORER_OPTIONS, "restorers"), strict=True):
         folder = Path(method.source).expanduser()
         if method.kind == "model" and folder.is_dir() and not _is_restorer(folder):
-            method = replace(method, kind="images")
+            method = replace(method, kind="images", missing=without_images(folder))
         elif method.kind == "model" and looks_like_path(method.source) and not folder.exists():
             reason = f"no restorer in {method.source}: `python stages/06_train_restorer.py` makes one"
             method = replace(method, missing=reason)

@@ -112,7 +112,7 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> frozenset[tuple[str, str]]:
             for row in rows
             if row["measure"] == key and row["value"] is not None and row["method"] not in (INPUT, REFERENCE)
         ]
-        if len(own) > 1:
+        if len(own) > 1 and own[0]["better"]:
             choose = max if own[0]["better"] == "higher" else min
             value = choose(row["value"] for row in own)
             found |= {(row["method"], key) for row in own if row["value"] == value}

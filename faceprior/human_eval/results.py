@@ -26,7 +26,7 @@ def _of_models(tables: Tables) -> Iterator[Row]:
     for model in tables.table_1:
         for key, title in SHARES.items():
             numbers = {"value": getattr(model, key), "n": tables.triplets}
-            yield model.model, Measure(key, title, None, spec=".2%"), numbers
+            yield model.model, Measure(key, title, None, "", spec=".2%"), numbers
         yield (
             model.model,
             Measure("average", "average score", None, spec=".4f"),
@@ -44,7 +44,7 @@ def _of_metrics(tables: Tables) -> Iterator[Row]:
         pearson = Measure("pearson", "Pearson correlation", None, spec=".4f")
         yield name, pearson, {"value": statistics.pearson} | about
         for spread in statistics.models:
-            median = Measure(f"median_{spread.model}", f"median, {spread.model}", None, spec=".4f")
-            deviation = Measure(f"std_{spread.model}", f"standard deviation, {spread.model}", None, spec=".4f")
+            median = Measure(f"median_{spread.model}", f"median, {spread.model}", None, "", spec=".4f")
+            deviation = Measure(f"std_{spread.model}", f"standard deviation, {spread.model}", None, "", spec=".4f")
             yield name, median, {"value": spread.median} | about
             yield name, deviation, {"value": spread.std} | about
