@@ -222,6 +222,22 @@ def test_table_4_by_hand():
     assert row.pearson == pytest.approx(stats.pearsonr(LABELS[there], KEPT_SCORES[there]).statistic)
 
 
+def test_table_4_has_intervals_over_triplets():
+    """400 triplets with r = 1 / sqrt(2): Fisher's interval tanh(artanh r +- 1.96 / sqrt(n - 3)), a tenth apart."""
+    generator = np.random.default_rng(0)
+    labels = np.array([generator.permutation(3) + 1 for _ in range(400)])
+    scores = labels + generator.normal(0, math.sqrt(2 / 3), labels.shape)  # labels have the variance 2 / 3
+    row = metric_statistics("FS", labels, scores, MODELS)
+    half = 1.96 / math.sqrt(1197)
+    expected = [math.tanh(math.atanh(row.pearson) + sign * half) for sign in (-1, 1)]
+    assert row.images == 1200 and row.pearson == pytest.approx(math.sqrt(0.5), abs=0.05)
+    assert row.interval == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]) + 0.005)
+    (spread, *_) = row.models
+    assert spread.images == 400 and spread.median_interval[0] < spread.median < spread.median_interval[1]
+    assert spread.std_interval[0] < spread.std < spread.std_interval[1]
+    assert metric_statistics("FS", labels[:1], scores[:1], MODELS).interval is None
+
+
 def test_correlations_that_do_not_exist_say_why():
     flat = metric_statistics("flat", LABELS, np.ones((4, 3)), MODELS)
     assert flat.pearson is None and flat.note == "all images have one score"

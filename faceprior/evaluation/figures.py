@@ -13,7 +13,7 @@ from faceprior.tables import NOT_MEASURED
 RESAMPLES = 2000
 WORST = 20  # items of each end that a row names
 HOW = {  # protocol -> how its intervals and tests are made
-    "alignment": f"intervals: 95%, bootstrap over triplets, {RESAMPLES} resamples",
+    "alignment": f"intervals: 95%, bootstrap over triplets, {RESAMPLES} resamples; of shares Wilson's",
     "ab": f"intervals: 95%, bootstrap over people and faces, {RESAMPLES} resamples; Wilson's if all answers are alike",
 }
 HOW |= dict.fromkeys(

@@ -94,10 +94,10 @@ def method_notes(measuring: Measuring, methods: Sequence[Method], wanted: Collec
 
 def weights_notes(measuring: Measuring, weights: Mapping[str, str]) -> list[str]:
     """Say by which weights, and which detector, the numbers of the table were measured."""
-    rows = measuring.rows.of_protocol(measuring.protocol)
-    taken = {key for row in rows for key in row}
+    taken = {key for row in measuring.rows.of_protocol(measuring.protocol) for key in row} - measuring.reasons.keys()
+    titles = {measure.key: measure.title for measure in measuring.measures} | {"faces": "faces"}
     keys = {name: WEIGHTED.get(name, name) for name in weights}
-    return [f"{key} by {weights[name]}" for name, key in keys.items() if key in taken and key not in measuring.reasons]
+    return [f"{titles[key]} by {weights[name]}" for name, key in keys.items() if key in taken & titles.keys()]
 
 
 def described(methods: Sequence[Method], protocol: str) -> list[dict[str, Any]]:

@@ -115,7 +115,8 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> frozenset[tuple[str, str]]:
         if len(own) > 1 and own[0]["better"]:
             choose = max if own[0]["better"] == "higher" else min
             value = choose(row["value"] for row in own)
-            found |= {(row["method"], key) for row in own if row["value"] == value}
+            best = [row["method"] for row in own if row["value"] == value]
+            found |= {(method, key) for method in best if len(best) < len(own)}  # where all are equal none is
     return frozenset(found)
 
 

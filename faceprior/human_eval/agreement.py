@@ -4,7 +4,7 @@ Labels are (triplets, models) integers 1..3, 3 for the best. Fractions and accur
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,21 +58,32 @@ class ModelMean:
 
 @dataclass(frozen=True)
 class ModelSpread:
-    """Median and population standard deviation of a model's scores, normalised to [0, 1]."""
+    """Median and population standard deviation of a model's scores, normalised to [0, 1], with 95% intervals.
+
+    images: how many have a score.
+    """
 
     model: str
     median: float | None
     std: float | None
+    images: int = 0
+    median_interval: tuple[float, float] | None = None
+    std_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class MetricStatistics:
-    """A row of Table 4: a metric's Pearson correlation with the labels, and its spread per model."""
+    """A row of Table 4: a metric's Pearson correlation with the labels, and its spread per model.
+
+    images: how many of all models have a score; interval: of the correlation, 95%.
+    """
 
     metric: str
     pearson: float | None = None
     models: tuple[ModelSpread, ...] = ()
     note: str = ""
+    images: int = 0
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,24 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def interval_over_triplets(
+    statistic: Callable[[np.ndarray], float], triplets: int, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """Return the 95% percentile interval of `statistic(places)` over triplets that are drawn with replacement.
+
+    Draws of which it is not a number, as a correlation of equal labels, do not count. None where fewer than two
+    triplets are there, or half of the draws do not count.
+    """
+    rng = np.random.default_rng(seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = [statistic(rng.integers(triplets, size=triplets)) for _ in range(resamples if triplets > 1 else 0)]
+    known = [value for value in values if np.isfinite(value)]
+    if 2 * len(known) <= resamples:
+        return None
+    low, high = np.percentile(known, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def metric_accuracy(metric: str, labels: np.ndarray, scores: np.ndarray, seed: int = 0) -> MetricAccuracy:
     """Return a row of Table 2. labels, scores: as for `compare_pairs`."""
     counts = compare_pairs(labels, scores)
@@ -180,30 +209,45 @@ def metric_accuracy(metric: str, labels: np.ndarray, scores: np.ndarray, seed: i
     return MetricAccuracy(metric, accuracy, *bootstrap_interval(counts.points, counts.pairs, seed), pairs, left_out)
 
 
-def metric_statistics(metric: str, labels: np.ndarray, scores: np.ndarray, models: Sequence[str]) -> MetricStatistics:
+def metric_statistics(
+    metric: str, labels: np.ndarray, scores: np.ndarray, models: Sequence[str], seed: int = 0
+) -> MetricStatistics:
     """Return a row of Table 4, over the images of kept triplets that have a score.
 
     labels, scores: as for `compare_pairs`. The scores are normalised by the lowest and the highest of all models'
-    images; the correlation is with the label, image by image.
+    images; the correlation is with the label, image by image. seed: of the intervals, `interval_over_triplets`.
     """
-    from scipy import stats
-
     scored = ~np.isnan(scores)
     if not scored.any() or np.ptp(scores[scored]) == 0:
         note = "all images have one score" if scored.any() else "no image has a score"
         return MetricStatistics(metric, None, tuple(ModelSpread(m, None, None) for m in models), note)
     low = scores[scored].min()
     normalised = (scores - low) / (scores[scored].max() - low)
-    spreads = tuple(_spread(m, column[~np.isnan(column)]) for m, column in zip(models, normalised.T, strict=True))
+    spreads = tuple(_spread(m, column, seed) for m, column in zip(models, normalised.T, strict=True))
+    number = int(scored.sum())
     if np.ptp(labels[scored]) == 0:
-        return MetricStatistics(metric, None, spreads, "people gave all images one score")
-    return MetricStatistics(metric, float(stats.pearsonr(labels[scored], scores[scored]).statistic), spreads)
+        return MetricStatistics(metric, None, spreads, "people gave all images one score", number)
+
+    def pearson(places: np.ndarray) -> float:
+        there = scored[places]
+        return np.corrcoef(labels[places][there], scores[places][there])[0, 1] if there.sum() > 1 else np.nan
+
+    pearson_interval = interval_over_triplets(pearson, len(labels), seed)
+    return MetricStatistics(
+        metric, float(pearson(np.arange(len(labels)))), spreads, images=number, interval=pearson_interval
+    )
 
 
-def _spread(model: str, values: np.ndarray) -> ModelSpread:
+def _spread(model: str, column: np.ndarray, seed: int) -> ModelSpread:
+    """column: (triplets,) normalised scores of the model, NaN where there is none."""
+    values = column[~np.isnan(column)]
     if not len(values):
         return ModelSpread(model, None, None)
-    return ModelSpread(model, float(np.median(values)), float(values.std()))
+    median, std = (
+        interval_over_triplets(lambda places, of=of: of(values[places]), len(values), seed)
+        for of in (np.median, np.std)
+    )
+    return ModelSpread(model, float(np.median(values)), float(values.std()), len(values), median, std)
 
 
 def model_mean(metric: str, model: str, scores: Iterable[float | None]) -> ModelMean:

@@ -3,8 +3,10 @@
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from faceprior.evaluation.figures import interval
 from faceprior.evaluation.measures import Measure
 from faceprior.human_eval.tables import Tables
+from faceprior.metrics import fraction_interval
 from faceprior.tables import NOT_MEASURED
 
 SHARES = {"score_1": "share of score 1", "score_2": "share of score 2", "score_3": "share of score 3"}
@@ -23,28 +25,35 @@ def table_rows(tables: Tables, columns: Collection[str]) -> Iterator[Row]:
 
 
 def _of_models(tables: Tables) -> Iterator[Row]:
+    n = tables.triplets
     for model in tables.table_1:
+        counts = {key: round(getattr(model, key) * n) for key in SHARES}
         for key, title in SHARES.items():
-            numbers = {"value": getattr(model, key), "n": tables.triplets}
+            _, low, high = fraction_interval([True] * counts[key] + [False] * (n - counts[key]))
+            numbers = {"value": getattr(model, key), "low": low, "high": high, "n": n}
             yield model.model, Measure(key, title, None, "", spec=".2%"), numbers
-        yield (
-            model.model,
-            Measure("average", "average score", None, spec=".4f"),
-            {"value": model.average, "n": tables.triplets},
-        )
+        labels = [label for label, key in enumerate(SHARES, 1) for _ in range(counts[key])]
+        numbers = {"value": model.average, "n": n} | _ends(interval(labels))
+        yield model.model, Measure("average", "average score", None, spec=".4f"), numbers
 
 
 def _of_metrics(tables: Tables) -> Iterator[Row]:
     for accurate, statistics in zip(tables.table_2, tables.table_4, strict=True):
         name = accurate.metric
-        note = NOT_MEASURED + accurate.note if accurate.accuracy is None else accurate.note
+        note = accurate.note
+        if accurate.accuracy is None:
+            note = NOT_MEASURED + note.removeprefix("missing: ")
         numbers = {"value": accurate.accuracy, "low": accurate.low, "high": accurate.high}
-        about = {"n": accurate.pairs, "note": note}
-        yield name, Measure("accuracy", "accuracy", None, spec=".2%"), numbers | about
-        pearson = Measure("pearson", "Pearson correlation", None, spec=".4f")
-        yield name, pearson, {"value": statistics.pearson} | about
+        yield name, Measure("accuracy", "accuracy", None, spec=".2%"), numbers | {"n": accurate.pairs, "note": note}
+        numbers = {"value": statistics.pearson, "n": statistics.images, "note": note} | _ends(statistics.interval)
+        yield name, Measure("pearson", "Pearson correlation", None, spec=".4f"), numbers
         for spread in statistics.models:
+            about = {"n": spread.images, "note": note}
             median = Measure(f"median_{spread.model}", f"median, {spread.model}", None, "", spec=".4f")
             deviation = Measure(f"std_{spread.model}", f"standard deviation, {spread.model}", None, "", spec=".4f")
-            yield name, median, {"value": spread.median} | about
-            yield name, deviation, {"value": spread.std} | about
+            yield name, median, {"value": spread.median} | about | _ends(spread.median_interval)
+            yield name, deviation, {"value": spread.std} | about | _ends(spread.std_interval)
+
+
+def _ends(ends: tuple[float, float] | None) -> dict[str, float | None]:
+    return dict(zip(("low", "high"), ends or (None, None), strict=True))

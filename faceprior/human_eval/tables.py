@@ -190,7 +190,7 @@ def _measured(metric: str, scores: Scores, benchmark: Benchmark, human: _Human, 
     return _MetricRows(
         replace(accuracy, note="; ".join(filter(None, (accuracy.note, scores.by)))),
         tuple(means),
-        metric_statistics(metric, human.labels, array, human.models),
+        metric_statistics(metric, human.labels, array, human.models, seed),
     )
 
 
