@@ -224,7 +224,7 @@ def main(config: Config) -> None:
 
     # ---- from rows to tables
     for protocol in dict.fromkeys(row["protocol"] for row in results["rows"]):
-        results["notes"].setdefault(protocol, []).append(HOW[protocol])
+        results["notes"].setdefault(protocol, []).extend(HOW[protocol])
     settings = {key: value for key, value in asdict(config).items() if key != "overwrite"}
     results |= {"settings": settings, "versions": library_versions()}
     table = write_results(output, results)

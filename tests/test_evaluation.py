@@ -29,10 +29,18 @@ from faceprior.evaluation.items import (
     test_set_folders as folders_of_test_set,
 )
 from faceprior.evaluation.making import make_images
-from faceprior.evaluation.measures import Measure, MeasureSettings, SetValue, describe_weights, find_measure
+from faceprior.evaluation.measures import (
+    Measure,
+    MeasureSettings,
+    SetValue,
+    describe_weights,
+    find_measure,
+    measures_of,
+)
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import marked, match_by_stem, parse_methods, stems_of
 from faceprior.evaluation.restoration import restorers_of
+from faceprior.evaluation.results import result_row, weights_notes
 from faceprior.evaluation.rows import EvaluationRows, require_weights, save_weights
 from faceprior.evaluation.tables import csv_text, latex, latex_rows, markdown, published_rows, tables_of
 from faceprior.jsonl import read_rows
@@ -436,6 +444,28 @@ def test_tables_in_all_formats():
     assert latex(r"a\b~^{x}") == r"a\textbackslash{}b\textasciitilde{}\textasciicircum{}\{x\}"
     with pytest.raises(ValueError, match="`published` has to be one of .*authface_table1.* but is 'table9'"):
         published_rows("table9")
+
+
+def test_what_says_nothing_is_left_out_of_a_table():
+    """A reference that has no number, the best of equal ones, and an arrow on a share of answers."""
+    share = Measure("same", "same", None, "", spec=".1%")
+    assert share.header == "same" and replace(share, better="lower").header == "same ↓"
+    faces = find_measure("faces", "generation")
+    made = [result_row("generation", name, faces, {"value": 1.0, "n": 4}) for name in ("a", "b")]
+    made += [result_row("generation", name, share, {"value": x, "n": 4}) for name, x in (("a", 0.5), ("b", 0.25))]
+    (table,) = tables_of({"rows": [*made, result_row("generation", "reference", faces, {"n": 0})]})
+    assert [line.method for line in table.lines] == ["a", "b"] and not table.best
+    made[1]["value"] = 0.5
+    (table,) = tables_of({"rows": [*made, result_row("generation", "reference", faces, {"value": 1.0, "n": 4})]})
+    assert [line.method for line in table.lines] == ["a", "b", "reference"] and table.best == {("a", "faces")}
+
+
+def test_a_table_says_what_measured(tmp_path):
+    file = EvaluationRows(tmp_path / "rows.jsonl")
+    file.add("generation", "base", "a", image="a.png", faces=1, face_score=2.0)
+    measuring = Measuring("generation", measures_of("generation"), MeasureSettings(), file, tmp_path)
+    notes = weights_notes(measuring, {"clip": "x", "scorer": "tiny (1f2e)", "detector": "mtcnn"})
+    assert notes == ["Face Score by tiny (1f2e)", "faces by mtcnn"]
 
 
 # --- the stage on results of other programs ---

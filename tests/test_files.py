@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faceprior.files import atomic_write, copy_file, find_images, natural_key, relative_stem, utf8_text
+from faceprior.files import atomic_write, content_mark, copy_file, find_images, natural_key, relative_stem, utf8_text
 from faceprior.images import ImageError, load_image
 
 
@@ -201,3 +201,26 @@ def test_a_name_is_the_same_text_in_every_locale():
     for name in ("祖母 100%.png", b"caf\xe9.png".decode(errors="surrogateescape")):
         under_ascii = name.encode(errors="surrogateescape").decode("ascii", "surrogateescape")
         assert utf8_text(name) == utf8_text(under_ascii) == name
+
+
+def test_the_mark_of_contents_is_that_of_a_copy_and_of_no_other_file(tmp_path):
+    """Of a small file every byte counts, of a large one every 512th part; of a folder its weights by their names."""
+    small, large, folder = tmp_path / "a.txt", tmp_path / "b.bin", tmp_path / "model"
+    small.write_bytes(b"x" * 1000)
+    large.write_bytes(bytes(4_000_000))
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet/x.safetensors").write_bytes(b"1")
+    before = {path: content_mark(path) for path in (small, large, folder)}
+    assert all(len(mark) == 8 for mark in before.values())
+    assert content_mark(copy_file(small, tmp_path / "c")) == before[small]
+    small.write_bytes(b"x" * 999 + b"y")
+    with open(large, "r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"1" * 8000)
+    (folder / "config.json").touch()
+    (folder / "resume").mkdir()
+    (folder / "resume/x.safetensors").touch()
+    assert content_mark(folder) == before[folder]
+    (folder / "unet/x.safetensors").rename(folder / "unet/y.safetensors")
+    assert all(content_mark(path) != mark for path, mark in before.items())
+    assert content_mark(tmp_path / "none") == ""

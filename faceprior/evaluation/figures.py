@@ -13,14 +13,18 @@ from faceprior.tables import NOT_MEASURED
 RESAMPLES = 2000
 WORST = 20  # items of each end that a row names
 HOW = {  # protocol -> how its intervals and tests are made
-    "alignment": f"intervals: 95%, bootstrap over triplets, {RESAMPLES} resamples; of shares Wilson's",
-    "ab": f"intervals: 95%, bootstrap over people and faces, {RESAMPLES} resamples; Wilson's if all answers are alike",
+    "alignment": [f"intervals: 95%, bootstrap over triplets, {RESAMPLES} resamples; of shares Wilson's"],
+    "ab": [
+        f"intervals: 95%, bootstrap over people and faces, {RESAMPLES} resamples; Wilson's if all answers are alike"
+    ],
 }
 HOW |= dict.fromkeys(
     ("restoration", "generation"),
-    f"intervals: 95%, of a mean by the bootstrap over images (BCa, {RESAMPLES} resamples; too narrow below ten images),"
-    " of a fraction by Wilson, of FID and KID by what each image adds to them; p: Student's paired t test against the"
-    " first method on the items of both, without a correction for several tests",
+    [
+        f"intervals: 95%, of a mean by the bootstrap over images (BCa, {RESAMPLES} resamples; too narrow below ten"
+        " images), of a fraction by Wilson, of FID and KID by what each image adds to them",
+        "p: Student's paired t test against the first method on the items of both, without a correction for several tests",
+    ],
 )
 SMALL_SET = 2048  # images below which FID is biased upwards so much that KID is the better choice
 
