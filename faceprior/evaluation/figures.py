@@ -23,7 +23,7 @@ HOW |= dict.fromkeys(
     [
         f"intervals: 95%, of a mean by the bootstrap over images (BCa, {RESAMPLES} resamples; too narrow below ten"
         " images), of a fraction by Wilson, of FID and KID by what each image adds to them",
-        "p: Student's paired t test against the first method on the items of both, without a correction for several tests",
+        "p: Student's paired t test against the first method on the items of both, not corrected for several tests",
     ],
 )
 SMALL_SET = 2048  # images below which FID is biased upwards so much that KID is the better choice

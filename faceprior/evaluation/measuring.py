@@ -158,7 +158,8 @@ class Measuring:
             rows = self.samples(measure, name)
             items = sorted(rows)
             images = [self.output / rows[item]["image"] for item in items]
-            mark = _digest([*map(_stamped, images), "|", *map(_stamped, references)])
+            partners = [places.get(item, -1) for item in items]
+            mark = _digest([*map(_stamped, images), "|", *map(_stamped, references), "|", *map(str, partners)])
             place = (self.protocol, name, measure.key)
             if self.sets.get(place, {}).get("mark") == mark:
                 continue
@@ -167,7 +168,7 @@ class Measuring:
                 continue
             take = take or measure.load(self.settings)
             row = dict(zip(("protocol", "method", "key"), place, strict=True)) | {"mark": mark, "n": len(images)}
-            value, influence, std = take(images, references, partners=[places.get(item, -1) for item in items])
+            value, influence, std = take(images, references, partners=partners)
             if not all(math.isfinite(x) for x in (value, std or 0, *influence)):
                 self.failed.append((name, f"{measure.key} is {value}, which is no number"))
                 continue
