@@ -13,7 +13,7 @@ from PIL import Image
 
 from faceprior.images import load_image
 from faceprior.jsonl import append_row
-from faceprior.report import opening, write_report
+from faceprior.report import evaluation, opening, write_report
 from faceprior.report.__main__ import REPORT_FILE, main
 from faceprior.report.charts import bin_counts, histogram, running_mean, thinned, tick_texts, ticks
 from faceprior.report.making import command_text
@@ -633,3 +633,13 @@ def test_the_report_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_command_that_gets_weights_is_whole_on_the_page_of_an_evaluation(tmp_path):
+    """Some need several addresses; half a command is none."""
+    command = f"not measured: `curl -o {'x' * 900} {'y' * 600}`"
+    words = {"protocol": "generation", "method": "base", "measure": "asp", "header": "ASP", "title": "ASP"}
+    row = {**words, "spec": ".2f", "better": "higher", "note": command, "value": None, "n": 0}
+    (tmp_path / "results.json").write_text(json.dumps({"rows": [row]}))
+    (part,) = evaluation.describe(Run(tmp_path), ".")["parts"]
+    assert part.missing == [f"ASP: {command}"]

@@ -97,7 +97,7 @@ def _whole_rows(run: Run, file: str, rows: Any) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in TEXTS):
             run.note(f"{file}: row {place}", "not a row of a method and a measure")
             continue
-        texts = {key: run.plain(row[key], 600) for key in TEXTS}
+        texts = {key: run.plain(row[key], 2000) for key in TEXTS}
         texts["spec"] = texts["spec"] if _SPEC.fullmatch(texts["spec"]) else ".4g"
         ends = {
             key: [x for x in row.get(key) or [] if isinstance(x, str)]
