@@ -10,9 +10,10 @@ from accelerate import Accelerator
 
 from faceprior.config import DONE_FILE, is_complete, open_output, saved_settings
 from faceprior.training.checkpoint import RESUME_FOLDER, checkpoint_state, read_json
+from faceprior.training.inputs import require_same_inputs
 
 
-def open_run(config: Any, accelerator: Accelerator) -> Path:
+def open_run(config: Any, accelerator: Accelerator, inputs: dict[str, Any] | None = None) -> Path:
     """Open the output folder of a training stage by `open_output`, for a new run or to resume, and return it.
 
     Whatever does not change the steps already done may differ from the settings of the run that is resumed:
@@ -22,6 +23,8 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
     - what is used after the training only, which the Config names in `AFTER_TRAINING`: a finished run whose checkpoint
       exists makes its samples again;
     - all of these before the first checkpoint.
+
+    inputs: of the run's inputs those that are known by now (see `TrainingRun`), of a finished run, too.
 
     Raises FileExistsError, which names what differs.
     """
@@ -36,6 +39,7 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
     finished, checkpoint = is_complete(output), checkpoint_state(output)
     progress = read_json(output / DONE_FILE) if finished else checkpoint
     step = stored["steps"] if finished else progress.get("step", 0)
+    require_same_inputs(output, progress.get("inputs", {}), inputs or {})
     is_constant = config.schedule == stored["schedule"] == "constant"
     goes_on = config.steps > step and is_constant
     after = getattr(type(config), "AFTER_TRAINING", frozenset())
