@@ -40,7 +40,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from faceprior.errors import explain, is_out_of_memory
-from faceprior.files import hold_folder, printable
+from faceprior.files import hold_folder, printable, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -286,17 +286,34 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
     if stored is not None:
         if config.overwrite:
             _empty(output)
-        elif not all(path.name == CONFIG_FILE or _is_empty_log(path) for path in _entries(output)):
-            free = RUN_KEYS | getattr(type(config), "FREE", frozenset()) | frozenset(free)
-            _require_same_settings(output, stored, _plain(config), free)
+        else:
+            require_same_settings(config, free)
     elif output.is_dir() and (found := _entries(output)):
         raise FileExistsError(
             f"{output} was not made by {section} but has {found[0].name} in it: choose another `output`"
         )
     output.mkdir(parents=True, exist_ok=True)
     hold_folder(output, config)
+    remove_leftovers(output, recursive=True)
     save_config(config, output)
     return output
+
+
+def require_same_settings(config: Any, free: Iterable[str] = ()) -> None:
+    """Raise FileExistsError, as `open_output`, if `config.output` holds the results of other settings."""
+    output, stored, now = Path(config.output), saved_settings(config), _plain(config)
+    if stored is None or all(path.name == CONFIG_FILE or _is_empty_log(path) for path in _entries(output)):
+        return
+    if removed := sorted(stored.keys() - now.keys()):
+        logger.info("%s has settings that this version does not know, ignored: %s", output, ", ".join(removed))
+    free = RUN_KEYS | getattr(type(config), "FREE", frozenset()) | frozenset(free)
+    keys = [key for key in sorted(now.keys() - free) if stored.get(key) != now[key]]
+    if keys:
+        changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now[key])} now)" for key in keys)
+        raise FileExistsError(
+            f"{output} holds a run with other settings: {changes}. "
+            "Give the same settings to resume it, another `output`, or `--overwrite` to start over"
+        )
 
 
 def saved_settings(config: Any) -> dict[str, Any] | None:
@@ -318,11 +335,13 @@ def saved_settings(config: Any) -> dict[str, Any] | None:
 
 
 def save_config(config: Any, folder: str | Path) -> None:
-    """Write the settings to `folder/config.yaml`, which is itself a preset for `--config`."""
-    text = yaml.safe_dump({stage_name(type(config)): _plain(config)}, sort_keys=False, allow_unicode=True)
-    temporary = Path(folder) / UNSAVED_FILE
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(Path(folder) / CONFIG_FILE)
+    """Write the settings to `folder/config.yaml`, which is itself a preset for `--config`; the same are not touched."""
+    text = yaml.safe_dump({stage_name(type(config)): _plain(config)}, sort_keys=False, allow_unicode=True).encode()
+    temporary, saved = Path(folder) / UNSAVED_FILE, Path(folder) / CONFIG_FILE
+    if saved.is_file() and saved.read_bytes() == text:
+        return
+    temporary.write_bytes(text)
+    temporary.replace(saved)
 
 
 def is_complete(output: str | Path) -> bool:
@@ -491,18 +510,6 @@ def _check_range(key: str, value: Any, text: str) -> None:
         below = number <= high if right == "]" else number < high
         if not (above and below):
             raise ValueError(f"`{key}` has to be in {match.group(0)} but is {number}")
-
-
-def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, Any], free: frozenset[str]) -> None:
-    if removed := sorted(stored.keys() - now.keys()):
-        logger.info("%s has settings that this version does not know, ignored: %s", output, ", ".join(removed))
-    keys = [key for key in sorted(now.keys() - free) if stored.get(key) != now[key]]
-    if keys:
-        changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now[key])} now)" for key in keys)
-        raise FileExistsError(
-            f"{output} holds a run with other settings: {changes}. "
-            "Give the same settings to resume it, another `output`, or `--overwrite` to start over"
-        )
 
 
 def _entries(output: Path) -> list[Path]:

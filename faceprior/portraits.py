@@ -69,6 +69,7 @@ def _portrait_from_row(folder: Path, row: dict[str, Any]) -> Portrait:
         require_keys(row, {group: list})
         if not all(isinstance(tag, str) for tag in row[group]):
             raise ValueError(f"`{group}` has to be a list of strings but is {row[group]!r}")
+        "".join(row[group]).encode()  # a lone surrogate, which no tokenizer takes, is a ValueError
     resolve_file(folder, row["image"])
     return Portrait(**{key: row[key] for key in _ROW_TYPES}, **{group: tuple(row[group]) for group in GROUPS})
 

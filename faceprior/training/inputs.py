@@ -17,7 +17,7 @@ _VALUES = 64  # of each tensor
 
 
 def describe_samples(dataset) -> str:
-    """Return the number of a dataset's samples, and a hash of what they are: `7 samples, 1f2e3d4c`.
+    """Return the number of a dataset's samples, and a hash of what they are: `7 samples (1f2e3d4c)`.
 
     The hash is of `dataset.source(index)` of all samples, as the cache's (see `cache_dataset`), where a file stands for
     its size: whatever its folder is called, and whenever it was written. A dataset without `source` has no hash.
@@ -29,11 +29,11 @@ def describe_samples(dataset) -> str:
     for index in range(len(dataset)):
         source = json.dumps(dataset.source(index), sort_keys=True, default=lambda file: Path(file).stat().st_size)
         digest.update(source.encode())
-    return f"{number}, {digest.hexdigest()[:8]}"
+    return f"{number} ({digest.hexdigest()[:8]})"
 
 
 def describe_weights(tensors: Iterable[Tensor]) -> str:
-    """Return the number of tensors, and a hash of their shapes and of some values of each: `1680 tensors, 1f2e3d4c`.
+    """Return the number of tensors, and a hash of their shapes and of some values of each: `1680 tensors (1f2e3d4c)`.
 
     The values are evenly spaced, so that every fine-tuning shows. Those of quantized weights, which may depend on the
     device, do not count.
@@ -43,7 +43,7 @@ def describe_weights(tensors: Iterable[Tensor]) -> str:
         some = tensor.flatten()[:: max(1, tensor.numel() // _VALUES)]
         digest.update(str(tuple(tensor.shape)).encode() + some.float().cpu().numpy().tobytes())
         number += 1
-    return f"{number} tensors, {digest.hexdigest()[:8]}"
+    return f"{number} tensors ({digest.hexdigest()[:8]})"
 
 
 def require_same_inputs(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -54,6 +54,6 @@ def require_same_inputs(output: Path, before: dict[str, Any], now: dict[str, Any
     if other := [name for name in now if before.get(name, now[name]) != now[name]]:
         changes = "; ".join(f"{name}: {before[name]} then, {now[name]} now" for name in other)
         raise FileExistsError(
-            f"{output} holds a run that began with other input ({changes}): put that back to resume it, or give "
-            "another `output`, or start over"
+            f"{output} holds a run that began with other input, {changes}. Put that back to resume it, or give another "
+            "`output`, or start over"
         )

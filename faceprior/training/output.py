@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from faceprior.config import DONE_FILE, is_complete, open_output, saved_settings
+from faceprior.config import DONE_FILE, is_complete, open_output, require_same_settings, saved_settings
 from faceprior.training.checkpoint import RESUME_FOLDER, checkpoint_state, read_json
 from faceprior.training.inputs import require_same_inputs
 
@@ -39,7 +39,6 @@ def open_run(config: Any, accelerator: Accelerator, inputs: dict[str, Any] | Non
     finished, checkpoint = is_complete(output), checkpoint_state(output)
     progress = read_json(output / DONE_FILE) if finished else checkpoint
     step = stored["steps"] if finished else progress.get("step", 0)
-    require_same_inputs(output, progress.get("inputs", {}), inputs or {})
     is_constant = config.schedule == stored["schedule"] == "constant"
     goes_on = config.steps > step and is_constant
     after = getattr(type(config), "AFTER_TRAINING", frozenset())
@@ -62,6 +61,8 @@ def open_run(config: Any, accelerator: Accelerator, inputs: dict[str, Any] | Non
             f"{output} was trained for {step} steps and its checkpoint {output / RESUME_FOLDER} does not exist, so it "
             "cannot be trained further: choose another `output`, or `--overwrite` to start over"
         )
+    require_same_settings(config, free)
+    require_same_inputs(output, progress.get("inputs", {}), inputs or {})
     open_output(config, free)
     if finished and (goes_on or samples_again):
         (output / DONE_FILE).unlink()

@@ -205,7 +205,8 @@ class TrainingRun:
 
     def describe(self) -> str:
         """Return how many steps were done and which weights the run ends with, in words."""
-        steps = f"{self.step} of {self.steps} steps, ended early" if self.stopped_early else f"{self.step} steps"
+        steps = f"{self.step} step{'s' if self.step != 1 else ''}"
+        steps = f"{self.step} of {self.steps} steps, ended early" if self.stopped_early else steps
         if self._weights.best:
             return f"{steps}, weights of step {self.best['step']}"
         return f"{steps}, averaged weights" if self._weights.are_averaged else steps
