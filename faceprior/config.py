@@ -67,7 +67,7 @@ def run_stage(
     """Parse the command line into `config_class` and call `main`.
 
     plan: what `--plan [SIZE]` calls instead, with the settings and the size, empty without one; its result is the exit
-    code.
+    code, and that of an error 2, so that 1 says one thing only.
 
     An error that is the user's business (see `errors`) is shown as one line; any other keeps its traceback. Ctrl-C ends
     the program with exit code 130. Printed names that the terminal's encoding lacks are shown as escapes.
@@ -93,7 +93,11 @@ def run_stage(
         if is_out_of_memory(error):
             message += f"; {memory_advice(config)}"
             message += "; `--plan 8GB` finds what fits into 8 GB" if plan else ""
-        raise SystemExit(f"{stage.name}: error: {printable(message, sys.stderr.encoding)}") from error
+        message = f"{stage.name}: error: {printable(message, sys.stderr.encoding)}"
+        if size is None:
+            raise SystemExit(message) from error
+        print(message, file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 @contextmanager
@@ -388,7 +392,7 @@ def _source(config_class: type) -> tuple[dict[int, str], dict[str, range]]:
 
 _PLAN_HELP = (
     "print the memory that the training takes, by part and phase, and end; with a card's size, such as 8GB: also the "
-    "options with which it fits, cheapest first. Loads no weights. Exit code 0 if it fits, 1 if not"
+    "options with which it fits, cheapest first. Loads no weights. Exit code 0 if it fits, 1 if not, 2 after an error"
 )
 
 

@@ -305,7 +305,8 @@ def save_prior(config: Config, output: Path, tuner: TunedPipeline, base: str) ->
         full = load_pipeline(base, dtype, config.vae, config.prediction_type) if is_quantized else pipeline
         pipeline = fuse_lora(pipeline, full)
     pipeline.unet.to(dtype)
-    lines = [f"whole model, for `DiffusionPipeline.from_pretrained` and stage 6: {output}"]
+    loaded = "" if config.mixed_precision == "no" else f"(..., dtype={dtype})"
+    lines = [f"whole model, for `DiffusionPipeline.from_pretrained{loaded}` and stage 6: {output}"]
     if config.single_file != "none":
         kind = torch.float16 if config.single_file == "fp16" else torch.float32
         save_single_file(pipeline, output / SINGLE_FILE, kind)

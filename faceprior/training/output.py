@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from faceprior.config import DONE_FILE, is_complete, open_output, require_same_settings, saved_settings
+from faceprior.files import hold_folder
 from faceprior.training.checkpoint import RESUME_FOLDER, checkpoint_state, read_json
 from faceprior.training.inputs import require_same_inputs
 
@@ -36,7 +38,10 @@ def open_run(config: Any, accelerator: Accelerator, inputs: dict[str, Any] | Non
         return open_output(config)
 
     # ---- How far the run is
-    finished, checkpoint = is_complete(output), checkpoint_state(output)
+    finished = is_complete(output)
+    if finished and stored["schedule"] != "constant":  # a kill while `TrainingRun.finish` deleted it leaves a part
+        shutil.rmtree(output / RESUME_FOLDER, ignore_errors=True)
+    checkpoint = checkpoint_state(output)
     progress = read_json(output / DONE_FILE) if finished else checkpoint
     step = stored["steps"] if finished else progress.get("step", 0)
     is_constant = config.schedule == stored["schedule"] == "constant"
@@ -63,10 +68,10 @@ def open_run(config: Any, accelerator: Accelerator, inputs: dict[str, Any] | Non
         )
     require_same_settings(config, free)
     require_same_inputs(output, progress.get("inputs", {}), inputs or {})
-    open_output(config, free)
     if finished and (goes_on or samples_again):
-        (output / DONE_FILE).unlink()
-    return output
+        hold_folder(output, config)
+        (output / DONE_FILE).unlink()  # before the new settings are saved, which nothing is made with yet
+    return open_output(config, free)
 
 
 def other_samples(output: Path, samples: int, parts: tuple[int, int, int]) -> str:
