@@ -223,7 +223,8 @@ class TrainingRun:
             summary["best_step"] = self.best["step"]
         if self.stopped_early:
             summary["stopped_early"] = True
-        summary = {"samples_per_step": self._samples_per_step, "inputs": self.inputs, **summary}
+        inputs = {"inputs": self.inputs} if self.inputs else {}
+        summary = {"samples_per_step": self._samples_per_step, **inputs, **summary}
         finish(self.output, steps=self.step, **summary)
         folder = self.output / RESUME_FOLDER
         if self.schedule != "constant":
