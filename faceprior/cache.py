@@ -8,7 +8,8 @@ folder is a hash of the weights and the config of the VAE, or of the text encode
 runs that agree in all of this share theirs, and a folder of pairs or a model may be moved. Old entries stay until
 somebody deletes them: nothing refers to an entry but its name.
 
-Entries appear whole or not at all. After a kill the same command goes on with the entries that are missing.
+Entries appear whole or not at all. After a kill the same command goes on with the entries that are missing. Each holds
+a checksum, which is compared when it is first read: one that a disk or a copy has spoilt ends the run and is deleted.
 """
 
 from __future__ import annotations
@@ -18,23 +19,25 @@ import hashlib
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from faceprior.diffusion import PromptEmbeddings, encode_prompts, networks_of
-from faceprior.files import atomic_write, size_text
+from faceprior.files import atomic_write, remove_leftovers, size_text
 from faceprior.memory import ENCODING, Rehearsal
 from faceprior.models import placed
 from faceprior.training import collate
@@ -43,6 +46,7 @@ logger = logging.getLogger(__name__)
 # Part of every folder's name: raise it when the code makes other tensors than before of the same images and prompts.
 FORMAT = 1
 DROPPED = "dropped_"  # before the names of the dropped prompt's tensors
+CHECKSUM = "crc32"  # key in an entry's metadata; entries of former versions have none
 _PROMPTS_AT_ONCE = 8
 
 
@@ -58,6 +62,7 @@ class CachedDataset(Dataset):
 
     def __init__(self, values: list[dict[str, Any]], files: list[tuple[Path, ...]]):
         self.values, self.files = values, files
+        self._checked: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -66,10 +71,20 @@ class CachedDataset(Dataset):
         sample = dict(self.values[index])
         for file in self.files[index]:
             try:
-                sample |= load_file(file)
+                sample |= self._read(file)
             except (OSError, SafetensorError) as error:
                 raise OSError(f"the cache's {file} is gone or damaged ({error}): the same command makes it") from error
         return sample
+
+    def _read(self, file: Path) -> dict[str, Tensor]:
+        with safe_open(file, "pt") as entry:
+            tensors = {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118
+            stated = (entry.metadata() or {}).get(CHECKSUM)
+        if file not in self._checked and stated not in (None, _checksum(tensors)):
+            file.unlink(missing_ok=True)  # by its length it is whole, so that nothing else would make it again
+            raise OSError("its bytes are not those that were written")
+        self._checked.add(file)
+        return tensors
 
 
 def cache_dataset(
@@ -202,8 +217,11 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _tensor_digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return _hash([str(tensor.dtype), list(tensor.shape), hashlib.sha256(data).hexdigest()])
+    return _hash([str(tensor.dtype), list(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest()])
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _hash(value: Any, default: Callable[[Any], Any] = str) -> str:
@@ -281,6 +299,13 @@ def _fill(
         accelerator.wait_for_everyone()
 
 
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(_bytes(tensor), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
+
+
 def _is_whole(file: Path) -> bool:
     """Tell whether an entry exists; a damaged one does not, and is named."""
     try:
@@ -295,10 +320,13 @@ def _is_whole(file: Path) -> bool:
 
 def _write(files: list[Path], entries: Iterable[dict[str, Tensor]], what: str, accelerator: Accelerator) -> None:
     folder = files[0].parent.parent
+    for place in {file.parent for file in files}:
+        remove_leftovers(place)
     bar = tqdm(total=len(files), desc=f"caching {what}", disable=not accelerator.is_main_process)
     with bar:
         for number, (file, entry) in enumerate(zip(files, entries, strict=True)):
-            data = save({name: tensor.cpu().contiguous() for name, tensor in entry.items()})
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in entry.items()}
+            data = save(tensors, {CHECKSUM: _checksum(tensors)})
             try:
                 if number == 0:
                     _require_space(folder, len(data) * len(files) * accelerator.num_processes)

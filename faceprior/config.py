@@ -40,7 +40,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from faceprior.errors import explain, is_out_of_memory
-from faceprior.files import hold_folder, printable
+from faceprior.files import hold_folder, printable, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def run_stage(
     """Parse the command line into `config_class` and call `main`.
 
     plan: what `--plan [SIZE]` calls instead, with the settings and the size, empty without one; its result is the exit
-    code.
+    code, and that of an error 2, so that 1 says one thing only.
 
     An error that is the user's business (see `errors`) is shown as one line; any other keeps its traceback. Ctrl-C ends
     the program with exit code 130. Printed names that the terminal's encoding lacks are shown as escapes.
@@ -93,7 +93,11 @@ def run_stage(
         if is_out_of_memory(error):
             message += f"; {memory_advice(config)}"
             message += "; `--plan 8GB` finds what fits into 8 GB" if plan else ""
-        raise SystemExit(f"{stage.name}: error: {printable(message, sys.stderr.encoding)}") from error
+        message = f"{stage.name}: error: {printable(message, sys.stderr.encoding)}"
+        if size is None:
+            raise SystemExit(message) from error
+        print(message, file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 @contextmanager
@@ -286,17 +290,34 @@ def open_output(config: Any, free: Iterable[str] = ()) -> Path:
     if stored is not None:
         if config.overwrite:
             _empty(output)
-        elif not all(path.name == CONFIG_FILE or _is_empty_log(path) for path in _entries(output)):
-            free = RUN_KEYS | getattr(type(config), "FREE", frozenset()) | frozenset(free)
-            _require_same_settings(output, stored, _plain(config), free)
+        else:
+            require_same_settings(config, free)
     elif output.is_dir() and (found := _entries(output)):
         raise FileExistsError(
             f"{output} was not made by {section} but has {found[0].name} in it: choose another `output`"
         )
     output.mkdir(parents=True, exist_ok=True)
     hold_folder(output, config)
+    remove_leftovers(output, recursive=True)
     save_config(config, output)
     return output
+
+
+def require_same_settings(config: Any, free: Iterable[str] = ()) -> None:
+    """Raise FileExistsError, as `open_output`, if `config.output` holds the results of other settings."""
+    output, stored, now = Path(config.output), saved_settings(config), _plain(config)
+    if stored is None or all(path.name == CONFIG_FILE or _is_empty_log(path) for path in _entries(output)):
+        return
+    if removed := sorted(stored.keys() - now.keys()):
+        logger.info("%s has settings that this version does not know, ignored: %s", output, ", ".join(removed))
+    free = RUN_KEYS | getattr(type(config), "FREE", frozenset()) | frozenset(free)
+    keys = [key for key in sorted(now.keys() - free) if stored.get(key) != now[key]]
+    if keys:
+        changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now[key])} now)" for key in keys)
+        raise FileExistsError(
+            f"{output} holds a run with other settings: {changes}. "
+            "Give the same settings to resume it, another `output`, or `--overwrite` to start over"
+        )
 
 
 def saved_settings(config: Any) -> dict[str, Any] | None:
@@ -318,11 +339,13 @@ def saved_settings(config: Any) -> dict[str, Any] | None:
 
 
 def save_config(config: Any, folder: str | Path) -> None:
-    """Write the settings to `folder/config.yaml`, which is itself a preset for `--config`."""
-    text = yaml.safe_dump({stage_name(type(config)): _plain(config)}, sort_keys=False, allow_unicode=True)
-    temporary = Path(folder) / UNSAVED_FILE
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(Path(folder) / CONFIG_FILE)
+    """Write the settings to `folder/config.yaml`, which is itself a preset for `--config`; the same are not touched."""
+    text = yaml.safe_dump({stage_name(type(config)): _plain(config)}, sort_keys=False, allow_unicode=True).encode()
+    temporary, saved = Path(folder) / UNSAVED_FILE, Path(folder) / CONFIG_FILE
+    if saved.is_file() and saved.read_bytes() == text:
+        return
+    temporary.write_bytes(text)
+    temporary.replace(saved)
 
 
 def is_complete(output: str | Path) -> bool:
@@ -369,7 +392,7 @@ def _source(config_class: type) -> tuple[dict[int, str], dict[str, range]]:
 
 _PLAN_HELP = (
     "print the memory that the training takes, by part and phase, and end; with a card's size, such as 8GB: also the "
-    "options with which it fits, cheapest first. Loads no weights. Exit code 0 if it fits, 1 if not"
+    "options with which it fits, cheapest first. Loads no weights. Exit code 0 if it fits, 1 if not, 2 after an error"
 )
 
 
@@ -491,18 +514,6 @@ def _check_range(key: str, value: Any, text: str) -> None:
         below = number <= high if right == "]" else number < high
         if not (above and below):
             raise ValueError(f"`{key}` has to be in {match.group(0)} but is {number}")
-
-
-def _require_same_settings(output: Path, stored: dict[str, Any], now: dict[str, Any], free: frozenset[str]) -> None:
-    if removed := sorted(stored.keys() - now.keys()):
-        logger.info("%s has settings that this version does not know, ignored: %s", output, ", ".join(removed))
-    keys = [key for key in sorted(now.keys() - free) if stored.get(key) != now[key]]
-    if keys:
-        changes = ", ".join(f"{key} ({_text(stored.get(key))} there, {_text(now[key])} now)" for key in keys)
-        raise FileExistsError(
-            f"{output} holds a run with other settings: {changes}. "
-            "Give the same settings to resume it, another `output`, or `--overwrite` to start over"
-        )
 
 
 def _entries(output: Path) -> list[Path]:

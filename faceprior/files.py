@@ -335,9 +335,9 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise
 
 
-def remove_leftovers(folder: str | Path) -> None:
+def remove_leftovers(folder: str | Path, recursive: bool = False) -> None:
     """Delete what killed processes left of `atomic_write` in a folder; those that are alive have locked theirs."""
-    for path in Path(folder).glob(".faceprior-*.tmp"):
+    for path in Path(folder).glob(f"{'**/' if recursive else ''}.faceprior-*.tmp"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if _lock(file):
                 path.unlink()

@@ -137,6 +137,10 @@ def prompts_by_size(pairs: list[FacePair]) -> list[str]:
 # ---- Datasets
 
 
+def _files_of(pair: FacePair) -> dict[str, Path]:
+    return {side: Path(getattr(pair, side)) for side in SIDES}
+
+
 class PairDataset(Dataset):
     """Pairs of `gather_pairs` as tensors of one size.
 
@@ -153,8 +157,8 @@ class PairDataset(Dataset):
     def source(self, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the sample's prompt, and what its tensors depend on, for `cache.cache_dataset`."""
         pair = self.pairs[index]
-        files = {side: Path(getattr(pair, side)) for side in SIDES}
-        return {"id": pair.id, "prompt": pair.prompt}, {**files, "box": pair.box, "resolution": self.resolution}
+        identity = {**_files_of(pair), "box": pair.box, "resolution": self.resolution}
+        return {"id": pair.id, "prompt": pair.prompt}, identity
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
@@ -185,6 +189,11 @@ class FaceCrops(Dataset):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def source(self, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the sample's id, and what its crops depend on but for the changes (see `describe_samples`)."""
+        pair = self.pairs[index]
+        return {"id": pair.id}, {**_files_of(pair), "box": pair.box}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]

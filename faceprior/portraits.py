@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from faceprior.images import to_pixel_values
+from faceprior.images import to_pixel_values, verify_image
 from faceprior.jsonl import read_manifest, require_keys, resolve_file
 from faceprior.tags import GROUPS, Tags, WhichTags, split_tags
 
@@ -54,10 +56,24 @@ _ROW_TYPES = {
 def read_portraits(folder: str | Path) -> tuple[list[Portrait], list[tuple[str, str]]]:
     """Read the portraits of a folder that stage 3 made -> (portraits, problems as (place, reason)).
 
-    A portrait with a torn row, a row without a key, a missing file or a path out of the folder is skipped and becomes a
-    problem. Raises FileNotFoundError without a manifest, ValueError when no usable portrait is left.
+    A portrait with a torn row, a row without a key, a missing or damaged file or a path out of the folder is skipped
+    and becomes a problem. Raises FileNotFoundError without a manifest, ValueError when no usable portrait is left.
     """
-    return read_manifest(folder, _portrait_from_row, "portrait", "03_curate_portraits")
+    portraits, problems = read_manifest(folder, _portrait_from_row, "portrait", "03_curate_portraits")
+    with ThreadPoolExecutor() as pool:
+        reasons = list(pool.map(partial(_file_problem, Path(folder)), portraits))
+    problems += [(portrait.id, reason) for portrait, reason in zip(portraits, reasons, strict=True) if reason]
+    usable = [portrait for portrait, reason in zip(portraits, reasons, strict=True) if not reason]
+    if not usable:
+        raise ValueError(f"{folder} has no usable portrait; the first problem: {': '.join(problems[0])}")
+    return usable, problems
+
+
+def _file_problem(folder: Path, portrait: Portrait) -> str | None:
+    try:
+        verify_image(folder / portrait.image)
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def _portrait_from_row(folder: Path, row: dict[str, Any]) -> Portrait:
@@ -69,6 +85,7 @@ def _portrait_from_row(folder: Path, row: dict[str, Any]) -> Portrait:
         require_keys(row, {group: list})
         if not all(isinstance(tag, str) for tag in row[group]):
             raise ValueError(f"`{group}` has to be a list of strings but is {row[group]!r}")
+        "".join(row[group]).encode()  # a lone surrogate, which no tokenizer takes, is a ValueError
     resolve_file(folder, row["image"])
     return Portrait(**{key: row[key] for key in _ROW_TYPES}, **{group: tuple(row[group]) for group in GROUPS})
 

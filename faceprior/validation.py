@@ -15,6 +15,7 @@ prompts that are given; how the model does on prompts that it was not trained on
 
 import logging
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -289,6 +290,7 @@ class Validation:
             scores = [[self._score(image) for image in images] for images in sides] or [[], []]
 
         if self.run.output is not None:
+            shutil.rmtree(self.run.output / "samples", ignore_errors=True)  # an earlier end may have drawn more
             rows = []
             for seed, names in enumerate(files):
                 for name, images in zip(names, sides, strict=True):

@@ -38,7 +38,17 @@ from faceprior.pairs import FaceCrops, FacePair, gather_pairs
 from faceprior.plan import show_plan
 from faceprior.scorer import FaceScorer, ScoreReference, empty_scorer
 from faceprior.scorer_checks import REPORT_FILE, accuracy_by_area, describe, measure_shortcuts, report_scores
-from faceprior.training import TrainingRun, collate, make_accelerator, make_optimizer, open_run, seeded, stable_seed
+from faceprior.training import (
+    TrainingRun,
+    collate,
+    describe_samples,
+    describe_weights,
+    make_accelerator,
+    make_optimizer,
+    open_run,
+    seeded,
+    stable_seed,
+)
 
 SCORES = "scores.jsonl"
 
@@ -80,11 +90,12 @@ def main(config: Config) -> None:
     # ---- Input and output
     pairs, problems = gather_pairs(config.pairs)
     training, held_out = split(config, pairs)
+    inputs = {"pairs": describe_samples(FaceCrops(pairs))}
     accelerator = make_accelerator(
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
     )
     with accelerator.main_process_first():
-        output = open_run(config, accelerator)
+        output = open_run(config, accelerator, inputs)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
             return
@@ -92,14 +103,15 @@ def main(config: Config) -> None:
 
     # ---- The scorer, of which the first 70% of the layers keep their weights (section 4.4)
     scorer = FaceScorer.from_pretrained(init)
+    inputs["init"] = describe_weights(scorer.parameters())
     scorer.register_to_config(reward_mean=0.0, reward_std=1.0)  # ImageReward's, which Face Score does not apply
     trained = select_trained(config, scorer)
 
     # ---- Optimizer, and the run with its checkpoints
     optimizer = make_optimizer(trained, config.optimizer, config.learning_rate, config.weight_decay)
     model, optimizer = accelerator.prepare(scorer, optimizer)
-    schedule = (config.save_every, config.warmup_steps, config.schedule)
-    run = TrainingRun(output, config.steps, accelerator, {"scorer": model}, {"scorer": optimizer}, *schedule)
+    schedule, networks = (config.save_every, config.warmup_steps, config.schedule), {"scorer": model}
+    run = TrainingRun(output, config.steps, accelerator, networks, {"scorer": optimizer}, *schedule, inputs=inputs)
     prepare = partial(to_pixel_values, scorer, config.augment)
 
     # ---- The score to beat: of the untrained scorer, or of the weights kept before the run was resumed

@@ -49,7 +49,7 @@ from faceprior.plan import show_plan
 from faceprior.prompts import read_prompts
 from faceprior.reward_tuning import FaceReward
 from faceprior.scorer import FaceScorer, empty_scorer
-from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run
+from faceprior.training import TrainingRun, describe_samples, make_accelerator, make_optimizer, open_run
 from faceprior.validation import Validation, require_scores
 
 EXTRACTED, SINGLE_FILE = "lora", "guided.safetensors"
@@ -154,6 +154,8 @@ def main(config: Config) -> None:
     # ---- Input and output
     require_trainable(config.train, config.quantization)
     pairs, problems = gather_pairs(config.pairs)
+    dataset = PairDataset(pairs, config.resolution)
+    inputs = {"pairs": describe_samples(dataset)}
     sample_prompts = read_prompts(config.prompts) if config.prompts else prompts_by_size(pairs)
     accelerator = make_accelerator(
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
@@ -163,7 +165,7 @@ def main(config: Config) -> None:
         if config.overwrite or not is_complete(config.output):
             require_files(config, require_base(base, "tune", config.vae, config.prediction_type, config.train))
             require_scores(config, find_scorer(config.scorer, base), config.validate_every)
-        output = open_run(config, accelerator)
+        output = open_run(config, accelerator, inputs)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
             return
@@ -173,11 +175,11 @@ def main(config: Config) -> None:
 
     # ---- The base, and which of its weights are trained
     tuner = make_tuner(config, base)
+    inputs["base"] = tuner.describe_base()
     require_side(tuner.pipeline(), config.resolution)
     make_sampler(config.sampler, tuner.pipeline().scheduler)  # one that does not fit is found now, not at the end
 
     # ---- The pairs; with a cache, the VAE and the text encoders are on the device only while they fill it
-    dataset = PairDataset(pairs, config.resolution)
     if accelerator.is_main_process:
         report_small_side(tuner.pipeline(), config.resolution)
         report_long_prompts(tuner.pipeline(), [*sample_prompts, *(pair.prompt for pair in pairs)])
@@ -191,6 +193,7 @@ def main(config: Config) -> None:
     denoiser, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
     keeping = {key: getattr(config, key) for key in ("ema_decay", "ema_device", "keep_best", "patience")}
+    keeping["inputs"] = inputs
     run = TrainingRun(output, config.steps, accelerator, {"unet": denoiser}, {"unet": optimizer}, *schedule, **keeping)
 
     # ---- Images at fixed prompts and seeds, to see whether it helps: the untuned ones, at step 0

@@ -55,6 +55,7 @@ from faceprior.portraits import PortraitDataset, read_portraits
 from faceprior.prompts import read_prompts
 from faceprior.training import (
     TrainingRun,
+    describe_samples,
     drop_prompts,
     make_accelerator,
     make_optimizer,
@@ -139,6 +140,8 @@ def main(config: Config) -> None:
     require_trainable(config.train, config.quantization)
     require_files(config)
     portraits, problems = read_portraits(config.portraits)
+    dataset = PortraitDataset(config.portraits, portraits, config.resolution, config.tags)
+    inputs = {"portraits": describe_samples(dataset)}
     sample_prompts = read_prompts(config.prompts) if config.prompts else sorted({p.caption for p in portraits})
     accelerator = make_accelerator(
         config.device, config.mixed_precision, config.accumulation, config.tracker, config.output
@@ -147,19 +150,18 @@ def main(config: Config) -> None:
         base = tiny.resolve(config.base, "sdxl")
         if config.overwrite or not is_complete(config.output):
             require_base(base, "prior", config.vae, config.prediction_type)
-        output = open_run(config, accelerator)
+        output = open_run(config, accelerator, inputs)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
             return
 
     # ---- The base, and which of its weights are trained
     tuner = make_tuner(config, base)
-    pipeline = tuner.pipeline()
+    pipeline, inputs["base"] = tuner.pipeline(), tuner.describe_base()
     require_side(pipeline, config.resolution)
     make_sampler(config.sampler, pipeline.scheduler)  # one that does not fit is found now, not at the end
 
     # ---- The portraits; with a cache, the VAE and the text encoders are on the device only while they fill it
-    dataset = PortraitDataset(config.portraits, portraits, config.resolution, config.tags)
     if accelerator.is_main_process:
         report_small_side(pipeline, config.resolution)
         report_long_prompts(pipeline, [*sample_prompts, *(portrait.prompt(config.tags) for portrait in portraits)])
@@ -176,8 +178,8 @@ def main(config: Config) -> None:
     unet, optimizer = accelerator.prepare(tuner.denoiser, optimizer)
     noise_scheduler = make_noise_scheduler(pipeline)
     schedule = (config.save_every, config.warmup_steps, config.schedule)
-    averaging = {"ema_decay": config.ema_decay, "ema_device": config.ema_device}
-    run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule, **averaging)
+    keeping = {"ema_decay": config.ema_decay, "ema_device": config.ema_device, "inputs": inputs}
+    run = TrainingRun(output, config.steps, accelerator, {"unet": unet}, {"unet": optimizer}, *schedule, **keeping)
 
     # ---- Images at fixed prompts and seeds, to see whether it helps: the untuned ones, at step 0
     drawing = (config.resolution, config.validate_every, config.num_validation, config.sample_steps, config.sampler)
@@ -303,7 +305,8 @@ def save_prior(config: Config, output: Path, tuner: TunedPipeline, base: str) ->
         full = load_pipeline(base, dtype, config.vae, config.prediction_type) if is_quantized else pipeline
         pipeline = fuse_lora(pipeline, full)
     pipeline.unet.to(dtype)
-    lines = [f"whole model, for `DiffusionPipeline.from_pretrained` and stage 6: {output}"]
+    loaded = "" if config.mixed_precision == "no" else f"(..., dtype={dtype})"
+    lines = [f"whole model, for `DiffusionPipeline.from_pretrained{loaded}` and stage 6: {output}"]
     if config.single_file != "none":
         kind = torch.float16 if config.single_file == "fp16" else torch.float32
         save_single_file(pipeline, output / SINGLE_FILE, kind)

@@ -37,6 +37,7 @@ from faceprior.diffusion import (
     added_conditions,
     encode_prompts,
     make_noise_scheduler,
+    networks_of,
     noise_like,
     pred_original_sample,
     require_side,
@@ -59,7 +60,16 @@ from faceprior.restoration_reward import RestorationReward
 from faceprior.restorer import NEGATIVE_PROMPT, PROMPT, AuthFaceRestorer, RestorerSettings
 from faceprior.reward_tuning import FaceReward
 from faceprior.scorer import FaceScorer, empty_scorer
-from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run, sample_timesteps, seeded
+from faceprior.training import (
+    TrainingRun,
+    describe_samples,
+    describe_weights,
+    make_accelerator,
+    make_optimizer,
+    open_run,
+    sample_timesteps,
+    seeded,
+)
 
 
 @dataclass
@@ -160,6 +170,7 @@ def main(config: Config) -> None:
         raise FileNotFoundError(f"no faces in {config.images}: `python stages/03_curate_portraits.py` makes them")
     ranges = ranges_of(config, config.resolution)
     paths, problems = readable_images(config.images)
+    inputs = {"images": describe_samples(CleanFaces(paths, config.resolution))}
     folder = Path(config.prior)
     if looks_like_path(config.prior) and not folder.exists():
         raise FileNotFoundError(f"no prior in {config.prior}: `python stages/05_prior_tune.py` makes one")
@@ -175,7 +186,7 @@ def main(config: Config) -> None:
         base = tiny.resolve(config.prior, "sdxl")
         if config.overwrite or not is_complete(config.output):
             require_base(base, "restore")
-        output = open_run(config, accelerator)
+        output = open_run(config, accelerator, inputs)
         if is_complete(output):
             accelerator.print(f"{output} is complete")
             return
@@ -190,6 +201,7 @@ def main(config: Config) -> None:
     # ---- The frozen prior with the null prompt, whose encoders then leave the device, and the trained ControlNet
     dtype = weight_dtype(config.mixed_precision)
     prior = load_pipeline(base, dtype)
+    inputs["prior"] = describe_weights(p for network in networks_of(prior) for p in network.parameters())
     require_side(prior, config.resolution)
     controlnet = make_controlnet(config, prior)
     quantize(prior.unet, config.quantization)  # after the ControlNet was made, which may start from its encoder
@@ -215,7 +227,7 @@ def main(config: Config) -> None:
     if facial:
         modules["discriminators"], optimizers["discriminators"] = facial.discriminators, facial.optimizer
     schedule = (config.save_every, config.warmup_steps, config.schedule)
-    run = TrainingRun(output, config.steps, accelerator, modules, optimizers, *schedule)
+    run = TrainingRun(output, config.steps, accelerator, modules, optimizers, *schedule, inputs=inputs)
 
     # ---- Training with `compute_loss` (section 3.2)
     networks = Networks(prior, model, make_noise_scheduler(prior), prompt)

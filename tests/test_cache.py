@@ -328,6 +328,22 @@ def test_a_killed_process_is_resumed(tuner, pairs, tmp_path):
         same(fresh[index], stored[index])
 
 
+def test_a_spoilt_entry_of_the_right_length_ends_the_run_and_is_made_again(tuner, pairs, tmp_path):
+    """One bit of a latent, and of an embedding; entries of versions without a checksum are taken as they are."""
+    stored = cached(tuner, tmp_path / "cache", dataset(pairs))
+    expected = {key: value.clone() for key, value in stored[0].items() if torch.is_tensor(value)}
+    for file in stored.files[0][:2]:
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(OSError, match=f"{file.name} is gone or damaged .*not those that were written.*makes it"):
+            CachedDataset(stored.values, stored.files)[0]
+        stored = cached(tuner, tmp_path / "cache", dataset(pairs))
+        same(expected, {key: value for key, value in stored[0].items() if key in expected})
+    save_file({key: value + 1 for key, value in load_file(stored.files[0][0]).items()}, stored.files[0][0])
+    assert (CachedDataset(stored.values, stored.files)[0]["good_latents"] == expected["good_latents"] + 1).all()
+
+
 def test_damaged_entries_are_made_again(tuner, pairs, tmp_path, caplog):
     """A truncated one, an empty one, one of zeros: each is named."""
     before = cached(tuner, tmp_path / "cache", dataset(pairs))

@@ -31,6 +31,7 @@ from faceprior.config import (
     saved_settings,
     stage_name,
 )
+from faceprior.files import atomic_write
 
 STAGE = '''
 """Stage 0: an example. 100% of it is for the tests."""
@@ -421,8 +422,25 @@ def test_saved_settings_are_a_preset(stage, config):
 
 
 def test_same_settings_resume(config):
+    """The file of the settings is not written again, as it could not be where nobody may write."""
     (open_output(config) / "row").write_text("kept")
+    saved = Path(config.output, "config.yaml")
+    os.utime(saved, (1, 1))
     assert (open_output(config) / "row").read_text() == "kept"
+    assert saved.stat().st_mtime == 1
+
+
+def test_what_a_kill_left_of_a_file_goes_at_the_next_start(config):
+    """In sub-folders, too, where the samples are; not while another file is written there."""
+    folder = open_output(config) / "validation/000002"
+    folder.mkdir(parents=True)
+    left = folder / ".faceprior-0123456789abcdef.tmp"
+    left.write_bytes(b"half an image")
+    with atomic_write(folder / "000.png") as file:
+        file.write(b"another half")
+        open_output(config)
+        assert not left.exists() and Path(file.name).exists()
+    assert [path.name for path in folder.iterdir()] == ["000.png"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")

@@ -530,6 +530,27 @@ def test_fit_resumes(bases, tmp_path):
     assert [json.loads(line)["step"] for line in logs[0].splitlines()] == [1, 2, 3, 4]
 
 
+def test_fit_does_not_go_on_with_something_else(bases, tmp_path):
+    """Another objective, rate, base or number of pairs; the same tuner goes on, with weights that are others by now."""
+    options = {"output": tmp_path / "run", "learning_rate": 1e-3, "device": "cpu"}
+    tuner = GuidanceTuner(copy.deepcopy(bases["sd15"]))
+    tuner.fit(samples(), steps=1, **options)
+    other = copy.deepcopy(bases["sd15"])
+    with torch.no_grad():
+        next(other.vae.parameters()).add_(0.1)
+    for changes, pairs, base, message in (
+        ({"objective": "dpo"}, samples(), bases["sd15"], "objective: guidance then, dpo now"),
+        ({"learning_rate": 1e-4}, samples(), bases["sd15"], "learning_rate: 0.001 then, 0.0001 now"),
+        ({}, samples()[:3], bases["sd15"], "pairs: 4 samples then, 3 samples now"),
+        ({}, samples(), other, r"base: \d+ tensors \(.*\) then"),
+    ):
+        with pytest.raises(FileExistsError, match=f"began with other input, {message}"):
+            GuidanceTuner(copy.deepcopy(base)).fit(pairs, steps=2, **{**options, **changes})
+    tuner.fit(samples(), steps=2, **options)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+
+
 def test_an_empty_cache_is_none(bases, tmp_path, monkeypatch):
     """As in stage 4: nothing is written to the folder that Python runs in."""
     monkeypatch.chdir(tmp_path)

@@ -73,6 +73,7 @@ BAD_ROWS = {
     "absolute": ({"image": "/etc/passwd"}, "leads out of"),
     "semantic": ({"semantic": "young woman"}, "`semantic` has to be list"),
     "photographic": ({"photographic": ["smile", 1]}, "`photographic` has to be a list of strings"),
+    "surrogate": ({"semantic": ["\ud800"]}, "surrogates not allowed"),
     "confidence": ({"confidence": "0.9"}, "`confidence` has to be"),
     "quality": ({"quality": [1, 2]}, "`quality` has to be"),
 }
@@ -85,6 +86,22 @@ def test_a_bad_row_is_named_and_the_rest_is_read(folder, name):
     portraits, problems = read_portraits(folder)
     assert [portrait.id for portrait in portraits] == ["whole"] and len(problems) == 2
     assert any(place.endswith(f": {name}") and reason in why for place, why in problems)
+
+
+def test_a_damaged_image_is_named_and_the_rest_is_read(folder):
+    """Pillow would decode one whose second half is zeros, which only the checksums show, with half of it grey."""
+    whole = (folder / "images/a.png").read_bytes()
+    damaged = {"zeros": whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2), "cut": whole[:60], "empty": b""}
+    for name, data in damaged.items():
+        (folder / f"images/{name}.png").write_bytes(data)
+    write_manifest(folder, *({"id": name, **ROW, "image": f"images/{name}.png"} for name in (*damaged, "a")))
+    portraits, problems = read_portraits(folder)
+    assert [portrait.id for portrait in portraits] == ["a"]
+    assert [place for place, _ in problems] == list(damaged)
+    assert all(f"{name}.png" in reason for name, reason in problems)
+    (folder / "images/a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="no usable portrait; the first problem: zeros: .*zeros.png"):
+        read_portraits(folder)
 
 
 def test_a_row_without_a_key(folder):

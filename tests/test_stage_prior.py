@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from conftest import load_stage
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from faceprior import cache, validation
 from faceprior.bases import load_pipeline
@@ -99,6 +100,33 @@ def test_killed_anywhere_it_ends_with_the_files_of_a_run_that_is_not(stage, valu
         reached.append(json.loads(state.read_text())["step"] if state.is_file() else 0)
     assert reached == [0, 0, 1, 1, 2, 4, 4]
     assert files(run(stage, values, **options)) == files(whole)
+
+
+def test_a_run_does_not_go_on_with_other_portraits_or_another_base(stage, values, tmp_path, monkeypatch):
+    """Both under the same path; those that were there before are resumed, wherever they come back from."""
+    portraits = Path(shutil.copytree(values["portraits"], tmp_path / "portraits"))
+    base = Path(shutil.copytree(values["base"], tmp_path / "base"))
+    options = {"portraits": str(portraits), "base": str(base), "validate_every": 0, "num_samples": 0}
+    options |= {"output": str(tmp_path / "run")}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stage, "compute_loss", breaks_at(stage.compute_loss, 3))
+        run(stage, values, **options)
+
+    first, second = sorted((portraits / "images").glob("*.png"))[:2]
+    whole = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(FileExistsError, match=r"portraits: 3 samples \(\w+\) then, 3 samples \(\w+\) now"):
+        run(stage, values, **options)
+    first.write_bytes(whole)
+    with pytest.raises(FileExistsError, match=r"settings: tags \(both there, none now\)"):  # not: other portraits
+        run(stage, values, **options, tags="none")
+
+    tensors = load_file(base / UNET)
+    save_file({name: 1.01 * tensor for name, tensor in tensors.items()}, base / UNET, {"format": "pt"})
+    with pytest.raises(FileExistsError, match=r"base: \d+ tensors \(\w+\) then"):
+        run(stage, values, **options)
+    save_file(tensors, base / UNET, {"format": "pt"})
+    assert json.loads((run(stage, values, **options) / "done.json").read_text())["steps"] == 4
 
 
 def test_the_cache_has_each_portrait_each_caption_and_the_dropped_one(stage, values, whole, tmp_path):

@@ -687,6 +687,9 @@ def test_every_stage_leaves_its_log_settings_and_mark(chain, name, tiny_models):
     assert rows(output / "metrics.jsonl")
     assert (output / "config.yaml").is_file()
     assert json.loads((output / "done.json").read_text())
+    inputs = {SCORER: ["pairs", "init"], GUIDANCE: ["pairs", "base"], PRIOR: ["portraits", "base"]}
+    inputs |= {RESTORER: ["images", "prior"]}
+    assert list(json.loads((output / "done.json").read_text()).get("inputs", {})) == inputs.get(name, [])
     tiny_made = {SCORER, GUIDANCE, PRIOR, RESTORER}
     assert (output / "tiny.json").is_file() == (name in tiny_made)
 
@@ -705,6 +708,20 @@ def test_other_settings_are_refused_by_name(workplace, name, tiny_models):
     values = {**settings(tiny_models)[name], "seed": 7}
     with pytest.raises(FileExistsError, match=r"seed \(0 there, 7 now\)"):
         run(name, **values)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [(SCORER, "pairs"), (GUIDANCE, "pairs"), (PRIOR, "portraits"), (RESTORER, "images")]
+)
+def test_a_finished_run_is_not_complete_for_other_data(workplace, name, data, tiny_models):
+    folder = Path("data/pairs" if data == "pairs" else "data/portraits")
+    if name == RESTORER:
+        next(folder.glob("images/*.png")).unlink()
+    else:
+        lines = (folder / "manifest.jsonl").read_text().splitlines()
+        (folder / "manifest.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(FileExistsError, match=rf"began with other input, {data}: \d+ samples \(\w+\) then, \d+ sample"):
+        run(name, **settings(tiny_models)[name])
 
 
 @pytest.mark.parametrize(

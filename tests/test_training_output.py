@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import Points, metrics, same_weights
 
-from faceprior.config import finish, is_complete, saved_settings
+from faceprior.config import finish, is_complete, open_output, saved_settings
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer, open_run, seeded
 
 
@@ -80,6 +80,34 @@ def test_what_may_differ_when_a_run_is_resumed(tmp_path, state, changes, refused
         assert {key: saved[key] for key in changes} == changes
         goes_on = {"steps", "num_samples"} & changes.keys()
         assert is_complete(tmp_path / "run") == (state.get("done", False) and not goes_on)
+
+
+@pytest.mark.parametrize("kill", ["before", "after"])
+@pytest.mark.parametrize("changes", [{"steps": 20}, {"num_samples": 9}])
+def test_killed_while_a_finished_run_is_opened_again(tmp_path, monkeypatch, kill, changes):
+    """Before or after its new settings were saved, it is not taken for one that was made with them."""
+    config = Config(output=str(tmp_path / "run"))
+    open_at(config, step=6, done=True)
+
+    def broken(*args):
+        if kill == "after":
+            open_output(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("faceprior.training.output.open_output", broken)
+        open_run(dataclasses.replace(config, **changes), make_accelerator("cpu"))
+    assert not is_complete(tmp_path / "run")
+    open_run(dataclasses.replace(config, **changes), make_accelerator("cpu"))
+    assert not is_complete(tmp_path / "run") and changes.items() <= saved_settings(config).items()
+
+
+def test_what_a_kill_left_of_a_deleted_checkpoint_goes(tmp_path):
+    """A finished run of another schedule has none: samples made again would resume from a part of it."""
+    config = Config(output=str(tmp_path / "run"), schedule="cosine")
+    with pytest.raises(FileExistsError, match=r"num_samples \(4 there, 9 now\)"):
+        open_at(config, step=6, done=True, num_samples=9)
+    assert is_complete(tmp_path / "run") and not (tmp_path / "run/resume").exists()
 
 
 def test_steps_may_be_fewer_but_not_than_were_done(tmp_path):

@@ -379,10 +379,12 @@ def test_validations_of_one_run_are_comparable(base, scorer, tmp_path):
     with pytest.raises(ValueError, match="were drawn with other `sample_steps`: scores of the run would not be"):
         fit(base, tmp_path, scorer, steps=4, sample_steps=3)
     before = files(tmp_path)
-    fit(base, tmp_path, scorer, steps=2, sample_steps=3)
+    fit(base, tmp_path, scorer, steps=2, sample_steps=3, num_samples=2)
     after = files(tmp_path)
     assert before["validation.jsonl"] == after["validation.jsonl"]
     assert before["samples/000_after.png"] != after["samples/000_after.png"]
+    drawn = [f"samples/{seed:03d}_{side}.png" for seed in (0, 1) for side in ("after", "before")]
+    assert sorted(name for name in after if name.startswith("samples/")) == drawn  # of three before
 
 
 def test_nothing_is_written_without_an_output(base, scorer, tmp_path, monkeypatch):

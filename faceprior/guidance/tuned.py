@@ -17,7 +17,7 @@ from faceprior.bases import describe_base, load_pipeline, require_base, save_sin
 from faceprior.diffusion import denoiser_of, native_side, networks_of
 from faceprior.lora import Lora, adapters_of, add_lora, extract_lora, require_no_lora, save_lora, trained_lora
 from faceprior.models import device_of, placed, quantization_of, require_trainable
-from faceprior.training import seeded
+from faceprior.training import describe_weights, seeded
 
 TRAIN = ("self_attention", "lora", "full")
 
@@ -113,6 +113,15 @@ class TunedPipeline:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the float32 parameters that are trained; every other weight keeps the dtype it was loaded in."""
         return list(self._trained().values())
+
+    def describe_base(self) -> str:
+        """Return a short text on the original weights of all networks, the same whatever was trained since.
+
+        See `describe_weights`.
+        """
+        trained, frozen = self._trained(), [n for n in networks_of(self._pipeline) if n is not self.denoiser]
+        own = {name: p for name, p in self.denoiser.named_parameters() if name not in trained} | self._original
+        return describe_weights([*own.values(), *(p for network in frozen for p in network.parameters())])
 
     @contextmanager
     def original(self) -> Iterator[Callable]:

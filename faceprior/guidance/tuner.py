@@ -11,7 +11,7 @@ from faceprior.diffusion import report_long_prompts, require_side
 from faceprior.guidance.objectives import Objectives, losses_of
 from faceprior.models import precision_of, quantization_of
 from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
-from faceprior.training import TrainingRun, make_accelerator, make_optimizer
+from faceprior.training import TrainingRun, describe_samples, make_accelerator, make_optimizer
 from faceprior.validation import Validation, Verdict
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,10 @@ class GuidanceTuner(Objectives):
         gradient_checkpointing: activations are computed again in the backward pass, for less memory. Where the memory
         does not suffice, MemoryError names the options that need less.
         A dataset has the samples that `loss` takes in batches. With `output`, a folder for the log and checkpoints, the
-        training stops and resumes like stage 4. With `cache`, a folder, latents and prompt embeddings are computed once
-        (see `cached`); the VAE and the text encoders are on the CPU afterwards, until `pipeline` or `to` move them.
+        training stops and resumes like stage 4; a run that began with other pairs, another base, objective, learning
+        rate or seed is not resumed: FileExistsError. With `cache`, a folder, latents and prompt embeddings are computed
+        once (see `cached`); the VAE and the text encoders are on the CPU afterwards, until `pipeline` or `to` move
+        them.
 
         save_every, ema_decay, ema_device, keep_best, patience: as in `TrainingRun`; the tuner ends with the weights
         that they choose. validation: options of `Validation`, such as `validate_every` and `scorer`, a FaceScorer;
@@ -77,6 +79,9 @@ class GuidanceTuner(Objectives):
             pairs, prompts = self._read_pairs(pairs, resolution)
             if validation or keep_best or patience:
                 validation = {"prompts": prompts, **validation}
+        inputs = {"pairs": describe_samples(pairs), "base": self.describe_base(), "objective": objective}
+        inputs |= {"learning_rate": learning_rate, "seed": seed, "resolution": resolution, "train": self.train}
+        inputs |= {name: getattr(self, name) for name in ("t_end", "prompt_drop", "dpo_beta")}
         cache = cache or None  # as in stage 4, whose empty text is no cache
         mixed_precision = mixed_precision or precision_of(self.denoiser.dtype)
         accelerator = make_accelerator(device, mixed_precision, accumulation)
@@ -94,7 +99,7 @@ class GuidanceTuner(Objectives):
             self.to(accelerator.device, encoders=cache is None)
             trained = self.trainable_parameters()
             denoiser, adam = accelerator.prepare(self.denoiser, make_optimizer(trained, optimizer, learning_rate))
-            keeping = {**averaging, "keep_best": keep_best, "patience": patience}
+            keeping = {**averaging, "keep_best": keep_best, "patience": patience, "inputs": inputs}
             run = TrainingRun(output, steps, accelerator, {"unet": denoiser}, {"unet": adam}, save_every, **keeping)
             images = None
             if validation or keep_best or patience:

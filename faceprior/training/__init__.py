@@ -12,12 +12,13 @@ The loop itself is in the stage:
             optimizer.zero_grad()
         run.log(loss=loss)
 
-In the order of a stage: `accelerator` makes it, `output` opens the folder, `optimizer` has the optimizers and their
-learning rate, `samples` the order of the data and its random numbers, `run` the steps; behind them `weights` keeps the
-average and the best, and `checkpoint` is what a run resumes from.
+In the order of a stage: `accelerator` makes it, `inputs` says what the run begins with, `output` opens the folder,
+`optimizer` has the optimizers and their learning rate, `samples` the order of the data and its random numbers, `run`
+the steps; behind them `weights` keeps the average and the best, and `checkpoint` is what a run resumes from.
 """
 
 from faceprior.training.accelerator import make_accelerator
+from faceprior.training.inputs import describe_samples, describe_weights
 from faceprior.training.optimizer import make_optimizer
 from faceprior.training.output import open_run
 from faceprior.training.run import TrainingRun
@@ -35,6 +36,8 @@ __all__ = [
     "SampleStream",
     "TrainingRun",
     "collate",
+    "describe_samples",
+    "describe_weights",
     "drop_prompts",
     "make_accelerator",
     "make_optimizer",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from faceprior.config import DONE_FILE, is_complete, open_output, saved_settings
+from faceprior.config import DONE_FILE, is_complete, open_output, require_same_settings, saved_settings
+from faceprior.files import hold_folder
 from faceprior.training.checkpoint import RESUME_FOLDER, checkpoint_state, read_json
+from faceprior.training.inputs import require_same_inputs
 
 
-def open_run(config: Any, accelerator: Accelerator) -> Path:
+def open_run(config: Any, accelerator: Accelerator, inputs: dict[str, Any] | None = None) -> Path:
     """Open the output folder of a training stage by `open_output`, for a new run or to resume, and return it.
 
     Whatever does not change the steps already done may differ from the settings of the run that is resumed:
@@ -22,6 +25,8 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
     - what is used after the training only, which the Config names in `AFTER_TRAINING`: a finished run whose checkpoint
       exists makes its samples again;
     - all of these before the first checkpoint.
+
+    inputs: of the run's inputs those that are known by now (see `TrainingRun`), of a finished run, too.
 
     Raises FileExistsError, which names what differs.
     """
@@ -33,7 +38,10 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
         return open_output(config)
 
     # ---- How far the run is
-    finished, checkpoint = is_complete(output), checkpoint_state(output)
+    finished = is_complete(output)
+    if finished and stored["schedule"] != "constant":  # a kill while `TrainingRun.finish` deleted it leaves a part
+        shutil.rmtree(output / RESUME_FOLDER, ignore_errors=True)
+    checkpoint = checkpoint_state(output)
     progress = read_json(output / DONE_FILE) if finished else checkpoint
     step = stored["steps"] if finished else progress.get("step", 0)
     is_constant = config.schedule == stored["schedule"] == "constant"
@@ -58,10 +66,12 @@ def open_run(config: Any, accelerator: Accelerator) -> Path:
             f"{output} was trained for {step} steps and its checkpoint {output / RESUME_FOLDER} does not exist, so it "
             "cannot be trained further: choose another `output`, or `--overwrite` to start over"
         )
-    open_output(config, free)
+    require_same_settings(config, free)
+    require_same_inputs(output, progress.get("inputs", {}), inputs or {})
     if finished and (goes_on or samples_again):
-        (output / DONE_FILE).unlink()
-    return output
+        hold_folder(output, config)
+        (output / DONE_FILE).unlink()  # before the new settings are saved, which nothing is made with yet
+    return open_output(config, free)
 
 
 def other_samples(output: Path, samples: int, parts: tuple[int, int, int]) -> str:

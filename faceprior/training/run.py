@@ -31,6 +31,7 @@ from faceprior.training.checkpoint import (
     recover_checkpoint,
     save_checkpoint,
 )
+from faceprior.training.inputs import require_same_inputs
 from faceprior.training.optimizer import learning_rate_factor, restore_optimizer
 from faceprior.training.output import other_samples
 from faceprior.training.samples import SampleStream, collate, move, positions, sample_generators
@@ -56,6 +57,9 @@ class TrainingRun:
     patience: validations in a row without a better score after which the run ends; 0: never. A run that ended so is
     trained further with a larger `patience`, or with more `steps`, which count the validations anew.
 
+    inputs: what the steps depend on, by name: JSON values, such as `describe_samples` and `describe_weights` return.
+    A run that began with others is not resumed: FileExistsError.
+
     Attributes: `step`, the optimizer steps done; `state`, JSON values of the caller, `best`, {step, score, since} of
     the best validation and how many have followed it. These, the average and the best weights are saved with every
     checkpoint.
@@ -76,6 +80,7 @@ class TrainingRun:
         ema_device: str = "auto",
         keep_best: bool = False,
         patience: int = 0,
+        inputs: dict[str, Any] | None = None,
     ):
         require_at_least(1, steps=steps, save_every=save_every)
         require_at_least(0, warmup_steps=warmup_steps, patience=patience)
@@ -85,7 +90,7 @@ class TrainingRun:
         self.warmup_steps, self.schedule, self.progress = warmup_steps, schedule, progress
         self.keep_best, self.patience = keep_best, patience
         self.step, self.seed, self.state = 0, 0, {}
-        self.best: dict[str, Any] = {}
+        self.inputs, self.best = inputs or {}, {}
         first = next(iter(optimizers.values()))
         first = getattr(first, "optimizer", first)  # accelerate's has the real one inside
         networks = {name: accelerator.unwrap_model(module) for name, module in modules.items()}
@@ -200,7 +205,8 @@ class TrainingRun:
 
     def describe(self) -> str:
         """Return how many steps were done and which weights the run ends with, in words."""
-        steps = f"{self.step} of {self.steps} steps, ended early" if self.stopped_early else f"{self.step} steps"
+        steps = f"{self.step} step{'s' if self.step != 1 else ''}"
+        steps = f"{self.step} of {self.steps} steps, ended early" if self.stopped_early else steps
         if self._weights.best:
             return f"{steps}, weights of step {self.best['step']}"
         return f"{steps}, averaged weights" if self._weights.are_averaged else steps
@@ -217,7 +223,9 @@ class TrainingRun:
             summary["best_step"] = self.best["step"]
         if self.stopped_early:
             summary["stopped_early"] = True
-        finish(self.output, steps=self.step, samples_per_step=self._samples_per_step, **summary)
+        inputs = {"inputs": self.inputs} if self.inputs else {}
+        summary = {"samples_per_step": self._samples_per_step, **inputs, **summary}
+        finish(self.output, steps=self.step, **summary)
         folder = self.output / RESUME_FOLDER
         if self.schedule != "constant":
             shutil.rmtree(folder, ignore_errors=True)
@@ -296,7 +304,7 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state: dict[str, Any] = {"step": self.step, "samples_per_step": self._samples_per_step}
-            state |= {"state": self.state, **self._weights.state()}
+            state |= {"state": self.state, "inputs": self.inputs, **self._weights.state()}
             if self.best:
                 state |= {"best": self.best, "keeps_best": self.keep_best, "steps": self.steps}
             if self.accelerator.scaler is not None:
@@ -318,6 +326,7 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def _take(self, checkpoint: Checkpoint) -> None:
+        require_same_inputs(self.output, checkpoint.state.get("inputs", {}), self.inputs)
         self._weights.load(checkpoint)
         state, best = checkpoint.state, checkpoint.weights.get("best", {})
         for name, optimizer in self.optimizers.items():
