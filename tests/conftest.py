@@ -31,6 +31,15 @@ def load_stage(name: str) -> ModuleType:
     return sys.modules[module_name]
 
 
+def linked_copy(source: Path, target: Path) -> Path:
+    """Copy a folder without writing its weights again: they are hard links, to be replaced, never written into."""
+
+    def copy(file: str, copied: str) -> None:
+        (os.link if file.endswith(".safetensors") else shutil.copy2)(file, copied)
+
+    return Path(shutil.copytree(source, target, copy_function=copy))
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> Path:
     """A folder with the untrained tiny models: sd15/, sdxl/, scorer/."""

@@ -388,8 +388,13 @@ def models_of(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("stored", "dtype"),
-    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.bfloat16)],
+    ("base", "stored", "dtype"),
+    [
+        *((kind, torch.float16, torch.float16) for kind in KINDS),
+        ("sdxl", torch.float32, torch.float32),
+        ("sdxl", torch.float32, torch.bfloat16),
+    ],
+    indirect=["base"],
 )
 def test_the_weights_of_a_file_bit_for_bit(base, stored, dtype):
     """The VAE stays in float32; a file's own precision is converted once, tensor by tensor."""
