@@ -55,7 +55,8 @@ def test_a_notebook_runs(path, shell):
         with capture_output() as captured:
             result = shell.run_cell(cell.source)
         result.raise_error()
-        assert sum("image/jpeg" in output.data for output in captured.outputs) == len(pictures(cell)), cell.source
+        shown = [output.data for output in captured.outputs] + [shell.display_formatter.format(result.result)[0]]
+        assert sum("image/jpeg" in data for data in shown) == len(pictures(cell)), cell.source
 
 
 @pytest.mark.slow
