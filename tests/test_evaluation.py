@@ -18,7 +18,7 @@ from PIL import Image
 from faceprior import tiny
 from faceprior.degrade import DegradationConfig
 from faceprior.evaluation import generation, rows
-from faceprior.evaluation.figures import figure, interval, set_figure
+from faceprior.evaluation.figures import common_means, figure, interval, set_figure
 from faceprior.evaluation.items import (
     Prompt,
     degraded_faces,
@@ -227,6 +227,14 @@ def test_a_figure_by_hand():
     assert figure(replace(measure, better="lower"), {"a": 1.0, "b": 2.0})["worst"] == ["b", "a"]
 
 
+def test_means_over_what_all_have_by_hand():
+    """Of a, b, c and b, c, d all have b and c: means 3 and 6. Of the same items there is nothing to add."""
+    found = common_means({"one": {"a": 9.0, "b": 2.0, "c": 4.0}, "other": {"b": 5.0, "c": 7.0, "d": 0.0}})
+    assert found == {"one": {"common": 3, "common_n": 2}, "other": {"common": 6, "common_n": 2}}
+    assert common_means({"one": {"a": 1.0}, "other": {"a": 2.0}}) == {} == common_means({})
+    assert common_means({"one": {"a": 1.0}, "other": {"b": 2.0}}) == {}  # none that both have
+
+
 def test_a_small_set_warns_and_names_its_reference():
     few = set_figure({"key": "fid", "value": 3.0, "n": 50, "references": 5000}, "FFHQ")
     assert few["note"].startswith("reference: FFHQ (n = 5000); fewer than 2048 images") and "KID" in few["note"]
@@ -388,6 +396,9 @@ def test_results_of_other_programs_stand_beside_the_input(foreign, tmp_path, cap
     assert (psnr["same"]["value"], psnr["same"]["n"], psnr["same"]["is_infinite"]) == (None, 3, True)
     assert psnr["GFPGAN"]["n"] == psnr["GFPGAN"]["pairs"] == 2
     assert psnr["GFPGAN"]["difference"] == pytest.approx(decibels(5) - decibels(10))
+    assert psnr["input"]["common_n"] == psnr["GFPGAN"]["common_n"] == 2 and "common" not in psnr["same"]
+    assert psnr["GFPGAN"]["common"] == psnr["GFPGAN"]["value"]
+    assert "images that all of them have" in (tmp_path / "out/table.md").read_text()
     assert [row["value"] for row in numbers(results, "ssim").values()][2] == pytest.approx(1)
     assert numbers(results, "fid")["same"]["note"].startswith("not measured: FID and KID need the Inception weights")
     assert not numbers(results, "fid_tiny")  # none of these is a tiny model
