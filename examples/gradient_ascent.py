@@ -7,10 +7,10 @@ latents decode to images, so what changes looks like a sharper face. On the smal
 """
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
 
 from faceprior import FaceScorer, tiny
+from faceprior.bases import load_pipeline
 from faceprior.diffusion import decode_latents, encode_latents
 from faceprior.images import save_image, to_pil, to_pixel_values
 from faceprior.procedural import draw_portrait
@@ -18,7 +18,7 @@ from faceprior.procedural import draw_portrait
 drawing = draw_portrait(3, size=128)
 blurred = to_pixel_values(Image.fromarray(drawing.image).filter(ImageFilter.GaussianBlur(1.5)))
 scorer = FaceScorer.from_pretrained(tiny.resolve("tiny", "scorer")).requires_grad_(False)
-vae = AutoencoderKL.from_pretrained(tiny.resolve("tiny", "sd15"), subfolder="vae").requires_grad_(False)
+vae = load_pipeline(tiny.resolve("tiny", "sd15")).vae.requires_grad_(False)
 goal = scorer.score(drawing.image, faces=[drawing.box])[0].score
 
 

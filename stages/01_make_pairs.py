@@ -132,8 +132,6 @@ def main(config: Config) -> None:
     (output / DONE_FILE).unlink(missing_ok=True)  # photographs were added: not complete until they are done, too
     for place, reason in problems:
         rejected.add(rejection(place, place, "unreadable", reason))
-    if sources is None:
-        sources = draw_sources(config, output / "drawn")
 
     # ---- Load the base, and check before the work that it can do what the settings ask for
     pipeline = load_pipeline(base, weight_dtype(config.mixed_precision), config.vae, config.prediction_type)
@@ -142,6 +140,8 @@ def main(config: Config) -> None:
     if config.padded_crop:
         inpainter.check_side(config.resolution)
     detector = resolve_detector(config.detector)  # loaded here, not by several threads at once
+    if sources is None:
+        sources = draw_sources(config, output / "drawn")
 
     # ---- From photographs to pairs. Every line takes its items one by one from the line before, and only when the loop
     # at the end asks for the next. The network runs in this thread; `in_background` runs a step in other threads, so

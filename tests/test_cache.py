@@ -433,7 +433,7 @@ def test_two_processes_share_the_work(tuner, pairs, tmp_path):
 
     def fill(rank):
         counts = encoded(tuner)
-        stored = cached(tuner, tmp_path / "cache", dataset(pairs), process(rank, 2, lambda: barrier.wait(30)))
+        stored = cached(tuner, tmp_path / "cache", dataset(pairs), process(rank, 2, lambda: barrier.wait(600)))
         assert [stored[i]["good_latents"].shape for i in range(4)] == [(4, 8, 8)] * 4
         assert counts == {"images": 4, "prompts": 2}
 

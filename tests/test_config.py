@@ -699,7 +699,7 @@ def test_as_a_script_from_its_own_folder(stage, tmp_path):
 
     def run(*arguments):
         return subprocess.run(
-            [sys.executable, script.name, *arguments], cwd=script.parent, capture_output=True, text=True, timeout=60
+            [sys.executable, script.name, *arguments], cwd=script.parent, capture_output=True, text=True, timeout=600
         )
 
     refused = run("--mode", "fp16")
@@ -724,7 +724,7 @@ def test_names_are_printed_under_an_ascii_locale(stage, tmp_path):
     )
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
     command = [sys.executable, script.name, "--output", str(tmp_path / "résultats")]
-    done = subprocess.run(command, cwd=script.parent, env=os.environ | environment, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=script.parent, env=os.environ | environment, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     folder, *problems = done.stdout.decode("ascii").splitlines()
     assert folder.endswith("r\\udcc3\\udca9sultats") and problems == ["1 input skipped:", "  \\udcff: \\xfc"]

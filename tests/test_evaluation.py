@@ -18,7 +18,7 @@ from PIL import Image
 from faceprior import tiny
 from faceprior.degrade import DegradationConfig
 from faceprior.evaluation import generation, rows
-from faceprior.evaluation.figures import figure, interval, set_figure
+from faceprior.evaluation.figures import common_means, figure, interval, set_figure
 from faceprior.evaluation.items import (
     Prompt,
     degraded_faces,
@@ -252,6 +252,14 @@ def test_a_figure_by_hand():
     assert figure(replace(measure, better="lower"), {"a": 1.0, "b": 2.0})["worst"] == ["b", "a"]
 
 
+def test_means_over_what_all_have_by_hand():
+    """Of a, b, c and b, c, d all have b and c: means 3 and 6. Of the same items there is nothing to add."""
+    found = common_means({"one": {"a": 9.0, "b": 2.0, "c": 4.0}, "other": {"b": 5.0, "c": 7.0, "d": 0.0}})
+    assert found == {"one": {"common": 3, "common_n": 2}, "other": {"common": 6, "common_n": 2}}
+    assert common_means({"one": {"a": 1.0}, "other": {"a": 2.0}}) == {} == common_means({})
+    assert common_means({"one": {"a": 1.0}, "other": {"b": 2.0}}) == {}  # none that both have
+
+
 def test_a_fraction_has_an_interval_that_knows_how_few_there_are():
     """8 of 8 images with a face are not surely all: Wilson's lower end is 8 / (8 + 1.96^2) = 67.6%."""
     found = figure(find_measure("faces", "generation"), dict.fromkeys("abcdefgh", 1.0))
@@ -447,14 +455,14 @@ def test_tables_in_all_formats():
 
 
 def test_what_says_nothing_is_left_out_of_a_table():
-    """A reference that has no number, the best of equal ones, and an arrow on a share of answers."""
+    """The best of equal ones, and an arrow on a share of answers."""
     share = Measure("same", "same", None, "", spec=".1%")
     assert share.header == "same" and replace(share, better="lower").header == "same ↓"
     faces = find_measure("faces", "generation")
     made = [result_row("generation", name, faces, {"value": 1.0, "n": 4}) for name in ("a", "b")]
     made += [result_row("generation", name, share, {"value": x, "n": 4}) for name, x in (("a", 0.5), ("b", 0.25))]
-    (table,) = tables_of({"rows": [*made, result_row("generation", "reference", faces, {"n": 0})]})
-    assert [line.method for line in table.lines] == ["a", "b"] and not table.best
+    (table,) = tables_of({"rows": made})
+    assert not table.best
     made[1]["value"] = 0.5
     (table,) = tables_of({"rows": [*made, result_row("generation", "reference", faces, {"value": 1.0, "n": 4})]})
     assert [line.method for line in table.lines] == ["a", "b", "reference"] and table.best == {("a", "faces")}
@@ -497,6 +505,9 @@ def test_results_of_other_programs_stand_beside_the_input(foreign, tmp_path, cap
     assert (psnr["same"]["value"], psnr["same"]["n"], psnr["same"]["is_infinite"]) == (None, 3, True)
     assert psnr["GFPGAN"]["n"] == psnr["GFPGAN"]["pairs"] == 2
     assert psnr["GFPGAN"]["difference"] == pytest.approx(decibels(5) - decibels(10))
+    assert psnr["input"]["common_n"] == psnr["GFPGAN"]["common_n"] == 2 and "common" not in psnr["same"]
+    assert psnr["GFPGAN"]["common"] == psnr["GFPGAN"]["value"]
+    assert "images that all of them have" in (tmp_path / "out/table.md").read_text()
     assert [row["value"] for row in numbers(results, "ssim").values()][2] == pytest.approx(1)
     assert numbers(results, "fid")["same"]["note"].startswith("not measured: FID and KID need the Inception weights")
     assert not numbers(results, "fid_tiny")  # none of these is a tiny model

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load_stage
+from conftest import linked_copy, load_stage
 from PIL import Image
 from scipy import stats
 
@@ -403,8 +403,7 @@ def test_what_is_measured_is_kept(settings, models, tmp_path, monkeypatch):
 
     pieces = {"a": figures.Piece("A", count, ("num_portraits",), ("scorer",))}
     monkeypatch.setattr(figures, "make_pieces", lambda: pieces)
-    own = tmp_path / "models"
-    shutil.copytree(models, own)
+    own = linked_copy(models, tmp_path / "models")
     settings = {**settings, "models": str(own)}
     for change, runs in (({}, 1), ({}, 1), ({"num_faces": 9}, 1), ({"num_portraits": 11}, 2), ({"overwrite": True}, 3)):
         settings |= change

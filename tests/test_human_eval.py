@@ -277,10 +277,10 @@ def test_a_metric_without_a_file_is_named_with_what_makes_it(folder):
     assert result.missing == ("IR", "ASP", "FQA", "LocalIR", "HPS", "LocalHPS", "HPSv2", "topiq_nr-face")
     assert [row.metric for row in result.table_2] == [*METRICS, "our metric"]
     for rows in (result.table_2, result.table_3, result.table_4):
-        assert all(row.note.startswith("missing: ") for row in rows if row.metric in result.missing)
+        assert all(row.note.startswith(f"{METRICS[row.metric]}: no ") for row in rows if row.metric in result.missing)
     result = tables(folder, reasons={"IR": "it needs coffee"})
     note = {row.metric: row.note for row in result.table_2}["IR"]
-    assert note == f"missing: {METRICS['IR']}: no {folder / 'scores' / 'IR'}.csv or .jsonl, and it needs coffee"
+    assert note == f"{METRICS['IR']}: no {folder / 'scores' / 'IR'}.csv or .jsonl, and it needs coffee"
 
 
 def test_written_tables_hold_ours_and_the_papers(folder, tmp_path, capsys):
@@ -291,7 +291,7 @@ def test_written_tables_hold_ours_and_the_papers(folder, tmp_path, capsys):
     assert "| A | 0.00 | 25.00 | 75.00 | 2.7500 | measured |" in text
     assert "| SD1.5 | 76.20 | 18.65 | 5.15 | 1.2895 | paper |" in text
     assert "| FS | 61.11 |" in text and "| FS | 80.31 | - | - | - | paper |  |" in text
-    assert "| HPS | - | - | - | - | missing | missing: HPS v1 on the whole image and its prompt: no " in text
+    assert "| HPS | - | - | - | - | missing | HPS v1 on the whole image and its prompt: no " in text
     assert "| HPS | - | - | - | - | missing | see Table 2 |" in text
     assert "| FS | A | 5 | 4 | 1 | measured |" in text and "| FS | DALL-E 3 | 3.45 | - | - | paper |" in text
     content = json.loads((tmp_path / "out" / "tables.json").read_text(encoding="utf-8"))

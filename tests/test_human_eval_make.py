@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import linked_copy
 from PIL import Image, ImageChops
 
 from faceprior.bases import load_pipeline
@@ -161,7 +162,7 @@ def test_what_stage_4_tuned_comes_with_its_base(work, tiny_models):
     }
     assert ImageChops.difference(drawn["lora"], drawn["alone"]).getbbox() is None
     assert ImageChops.difference(drawn["lora"], drawn["base"]).getbbox() is not None
-    shutil.copytree(base, "whole")
+    linked_copy(base, "whole")
     shutil.copy("lora/config.yaml", "whole")
     whole = find_sources(settings(tiny_models, models=("whole=whole", f"base={base}")))["whole"]
     image = sample_images(whole.load(torch.float32), ["a man"], [0], 32, 1)[0]

@@ -71,8 +71,15 @@ def test_nothing_imports_a_stage():
         }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "stages").glob("*.py")), ids=lambda path: path.stem)
-def test_a_stage_imports_faceprior_before_what_loads_bitsandbytes(path):
+COMMANDS = [
+    *(ROOT / "stages").glob("*.py"),
+    *(ROOT / "examples").glob("*.py"),
+    ROOT / "checkpoints/tiny_models/__init__.py",
+]
+
+
+@pytest.mark.parametrize("path", sorted(COMMANDS), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_command_imports_faceprior_before_what_loads_bitsandbytes(path):
     """Else bitsandbytes warns on every start, before faceprior can silence it."""
     nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [getattr(node, "module", None) or node.names[0].name for node in nodes]

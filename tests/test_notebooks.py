@@ -1,11 +1,16 @@
 """The notebooks: executed with small numbers, and what a reader of the repository sees of them."""
 
 import re
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.ipynb"))
 SETTINGS = re.compile(r"^([A-Z]+(?:, [A-Z]+)*) = (\d+(?:, \d+)*)(?=\s|$)", re.MULTILINE)
@@ -27,14 +32,43 @@ def test_there_is_one_for_each_job():
     assert [path.stem for path in NOTEBOOKS] == ["restore", "score", "tune"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path):
-    """With two of everything; as many pictures come out as are kept in the file."""
-    notebook = read(path)
-    kept = [len(pictures(cell)) for cell in code(notebook)]
+def shortened(notebook):
+    """Return the notebook with two of everything."""
     for cell in code(notebook):
         cell.source = SETTINGS.sub(lambda m: f"{m[1]} = {', '.join('2' for _ in m[2].split(','))}", cell.source)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    return notebook
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """What runs a notebook's cells in its kernel, in this process, which has the libraries loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}))
+    InteractiveShell.clear_instance()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, shell):
+    """With two of everything, sampling steps too; as many pictures come out as are kept in the file."""
+    notebook = shortened(read(path))
+    for cell in code(notebook):
+        if restorer := shell.user_ns.get("restorer"):
+            restorer.settings = replace(restorer.settings, num_inference_steps=2)
+        with capture_output() as captured:
+            result = shell.run_cell(cell.source)
+        result.raise_error()
+        shown = [output.data for output in captured.outputs] + [shell.display_formatter.format(result.result)[0]]
+        assert sum("image/jpeg" in data for data in shown) == len(pictures(cell)), cell.source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_in_a_kernel_of_its_own(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    notebook = shortened(read(path))
+    kept = [len(pictures(cell)) for cell in code(notebook)]
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     assert [len(pictures(cell)) for cell in code(notebook)] == kept
 
 

@@ -415,7 +415,7 @@ def test_the_scorer_takes_memory_as_a_reward_and_while_it_scores(bases, tmp_path
     tiny.tiny_scorer().save_pretrained(tmp_path / "scorer")
     scorer = {"scorer": str(tmp_path / "scorer"), "reward_scorer": str(tmp_path / "scorer")}
     config = load_stage(GUIDANCE).Config(base=str(bases / "sd1"), batch_size=1, resolution=64, device="cpu", **scorer)
-    config = replace(config, train="lora", cache="unused", objective="reward", num_samples=1)
+    config = replace(config, train="lora", cache="unused", objective="reward", reward_steps=2, num_samples=1)
     phases = make_plan(load_stage(GUIDANCE).rehearse, config).phases
     weights = 4 * sum(p.numel() for p in tiny.tiny_scorer().parameters())
     assert phases["training"]["scorer"] == pytest.approx(weights, rel=0.01)

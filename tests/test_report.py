@@ -334,8 +334,10 @@ def test_a_scorer_without_checks_says_when_they_are_made(root):
 @pytest.mark.parametrize(
     "wrong", [None, "text", 10**400, [], [None], {}, [{}], float("nan")], ids=lambda v: str(v)[:12]
 )
-def test_any_value_of_the_checks_may_be_wrong(root, wrong):
+def test_any_value_of_the_checks_may_be_wrong(tmp_path, wrong):
     """Whatever stands in the place of each, the page is whole and the other part of the checks is shown."""
+    root = tmp_path / "run"  # of the scorer alone: a page without images is made faster
+    make_scorer(root / "checkpoints/scorer")
     path = root / "checkpoints/scorer/report.json"
     whole = json.loads(path.read_text())
     parts = {"calibration": "57.1% to 83.9%", "shortcuts": "0.062 apart in the mean"}
@@ -419,6 +421,24 @@ def test_a_strange_count_of_the_filters_costs_its_table_only(root, rounds):
     assert "near duplicate" not in page.text and "good image of two" in [i["alt"] for i in page.all("img")]
 
 
+def test_a_long_reason_unfolds(root):
+    """It is kept to its last word, in a failure that is named and in those of an evaluation and of portraits."""
+    reason = "first " + "word " * 1000 + "last"
+    results = json.loads((root / "results/results.json").read_text())
+    results["rows"][2]["note"] = f"not measured: {reason} of LPIPS"
+    results["notes"]["restoration"].append(f"{reason} of the notes")
+    objects(root / "results/results.json", results)
+    rows(
+        root / "data/portraits/rejected.jsonl", {"id": "four", "photograph": "four.png", "reason": f"{reason} of four"}
+    )
+    rows(root / "photographs/scores.jsonl", {"file": "two.png", "error": f"{reason} of two"})
+    page = read(root)
+    assert page.balanced and page.count("details", "long") >= 5
+    for name in ("of LPIPS", "of the notes", "of four", "of two"):
+        assert f"last {name}" in page.text
+    assert "last of two" in page.text.partition(PROBLEMS)[2]
+
+
 def test_a_torn_row_is_named_and_the_rest_shown(root):
     with open(root / "data/pairs/manifest.jsonl", "a") as file:
         file.write('{"id": "torn", "good": "go')
@@ -488,6 +508,18 @@ def test_a_folder_in_place_of_a_file_is_named(root):
     (root / "commands.jsonl").unlink()
     (root / "commands.jsonl").mkdir()
     assert "commands.jsonl" in read(root).text.partition(PROBLEMS)[2]
+
+
+def test_means_over_what_all_methods_have_are_a_table_of_their_own(root):
+    path = root / "results/results.json"
+    results = json.loads(path.read_text())
+    ours = results["rows"][1]
+    ours |= {"pairs": 6, "common": 20.75, "common_n": 6}
+    results["rows"].append({**ours, "method": "theirs", "n": 6, "common": 22.25})
+    objects(path, results)
+    text = read(root).text
+    assert "Means over the images that all of them have: method PSNR (dB) ↑, n = 6 ours 20.75 theirs 22.25" in text
+    assert text.count("p = 0.03 (6 pairs)") == 1  # theirs are all of its own
 
 
 # --- the banner ---
@@ -625,6 +657,32 @@ def test_the_command_writes_beside_the_run(root, capsys):
     main([str(root), "--output", str(root / "deeper/page.html")])
     assert (root / "deeper/page.html").is_file()
     assert not list(root.rglob("*.tmp"))
+
+
+def test_folders_that_stages_wrote_elsewhere_are_reported(root, tmp_path, capsys):
+    """Each is known by the settings in it, takes the place of the default one, and is named by its own path."""
+    elsewhere = tmp_path / "runs/mine"
+    make_training(elsewhere, trained_parameters=4321, pairs=2)
+    make_samples(elsewhere, "before", "after", prompt="another prompt", seed=0)
+    (elsewhere / "config.yaml").write_text("04_guidance_tune:\n  rank: 77\n")
+    with open(elsewhere / "samples.jsonl", "a") as file:
+        file.write("torn")
+    assert "4,321" not in read(root).text
+    main([str(root), str(elsewhere), "--output", str(tmp_path / "page.html")])
+    page = Page(tmp_path / "page.html")
+    assert all(text in page.text for text in ("4,321", "another prompt", "rank: 77", f"{elsewhere}/samples.jsonl:2"))
+    assert "better by 1.5" not in page.text and "50% before training" in page.text  # the other stages' are the root's
+
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/config.yaml").write_text("04_guidance_tune: {}\n")
+    capsys.readouterr()
+    for folders, message in (
+        (["again", "runs/mine"], "are of one stage: give one of them"),
+        (["runs"], "no stage wrote"),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            main([str(root), *(str(tmp_path / folder) for folder in folders)])
+        assert message in capsys.readouterr().err
 
 
 def test_the_report_imports_no_torch():

@@ -388,8 +388,13 @@ def models_of(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("stored", "dtype"),
-    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.bfloat16)],
+    ("base", "stored", "dtype"),
+    [
+        *((kind, torch.float16, torch.float16) for kind in KINDS),
+        ("sdxl", torch.float32, torch.float32),
+        ("sdxl", torch.float32, torch.bfloat16),
+    ],
+    indirect=["base"],
 )
 def test_the_weights_of_a_file_bit_for_bit(base, stored, dtype):
     """The VAE stays in float32; a file's own precision is converted once, tensor by tensor."""
@@ -470,13 +475,19 @@ def single_file(sd15, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def copy(sd15, tmp_path):
+@pytest.fixture(scope="module")
+def configs(sd15, tmp_path_factory):
     """The pipeline's folder without weights."""
-    sd15.save_pretrained(tmp_path / "sd15")
-    for weights in (tmp_path / "sd15").glob("*/*.safetensors"):
+    folder = tmp_path_factory.mktemp("configs") / "sd15"
+    sd15.save_pretrained(folder)
+    for weights in folder.glob("*/*.safetensors"):
         weights.unlink()
-    return tmp_path / "sd15"
+    return folder
+
+
+@pytest.fixture
+def copy(configs, tmp_path):
+    return shutil.copytree(configs, tmp_path / "sd15")
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_the_function_runs_beside_the_caller():
     caller_works = threading.Event()
 
     def wait(number: int) -> bool:
-        return number == 0 or caller_works.wait(10)
+        return number == 0 or caller_works.wait(600)
 
     results = in_background(wait, range(3), 2, ahead=2)
     assert next(results)

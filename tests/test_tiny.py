@@ -273,20 +273,26 @@ def test_the_shipped_base_draws_faces_with_stock_diffusers():
     assert sum(bool(detect_faces(image, "mtcnn", 0.9)) for image in images) >= 3
 
 
-def test_the_shipped_scorer_prefers_a_face_to_a_blurred_one():
-    """Most of twelve people that no training saw, under 1 px of blur: portraits, tight boxes, aligned faces."""
-    scorer = FaceScorer.from_pretrained(SHIPPED / "scorer")
+@pytest.fixture(scope="module")
+def framed_people():
+    """Twelve people that no training saw: portraits, tight boxes, aligned faces."""
     seeds = range(TEST_SEEDS, TEST_SEEDS + 12)
-    for framed in framings([draw_portrait(seed, 128) for seed in seeds], seeds):
+    return framings([draw_portrait(seed, 128) for seed in seeds], seeds)
+
+
+def test_the_shipped_scorer_prefers_a_face_to_a_blurred_one(framed_people):
+    """Most of twelve people, under 1 px of blur."""
+    scorer = FaceScorer.from_pretrained(SHIPPED / "scorer")
+    for framed in framed_people:
         sides = framed.images, list(map(soft, framed.images))
         with torch.no_grad():
             clean, blurred = (scorer(scorer.preprocess(side, framed.boxes)) for side in sides)
         assert (clean > blurred).sum() >= 8, framed.name
 
 
-def test_the_shipped_judge_prefers_a_face_to_a_blurred_one():
-    """Eleven of twelve people that no training saw, under 1 px of blur: portraits, tight boxes, aligned faces."""
-    judge, seeds = FaceJudge.from_pretrained(SHIPPED / "judge"), range(TEST_SEEDS, TEST_SEEDS + 12)
-    for framed in framings([draw_portrait(seed, 128) for seed in seeds], seeds):
+def test_the_shipped_judge_prefers_a_face_to_a_blurred_one(framed_people):
+    """Eleven of twelve people, under 1 px of blur."""
+    judge = FaceJudge.from_pretrained(SHIPPED / "judge")
+    for framed in framed_people:
         sharp, blurred = (judge.score(side, framed.boxes) for side in (framed.images, list(map(soft, framed.images))))
         assert sum(a > b for a, b in zip(sharp, blurred, strict=True)) >= 11, framed.name

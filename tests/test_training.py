@@ -256,7 +256,7 @@ def run_killed(folder, number, workers=0):
         "run.finish()\n"
     )
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=240, start_new_session=True
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=1200, start_new_session=True
     )
 
 

@@ -14,3 +14,5 @@ Measuring:  figures (the pieces in order), bench (models and test images), faces
 
 Not a part of the faceprior package: run it from the top of the checkout.
 """
+
+import faceprior  # noqa: F401  first: it silences bitsandbytes, which diffusers loads

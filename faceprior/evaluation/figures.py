@@ -96,6 +96,21 @@ def _compared(known: Mapping[str, float], baseline: Mapping[str, float | None]) 
     }  # fmt: skip
 
 
+def common_means(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Return each method's mean over the items that all methods have, {method: {common, common_n}}.
+
+    values: method -> item -> value. {} where all have the same items: then the means are comparable as they are.
+    """
+    items = [frozenset(own) for own in values.values()]
+    shared = frozenset.intersection(*items) if items else frozenset()
+    if not shared or set(items) == {shared}:
+        return {}
+    return {
+        name: {"common": float(np.mean([own[item] for item in sorted(shared)])), "common_n": len(shared)}
+        for name, own in values.items()
+    }
+
+
 def set_figure(
     measured: Mapping[str, Any] | None, reference: str, baseline: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:

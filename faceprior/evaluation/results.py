@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from faceprior.config import METRICS_FILE
-from faceprior.evaluation.figures import figure, not_measured, set_figure
+from faceprior.evaluation.figures import common_means, figure, not_measured, set_figure
 from faceprior.evaluation.measures import Measure
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import REFERENCE, Method
@@ -28,16 +28,32 @@ NAMED = 5  # most items that a note names
 
 
 def protocol_rows(measuring: Measuring, methods: Sequence[Method]) -> list[dict[str, Any]]:
-    """Return a row for every method and measure; the first method is what the others are compared to."""
-    shown = list(methods)
-    if measuring.rows.of(measuring.protocol, REFERENCE):
-        shown.append(Method(REFERENCE, REFERENCE, "reference"))
-    return [
-        result_row(measuring.protocol, method.name, measure, _numbers(measuring, measure, method, methods[0]))
-        for method in shown
+    """Return a row for every method and measure; the first method is what the others are compared to.
+
+    The reference has rows where it has a number. Where methods lack different items, their rows say what the mean is
+    over the items that all of them have (`common`), and how many those are (`common_n`).
+    """
+    common = {measure.key: _common(measuring, measure, methods) for measure in measuring.taken()}
+    rows = [
+        result_row(
+            measuring.protocol,
+            method.name,
+            measure,
+            _numbers(measuring, measure, method, methods[0]) | common[measure.key].get(method.name, {}),
+        )
+        for method in methods
         for measure in measuring.taken()
         if _applies(measure, method)
     ]
+    if measuring.rows.of(measuring.protocol, REFERENCE):
+        reference = Method(REFERENCE, REFERENCE, "reference")
+        own = [
+            result_row(measuring.protocol, REFERENCE, measure, _numbers(measuring, measure, reference, methods[0]))
+            for measure in measuring.taken()
+            if _applies(measure, reference)
+        ]
+        rows += own if any(row["value"] is not None for row in own) else []
+    return rows
 
 
 def result_row(protocol: str, method: str, measure: Measure, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +89,15 @@ def _values(measuring: Measuring, measure: Measure, method: str) -> dict[str, fl
     if measure.key == "faces":
         return {item: float(number > 0) for item, number in values.items()}
     return {item: None if value is None else float(value) for item, value in values.items()}
+
+
+def _common(measuring: Measuring, measure: Measure, methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
+    """Return for each method its mean over the items that all have; {} where all have the same, or no common ones."""
+    if measure.of == "set":
+        return {}
+    found = {method.name: _values(measuring, measure, method.name) for method in methods if _applies(measure, method)}
+    known = {name: {item: x for item, x in own.items() if x is not None} for name, own in found.items()}
+    return common_means({name: own for name, own in known.items() if own})
 
 
 def method_notes(measuring: Measuring, methods: Sequence[Method], wanted: Collection[str]) -> list[str]:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from faceprior.evaluation.methods import INPUT, REFERENCE
-from faceprior.tables import EMPTY, NOT_MEASURED, interval_text, markdown_table, markdown_text
+from faceprior.tables import EMPTY, NOT_MEASURED, interval_text, markdown_table, markdown_text, number_text
 
 PUBLISHED = "published"
+COMMON = "Some methods lack images that others have. Means over the images that all of them have"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table. text, interval: as the table shows them."""
+    """A number of a table. text, interval: as the table shows them; common: the mean over what all methods have."""
 
     text: str = EMPTY
     value: float | None = None
@@ -30,6 +31,8 @@ class Cell:
     n: int | None = None
     note: str = ""
     interval: str = EMPTY
+    common: str = EMPTY
+    common_n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,15 @@ class Table:
     def title(self) -> str:
         return "AB test" if self.protocol == "ab" else self.protocol.capitalize()
 
+    def common(self) -> list[list[str]]:
+        """Return the means over the items that all methods have, its header first; [] where those are all items."""
+        sizes = {
+            key: cell.common_n for line in self.lines for key, cell in line.cells.items() if cell.common_n is not None
+        }
+        found = [(line, [line.cells.get(key, Cell()).common for key in sizes]) for line in self.lines]
+        head = ["method", *(f"{self.columns[key]}, n = {n}" for key, n in sizes.items())]
+        return [head, *([line.method, *texts] for line, texts in found if {*texts} - {EMPTY})] if sizes else []
+
 
 def published_rows(table: str) -> dict[str, Any] | None:
     """Return a published table: {title, protocol, source, columns, rows: [{method, values: {measure key: value}}]}.
@@ -82,7 +94,6 @@ def tables_of(results: Mapping[str, Any]) -> list[Table]:
         lines = [
             Line(method, {row["measure"]: _cell(row) for row in rows if row["method"] == method})
             for method in dict.fromkeys(row["method"] for row in rows)
-            if method != REFERENCE or any(row["value"] is not None for row in rows if row["method"] == REFERENCE)
         ]
         specs = {row["measure"]: row["spec"] for row in rows}
         published, notes = results.get("published") or {}, list((results.get("notes") or {}).get(protocol, []))
@@ -125,7 +136,18 @@ def _cell(row: Mapping[str, Any]) -> Cell:
     if row["value"] is not None:
         text = f"{row['value']:{row['spec']}}"
     interval = interval_text(row["low"], row["high"], row["spec"])
-    return Cell(text, row["value"], row["low"], row["high"], row["n"], row.get("note", ""), interval)
+    common = number_text(row.get("common"), row["spec"])
+    return Cell(
+        text,
+        row["value"],
+        row["low"],
+        row["high"],
+        row["n"],
+        row.get("note", ""),
+        interval,
+        common,
+        row.get("common_n"),
+    )
 
 
 def _published_cells(values: Mapping[str, float], specs: Mapping[str, str]) -> dict[str, Cell]:
@@ -144,6 +166,8 @@ def markdown(table: Table) -> str:
         for line in table.lines
     ]
     parts = [f"## {table.title}\n\n{markdown_table(head, rows)}"]
+    if common := table.common():
+        parts.append(f"{COMMON}:\n\n{markdown_table(common[0], common[1:])}")
     parts += ["\n".join(f"- {markdown_text(note)}" for note in table.notes) + "\n"] if table.notes else []
     return "\n".join(parts)
 
@@ -167,10 +191,16 @@ def details(results: Mapping[str, Any]) -> str:
                 interval_text(row["low"], row["high"], spec),
                 f"{row['median']:{spec}}" if row["median"] is not None else EMPTY,
             )
-            + (str(row["n"]), EMPTY if difference is None else f"{difference:+{spec}}")
+            + (str(row["n"]), EMPTY if difference is None else f"{difference:+{spec}}{pairs_text(row)}")
             + (f"{row['p_value']:.3g}" if row.get("p_value") is not None else EMPTY, row.get("note", ""))
         )
     return markdown_table(head, rows)
+
+
+def pairs_text(row: Mapping[str, Any]) -> str:
+    """Return over how many pairs a difference is, where those are not all of the method's own items."""
+    pairs = row.get("pairs")
+    return f" ({pairs:,.0f} pairs)" if pairs is not None and pairs != row["n"] else ""
 
 
 def csv_text(table: Table) -> str:

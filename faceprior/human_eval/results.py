@@ -40,9 +40,7 @@ def _of_models(tables: Tables) -> Iterator[Row]:
 def _of_metrics(tables: Tables) -> Iterator[Row]:
     for accurate, statistics in zip(tables.table_2, tables.table_4, strict=True):
         name = accurate.metric
-        note = accurate.note
-        if accurate.accuracy is None:
-            note = NOT_MEASURED + note.removeprefix("missing: ")
+        note = accurate.note if accurate.accuracy is not None else NOT_MEASURED + accurate.note
         numbers = {"value": accurate.accuracy, "low": accurate.low, "high": accurate.high}
         yield name, Measure("accuracy", "accuracy", None, spec=".2%"), numbers | {"n": accurate.pairs, "note": note}
         numbers = {"value": statistics.pearson, "n": statistics.images, "note": note} | _ends(statistics.interval)

@@ -195,7 +195,7 @@ def _measured(metric: str, scores: Scores, benchmark: Benchmark, human: _Human, 
 
 
 def _missing(metric: str, folder: Path, reason: str) -> _MetricRows:
-    note = f"missing: {METRICS[metric]}: no {folder / 'scores' / metric}.csv or .jsonl, and {reason}"
+    note = f"{METRICS[metric]}: no {folder / 'scores' / metric}.csv or .jsonl, and {reason}"
     return _MetricRows(
         MetricAccuracy(metric, note=note), (ModelMean(metric, "-", note=note),), MetricStatistics(metric, note=note)
     )

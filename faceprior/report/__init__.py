@@ -1,6 +1,7 @@
 """The report: one HTML file, images embedded, that shows what each stage made below a folder.
 
     python -m faceprior.report results/demo                  # writes results/demo/report.html
+    python -m faceprior.report . runs/guided runs/eval       # with what stages wrote that were given `--output`
 
 It reads what exists. A stage that was not run is named with its command; a file that cannot be read is named at the
 end, and the rest is written.

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from faceprior.evaluation.methods import INPUT, REFERENCE
-from faceprior.evaluation.tables import Line, Table, missing_notes, tables_of
+from faceprior.evaluation.tables import COMMON, Line, Table, missing_notes, pairs_text, tables_of
 from faceprior.html import EmbeddedImage
 from faceprior.report.charts import Chart, box_chart
-from faceprior.report.run import STAGES, Run, number
+from faceprior.report.run import REASON, STAGES, Run, number
 from faceprior.report.summary import spread
 from faceprior.tables import interval_text
 
@@ -20,17 +20,22 @@ COMPARED = 5  # methods that are shown side by side, at most
 CHARTS = 6
 PRIMARY = ("face_score", "lpips", "lpips_tiny", "psnr")  # the first that was measured orders the images
 TEXTS = dict.fromkeys(("protocol", "method", "measure", "header", "title", "spec", "better", "note"), str)
-NUMBERS = ("value", "low", "high", "median", "n", "difference", "diff_low", "diff_high", "p_value")
+NUMBERS = ("value", "low", "high", "median", "n", "difference", "diff_low", "diff_high", "p_value", "pairs", "common")
 
 _SPEC = re.compile(r"\.\d[f%g]")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is shown of one protocol. table: without columns that nobody measured; missing: why, a line each."""
+    """What is shown of one protocol.
+
+    table: without columns that nobody measured; common: means over the images that all methods have, their header
+    first, [] where the table's are; missing: why numbers are, a line each.
+    """
 
     title: str
     table: Table
+    common: list[list[str]]
     missing: list[str]
     details: list[list[str]]
     charts: list[Chart]
@@ -71,7 +76,7 @@ def describe(run: Run, folder: str = FOLDER, ends: int = FEW) -> dict[str, Any]:
             {**known, "published": known["published"] if isinstance(known["published"], dict) else {}}
         )
     ]
-    return {"parts": parts, "file": file}
+    return {"parts": parts, "file": file, "common_heading": COMMON}
 
 
 def sources(run: Run, results: Mapping[str, Any]) -> list[list[str]]:
@@ -97,7 +102,7 @@ def _whole_rows(run: Run, file: str, rows: Any) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in TEXTS):
             run.note(f"{file}: row {place}", "not a row of a method and a measure")
             continue
-        texts = {key: run.plain(row[key], 2000) for key in TEXTS}
+        texts = {key: run.plain(row[key], REASON) for key in TEXTS}
         texts["spec"] = texts["spec"] if _SPEC.fullmatch(texts["spec"]) else ".4g"
         ends = {
             key: [x for x in row.get(key) or [] if isinstance(x, str)]
@@ -107,6 +112,7 @@ def _whole_rows(run: Run, file: str, rows: Any) -> list[dict[str, Any]]:
         numbers = {key: number(row, key) for key in NUMBERS}
         whole.append(
             {**texts, **numbers, **ends, "n": int(numbers["n"] or 0), "is_infinite": row.get("is_infinite") is True}
+            | ({"common_n": int(common)} if (common := number(row, "common_n")) is not None else {})
         )
     return whole
 
@@ -132,7 +138,7 @@ def _published(run: Run, results: Mapping[str, Any]) -> dict[str, Any]:
 def _notes(run: Run, results: Mapping[str, Any]) -> dict[str, list[str]]:
     notes = results.get("notes")
     found = notes.items() if isinstance(notes, dict) else []
-    return {key: [run.plain(note, 300) for note in own] for key, own in found if isinstance(own, list)}
+    return {key: [run.plain(note, REASON) for note in own] for key, own in found if isinstance(own, list)}
 
 
 Images = dict[tuple[str, str], dict[str, dict[str, Any]]]  # (protocol, method) -> item -> row
@@ -162,6 +168,7 @@ def _part(run: Run, folder: str, table: Table, rows: Sequence[dict], images: Ima
     return Part(
         table.title,
         replace(table, columns=columns),
+        table.common(),
         missing_notes(own),
         [_detail(row) for row in own if row["value"] is not None or row["is_infinite"]],
         _charts(own, rows_of),
@@ -190,6 +197,7 @@ def _detail(row: Mapping[str, Any]) -> list[str]:
         return [row["method"], row["title"], *shown, "", row["note"]]
     against = f"{row['difference']:+{spec}} ({interval_text(row['diff_low'], row['diff_high'], spec)})"
     p = "" if row["p_value"] is None else f", p = {row['p_value']:.2g}"
+    p += pairs_text(row)
     return [row["method"], row["title"], *shown, against + p, row["note"]]
 
 

@@ -38,7 +38,7 @@ def settings_text(run: Run, folder: str) -> str | Lost | None:
     """Return the text of a stage's settings, None where none were saved."""
     place = f"{folder}/config.yaml"
     try:
-        return run.plain((run.root / place).read_text(encoding="utf-8"), SETTINGS)
+        return run.plain(run.path(place).read_text(encoding="utf-8"), SETTINGS)
     except FileNotFoundError:
         return None
     except BAD_INPUT as error:

@@ -1,7 +1,7 @@
 """The page: its sections in the order of the stages, its head, and the HTML that the templates make of them."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from faceprior.files import atomic_write
 from faceprior.html import Lost, environment
 from faceprior.report import evaluation, making, opening, pairs, photographs, portraits, restoration, scorer, tuning
 from faceprior.report.charts import Chart
-from faceprior.report.run import BAD_INPUT, STAGES, Run
+from faceprior.report.run import BAD_INPUT, STAGES, Run, stage_folders
 
 MAX_BYTES = 8_000_000  # of the file; above it, all images are embedded smaller
 SCALES = (1.0, 0.7, 0.5, 0.35)  # of the images' sides, tried in turn
@@ -45,7 +45,7 @@ class Section:
         return f"python stages/{self.stage}.py"
 
     def folder(self, run: Run) -> Path:
-        return run.root / STAGES[self.stage]
+        return run.path(STAGES[self.stage])
 
     def state(self, run: Run) -> str:
         """Return "not run", "started" (nothing to show yet), "not finished" or "finished"."""
@@ -144,15 +144,17 @@ SECTIONS = (
 )
 
 
-def write_report(root: str | Path, path: str | Path) -> Path:
+def write_report(root: str | Path, path: str | Path, folders: Iterable[str | Path] = ()) -> Path:
     """Write what the stages left below `root` as one self-contained HTML file, whole or not at all; returns `path`.
 
-    Images are embedded at a size that keeps the file below about 8 MB. Raises FileNotFoundError without `root`.
+    folders: to which stages wrote that were given another `--output`; they take the place of those below `root`.
+    Images are embedded at a size that keeps the file below about 8 MB. Raises FileNotFoundError without `root`, and for
+    a folder that no stage wrote; ValueError for two folders of one stage.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: `make demo` makes results/demo")
-    return _write(root, Path(path), page)
+    return _write(root, Path(path), page, stage_folders(folders))
 
 
 def write_evaluation(folder: str | Path, path: str | Path) -> Path:
@@ -160,9 +162,9 @@ def write_evaluation(folder: str | Path, path: str | Path) -> Path:
     return _write(Path(folder), Path(path), evaluation_page)
 
 
-def _write(root: Path, path: Path, make: Callable[[Run], str]) -> Path:
+def _write(root: Path, path: Path, make: Callable[[Run], str], folders: Mapping[str, Path] | None = None) -> Path:
     for scale in SCALES:
-        text = make(Run(root, scale)).encode("utf-8", "replace")
+        text = make(Run(root, scale, folders or {})).encode("utf-8", "replace")
         if len(text) <= MAX_BYTES:
             break
     with atomic_write(path) as file:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from faceprior.files import find_images
-from faceprior.report.run import Run, number
+from faceprior.report.run import REASON, Run, number
 from faceprior.report.summary import format_number
 
 SCORES = "photographs/scores.jsonl"
@@ -27,7 +27,7 @@ def _scored_photograph(run: Run, row: dict) -> dict[str, Any]:
     name = Path(row["file"]).name
     if "error" in row:
         run.note(f"photographs/{name}", row["error"])
-        return {"name": name, "state": run.plain(row["error"]), "image": None}
+        return {"name": name, "state": run.plain(row["error"], REASON), "image": None, "faces": []}
     faces = _faces(run, row)
     image = run.load("photographs", name)
     count = "no face found" if not faces else f"{len(faces)} face{'s' if len(faces) > 1 else ''}"

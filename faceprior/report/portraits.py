@@ -5,7 +5,7 @@ from typing import Any
 from faceprior.gates import GATES, Gate
 from faceprior.html import EmbeddedImage
 from faceprior.report.charts import Chart, histogram
-from faceprior.report.run import STAGES, Run, number
+from faceprior.report.run import REASON, STAGES, Run, number
 from faceprior.report.summary import format_number, heading, reasons, spread
 
 STAGE = "03_curate_portraits"
@@ -39,7 +39,7 @@ def _rejected(run: Run, row: dict) -> dict[str, Any]:
         image = EmbeddedImage(name, words="no image")
     else:
         image = run.image(FOLDER, thumbnail, f"rejected portrait {name}", 256)
-    return {"image": image, "reason": run.plain(row.get("reason") or "no reason given", 160), "name": name}
+    return {"image": image, "reason": run.plain(row.get("reason") or "no reason given", REASON), "name": name}
 
 
 def _gates(run: Run, accepted: list[dict], rejected: list[dict]) -> dict[str, Any]:

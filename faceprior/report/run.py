@@ -26,6 +26,8 @@ STAGES = {
 
 NUMBER = (int, float)
 
+REASON = 20_000  # characters of a reason that are kept; a page folds what is long
+
 BAD_INPUT = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)  # of what files hold
 
 Made = TypeVar("Made")
@@ -33,11 +35,23 @@ Made = TypeVar("Made")
 
 @dataclass
 class Run:
-    """Reads the files of a run. scale: of the sides of embedded images; problems: file -> why it cannot be shown."""
+    """Reads the files of a run.
+
+    scale: of the sides of embedded images; folders: default folder of a stage -> where it wrote, had it another
+    `--output`; problems: file -> why it cannot be shown.
+    """
 
     root: Path
     scale: float = 1.0
+    folders: Mapping[str, Path] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+
+    def path(self, place: str) -> Path:
+        """Return where a file is that has the name `place` in a run with the default folders."""
+        for default, folder in self.folders.items():
+            if place == default or place.startswith(f"{default}/"):
+                return folder / place[len(default) + 1 :]
+        return self.root / place
 
     def plain(self, text: object, limit: int = 600) -> str:
         """Return a text with paths relative to the root, and its end cut off when it is very long."""
@@ -47,7 +61,7 @@ class Run:
         return text if len(text) <= limit else text[: limit - 1] + "…"
 
     def note(self, place: object, reason: object) -> None:
-        self.problems[self.plain(place)] = self.plain(reason) or type(reason).__name__
+        self.problems[self.plain(self.path(str(place)))] = self.plain(reason, REASON) or type(reason).__name__
 
     def attempt(self, place: object, make: Callable[..., Made], *args: Any) -> Made | Lost:
         """Return what `make` returns, or, where a file holds something else than expected, `Lost`."""
@@ -56,14 +70,14 @@ class Run:
         except BAD_INPUT as error:
             reason = f"no `{error.args[0]}`" if isinstance(error, KeyError) and error.args else error
             self.note(place, reason)
-            return Lost(f"{self.plain(place)} could not be shown: {self.plain(reason)}")
+            return Lost(f"{self.plain(self.path(str(place)))} could not be shown: {self.plain(reason, REASON)}")
 
     # ---- files
 
     def read(self, file: str) -> dict[str, Any]:
         """Return a JSON or YAML object, {} where there is no file."""
         try:
-            text = (self.root / file).read_text(encoding="utf-8")
+            text = self.path(file).read_text(encoding="utf-8")
             value = yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
             if not isinstance(value, dict):
                 raise ValueError("not an object of keys and values")
@@ -77,7 +91,7 @@ class Run:
     def rows(self, file: str, keys: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Return the rows of a file that have `keys`, each of its type; [] where there is no file."""
         try:
-            rows, problems = read_rows(self.root / file)
+            rows, problems = read_rows(self.path(file))
         except FileNotFoundError:
             return []
         except (OSError, RecursionError) as error:
@@ -110,11 +124,33 @@ class Run:
             return EmbeddedImage(alt)
 
     def load(self, folder: str, name: str) -> Image.Image:
-        return load_image(resolve_file(self.root / folder, name))
+        return load_image(resolve_file(self.path(folder), name))
 
     def embed(self, image: Image.Image, alt: str, side: int) -> EmbeddedImage:
         uri = data_uri(image, max(48, round(side * self.scale)))
         return EmbeddedImage(self.plain(alt, 200), uri, *image.size)
+
+
+def stage_folders(folders: Iterable[str | Path]) -> dict[str, Path]:
+    """Return {default folder of a stage: folder} of what stages wrote elsewhere, by the settings that they saved there.
+
+    Raises FileNotFoundError for a folder without them, ValueError for two folders of one stage.
+    """
+    found: dict[str, Path] = {}
+    for folder in map(Path, folders):
+        default = _default_folder(folder)
+        if default is None:
+            raise FileNotFoundError(f"no stage wrote {folder}: it has no config.yaml of one")
+        if default in found:
+            raise ValueError(f"{found[default]} and {folder} are of one stage: give one of them")
+        found[default] = folder
+    return found
+
+
+def _default_folder(folder: Path) -> str | None:
+    """Return where the stage that wrote to a folder writes by default."""
+    settings = Run(folder).read("config.yaml")
+    return next((default for stage, default in STAGES.items() if stage in settings), None)
 
 
 def face_window(box: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:

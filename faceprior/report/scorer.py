@@ -8,7 +8,7 @@ from typing import Any
 
 from faceprior.report.charts import Chart, histogram, line_chart
 from faceprior.report.pairs import Bins, area_bins, bin_text
-from faceprior.report.run import NUMBER, STAGES, Run, number, points
+from faceprior.report.run import NUMBER, REASON, STAGES, Run, number, points
 from faceprior.report.summary import facts, format_number
 from faceprior.tables import NOT_MEASURED
 
@@ -122,6 +122,6 @@ def _shortcuts(run: Run, checks: dict) -> list[Measured]:
         value = interval = None
         if fraction is not None and low is not None and high is not None:
             value, interval = f"{fraction:.1%}", f"{low:.1%} to {high:.1%}"
-        note = run.plain(row.get("note") or "", 300).removeprefix(NOT_MEASURED)
+        note = run.plain(row.get("note") or "", REASON).removeprefix(NOT_MEASURED)
         found.append(Measured(run.plain(row["test"], 120), value, interval, count and format_number(count), note))
     return found

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from faceprior.report.run import Run, number
+from faceprior.report.run import REASON, Run, number
 
 REASONS = 12  # most that are listed
 
@@ -63,7 +63,7 @@ def reasons(run: Run, rejected: list[dict[str, Any]], key: str) -> list[tuple]:
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     listed, others = ordered[:REASONS], ordered[REASONS:]
     found: list[tuple] = [
-        (kind, len(own), run.plain(f"{own[0].get(key, '?')}: {own[0].get('reason')}", 200)) for kind, own in listed
+        (kind, len(own), run.plain(f"{own[0].get(key, '?')}: {own[0].get('reason')}", REASON)) for kind, own in listed
     ]
     if others:
         found.append(("other reasons", sum(len(own) for _, own in others), None))
