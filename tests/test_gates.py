@@ -68,7 +68,7 @@ def test_limits_by_hand():
 
 MOVED = {  # flaw -> (number, direction)
     "blur": ("sharpness", -1), "motion": ("sharpness", -1), "noise": ("noise", 1), "pepper": ("pepper", 1),
-    "blocks": ("blocks", 1), "smooth": ("texture", -1), "underexposed": ("highlights", -1), "overexposed": ("blown", 1),
+    "blocks": ("blocks", 1), "smooth": ("smoothest", -1), "underexposed": ("highlights", -1), "overexposed": ("blown", 1),
 }  # fmt: skip
 
 

@@ -214,7 +214,7 @@ def test_all_that_is_wrong_is_named_and_all_numbers_are_stored(stage, photos):
 def test_other_limits_judge_by_the_stored_numbers(stage, photos, monkeypatch):
     """Stricter, and back: nothing is measured twice, but for what is accepted again; the files are as before."""
     whole, before = curate(stage), contents(Path("out"))
-    limit = max(row["quality"]["texture"] for row in whole["manifest"]) + 1
+    limit = max(row["quality"]["smoothest"] for row in whole["manifest"]) + 1
     with monkeypatch.context() as patch:
         patch.setattr(stage, "measure_photograph", None)  # would fail if it was called
         with pytest.raises(ValueError, match="none of 2 photographs passed"):
@@ -247,7 +247,7 @@ def test_a_portrait_that_is_not_rejected_by_hand_any_more_is_judged_by_the_limit
     Path("review.txt").write_text(identity)
     (row,) = curate(stage, review="review.txt")["rejected"]
     Path("review.txt").write_text("")
-    rows = curate(stage, review="review.txt", min_texture=row["quality"]["texture"] + 0.1)["rejected"]
+    rows = curate(stage, review="review.txt", min_texture=row["quality"]["smoothest"] + 0.1)["rejected"]
     assert "over-smooth" in next(r for r in rows if r["id"] == identity)["faults"]
 
 
