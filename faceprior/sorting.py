@@ -187,12 +187,8 @@ def move_portrait(output: Path, image: str, folder: str) -> str:
 
 def remove_files(output: Path, identity: str) -> None:
     """Remove what earlier runs wrote about a photograph that no row tells of."""
-    for file in (
-        f"images/{identity}.png",
-        f"images/{identity}.txt",
-        *(f"rejected/{identity}.{s}" for s in ("png", "txt", "jpg")),
-    ):
-        (output / file).unlink(missing_ok=True)
+    for file in ("images/{}.png", "images/{}.txt", "rejected/{}.png", "rejected/{}.txt", "rejected/{}.jpg"):
+        (output / file.format(identity)).unlink(missing_ok=True)
 
 
 def save_thumbnail(photograph: Image.Image, output: Path, identity: str) -> dict[str, str]:
