@@ -248,7 +248,7 @@ def test_a_portrait_that_is_not_rejected_by_hand_any_more_is_judged_by_the_limit
     Path("review.txt").write_text(identity)
     (row,) = curate(stage, review="review.txt")["rejected"]
     Path("review.txt").write_text("")
-    rows = curate(stage, review="review.txt", min_texture=row["quality"]["smoothest"] + 0.1)["rejected"]
+    rows = curate(stage, review="review.txt", min_texture=row["quality"]["smoothest"] + 0.01)["rejected"]
     assert "over-smooth" in next(r for r in rows if r["id"] == identity)["faults"]
 
 
