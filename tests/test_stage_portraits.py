@@ -39,7 +39,7 @@ def photos(drawn, tmp_path, monkeypatch) -> Path:
 def curate(stage, **values) -> dict[str, list[dict]]:
     """Run the stage -> its rows, accepted and rejected."""
     stage.main(stage.Config(**{"images": "photos", "output": "out", "min_face_size": 48, **values}))
-    files = {name: Path("out", f"{name}.jsonl") for name in ("manifest", "rejected")}
+    files = {name: Path(values.get("output", "out"), f"{name}.jsonl") for name in ("manifest", "rejected")}
     return {name: read_rows(path)[0] if path.exists() else [] for name, path in files.items()}
 
 
@@ -479,7 +479,7 @@ def test_drawn_portraits_that_are_complete_are_captioned_otherwise(stage, tmp_pa
     assert all(row["semantic"] == ["portrait photo"] for row in rows)
 
 
-# ------------------------------------------------------------ photographs that come, go, or are others under their names
+# ---------------------------------------------------------- photographs that come, go, or are others under their names
 
 
 def test_a_photograph_that_was_replaced_is_judged_anew(stage, photos, drawn, vlm, monkeypatch):
