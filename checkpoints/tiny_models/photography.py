@@ -112,8 +112,10 @@ def photographs(person: SimpleNamespace, behind: np.ndarray) -> Iterator[tuple[s
     for tag, stops in STOPS.items():
         yield "key", tag, taken(person, layer, own, 2.0**stops)
 
-    yield "depth of field", "", taken(person, layer, behind)
-    yield "depth of field", "blurred background", taken(person, layer, blur(behind, OUT_OF_FOCUS))
+    sharp, blurred = taken(person, layer, behind), taken(person, layer, blur(behind, OUT_OF_FOCUS))
+    if is_seen(sharp, blurred, layer, describe(image, layer, (0, 0)).landmarks):
+        yield "depth of field", "", sharp
+        yield "depth of field", "blurred background", blurred
 
     if person.background != "studio":  # drawn out of focus; a studio's wall is plain
         yield "depth of field", "blurred background", image
@@ -128,6 +130,21 @@ def photographs(person: SimpleNamespace, behind: np.ndarray) -> Iterator[tuple[s
 
     yield "colours", "", image
     yield "colours", "black and white", as_array(Image.fromarray(image).convert("L").convert("RGB"))
+
+
+def is_seen(sharp: np.ndarray, blurred: np.ndarray, layer: Layer, landmarks: np.ndarray) -> bool:
+    """Whether blur changes a twentieth of the background by 8 grey levels, in the aligned crop and below its grain.
+
+    Where a wall or a body fills it, nobody can tell whether it is in focus.
+    """
+    coverage = np.repeat((255 * layer.coverage).astype(np.uint8), 3, axis=2)
+    crops = [
+        as_array(align_face(Image.fromarray(image), landmarks, ANALYSIS_SIZE).crop.convert("L")).astype(np.float32)
+        for image in (sharp, blurred, coverage)
+    ]
+    first, second, figure = (cv2.GaussianBlur(crop, (0, 0), 1.0) for crop in crops)
+    background = figure < 8
+    return bool(background.any() and (np.abs(first - second)[background] > 8).mean() > 0.05)
 
 
 def taken(person: SimpleNamespace, layer: Layer, behind: np.ndarray, exposure: float = 1.0) -> np.ndarray:
