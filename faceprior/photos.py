@@ -363,7 +363,8 @@ def pair_id(photograph: str, index: int) -> str:
 def safe_name(name: str) -> str:
     """Turn a relative path into a unique file name without folders and suffix.
 
-    It consists of letters, digits, `-` and `_`, and is short enough for file systems that allow 255 bytes.
+    It consists of ASCII letters, digits, `-` and `_`, which every locale can write, and is short enough for file
+    systems that allow 255 bytes.
     """
-    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).with_suffix("").as_posix())
+    stem = re.sub(r"[^0-9A-Za-z_-]", "_", Path(name).with_suffix("").as_posix())
     return f"{stem[-50:]}_{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"

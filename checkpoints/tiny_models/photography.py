@@ -234,8 +234,8 @@ def markdown(results: dict) -> str:
         f"Made by `{results['command']}` on {results['machine']}.",
         "",
         "Side and colour of the light are what the drawn people are lit with. The rest is made on the same people: "
-        "exposure, a sharp or a blurred background, blur, smoothed skin, no colours. It says "
-        "nothing about photographs.",
+        "exposure, a sharp or a blurred background (where the blur changes a twentieth of it at least), blur, smoothed "
+        "skin, no colours. It says nothing about photographs.",
         "",
         f"Aim: {AIM:.0%} right of every attribute; missed by: {', '.join(['light hardness', *missed])}. Fractions with "
         "95% intervals (Wilson), of the photographs where there was something to measure; no face was found in "
