@@ -482,8 +482,11 @@ def import_retouched(config: Config, output: Path, accepted: KeyedRows) -> Probl
 
 
 def write_sheets(output: Path, accepted: list[dict], columns: int = 8, rows: int = 6, side: int = 160) -> None:
-    """Write contact sheets in the order of the manifest."""
+    """Write contact sheets in the order of the manifest, and remove those of an earlier run with more portraits."""
     per_sheet = columns * rows
+    for path in (output / "sheets").glob("*.jpg"):
+        if int(path.stem) * per_sheet >= len(accepted):
+            path.unlink()
     for number in range(0, len(accepted), per_sheet):
         sheet = Image.new("RGB", (columns * side, rows * side), "white")
         for place, row in enumerate(accepted[number : number + per_sheet]):

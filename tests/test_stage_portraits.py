@@ -529,6 +529,13 @@ def test_an_image_without_a_row_of_a_killed_run_is_not_left(stage, photos, monke
     assert not list(Path("out/images").iterdir())
 
 
+def test_contact_sheets_show_the_portraits_of_this_run_only(stage, photos):
+    rows = curate(stage)["manifest"]
+    for shown in (rows, rows[:1], []):
+        stage.write_sheets(Path("out"), shown, columns=1, rows=1, side=16)
+        assert sorted(path.stem for path in Path("out/sheets").iterdir()) == [f"{i:03d}" for i in range(len(shown))]
+
+
 def test_a_larger_hash_distance_names_the_portrait_that_another_is_a_copy_of(stage, photos, no_second_look):
     """As many bits as two people differ by: the later one is dropped as the copy of the first, and comes back."""
     whole = curate(stage)
