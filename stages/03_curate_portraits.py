@@ -144,10 +144,11 @@ class Config:
     seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
     overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
-    # other limits are applied to the stored numbers; the main face is chosen by `min_confidence`
+    # other limits are applied to the stored numbers; by `min_confidence` the main face is chosen
     CAPTIONS = ("captioners", "vlm", "vlm_prompt", "vlm_tokens", "quantization", "mixed_precision")
     FREE = frozenset(
-        {"review", "batch_size", "export_retouch", "import_retouch", *CAPTIONS, *LIMITS} - {"min_confidence"}
+        {"review", "batch_size", "export_retouch", "import_retouch", *CAPTIONS, *LIMITS}
+        - {"min_confidence", "min_beside"}
     )
     RENAMED = {"min_sharpness": "min_laplacian", "captions": "captioners"}
 
