@@ -68,7 +68,7 @@ GATES = (
     Gate("JPEG blocks", "blocks", "max_blocks", "at most", "steps across 8 x 8 borders / other steps"),
     Gate("blurred", "sharpness", "min_laplacian", "at least", "deviation of the Laplacian at 256 px, grey levels"),
     Gate("enlarged", "detail", "min_detail", "at least", "finest octave of the crop / the one below"),
-    Gate("over-smooth", "texture", "min_texture", "at least", "detail of the cheeks at 256 px, grey levels"),
+    Gate("over-smooth", "smoothest", "min_texture", "at least", "detail of the cheeks' smoothest fifth, grey levels"),
     Gate("underexposed", "highlights", "min_highlights", "at least", "95th percentile of the face, grey levels"),
     Gate("overexposed", "blown", "max_blown", "at most", "fraction of the face without drawing in two channels"),
     Gate(
@@ -78,6 +78,7 @@ GATES = (
         "more than",
         "bits unlike the nearest earlier portrait's, of 64",
     ),
+    Gate("no caption beside it", "beside", "min_beside", "at least", "tags beside the photograph"),
     Gate("low quality", "model_quality", "min_quality", "at least", "learned quality of the crop"),
 )
 LIMITS = frozenset(gate.limit for gate in GATES)
@@ -176,10 +177,9 @@ def measure_face(photograph: Image.Image, face: Face, crop: Image.Image) -> dict
     without JPEG.
 
     On the face aligned at 256 pixels: eyes and mouth, see `_contrast`; sharpness, the standard deviation of the
-    Laplacian, grey levels; texture, the median detail (below 2 pixels) of the cheeks, grey levels, small on over-smooth
-    skin; highlights, the 95th percentile of the face, grey levels: dark skin has them, too; blown, the fraction of the
-    face where two of the three channels are white; skin, the individual typology angle of the cheeks
-    (`balance.typology_angle`), which no gate judges.
+    Laplacian, grey levels; smoothest, see `_smoothest`, small on over-smooth skin; highlights, the 95th percentile of
+    the face, grey levels: dark skin has them, too; blown, the fraction of the face where two of the three channels are
+    white; skin, the individual typology angle of the cheeks (`balance.typology_angle`), which no gate judges.
 
     On `crop`: detail, `quality.finest_octave` of the face, near 0 where it was enlarged to this size.
     """
@@ -188,7 +188,6 @@ def measure_face(photograph: Image.Image, face: Face, crop: Image.Image) -> dict
     aligned = align_face(photograph, face.landmarks, ANALYSIS_SIZE)
     gray, rgb = _gray(aligned.crop), np.asarray(aligned.crop)
     landmarks = face.landmarks @ aligned.matrix[:, :2].T + aligned.matrix[:, 2]
-    fine = np.abs(gray - cv2.GaussianBlur(gray, (0, 0), 2.0))
     values = {
         "yaw": pose.yaw,
         "pitch": pose.pitch,
@@ -200,7 +199,7 @@ def measure_face(photograph: Image.Image, face: Face, crop: Image.Image) -> dict
         "pepper": (np.abs(own - cv2.medianBlur(own, 3)) > 40).mean(),
         "blocks": blockiness(own),
         "sharpness": cv2.Laplacian(gray, cv2.CV_32F).std(),
-        "texture": np.median(fine[CHEEKS]),  # the mean would be that of nose, glasses and beard
+        "smoothest": _smoothest(gray),
         "detail": finest_octave(_inner(_gray(crop))),
         "highlights": np.quantile(_inner(gray), 0.95),
         "blown": (np.sort(_inner(rgb), axis=2)[..., 1] >= 250).mean(),
@@ -210,6 +209,19 @@ def measure_face(photograph: Image.Image, face: Face, crop: Image.Image) -> dict
 
 
 CHEEKS = np.s_[128:180, 64:192]  # rows and columns of a crop of ANALYSIS_SIZE, with the nose between them
+
+
+def _smoothest(gray: np.ndarray, side: int = 4) -> float:
+    """The detail below 1 pixel of the smoothest fifth of the cheeks, grey levels: real skin has some everywhere.
+
+    What smooths skin leaves its strongest edges, and hair, glasses and beard: they dominate the mean, and often the
+    median. So the detail is the root mean square in each of the blocks of side x side pixels, of which the quantile 0.2
+    counts. gray: crop of ANALYSIS_SIZE.
+    """
+    detail = np.square(gray - cv2.GaussianBlur(gray, (0, 0), 1.0))[CHEEKS]
+    rows, columns = (length // side for length in detail.shape)
+    blocks = detail.reshape(rows, side, columns, side).mean(axis=(1, 3))
+    return float(np.sqrt(np.quantile(blocks, 0.2)))
 
 
 def _inner(pixels: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 Every measure is one number with one or two limits, at 256 pixels. The limits were set on drawn portraits whose light is
 known; `python -m checkpoints.tiny_models.photography` counts how often they are right on others. The hardness of the
-light is not among them: single measures of contrast and of the edges of shadows told hard from soft light no more often
-than always saying soft does.
+light is not among them: neither the depth and the steepness of shadows nor highlights, alone or combined, tell hard
+from soft light on these, as that command counts, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIDES = (  # besides the nose, on the chin, on the forehead: left and right
     (np.s_[72:92, 85:122], np.s_[72:92, 134:171]),
 )
 EYES = (np.s_[108:132, 82:116], np.s_[108:132, 140:174])
-EDGES = (np.s_[:150, :16], np.s_[:150, 240:])  # beside the head
+BESIDE = [np.s_[top : top + 40, side] for top in (0, 40, 80, 120) for side in (slice(32), slice(224, 256))]  # the head
 FACE = np.s_[88:222, 72:184]
 
 LUMINANCE = np.float32([0.2126, 0.7152, 0.0722])  # of linear RGB (Rec. 709)
@@ -56,9 +56,8 @@ ATTRIBUTES = (
     Attribute("colour temperature", (0.025, 0.104), "cool light", "neutral light", "warm light"),
     # mean grey level
     Attribute("key", (75.0, 165.0), "dark tones", "", "light tones"),
-    # sharpness of the strongest edges in the background; discs of light out of focus have sharp edges too, so that
-    # these alone do not make a depth of field deep
-    Attribute("depth of field", (1.3, 1.3), "blurred background"),
+    # standard deviation of the blur of the background's edges in pixels; in focus they have below 1
+    Attribute("depth of field", (1.4, 1.4), "", "", "blurred background"),
     # fraction of the face's contrast that is fine
     Attribute("sharpness", (0.2, 0.2), "soft focus", "", "sharp details"),
     # detail of the cheeks in grey levels
@@ -104,7 +103,7 @@ def measure_photography(crop: Image.Image, turn: float = 0.0) -> dict[str, float
         "light side": _light_from_the_left(linear) - turn,
         "colour temperature": float(np.mean([_green_over_blue(linear[eye]) for eye in EYES])),
         "key": float(gray.mean()),
-        "depth of field": _background_sharpness(gray) if fine else None,
+        "depth of field": _background_blur(gray) if fine else None,
         "sharpness": _fine_fraction(gray[FACE]) if fine else None,
         "skin": _skin_texture(gray) if fine else None,
         "colours": float(((rgb.max(2) - rgb.min(2)) / (rgb.max(2) + 1)).mean()),
@@ -146,14 +145,20 @@ def _fine_fraction(gray: np.ndarray) -> float:
     return float((gray - fine).std() / ((fine - coarse).std() + 1.0))
 
 
-def _background_sharpness(gray: np.ndarray) -> float | None:
-    """Return how much weaker the strongest edges beside the head become by more blur, None where there are none.
+def _background_blur(gray: np.ndarray) -> float | None:
+    """Return the blur of the strongest edges beside the head, as a Gaussian's standard deviation in pixels.
 
-    Edges that are blurred already lose nothing. Of both sides the less sharp one counts: hair in it is in focus.
+    The gradient of an edge of blur s is 1 / sqrt(s^2 + t^2) after more blur by t; so the ratio of the gradients for
+    t = 1 and 2, R^2 = (s^2 + 4) / (s^2 + 1), tells s. Of the blocks beside the head that have an edge the median
+    counts: hair, which is in focus, fills some. None where no block has one, as before a plain wall.
     """
-    fine, coarse = (_gradient(cv2.GaussianBlur(gray, (0, 0), sigma)) for sigma in (1.0, 3.0))
-    strongest = [(np.percentile(fine[edge], 99), np.percentile(coarse[edge], 99)) for edge in EDGES]
-    return min((float(sharp / soft) for sharp, soft in strongest if soft > 1), default=None)
+    fine, coarse = (_gradient(cv2.GaussianBlur(gray, (0, 0), sigma)) for sigma in (1.0, 2.0))
+    strongest = [(np.percentile(fine[block], 99.8), np.percentile(coarse[block], 99.8)) for block in BESIDE]
+    ratios = [sharp / soft for sharp, soft in strongest if soft > 1]
+    if not ratios:
+        return None
+    squared = float(np.clip(np.median(ratios), 1.05, 2.0)) ** 2  # from 0 pixels to 5
+    return float(np.sqrt((4 - squared) / (squared - 1)))
 
 
 def _gradient(gray: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ MEMBER_SUFFIXES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 CAPTION_SUFFIXES = ("txt", "json")  # the first one that exists counts
 
 Problems = list[tuple[str, str]]
+_BLOCK = 1 << 16  # bytes that `Photograph.fingerprint` reads at three places
 
 
 class CaptionError(ValueError):
@@ -72,6 +73,24 @@ class Photograph:
                 raise ImageError(f"{self.path} holds {frames} frames or pages, a photograph is one: extract them")
             return load_image(self.path)
         return decode_image(self.image.read(self.path), f"{self.path}/{self.image.name}")
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that another file under this name has different ones of; empty if it cannot be read.
+
+        They are those of its size and of three blocks, from start, middle and end: a folder of photographs is compared
+        without reading all of it. Compressed images differ everywhere behind a change.
+        """
+        try:
+            size = self.path.stat().st_size if self.image is None else self.image.size
+            start = 0 if self.image is None else self.image.offset
+            digest = hashlib.sha256(str(size).encode())
+            with open(self.path, "rb") as file:
+                for place in (0, (size - _BLOCK) // 2, size - _BLOCK):
+                    file.seek(start + max(place, 0))
+                    digest.update(file.read(min(_BLOCK, size)))
+        except OSError:
+            return ""
+        return digest.hexdigest()[:16]
 
     def is_readable(self) -> bool:
         """Whether image and caption can be read."""
@@ -344,7 +363,8 @@ def pair_id(photograph: str, index: int) -> str:
 def safe_name(name: str) -> str:
     """Turn a relative path into a unique file name without folders and suffix.
 
-    It consists of letters, digits, `-` and `_`, and is short enough for file systems that allow 255 bytes.
+    It consists of ASCII letters, digits, `-` and `_`, which every locale can write, and is short enough for file
+    systems that allow 255 bytes.
     """
-    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).with_suffix("").as_posix())
+    stem = re.sub(r"[^0-9A-Za-z_-]", "_", Path(name).with_suffix("").as_posix())
     return f"{stem[-50:]}_{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"

@@ -28,9 +28,14 @@ Row = dict[str, Any]
 # ---- By other limits than those of an earlier run, applied to the numbers that it stored
 
 
-def words_of(faults: Sequence[Fault]) -> Row:
-    """Return what a row of rejected.jsonl says of the gates that a photograph did not pass."""
-    return {"faults": [fault.gate.fault for fault in faults], "reason": "; ".join(map(str, faults))}
+def words_of(faults: Sequence[Fault], row: Row) -> Row:
+    """Return what a row of rejected.jsonl says of the gates that its photograph did not pass.
+
+    row: its `nearest` is the portrait most like it when it was judged, of which it is a copy by this run's limit.
+    """
+    words = {"faults": [fault.gate.fault for fault in faults], "reason": "; ".join(map(str, faults))}
+    is_copy = "nearest" in row and any(fault.gate.measure == "duplicate" for fault in faults)
+    return {**words, "duplicate_of": row["nearest"]} if is_copy else words
 
 
 def judged_otherwise(accepted: KeyedRows, rejected: KeyedRows, limits: Any) -> bool:
@@ -39,7 +44,7 @@ def judged_otherwise(accepted: KeyedRows, rejected: KeyedRows, limits: Any) -> b
     limits: an object with the gates' limits as attributes, as stage 3's Config.
     """
     return any(find_faults(row["quality"], limits) for row in accepted.values()) or any(
-        words_of(find_faults(row["quality"], limits))["reason"] != row["reason"]
+        words_of(find_faults(row["quality"], limits), row)["reason"] != row["reason"]
         for row in rejected.values()
         if "faults" in row
     )
@@ -51,7 +56,7 @@ def judge_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, limits: 
     found = {identity: find_faults(row["quality"], limits) for identity, row in accepted.items()}
     fallen = [identity for identity, faults in found.items() if faults]
     for identity in fallen:
-        _reject(output, accepted[identity], rejected, words_of(found[identity]))
+        _reject(output, accepted[identity], rejected, words_of(found[identity], accepted[identity]))
     accepted.remove(fallen)
 
     # ---- A portrait in whose place a copy had come is none's copy where that one is no portrait now
@@ -61,7 +66,7 @@ def judge_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, limits: 
         if "image" in row and "faults" in row and row.get("duplicate_of", identity) not in {identity, *accepted}
     ]
     if lone:
-        rejected.replace({key: value for key, value in row.items() if key != "duplicate_of"} for row in lone)
+        rejected.replace(_without(row, "duplicate_of", "nearest") for row in lone)
 
     # ---- Rejected, and no longer: one that was a portrait keeps its image, unless a copy took its place
     passed = [i for i, row in rejected.items() if "faults" in row and not find_faults(row["quality"], limits)]
@@ -72,8 +77,8 @@ def judge_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, limits: 
         row = rejected[identity]
         copy_of, distance = ("hash" in row and portraits.find(int(row["hash"], 16))) or ("", NO_DUPLICATE)
         if copy_of and identity not in accepted:
-            row = {**row, "quality": {**row["quality"], "duplicate": distance}, "duplicate_of": copy_of}
-            rejected.replace([{**row, **words_of(find_faults(row["quality"], limits))}])
+            row = {**row, "quality": {**row["quality"], "duplicate": distance}, "nearest": copy_of}
+            rejected.replace([{**row, **words_of(find_faults(row["quality"], limits), row)}])
         else:
             accept_again(output, accepted, rejected, [identity])
             _add_hash(portraits, row)
@@ -87,10 +92,14 @@ def judge_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, limits: 
     rejected.remove(again)
 
     # ---- Still rejected, for other reasons
-    words = {i: words_of(find_faults(row["quality"], limits)) for i, row in rejected.items() if "faults" in row}
+    words = {i: words_of(find_faults(row["quality"], limits), row) for i, row in rejected.items() if "faults" in row}
     changed = [identity for identity in words if words[identity]["reason"] != rejected[identity]["reason"]]
     if changed:
-        rejected.replace({**rejected[identity], **words[identity]} for identity in changed)
+        rejected.replace({**_without(rejected[i], "duplicate_of"), **words[i]} for i in changed)
+
+
+def _without(row: Row, *keys: str) -> Row:
+    return {key: value for key, value in row.items() if key not in keys}
 
 
 def _add_hash(portraits: NearDuplicates, row: Row) -> None:
@@ -159,8 +168,7 @@ def _reject(output: Path, row: Row, rejected: KeyedRows, words: Row) -> None:
 def accept_again(output: Path, accepted: KeyedRows, rejected: KeyedRows, identities: Sequence[str]) -> None:
     """Move portraits that are rejected no longer back into the manifest."""
     for identity in identities:
-        gone = ("reason", "thumbnail", "faults", "duplicate_of")
-        row = {key: value for key, value in rejected[identity].items() if key not in gone}
+        row = _without(rejected[identity], "reason", "thumbnail", "faults", "duplicate_of")
         accepted.add({**row, "image": move_portrait(output, row["image"], "images")})
         (output / rejected[identity]["thumbnail"]).unlink(missing_ok=True)
     rejected.remove(identities)
@@ -175,6 +183,12 @@ def move_portrait(output: Path, image: str, folder: str) -> str:
             (output / target).parent.mkdir(exist_ok=True)
             source.replace((output / target).with_suffix(suffix))
     return target
+
+
+def remove_files(output: Path, identity: str) -> None:
+    """Remove what earlier runs wrote about a photograph that no row tells of."""
+    for file in ("images/{}.png", "images/{}.txt", "rejected/{}.png", "rejected/{}.txt", "rejected/{}.jpg"):
+        (output / file.format(identity)).unlink(missing_ok=True)
 
 
 def save_thumbnail(photograph: Image.Image, output: Path, identity: str) -> dict[str, str]:

@@ -8,8 +8,8 @@ Reads   photographs: a folder, a glob, a file, a .txt list of paths, or WebDatas
         beside them (NAME.txt, NAME.json, NAME_qwen.json)
 Writes  data/portraits/: images/ (aligned squares and their captions), manifest.jsonl, rejected.jsonl (with all that is
         wrong), rejected/ (thumbnails, and what was rejected by hand), sheets/ (contact sheets for the review by eye),
-        balance.json (who is in the portraits, and who is missing), answers.jsonl (of the vision-language model),
-        originals/ (of retouched portraits), metrics.jsonl, config.yaml
+        balance.json (who is in the portraits, and who is missing), answers/ (of vision-language models, by model and
+        question), originals/ (of retouched portraits), metrics.jsonl, config.yaml
 
 Every gate of `faceprior.gates` is one measured number with one limit, a setting below. The numbers of every photograph
 are stored: the same command with other limits judges by them again, and decodes only what is accepted newly.
@@ -17,8 +17,11 @@ are stored: the same command with other limits judges by them again, and decodes
 
 Captions are tags, semantic and photographic ones, from up to three sources: `--captioners sidecar vlm measured` takes
 those beside a photograph, those of a vision-language model (`--vlm`), and those that are measured in the pixels; the
-first source counts where they contradict each other. `--export_retouch DIR` writes the portraits for a retoucher, and
-`--import_retouch DIR` puts the retouched ones in their places.
+first source counts where they contradict each other. Each source's tags are stored: with other captioners the same
+command captions the same portraits anew, and what an earlier run has asked comes back at once.
+
+`--export_retouch DIR` writes the portraits for a retoucher, and `--import_retouch DIR` puts the retouched ones in their
+places. A photograph that was replaced by another file of its name is judged anew.
 
 The paper's last filter is a person who looks at every image, on a local page (`pip install "faceprior[pages]"`):
 
@@ -30,8 +33,10 @@ text file, one per line, and give it as `--review FILE`, which goes before revie
 they are.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,7 +63,7 @@ from faceprior.images import load_image, save_image
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
 from faceprior.models import quiet_libraries, resolve_device, weight_dtype
 from faceprior.photography import head_turn, measured_tags
-from faceprior.photos import UNREADABLE, Photograph, find_photographs, safe_name
+from faceprior.photos import UNREADABLE, Photograph, Problems, find_photographs, safe_name
 from faceprior.portraits import Portrait
 from faceprior.procedural import Spoil, draw_folder
 from faceprior.quality import NearDuplicates
@@ -72,6 +77,7 @@ from faceprior.sorting import (
     judge_again,
     judged_otherwise,
     reject_by_hand,
+    remove_files,
     save_thumbnail,
     words_of,
 )
@@ -79,6 +85,7 @@ from faceprior.tags import Tags, combine_tags
 
 BALANCE = "balance.json"
 SEARCHED_FACE = 20  # pixels; smaller faces in the background of a photograph do not count as further ones
+TOGETHER = 100  # portraits whose new tags are stored at once: a killed run loses no more
 Sources = tuple[Literal["sidecar", "vlm", "measured"], ...]
 
 
@@ -114,7 +121,9 @@ class Config:
     max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
     min_laplacian: float = 4.3  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
     min_detail: float = 0.1  # minimum energy of the crop's finest octave over the one below; below: enlarged, [0, inf)
-    min_texture: float = 1.2  # minimum detail of the cheeks in grey levels; below: over-smooth, [0, inf)
+    min_texture: float = (
+        0.65  # minimum detail of the cheeks' smoothest fifth in grey levels; below: over-smooth, [0, inf)
+    )
     min_highlights: float = 100.0  # minimum 95th percentile of the face in grey levels; below: too dark, [0, 255]
     max_blown: float = 0.02  # maximum fraction of the face that is white in two channels; above: too bright, [0, 1]
     max_hash_distance: int = 4  # maximum number of different bits of 64 of a near-duplicate; -1: off, [-1, 64]
@@ -135,9 +144,18 @@ class Config:
     seed: int = 0  # seed of the drawn portraits' flaws, [0, inf)
     overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
-    # other limits are applied to the stored numbers; the main face is chosen by `min_confidence`
-    FREE = frozenset({"review", "batch_size", "export_retouch", "import_retouch", *LIMITS}) - {"min_confidence"}
+    # other limits are applied to the stored numbers; by `min_confidence` the main face is chosen
+    CAPTIONS = ("captioners", "vlm", "vlm_prompt", "vlm_tokens", "quantization", "mixed_precision")
+    FREE = frozenset(
+        {"review", "batch_size", "export_retouch", "import_retouch", *CAPTIONS, *LIMITS}
+        - {"min_confidence", "min_beside"}
+    )
     RENAMED = {"min_sharpness": "min_laplacian", "captions": "captioners"}
+
+    @property
+    def min_beside(self) -> int:
+        """The limit of the gate for captions: one has to be beside the photograph where none come from elsewhere."""
+        return int(self.captioners == ("sidecar",))
 
 
 def main(config: Config) -> None:
@@ -155,26 +173,31 @@ def main(config: Config) -> None:
     complete_moves(output, accepted, rejected)
     reviewed = review is not None and is_new(review, accepted, rejected)
     retouched = bool(config.export_retouch or config.import_retouch)
-    changed = reviewed or retouched or judged_otherwise(accepted, rejected, config)
+    changed = reviewed or retouched or recaptioned(config, output) or judged_otherwise(accepted, rejected, config)
     if is_complete(output) and sources is None and not changed:
         print(f"{output} is complete: {len(accepted)} portraits")
         return
     learned = load_quality_model(config)
     (output / DONE_FILE).unlink(missing_ok=True)
-    if review is not None:  # rejected by hand and no longer; rows of older runs lack the portrait and are made anew
-        accept_again(output, accepted, rejected, [i for i in forgiven(rejected, review) if "image" in rejected[i]])
-        rejected.remove(forgiven(rejected, review))
-    judge_again(output, accepted, rejected, config)
-    for source in sources or []:  # unreadable in an earlier run and fixed since: judged again
-        if rejected.get(safe_name(source.name), {}).get("unreadable") and source.is_readable():
-            rejected.remove([safe_name(source.name)])
     if sources is None:
         draw_folder(output / "drawn", range(config.num_drawn), 4 * config.resolution, change=Spoil(config.seed))
         sources = find_photographs(str(output / "drawn"))[0]
 
+    # ---- What has changed since: photographs, captioners, the review, the limits
+    problems += forget_replaced(config, output, accepted, rejected, sources)
+    for rows in (accepted, rejected):
+        problems += add_tags(config, output, rows, sources)
+    if review is not None:  # rejected by hand and no longer; rows of older runs lack the portrait and are made anew
+        accept_again(output, accepted, rejected, [i for i in forgiven(rejected, review) if "image" in rejected[i]])
+        rejected.remove(forgiven(rejected, review))
+    judge_again(output, accepted, rejected, config)
+    for source in sources:  # unreadable in an earlier run and fixed since: judged again
+        if rejected.get(safe_name(source.name), {}).get("unreadable") and source.is_readable():
+            rejected.remove([safe_name(source.name)])
+
     # ---- Judge every photograph that an earlier run did not (quality-first collection, 3.1)
     new = [source for source in sources if safe_name(source.name) not in accepted.keys() | rejected.keys()]
-    if "vlm" in config.captioners and new:
+    if "vlm" in config.captioners and (new or accepted.keys() - read_answers(config, output).keys()):
         find_captioner(config.vlm)  # a wrong name is an error now, not after hours of judging
     portraits = NearDuplicates(config.max_hash_distance)
     for identity, row in accepted.items():
@@ -183,6 +206,7 @@ def main(config: Config) -> None:
     for source in tqdm(sources, desc="curating", unit="photo"):
         identity = safe_name(source.name)
         if identity not in accepted and identity not in rejected:
+            remove_files(output, identity)  # of a run that was killed before the row, or of the photograph it replaces
             row = judge(config, output, source, portraits, learned)
             (rejected if "reason" in row else accepted).add(row)
             if "reason" not in row:
@@ -210,7 +234,7 @@ def main(config: Config) -> None:
     with atomic_write(output / BALANCE, "w") as file:
         json.dump(balance, file, indent=1, ensure_ascii=False)
     write_sheets(output, accepted)
-    finish(output, accepted=len(accepted), rejected=len(rejected))
+    finish(output, accepted=len(accepted), rejected=len(rejected), captions=caption_settings(config))
 
     # ---- Print what was rejected and why
     print_problems(problems)
@@ -242,10 +266,46 @@ def require_rows(output: Path, accepted: KeyedRows) -> None:
             )
 
 
+def recaptioned(config: Config, output: Path) -> bool:
+    """Tell whether the run that is complete in the output folder captioned by other settings."""
+    done = output / DONE_FILE
+    return done.is_file() and json.loads(done.read_text()).get("captions") != caption_settings(config)
+
+
+def caption_settings(config: Config) -> list[object]:
+    """Return what the captions depend on, as JSON has it."""
+    return [
+        list(config.captioners),
+        *(getattr(config, key) for key in config.CAPTIONS[1:] if "vlm" in config.captioners),
+    ]
+
+
 def find_review(config: Config) -> dict[str, str] | None:
     """Return the portraits that a person rejected, id -> reason; None without a review."""
     own = Path(config.output) / REVIEW_FILE
     return read_review(config.review or own) if config.review or own.is_file() else None
+
+
+def forget_replaced(
+    config: Config, output: Path, accepted: KeyedRows, rejected: KeyedRows, sources: list[Photograph]
+) -> Problems:
+    """Remove the rows of photographs whose files are others now; name the portraits whose photographs are gone."""
+    replaced, problems, names = [], [], {safe_name(source.name): source for source in sources}
+    for identity, row in {**rejected, **accepted}.items():
+        if identity not in names:
+            if identity in accepted:
+                problems.append((row["photograph"], f"no longer in {config.images}: its portrait {identity} stays"))
+        elif "file" in row and names[identity].fingerprint() not in (row["file"], ""):
+            if "retouched" in row:
+                problems.append((row["photograph"], "replaced after its portrait was retouched, which stays"))
+            else:
+                replaced.append(identity)
+    if replaced:
+        for answers in (output / ANSWERS).glob("*.jsonl"):
+            KeyedRows(answers).remove(replaced)
+        accepted.remove(replaced)
+        rejected.remove(replaced)
+    return problems
 
 
 def judge(
@@ -260,38 +320,44 @@ def judge(
     portraits: those that were accepted. learned: the learned quality of a face.
     """
     identity, photograph = safe_name(source.name), None
-    row = {"id": identity, "photograph": source.name}
+    row = {"id": identity, "photograph": source.name, "file": source.fingerprint()}
     try:
         # ---- Face detection, alignment as in FFHQ, and all that can be measured
         photograph = source.load()
+        written = source.tags() or Tags() if "sidecar" in config.captioners else None
         searched = min(config.min_face_size, SEARCHED_FACE)
         measured = measure_photograph(photograph, config.resolution, config.detector, config.min_confidence, searched)
         nearest, distance = portraits.nearest(measured.hash) or (None, NO_DUPLICATE)
         row |= {"hash": f"{measured.hash:016x}", "quality": {**measured.values, "duplicate": distance}}
+        row |= {"nearest": nearest} if nearest else {}
         if learned and measured.crop:
             row["quality"]["model_quality"] = round(learned(photograph, measured), 4)
+        if written is not None:
+            row["quality"]["beside"] = count_tags(written)
 
         # ---- The gates, all of them: a photographer wants to know everything that is wrong
         if faults := find_faults(row["quality"], config):
-            copy_of = {"duplicate_of": nearest} if distance <= config.max_hash_distance else {}
-            row |= {**copy_of, **words_of(faults)}
+            row |= words_of(faults, row)
             raise Unfit(row["reason"])
 
-        # ---- Photography-guided annotation
-        turn = round(head_turn(measured.face.landmarks), 4)
-        found = find_tags(config, source, measured.crop, turn)
     except (Unfit, *UNREADABLE) as error:
         thumbnail = save_thumbnail(photograph, output, identity) if photograph is not None else {}
         unreadable = {"unreadable": True} if isinstance(error, UNREADABLE) else {}
         return {**row, **thumbnail, **unreadable, "reason": str(error)}
 
+    # ---- Photography-guided annotation
+    turn = round(head_turn(measured.face.landmarks), 4)
+    found = {} if written is None else {"sidecar": written.to_row()}
+    if "measured" in config.captioners:
+        found["measured"] = measure_tags(measured.crop, turn)
     image, tags = f"images/{identity}.png", join_tags(config, found)
     write_caption(output / image, tags)
     save_image(measured.crop, output / image)
     confidence, size = row["quality"]["confidence"], row["quality"]["face_size"]
     groups = (tags.semantic, tags.photographic)
     portrait = Portrait(identity, source.name, image, *groups, confidence, size, row["quality"])
-    return {**portrait.to_row(), "hash": row["hash"], "tags": found, "turn": turn}
+    kept = {key: row[key] for key in ("file", "hash", "nearest") if key in row}
+    return {**portrait.to_row(), **kept, "tags": found, "turn": turn}
 
 
 def load_quality_model(config: Config) -> Callable[[Image.Image, Measured], float] | None:
@@ -309,18 +375,47 @@ def load_quality_model(config: Config) -> Callable[[Image.Image, Measured], floa
 
 # ---- Captions: every source's tags stand in the row, and are joined in the order of `captioners`
 
-ANSWERS = "answers.jsonl"  # of the vision-language model, as it gave them
+ANSWERS = "answers"  # folder of the vision-language models' answers, as they gave them
+SOURCES = ("sidecar", "vlm", "measured")
 
 
-def find_tags(config: Config, source: Photograph, crop: Image.Image, turn: float) -> dict[str, dict[str, list[str]]]:
-    """Return the tags of each source but the vision-language model: those beside the photograph, and those measured."""
-    written = source.tags() if "sidecar" in config.captioners else None
-    if config.captioners == ("sidecar",) and not (written and written.prompt()):
-        raise Unfit("no caption beside it")
-    found = {"sidecar": written or Tags()}
-    if "measured" in config.captioners:
-        found["measured"] = Tags(photographic=tuple(measured_tags(crop, turn)))
-    return {name: tags.to_row() for name, tags in found.items()}
+def measure_tags(crop: Image.Image, turn: float) -> dict[str, list[str]]:
+    return Tags(photographic=tuple(measured_tags(crop, turn))).to_row()
+
+
+def count_tags(tags: Tags) -> int:
+    return len(tags.semantic + tags.photographic)
+
+
+def add_tags(config: Config, output: Path, rows: KeyedRows, sources: Iterable[Photograph]) -> Problems:
+    """Add what captioners say that no earlier run asked, about the portraits among the rows; return what is unreadable.
+
+    Read are only the files with captions and the portraits; the photographs are not.
+    """
+    photographs, problems, done = {safe_name(source.name): source for source in sources}, [], {}
+    wanted = set(config.captioners) - {"vlm"}
+    waiting = [row for row in rows.values() if "image" in row and wanted - row["tags"].keys()]
+    for row in tqdm(waiting, desc="tagging", unit="portrait", disable=not waiting):
+        identity, tags, quality = row["id"], dict(row["tags"]), dict(row["quality"])
+        if "sidecar" in wanted - tags.keys():
+            try:
+                if identity not in photographs:
+                    raise FileNotFoundError("no longer among the photographs: no caption is read beside it")
+                written = photographs[identity].tags() or Tags()
+                tags["sidecar"] = written.to_row()
+                quality["beside"] = count_tags(written)
+            except UNREADABLE as error:  # tried again by the next run
+                problems.append((row["photograph"], str(error)))
+                quality["beside"] = 0
+        if "measured" in wanted - tags.keys():
+            tags["measured"] = measure_tags(load_image(output / row["image"]), row["turn"])
+        done[identity] = {**row, "tags": tags, "quality": quality}
+        if len(done) == TOGETHER:
+            rows.replace(done.values())
+            done = {}
+    if done:
+        rows.replace(done.values())
+    return problems
 
 
 def join_tags(config: Config, found: dict[str, dict[str, list[str]]]) -> Tags:
@@ -334,9 +429,16 @@ def write_caption(image: Path, tags: Tags) -> None:
         file.write(tags.prompt() + "\n")
 
 
+def read_answers(config: Config, output: Path) -> KeyedRows:
+    """Return the answers by id of the vision-language model: each model and question has a file of its own."""
+    question = json.dumps([getattr(config, key) for key in config.CAPTIONS[1:]])
+    name = re.sub(r"\W+", "_", Path(config.vlm).name)[-50:]
+    return KeyedRows(output / ANSWERS / f"{name}_{hashlib.sha256(question.encode()).hexdigest()[:8]}.jsonl")
+
+
 def ask_model(config: Config, output: Path, accepted: KeyedRows) -> KeyedRows:
     """Ask the vision-language model about the portraits that it has not seen; return its answers by id."""
-    answers = KeyedRows(output / ANSWERS)
+    answers = read_answers(config, output)
     waiting = [row for identity, row in accepted.items() if identity not in answers]
     if waiting:
         quiet_libraries()
@@ -351,7 +453,7 @@ def ask_model(config: Config, output: Path, accepted: KeyedRows) -> KeyedRows:
     return answers
 
 
-def annotate(config: Config, output: Path, accepted: KeyedRows, answers: dict[str, dict]) -> list[tuple[str, str]]:
+def annotate(config: Config, output: Path, accepted: KeyedRows, answers: dict[str, dict]) -> Problems:
     """Join the tags of all sources in the rows and beside the images; return whose answers hold no tags."""
     problems = []
     for identity, row in accepted.items():
@@ -363,26 +465,29 @@ def annotate(config: Config, output: Path, accepted: KeyedRows, answers: dict[st
         tags = join_tags(config, row["tags"])
         if tags.prompt() != row["caption"]:
             write_caption(output / row["image"], tags)
-        accepted[identity] = {**row, **tags.to_row(), "caption": tags.prompt()}
+        found = {name: row["tags"][name] for name in SOURCES if name in row["tags"]}
+        accepted[identity] = {**row, **tags.to_row(), "caption": tags.prompt(), "tags": found}
     rewrite_rows(output / MANIFEST, accepted.values())
     return problems
 
 
-def import_retouched(config: Config, output: Path, accepted: KeyedRows) -> list[tuple[str, str]]:
+def import_retouched(config: Config, output: Path, accepted: KeyedRows) -> Problems:
     """Replace portraits by their retouched versions, whose tags are measured again; return what was left out."""
     changed, problems = import_portraits(output, accepted, config.import_retouch)
     for identity, row in changed.items():
         if "measured" in row["tags"]:
-            tags = Tags(photographic=tuple(measured_tags(load_image(output / row["image"]), row["turn"])))
-            row["tags"]["measured"] = tags.to_row()
+            row["tags"]["measured"] = measure_tags(load_image(output / row["image"]), row["turn"])
         accepted[identity] = row
     print(f"{len(changed)} portraits replaced by retouched ones of {config.import_retouch}")
     return problems
 
 
 def write_sheets(output: Path, accepted: list[dict], columns: int = 8, rows: int = 6, side: int = 160) -> None:
-    """Write contact sheets in the order of the manifest."""
+    """Write contact sheets in the order of the manifest, and remove those of an earlier run with more portraits."""
     per_sheet = columns * rows
+    for path in (output / "sheets").glob("*.jpg"):
+        if int(path.stem) * per_sheet >= len(accepted):
+            path.unlink()
     for number in range(0, len(accepted), per_sheet):
         sheet = Image.new("RGB", (columns * side, rows * side), "white")
         for place, row in enumerate(accepted[number : number + per_sheet]):

@@ -68,7 +68,8 @@ def test_limits_by_hand():
 
 MOVED = {  # flaw -> (number, direction)
     "blur": ("sharpness", -1), "motion": ("sharpness", -1), "noise": ("noise", 1), "pepper": ("pepper", 1),
-    "blocks": ("blocks", 1), "smooth": ("texture", -1), "underexposed": ("highlights", -1), "overexposed": ("blown", 1),
+    "blocks": ("blocks", 1), "smooth": ("smoothest", -1), "underexposed": ("highlights", -1),
+    "overexposed": ("blown", 1),
 }  # fmt: skip
 
 
@@ -203,6 +204,36 @@ def test_sharp_photographs_of_people_pass_and_spoiled_ones_do_not(name):
     for flaw in ("blur", "motion", "noise", "pepper", "blocks", "underexposed", "overexposed", "covered", "cut"):
         spoiled = Image.fromarray(FLAWS[flaw](drawing, 0, np.random.default_rng(1)))
         assert find_faults(measure_photograph(spoiled, 128, "mtcnn").values, LIMITED), flaw
+
+
+def test_smoothed_skin_is_told_from_real_skin_of_a_photograph():
+    """The whole astronaut by the bilateral filter of FLAWS, at its weakest; and as a JPEG of quality 50, which loses
+    detail of its own."""
+    photograph = real_portraits()["astronaut"]
+    face = measure_photograph(photograph, 128, "mtcnn").face
+    region = tuple(round(edge) for edge in (face.box[0] - 40, face.box[1] - 40, face.box[2] + 40, face.box[3] + 40))
+    smooth = photograph.copy()
+    pixels = np.asarray(photograph.crop(region))
+    for _ in range(3):
+        pixels = cv2.bilateralFilter(pixels, 0, 25, 0.012 * len(pixels))
+    smooth.paste(Image.fromarray(pixels), region[:2])
+    values = {
+        name: measure(image, face)["smoothest"]
+        for name, image in {
+            "real": photograph,
+            "jpeg": Image.fromarray(compressed(np.asarray(photograph), 50)),
+            "smooth": smooth,
+        }.items()
+    }
+    assert values["smooth"] < LIMITED.min_texture < min(values["real"], values["jpeg"])
+
+
+def test_hair_and_glasses_over_smooth_skin_do_not_make_it_real(drawing, face):
+    """Lines over half of the cheeks' area: the smoothest fifth is that of the skin between them."""
+    flat = cv2.GaussianBlur(drawing.image, (0, 0), 4)
+    lined = flat.copy()
+    lined[:, ::12] = lined[:, 1::12] = 30
+    assert measure(lined, face)["smoothest"] < LIMITED.min_texture < measure(drawing.image, face)["smoothest"]
 
 
 def test_each_flaw_of_a_drawn_portrait_is_found():

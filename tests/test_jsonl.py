@@ -222,6 +222,12 @@ def test_safe_names_are_unique_and_plain():
     assert safe_name("a/b.png") == safe[0] and safe[0].startswith("a_b_")
 
 
+def test_safe_names_can_be_written_in_every_locale():
+    """Also under LC_ALL=C, where a path of other letters raises UnicodeEncodeError; they stay apart."""
+    safe = [safe_name(name) for name in ("größe.png", "gräße.png", "祖母.png", "caf\udce9.png")]
+    assert all(name.isascii() for name in safe) and len(set(safe)) == 4 and safe[0].startswith("gr__e_")
+
+
 def test_safe_names_fit_file_systems():
     """255 bytes at most, with room for `_12.png`; U+20000 takes four bytes."""
     long = [safe_name("\U00020000" * 300 + f"{end}.png") for end in "ab"]

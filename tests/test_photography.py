@@ -106,6 +106,30 @@ def test_a_blurred_background_has_blurred_edges(crop):
         assert ("blurred background" in measured_tags(Image.fromarray(pixels))) == is_blurred
 
 
+@pytest.mark.parametrize("sigma", [0.7, 1.5, 3.0])
+def test_the_blur_of_edges_is_measured_in_pixels(crop, sigma):
+    """Steps of 100 grey levels beside the head, blurred by a known Gaussian; the gradients are Sobel's, which adds to
+    the two blurs alike, and noise below the edges' does not count."""
+    pixels = np.array(crop, np.float32)
+    steps = np.where(np.arange(256)[:, None, None] // 20 % 2, 50.0, 150.0) * np.ones((256, 256, 3))
+    background = cv2.GaussianBlur(steps, (0, 0), sigma) + np.random.default_rng(0).normal(0, 1, pixels.shape)
+    pixels[:, :44], pixels[:, 212:] = background[:, :44], background[:, 212:]
+    value = measure_photography(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))["depth of field"]
+    assert value == pytest.approx(sigma, abs=0.35)
+
+
+def test_hair_on_one_side_and_a_plain_wall_do_not_count(crop):
+    """Fine lines fill one side: the other one tells. Nothing to be seen on both: no tag, whatever it is."""
+    pixels = np.array(crop)
+    steps = np.where(np.arange(256)[:, None, None] // 20 % 2, 50.0, 150.0) * np.ones((256, 44, 3))
+    pixels[:, 212:] = cv2.GaussianBlur(steps, (0, 0), 4)
+    pixels[:, :44] = 128
+    pixels[:110, :44] = 20 + 200 * (np.arange(44)[None, :, None] // 3 % 2)
+    assert "blurred background" in measured_tags(Image.fromarray(pixels))
+    pixels[:, :44] = pixels[:, 212:] = 128
+    assert measure_photography(Image.fromarray(pixels))["depth of field"] is None
+
+
 def test_small_crops_show_no_fine_detail(crop):
     values = measure_photography(crop.resize((128, 128)))
     assert {name for name, value in values.items() if value is None} == {"depth of field", "sharpness", "skin"}
@@ -113,6 +137,37 @@ def test_small_crops_show_no_fine_detail(crop):
 
 def test_tags_do_not_depend_on_the_size_of_large_crops():
     assert measured_tags(lit(160, 80, side=256)) == measured_tags(lit(160, 80, side=512))
+
+
+def test_the_best_limit_of_what_was_tried_by_hand():
+    """Values 1 to 4 of soft, hard, soft, hard light: above 1.5, below 1.5 or above 3.5 are 3 of 4 right; by two
+    measures that add up to the truth all 4. Always saying soft is right in 2."""
+    tried = [(hard, {"one": value, "two": hard - value}) for value, hard in enumerate((False, True, False, True), 1)]
+    rows = {row["measure"]: row["value"] for row in counting.hardness_rows(tried)}
+    assert rows["always soft"] == 0.5 and rows["one"] == 0.75 and rows["all, combined"] == 1
+
+
+def test_steep_and_deep_shadows_are_measured():
+    """Two halves of a face with an edge between them: the harder the light, the steeper the edge and not the depth."""
+    pixels = np.full((256, 256, 3), 180, np.float32)
+    pixels[:, 128:] = 60
+    soft, hard = (
+        counting.tried_on_hardness(Image.fromarray(cv2.GaussianBlur(pixels, (0, 0), sigma).round().astype(np.uint8)))
+        for sigma in (12, 1)
+    )
+    for name in ("steepness beside the nose", "steepness on the neck"):
+        assert hard[name] > 2 * soft[name]
+    assert hard["two peaks"] > soft["two peaks"]
+    assert hard["light over shade"] == pytest.approx(soft["light over shade"], rel=0.1)
+
+
+def test_backgrounds_in_which_nothing_is_to_be_seen_do_not_count():
+    """The drawn person before a plain wall, and before steps."""
+    person = counting.sample_person(5)
+    wall = np.full((counting.SIZE, counting.SIZE, 3), 0.2, np.float32)
+    steps = np.where(np.arange(counting.SIZE)[None, :, None] // 12 % 2, wall, 0.02).astype(np.float32)
+    kept = [[name for name, _, _ in counting.photographs(person, behind)] for behind in (wall, steps)]
+    assert kept[1].count("depth of field") - kept[0].count("depth of field") == 2
 
 
 def test_the_command_counts_right_tags(tmp_path, capsys):

@@ -12,7 +12,15 @@ import pytest
 from PIL import Image
 
 from faceprior.images import ImageError, save_image
-from faceprior.photos import CaptionError, expand_braces, find_photographs, parse_caption, read_shard
+from faceprior.photos import (
+    CaptionError,
+    Member,
+    Photograph,
+    expand_braces,
+    find_photographs,
+    parse_caption,
+    read_shard,
+)
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -330,3 +338,17 @@ def test_a_caption_is_decoded_by_its_mark(name, encoding):
 def test_what_is_no_caption(data, name, reason):
     with pytest.raises(CaptionError, match=reason):
         parse_caption(data, name)
+
+
+def test_the_fingerprint_of_a_file_and_of_a_member_of_a_shard(tmp_path):
+    """Another byte in the middle, and another size, are seen; the name and the place in a shard do not count."""
+    data = bytes(range(256)) * 2000
+    changed = data[:256_000] + b"!" + data[256_001:]
+    for name, content in (("a.png", data), ("b.png", changed), ("c.png", data + b"!"), ("d.png", data[:100])):
+        (tmp_path / name).write_bytes(content)
+    marks = [Photograph(name, tmp_path / name).fingerprint() for name in ("a.png", "b.png", "c.png", "d.png")]
+    assert len(set(marks)) == 4 and all(len(mark) == 16 for mark in marks)
+    (tmp_path / "shard").write_bytes(b"header" + data + b"next")
+    member = Member("a.png", 6, len(data))
+    assert Photograph("x", tmp_path / "shard", member).fingerprint() == marks[0]
+    assert Photograph("gone", tmp_path / "gone.png").fingerprint() == ""

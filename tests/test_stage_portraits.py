@@ -39,7 +39,7 @@ def photos(drawn, tmp_path, monkeypatch) -> Path:
 def curate(stage, **values) -> dict[str, list[dict]]:
     """Run the stage -> its rows, accepted and rejected."""
     stage.main(stage.Config(**{"images": "photos", "output": "out", "min_face_size": 48, **values}))
-    files = {name: Path("out", f"{name}.jsonl") for name in ("manifest", "rejected")}
+    files = {name: Path(values.get("output", "out"), f"{name}.jsonl") for name in ("manifest", "rejected")}
     return {name: read_rows(path)[0] if path.exists() else [] for name, path in files.items()}
 
 
@@ -145,6 +145,7 @@ def test_a_row_that_was_rejected_by_hand_before_portraits_were_kept_is_judged_ag
     Path("review.txt").write_text("")
     again = curate(stage, review="review.txt")
     again["manifest"][0]["quality"]["duplicate"] = row["quality"]["duplicate"]  # now the other one came before it
+    assert again["manifest"][0].pop("nearest") == whole["manifest"][1]["id"]
     assert again == whole
 
 
@@ -214,7 +215,7 @@ def test_all_that_is_wrong_is_named_and_all_numbers_are_stored(stage, photos):
 def test_other_limits_judge_by_the_stored_numbers(stage, photos, monkeypatch):
     """Stricter, and back: nothing is measured twice, but for what is accepted again; the files are as before."""
     whole, before = curate(stage), contents(Path("out"))
-    limit = max(row["quality"]["texture"] for row in whole["manifest"]) + 1
+    limit = max(row["quality"]["smoothest"] for row in whole["manifest"]) + 1
     with monkeypatch.context() as patch:
         patch.setattr(stage, "measure_photograph", None)  # would fail if it was called
         with pytest.raises(ValueError, match="none of 2 photographs passed"):
@@ -247,7 +248,7 @@ def test_a_portrait_that_is_not_rejected_by_hand_any_more_is_judged_by_the_limit
     Path("review.txt").write_text(identity)
     (row,) = curate(stage, review="review.txt")["rejected"]
     Path("review.txt").write_text("")
-    rows = curate(stage, review="review.txt", min_texture=row["quality"]["texture"] + 0.1)["rejected"]
+    rows = curate(stage, review="review.txt", min_texture=row["quality"]["smoothest"] + 0.01)["rejected"]
     assert "over-smooth" in next(r for r in rows if r["id"] == identity)["faults"]
 
 
@@ -336,7 +337,8 @@ def test_tags_by_a_model_beside_the_photograph_and_measured(stage, photos, vlm, 
 
 def test_what_the_untrained_model_says_itself_is_cleaned(stage, photos, vlm):
     rows = curate(stage, captioners=("vlm",), vlm=vlm, vlm_tokens=3, quantization="8bit")["manifest"]
-    answers = read_rows(Path("out/answers.jsonl"))[0]
+    (file,) = Path("out/answers").iterdir()
+    answers = read_rows(file)[0]
     assert {row["id"] for row in answers} == {row["id"] for row in rows}
     assert all(row["semantic"] for row in rows)
 
@@ -375,6 +377,175 @@ def test_the_former_setting_of_captions_is_named(stage, capsys):
         parse_config(stage.Config, ["--captions", "both"])
     assert "`captioners` has to be one of sidecar, vlm, measured but is 'both'" in capsys.readouterr().err
     assert parse_config(stage.Config, ["--captions", "sidecar"]).captioners == ("sidecar",)
+
+
+# ---------------------------------------------------------------------- other captioners, about what is there already
+
+
+@pytest.fixture
+def no_second_look(stage, monkeypatch):
+    """Let no photograph be decoded or measured from now on."""
+
+    def forbid():
+        monkeypatch.setattr(stage, "measure_photograph", None)
+        monkeypatch.setattr(stage.Photograph, "load", None)
+
+    return forbid
+
+
+def test_other_captioners_leave_what_they_would_have_from_the_beginning(stage, photos, no_second_look):
+    """Measured, with captions beside, and back: twice the same, and without a look at a photograph."""
+    both = ("sidecar", "measured")
+    whole = curate(stage, output="whole", captioners=both)
+    whole_files = {name: data for name, data in contents(Path("whole")).items() if name != "config.yaml"}
+    first = curate(stage, captioners=("measured",))["manifest"]
+    no_second_look()
+    for _ in range(2):
+        assert stage.main(stage.Config("photos", output="out", min_face_size=48, captioners=both)) is None
+        files = contents(Path("out"))
+        assert {name: files[name] for name in whole_files} == whole_files
+    assert read_rows("out/manifest.jsonl")[0] == whole["manifest"]
+    back = curate(stage, captioners=("measured",))["manifest"]
+    assert [row["caption"] for row in back] == [row["caption"] for row in first]
+    for row in back:
+        assert Path("out", row["image"]).with_suffix(".txt").read_text() == row["caption"] + "\n"
+
+
+def test_other_captioners_after_a_kill(stage, photos, no_second_look, monkeypatch):
+    whole = curate(stage, output="whole", captioners=("sidecar", "measured"))
+    curate(stage, captioners=("sidecar",))
+    monkeypatch.setattr(stage, "TOGETHER", 1)
+    no_second_look()
+    with monkeypatch.context() as patch:
+        measure, seen = stage.measure_tags, []
+
+        def killed(*args):
+            seen.append(args)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            return measure(*args)
+
+        patch.setattr(stage, "measure_tags", killed)
+        with pytest.raises(KeyboardInterrupt):
+            curate(stage, captioners=("sidecar", "measured"))
+        assert curate(stage, captioners=("sidecar", "measured")) == whole
+        assert len(seen) == 3  # one before the kill, and the other one
+
+
+def test_answers_are_kept_for_each_model_and_question(stage, photos, vlm, no_second_look, monkeypatch):
+    asked = with_answers(stage, monkeypatch, "young woman", "old man", "hard light", "soft focus")
+    curate(stage)
+    no_second_look()
+    options = {"captioners": ("vlm", "measured"), "vlm": vlm, "vlm_tokens": 2}
+    first = curate(stage, **options)["manifest"]
+    assert [row["semantic"] for row in first] == [["young woman"], ["old man"]]
+    other = curate(stage, **options, vlm_prompt="the light?")["manifest"]
+    assert "hard light" in other[0]["photographic"] and asked == [2, 2]
+    curate(stage, captioners=("measured",))
+    monkeypatch.setattr(stage, "Captioner", None)  # would fail if it was loaded
+    assert curate(stage, **options)["manifest"] == first
+    assert curate(stage, **options, vlm_prompt="the light?")["manifest"] == other
+
+
+def test_portraits_without_a_caption_go_and_come_back_with_the_only_captioner(stage, photos, no_second_look):
+    (photos / "portrait_00000.txt").unlink()
+    whole = curate(stage, captioners=("sidecar", "measured"))
+    no_second_look()
+    rows = curate(stage, captioners=("sidecar",))
+    (dropped,) = rows["rejected"]
+    assert dropped["faults"] == ["no caption beside it"] and len(rows["manifest"]) == 1
+    assert Path("out", dropped["image"]).is_file()
+    assert curate(stage, captioners=("sidecar", "measured")) == whole
+
+
+def test_a_caption_that_cannot_be_read_later_is_named_until_it_can(stage, photos, no_second_look, capsys):
+    curate(stage, captioners=("measured",))
+    no_second_look()
+    (photos / "portrait_00000.txt").write_bytes("âgé".encode("latin-1"))
+    rows = curate(stage, captioners=("sidecar",))
+    assert [row["faults"] for row in rows["rejected"]] == [["no caption beside it"]]
+    assert "portrait_00000.txt is not UTF-8" in capsys.readouterr().out
+    (photos / "portrait_00000.txt").write_text("old man")
+    assert [row["caption"] for row in curate(stage, captioners=("sidecar",))["manifest"]][0] == "old man"
+
+
+def test_drawn_portraits_that_are_complete_are_captioned_otherwise(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = {"images": "", "num_drawn": 2, "resolution": 64}
+    curate(stage, **options)
+    curate(stage, **options)
+    assert "out is complete" in capsys.readouterr().out
+    rows = curate(stage, **options, captioners=("measured",))["manifest"]
+    assert all(row["semantic"] == ["portrait photo"] for row in rows)
+
+
+# ---------------------------------------------------------- photographs that come, go, or are others under their names
+
+
+def test_a_photograph_that_was_replaced_is_judged_anew(stage, photos, drawn, vlm, monkeypatch):
+    """The file of one is that of another person now: the same rows, images and answers as from the beginning."""
+    asked = with_answers(stage, monkeypatch, "somebody")
+    options = {"captioners": ("vlm",), "vlm": vlm, "vlm_tokens": 2, "max_hash_distance": -1}
+    first = curate(stage, **options)["manifest"]
+    shutil.copy(photos / "portrait_00001.png", photos / "portrait_00000.png")
+    second = curate(stage, **options)["manifest"]
+    assert second[1] == first[1] and second[0]["hash"] == first[1]["hash"] != first[0]["hash"]
+    images = [np.asarray(Image.open(Path("out", row["image"]))) for row in second]
+    np.testing.assert_array_equal(*images)
+    assert asked == [2, 1]
+
+    # and one that is no portrait: nothing is left of it but the thumbnail
+    Image.new("RGB", (200, 200), "gray").save(photos / "portrait_00000.png")
+    rows = curate(stage, **options)
+    assert [row["faults"] for row in rows["rejected"]] == [["no face found"]] and rows["manifest"] == [first[1]]
+    assert {path.stem for path in Path("out/images").iterdir()} == {first[1]["id"]}
+
+
+def test_the_portrait_of_a_photograph_that_was_replaced_stays_if_it_was_retouched(stage, photos, capsys):
+    row = curate(stage, export_retouch="away")["manifest"][0]
+    Image.open(Path("away", row["id"] + ".png")).point(lambda level: level // 2).save(f"away/{row['id']}.png")
+    before = curate(stage, import_retouch="away")["manifest"]
+    shutil.copy(photos / "portrait_00001.png", photos / "portrait_00000.png")
+    assert curate(stage)["manifest"] == before
+    assert "replaced after its portrait was retouched" in capsys.readouterr().out
+
+
+def test_the_portrait_of_a_photograph_that_is_gone_stays_and_is_named(stage, photos, capsys):
+    rows = curate(stage)
+    (photos / "portrait_00000.png").unlink()
+    assert curate(stage) == rows
+    assert "b/portrait_00000.png: no longer in photos: its portrait" in capsys.readouterr().out
+
+
+def test_an_image_without_a_row_of_a_killed_run_is_not_left(stage, photos, monkeypatch):
+    """Killed between the image and its row, and judged by other limits then."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.KeyedRows, "add", lambda *args: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            curate(stage)
+    assert len(list(Path("out/images").iterdir())) == 2  # image and caption
+    with pytest.raises(ValueError, match="none of 2 photographs"):
+        curate(stage, min_side=280)
+    assert not list(Path("out/images").iterdir())
+
+
+def test_contact_sheets_show_the_portraits_of_this_run_only(stage, photos):
+    rows = curate(stage)["manifest"]
+    for shown in (rows, rows[:1], []):
+        stage.write_sheets(Path("out"), shown, columns=1, rows=1, side=16)
+        assert sorted(path.stem for path in Path("out/sheets").iterdir()) == [f"{i:03d}" for i in range(len(shown))]
+
+
+def test_a_larger_hash_distance_names_the_portrait_that_another_is_a_copy_of(stage, photos, no_second_look):
+    """As many bits as two people differ by: the later one is dropped as the copy of the first, and comes back."""
+    whole = curate(stage)
+    first, second = whole["manifest"]
+    assert second["nearest"] == first["id"] and "nearest" not in first
+    no_second_look()
+    rows = curate(stage, max_hash_distance=second["quality"]["duplicate"])
+    (dropped,) = rows["rejected"]
+    assert rows["manifest"] == [first] and dropped["duplicate_of"] == first["id"] and dropped["id"] == second["id"]
+    assert curate(stage) == whole
 
 
 # ---------------------------------------------------------------------------------- the way to a retoucher and back
