@@ -306,7 +306,8 @@ def test_the_reward_model_is_pretrained(vae, ladders, config, home):
     assert (good.image == image).all() and (bad.image == image[::-1]).all() and good.box == [30, 30, 90, 100]
     for way in WAYS:
         for seed in range(6):
-            images, box, kind = make_ladder(faces[seed], np.random.default_rng(seed), way)
+            images, boxes, kind = make_ladder(faces[seed], np.random.default_rng(seed), way)
             assert len(images) == RUNGS and len({rung.shape for rung in images}) == 1 and kind in STEEPNESS, way
-            assert 0 <= box[0] < box[2] <= 128 and 0 <= box[1] < box[3] <= 128, way
+            assert len(boxes) == RUNGS, way
+            assert all(0 <= box[0] < box[2] <= 128 and 0 <= box[1] < box[3] <= 128 for box in boxes), way
             assert all((rung != images[0]).any() for rung in images[1:]), way
