@@ -45,7 +45,7 @@ from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
 # The ways down a ladder, and how often each is taken. Only strangers tell whose face is better in absolute terms.
-WAYS = {"inpainted": 0.22, "spoiled": 0.22, "strength": 0.13, "strangers": 0.12, "mixed": 0.08, "degraded": 0.23}
+WAYS = {"inpainted": 0.26, "spoiled": 0.22, "strength": 0.15, "strangers": 0.1, "mixed": 0.08, "degraded": 0.19}
 # A degradation has to show in the score, a broken face has to weigh more: with equal margins blur would outweigh it.
 STEEP = 8.0  # steepness of the loss where two rungs differ in a degradation
 STEEPNESS = {
