@@ -274,14 +274,14 @@ def test_the_shipped_base_draws_faces_with_stock_diffusers():
 
 
 def test_the_shipped_scorer_prefers_a_face_to_a_blurred_one():
-    """Most of twelve people that no training saw, under 1 px of blur: portraits, tight boxes, aligned faces."""
+    """Ten of twelve people that no training saw, under 1 px of blur: portraits, tight boxes, aligned faces."""
     scorer = FaceScorer.from_pretrained(SHIPPED / "scorer")
     seeds = range(TEST_SEEDS, TEST_SEEDS + 12)
     for framed in framings([draw_portrait(seed, 128) for seed in seeds], seeds):
         sides = framed.images, list(map(soft, framed.images))
         with torch.no_grad():
             clean, blurred = (scorer(scorer.preprocess(side, framed.boxes)) for side in sides)
-        assert (clean > blurred).sum() >= 8, framed.name
+        assert (clean > blurred).sum() >= 10, framed.name
 
 
 def test_the_shipped_judge_prefers_a_face_to_a_blurred_one():
