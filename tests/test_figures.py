@@ -298,6 +298,23 @@ def test_ratios_of_restored_to_degraded(models):
     assert restorer.fid_row(bench, degraded, clean, clean)["value"] == pytest.approx(0, abs=1e-3)
 
 
+def test_the_score_of_restored_faces_between_degraded_and_clean_ones():
+    """Scored by their grey level, whole: 10 to 13 degraded, 5 above them restored, and 5 above those or as before."""
+
+    def score(images, boxes):
+        assert set(boxes) == {(0.0, 0.0, 128.0, 128.0)}
+        return [float(np.asarray(image).mean()) for image in images]
+
+    bench = SimpleNamespace(score=score)
+    before, after = ([Image.new("RGB", (128, 128), (grey,) * 3) for grey in range(g, g + 4)] for g in (10, 15))
+    clean = [Image.new("RGB", (128, 128), (grey,) * 3) for grey in (20, 16, 22, 18)]
+    gain, rest = restorer.score_rows(bench, before, after, clean)
+    assert gain["value"] == 5 and gain["met"] is True and gain["figure"] == "Face Score, restored - degraded"
+    assert rest["value"] == 2.5 and rest["met"] is False and rest["figure"] == "Face Score, clean - restored"
+    means = "degraded 11.50, restored 16.50, clean 19.00; "
+    assert gain["note"].startswith(means) and rest["note"].startswith(means)
+
+
 # --- the whole ---
 
 
@@ -379,7 +396,8 @@ def test_the_table_from_end_to_end(settings, models, tmp_path, monkeypatch, caps
     assert len(judged) == 5 * 3 + 2 + 3 * 4 and judged["judge: clean above blurred, aligned faces"]["n"] == 4
     by_bin = cells["pairs"]
     assert [row["n"] for row in by_bin] == [0, 0, 0, 2, 2] and "not measured" in by_bin[0]["note"]
-    assert cells["restorer"][0]["n"] == 4 and cells["restorer"][-1]["value"] > 0
+    psnr, *_, fid, gain, rest = cells["restorer"]
+    assert psnr["n"] == gain["n"] == 4 and fid["value"] > 0 and gain["aim"] == rest["aim"] == "> 0, p < 0.01"
     assert [row["value"] for row in cells["ablations_all"][:4]] == [0, 0, 0, 0]
     assert not any(row["met"] for row in cells["ablations_all"])
     assert "--objective denoising` trains it" in cells["ablations_denoising"][0]["note"]

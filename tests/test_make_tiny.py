@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from checkpoints.tiny_models import bases
+from checkpoints.tiny_models import bases, reward
 from checkpoints.tiny_models import ladders as ladders_module
 from checkpoints.tiny_models.damage import DAMAGES, PHOTOMETRIC, TRAINING_ONLY, UNSEEN
 from checkpoints.tiny_models.data import Drawings, describe, draw_one, save_arrays
@@ -31,6 +31,7 @@ from faceprior.images import save_image
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
 from faceprior.scorer import FaceScorer
+from faceprior.training import TrainingRun
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -282,8 +283,15 @@ def test_the_judge_is_trained_and_loads_with_stock_transformers(ladders, config,
     assert len((ladders / "judge/metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_reward_model_is_pretrained(vae, ladders, config, home):
-    """On spoiled copies, on pairs of stage 1, and on ladders."""
+def test_the_reward_model_is_pretrained(vae, ladders, config, home, monkeypatch):
+    """On spoiled copies, on pairs of stage 1, and on ladders; the average of its weights ships, in float16."""
+    kept = []
+
+    def keep_run(output, steps, accelerator, modules, *args, **named):
+        kept.append((TrainingRun(output, steps, accelerator, modules, *args, **named), modules["scorer"]))
+        return kept[-1][0]
+
+    monkeypatch.setattr(reward, "TrainingRun", keep_run)
     work = ladders
     image = Drawings(work, "train").images[1]
     for name, pixels in (("good", image), ("bad", image[::-1]), ("mask", image)):
@@ -297,6 +305,11 @@ def test_the_reward_model_is_pretrained(vae, ladders, config, home):
     train_reward(config, work)
     assert tiny.info(home / "reward")["trained"] is True
     scorer = FaceScorer.from_pretrained(home / "reward")
+    ((run, trained),) = kept
+    assert run.describe() == "2 steps, averaged weights"
+    with run.averaged():
+        pairs = zip(trained.parameters(), scorer.parameters(), strict=True)
+        assert all(torch.equal(average.half(), shipped.half()) for average, shipped in pairs)
     assert scorer.score_crops([np.zeros((64, 64, 3), np.uint8)])
     assert 0 <= json.loads((work / "reward/done.json").read_text())["validation_accuracy"] <= 1
     train_reward(config, work)  # complete: nothing is done again
@@ -306,7 +319,8 @@ def test_the_reward_model_is_pretrained(vae, ladders, config, home):
     assert (good.image == image).all() and (bad.image == image[::-1]).all() and good.box == [30, 30, 90, 100]
     for way in WAYS:
         for seed in range(6):
-            images, box, kind = make_ladder(faces[seed], np.random.default_rng(seed), way)
+            images, boxes, kind = make_ladder(faces[seed], np.random.default_rng(seed), way)
             assert len(images) == RUNGS and len({rung.shape for rung in images}) == 1 and kind in STEEPNESS, way
-            assert 0 <= box[0] < box[2] <= 128 and 0 <= box[1] < box[3] <= 128, way
+            assert len(boxes) == RUNGS, way
+            assert all(0 <= box[0] < box[2] <= 128 and 0 <= box[1] < box[3] <= 128 for box in boxes), way
             assert all((rung != images[0]).any() for rung in images[1:]), way

@@ -5,14 +5,13 @@ As with the published bases, their small faces come out worse than their large o
 
 import inspect
 import re
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -147,21 +146,17 @@ def train_base(
     dataset, pipeline = Latents(work, pipeline.vae), pipeline.to(accelerator.device)
     networks, optimizer = accelerator.prepare(networks, optimizer)
 
-    # ---- the moving average, which the checkpoints keep as a network, under the names of its parameters
-    average = deepcopy(networks)
-    ema = EMAModel(average.parameters(), decay=config.ema_decay)
-    ema.shadow_params = list(average.parameters())
     run = TrainingRun(
         work / name,
         steps,
         accelerator,
-        {"networks": networks, "average": average},
+        {"networks": networks},
         {"networks": optimizer},
         100,
         warmup_steps=100,
         schedule="cosine",
+        ema_decay=config.ema_decay,
     )
-    ema.optimization_step = run.step  # the weight of a new step depends on it
 
     for batch in run.batches(dataset, batch_size=BATCH, seed=0, augment=shorten):
         # ---- latents from the posterior, their noise and timesteps
@@ -188,12 +183,10 @@ def train_base(
         accelerator.clip_grad_norm_(networks.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ema.step(networks.parameters())
         run.log(loss=loss, mse=errors.mean())
 
     # ---- the average is what ships
-    for part_name, part in trained.items():
-        part.load_state_dict(average[part_name].state_dict())
+    run.use_final_weights()
     save_pipeline(pipeline, tiny.tiny_folder() / name, run.steps)
     run.finish()
 

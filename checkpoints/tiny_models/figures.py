@@ -116,7 +116,7 @@ def make_pieces() -> dict[str, Piece]:
             JUDGING,
             ("sd15", "scorer", "guided", "guided_denoising", "judge"),
         ),
-        "restorer": Piece("Restorer", measure_restorer, RESTORING, ("restorer", "features")),
+        "restorer": Piece("Restorer", measure_restorer, RESTORING, ("restorer", "features", "scorer")),
         "facial_loss": Piece(
             "Facial loss over time (AuthFace, Table 2)",
             measure_facial_loss,

@@ -85,7 +85,26 @@ def measure_restorer(bench: Bench) -> list[dict]:
     values = [[psnr(a, b) for a, b in zip(images, clean, strict=True)] for images in (after, before)]
     means = f"restored {np.mean(values[0]):.2f} dB, degraded {np.mean(values[1]):.2f} dB"
     gain = make_row("PSNR, restored - degraded", difference_estimate(*values), (">=", 1), "dB", means)
-    return [gain, *landmark_rows(faces, after), fid_row(bench, before, after, clean)]
+    return [
+        gain,
+        *landmark_rows(faces, after),
+        fid_row(bench, before, after, clean),
+        *score_rows(bench, before, after, clean),
+    ]
+
+
+def score_rows(
+    bench: Bench, before: list[Image.Image], after: list[Image.Image], clean: list[Image.Image]
+) -> list[dict]:
+    """Return by how much the scorer prefers the restored faces to the degraded ones, and the clean faces to these."""
+    whole = [(0.0, 0.0, float(tiny.RESOLUTION), float(tiny.RESOLUTION))] * len(clean)
+    degraded, restored, best = (bench.score(images, whole) for images in (before, after, clean))
+    means = f"degraded {np.mean(degraded):.2f}, restored {np.mean(restored):.2f}, clean {np.mean(best):.2f}"
+    sides = (("restored - degraded", restored, degraded), ("clean - restored", best, restored))
+    return [
+        make_row(f"Face Score, {name}", difference_estimate(a, b), (">", 0), note=means, p_below=0.01)
+        for name, a, b in sides
+    ]
 
 
 def landmark_rows(faces: list[FaceToRestore], after: list[Image.Image]) -> list[dict]:

@@ -41,7 +41,7 @@ CHUNK = 16  # people of a file, who climb together
 SEEDS = {"sd15": TRAIN_SEEDS + 3000, "sdxl": TRAIN_SEEDS + 6000}
 MILD = (0.005, 0.04)  # sigma of a mild blur, as a fraction of the face's width: 0.3 to 2.4 pixels of 60
 STRONG = (0.015, 0.15)  # sigma at the foot of a ladder of blur, the same
-DEGRADATIONS = ("blur", "blur", *PRESETS)
+DEGRADATIONS = (*("blur",) * 4, *PRESETS)  # in a tight box, blur is what is seen latest
 HARD = ("warp", "eye_shift", "nose_shift", "stretch", "shear")  # moved features: chosen three times as often
 
 

@@ -83,7 +83,7 @@ class Config:
     num_faces: int = 1200  # number of aligned faces drawn for stage 6, [1, 8000]
     control_steps: int = 6600  # training steps of stage 6 without the facial loss, batch 8, [1, inf)
     restorer_steps: int = 400  # training steps of stage 6 with the facial loss, [1, inf)
-    ema_decay: float = 0.998  # decay of the moving average of the bases' weights, which is what ships, [0, 1)
+    ema_decay: float = 0.998  # decay of the average of the bases' and the reward model's weights, which ships, [0, 1)
     mixed_precision: Literal["no", "bf16"] = "bf16"  # autocast of the forward pass; bf16: 1.4 to 2 times as fast
     go_on: bool = False  # start vae (its decoder), judge, reward, sd15 and restorer from the shipped weights
     shard: int = 0  # number of this process among those that draw, [0, 1]

@@ -37,6 +37,8 @@ continued from the weights that the row before had shipped; `make tiny` trains i
 rows have together. The second run of `vae` trained the decoder only: the latents, and all models trained on them, did
 not change. `sd15_fine` was continued with the plain loss, which brought little and is no longer done. The last run of
 `sdxl` started over from the last `sd15`; the pairs that `reward` was trained on come from an earlier `sd15` and `vae`.
+The means of runs that rows of `reward` name, a to d, were made by hand. The row after them is the first run that kept a
+moving average of its own weights, which is what ships, as of the bases; `make tiny` does that from the start.
 
 - Data: {data}, from the training seeds in `faceprior/procedural/`; every run has the seed 0, the judge's 1
 - Machine: {machines}

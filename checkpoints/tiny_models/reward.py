@@ -1,10 +1,10 @@
 """The pretraining of the tiny reward model, which takes ImageReward's place: ladders of drawn faces, the best first.
 
 A ladder is a face and three worse copies of it: spoiled, inpainted by stage 1, taken through the base at growing
-strength, or degraded. Where a broken face is at stake, all rungs went through the same autoencoder or none did, the
-better and the worse face stand there with and without the same mild blur, and all rungs get the same blur, resampling
-and JPEG: so sharpness cannot tell a broken face, though a blurred face is worse than a sharp one. None of this is in
-the paper.
+strength, or degraded; or four people, each taken through the base at more strength than the one before. Where a broken
+face is at stake, all rungs went through the same autoencoder or none did, the better and the worse face stand there
+with and without the same mild blur, and all rungs get the same blur, resampling and JPEG: so sharpness cannot tell a
+broken face, though a blurred face is worse than a sharp one. None of this is in the paper.
 """
 
 from collections.abc import Callable
@@ -44,8 +44,8 @@ from faceprior.pairs import gather_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 
-# The ways down a ladder, and how often each is taken. Degradations are learnt soonest.
-WAYS = {"inpainted": 0.3, "spoiled": 0.3, "strength": 0.15, "mixed": 0.1, "degraded": 0.15}
+# The ways down a ladder, and how often each is taken. Only strangers tell whose face is better in absolute terms.
+WAYS = {"inpainted": 0.26, "spoiled": 0.22, "strength": 0.15, "strangers": 0.1, "mixed": 0.08, "degraded": 0.19}
 # A degradation has to show in the score, a broken face has to weigh more: with equal margins blur would outweigh it.
 STEEP = 8.0  # steepness of the loss where two rungs differ in a degradation
 STEEPNESS = {
@@ -61,10 +61,10 @@ SEEN = {**{name: damage for name, damage in DAMAGES.items() if name not in UNSEE
 
 
 class DrawnFaces(Dataset):
-    """Drawn portraits: {"images": [drawn, as the autoencoder reconstructs it], "landmarks", "box", "pair", "person"}.
+    """Drawn portraits: {"images": [drawn, once more through the VAE], "landmarks", "box", "pair", "person", "people"}.
 
-    "pair" is a function that reads both sides of a pair of stage 1, "person" one of the people on the ladders of the
-    base; both show others than the portrait, and are None without `pairs` and without `people`.
+    "pair" is a function that reads both sides of a pair of stage 1, "person" one of the "people" on the ladders of the
+    base; all show others than the portrait, and are None without `pairs` and without `people`.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class DrawnFaces(Dataset):
             "box": face["box"],
             "pair": partial(self._pair, index) if self.pairs else None,
             "person": self.people[index % len(self.people)] if self.people else None,
+            "people": self.people,
         }
 
     def _pair(self, index: int) -> tuple[View, View]:
@@ -125,37 +126,59 @@ class FaceLadder:
         self.preprocess = scorer.preprocess
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict:
-        images, box, kind = make_ladder(sample, rng)
+        images, boxes, kind = make_ladder(sample, rng)
         return {
-            "rungs": self.preprocess(as_images(images), [box] * RUNGS),
+            "rungs": self.preprocess(as_images(images), boxes),
             "steepness": torch.tensor(STEEPNESS[kind]),
             "weights": torch.tensor(WEIGHTS[kind]),
         }
 
 
 def make_ladder(sample: dict, rng: np.random.Generator, way: str | None = None) -> tuple[list[np.ndarray], list, str]:
-    """Return four images of one face, the best first, the box to score them in, and a key of STEEPNESS.
+    """Return four images, the best first, the box to score in each, and a key of STEEPNESS.
 
-    way: a key of WAYS, chosen at random if None; one that the sample lacks a pair or a person for becomes "spoiled".
+    way: a key of WAYS, chosen at random if None; one that the sample lacks a pair or people for becomes "spoiled".
     """
     way = str(rng.choice(list(WAYS), p=list(WAYS.values()))) if way is None else way
     portrait, person = View(sample["images"][rng.integers(2)], sample["box"]), sample["person"]
+    if way == "strangers" and person:
+        return *strangers_ladder(sample["people"], rng), "broken"
     if way == "degraded":
         view = (portrait, portrait, person.aligned, person.rungs[0])[rng.integers(4)] if person else portrait
-        return *mirrored_and_lit(degradation_ladder(view, rng), framed(view, rng), rng), "degraded"
-    if way == "strength" and person:
-        return *alike(strength_ladder(person, rng), framed(person.portrait, rng), rng), "broken"
-    if way == "mixed" and person:
-        return *alike(mixed_ladder(person, rng), framed(person.portrait, rng), rng), "blurred"
-    if way == "inpainted" and sample["pair"]:
+        images, box = mirrored_and_lit(degradation_ladder(view, rng), framed(view, rng), rng)
+        kind = "degraded"
+    elif way == "strength" and person:
+        images, box = alike(strength_ladder(person, rng), framed(person.portrait, rng), rng)
+        kind = "broken"
+    elif way == "mixed" and person:
+        images, box = alike(mixed_ladder(person, rng), framed(person.portrait, rng), rng)
+        kind = "blurred"
+    elif way == "inpainted" and sample["pair"]:
         good, bad = sample["pair"]()
-        return *alike(with_blurred(good, bad, rng), jitter(good.box, good.image.shape[1], rng), rng), "blurred"
-    images, kind = spoil(portrait, sample["landmarks"], SEEN, rng)
-    return *alike(images, jitter(portrait.box, portrait.image.shape[1], rng), rng), kind
+        images, box = alike(with_blurred(good, bad, rng), jitter(good.box, good.image.shape[1], rng), rng)
+        kind = "blurred"
+    else:
+        images, kind = spoil(portrait, sample["landmarks"], SEEN, rng)
+        images, box = alike(images, jitter(portrait.box, portrait.image.shape[1], rng), rng)
+    return images, [box] * RUNGS, kind
+
+
+def strangers_ladder(people: People, rng: np.random.Generator) -> tuple[list[np.ndarray], list]:
+    """Return a rung of each of four people, in rising strength, treated alike, and the four boxes."""
+    chosen = [people[int(i)] for i in rng.choice(len(people), RUNGS, replace=len(people) < RUNGS)]
+    steps = np.sort(rng.choice(len(chosen[0].rungs), RUNGS, replace=False))
+    treatment, images, boxes = int(rng.integers(2**31)), [], []
+    for person, step in zip(chosen, steps, strict=True):
+        view = person.rungs[step]
+        box = jitter(view.box, view.image.shape[1], rng)
+        (image,), box = alike([view.image], box, np.random.default_rng(treatment))
+        images.append(image)
+        boxes.append(box)
+    return images, boxes
 
 
 def train_reward(config, work: Path) -> None:
-    """Pretrain the BLIP reward model, and write it to checkpoints/tiny/reward in float16."""
+    """Pretrain the BLIP reward model, and write its moving average to checkpoints/tiny/reward in float16."""
     output = work / "reward"
     if (output / "done.json").is_file():
         return
@@ -178,6 +201,7 @@ def train_reward(config, work: Path) -> None:
         100,
         warmup_steps=100,
         schedule="cosine",
+        ema_decay=config.ema_decay,
     )
     make_rungs = FaceLadder(scorer)
 
@@ -192,7 +216,8 @@ def train_reward(config, work: Path) -> None:
         optimizer.zero_grad()
         run.log(loss=loss, accuracy=in_order(rewards), margin=(rewards[:, 0] - rewards[:, -1]).mean())
 
-    # ---- accuracy on held-out faces, then the weights in float16
+    # ---- the average's accuracy on held-out faces, then its weights in float16: it forgets less than the last step's
+    run.use_final_weights()
     accuracy = measure_order(scorer.eval(), held_out, make_rungs)
     scorer.to(torch.float16).save_pretrained(folder)
     tidy_configs(folder)

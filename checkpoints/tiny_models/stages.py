@@ -57,8 +57,11 @@ def make_pairs(config, work: Path) -> None:
 
 
 def train_scorer(config, work: Path) -> None:
-    """Stage 2: the scorer from the reward model, 70% of whose layers are frozen."""
-    options = {"pairs": work / "pairs", "steps": config.scorer_steps, "learning_rate": 5e-4}
+    """Stage 2: the scorer from the reward model, 70% of whose layers are frozen.
+
+    The low rate keeps what the reward model knows of blur: the two sides of a pair do not differ in it.
+    """
+    options = {"pairs": work / "pairs", "steps": config.scorer_steps, "learning_rate": 1e-4}
     run("02_train_scorer", work / "scorer", **options, **precision(config))
     scorer = FaceScorer.from_pretrained(work / "scorer").to(torch.float16)
     ship(work / "scorer", scorer.save_pretrained, config.scorer_steps)
