@@ -1092,7 +1092,7 @@ def test_two_processes_take_the_same_steps_as_one(chain, tmp_path, tiny_models, 
 @pytest.fixture
 def judged(tiny_models) -> dict:
     """The settings of a short tuning of the shipped tiny model, in whose images the detector finds faces."""
-    values = settings(tiny_models)[GUIDANCE] | {"base": "tiny", "scorer": "tiny", "sample_steps": 8, "num_samples": 1}
+    values = settings(tiny_models)[GUIDANCE] | {"base": "tiny", "scorer": "tiny", "sample_steps": 5, "num_samples": 1}
     return values | {"validate_every": 1, "num_validation": 1, "keep_best": True, "output": "judged"}
 
 
