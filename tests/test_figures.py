@@ -242,13 +242,16 @@ def test_pairs_of_values_on_both_sides():
 
 
 def test_differences_are_tuned_minus_other():
-    tuned = [tuning.Judged(score, 1.0, 0.9, 2 * score) for score in (3.0, 4.0, 5.5)]
-    base = [tuning.Judged(score, 3.0, 0.8, 2 * score) for score in (1.0, 2.0, 3.0)]
-    score, judged, confidence, distance = tuning.compare(tuned, base, "tuned - base", {"score": 0.02, "judged": 0.01})
+    tuned = [tuning.Judged(score, 1.0, 0.9, 2 * score, 120.0) for score in (3.0, 4.0, 5.5)]
+    base = [tuning.Judged(score, 3.0, 0.8, 2 * score, 100.0) for score in (1.0, 2.0, 3.0)]
+    score, judged, confidence, distance, lightness = tuning.compare(
+        tuned, base, "tuned - base", {"score": 0.02, "judged": 0.01}
+    )
     assert score["value"] == pytest.approx(6.5 / 3) and score["met"] is True and score["aim"] == "> 0, p < 0.02"
     assert judged["value"] == pytest.approx(13 / 3) and judged["aim"] == "> 0, p < 0.01"
     assert confidence["value"] == pytest.approx(0.1) and confidence["met"] is True
     assert distance["value"] == -2 and distance["met"] is True
+    assert lightness["value"] == 20 and lightness["met"] is None
 
 
 def test_a_blind_look_hides_the_sides_and_its_tally_is_the_figure(settings, tmp_path, monkeypatch):
@@ -406,7 +409,7 @@ def test_the_table_from_end_to_end(settings, models, tmp_path, monkeypatch, caps
     by_bin = cells["pairs"]
     assert [row["n"] for row in by_bin] == [0, 0, 0, 2, 2] and "not measured" in by_bin[0]["note"]
     assert cells["restorer"][0]["n"] == 4 and cells["restorer"][-1]["value"] > 0
-    assert [row["value"] for row in cells["ablations_all"][:4]] == [0, 0, 0, 0]
+    assert [row["value"] for row in cells["ablations_all"][:5]] == [0] * 5
     assert not any(row["met"] for row in cells["ablations_all"])
     assert "--objective denoising` trains it" in cells["ablations_denoising"][0]["note"]
     time_aware, constant, difference, missing = cells["facial_loss"]

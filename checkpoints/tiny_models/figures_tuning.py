@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from checkpoints.tiny_models.bench import Bench
@@ -26,15 +27,17 @@ ABLATIONS = {  # name in the work folder -> what it is, and what is changed
 
 @dataclass(frozen=True)
 class Judged:
-    """One sample: Face Score, distance from drawn proportions, MTCNN's confidence, and the judge's own score.
+    """One sample: Face Score, distance from drawn proportions, MTCNN's confidence, the judge's own score, lightness.
 
-    All but the confidence are None without a face, the judge's also without a judge.
+    All but the confidence are None without a face, the judge's also without a judge. lightness: mean grey level in the
+    face's box, 0 to 255; a scorer that takes light skin for better faces would show there.
     """
 
     score: float | None
     distance: float | None
     confidence: float
     judged: float | None = None
+    lightness: float | None = None
 
 
 def judge(bench: Bench, images: list[Image.Image], proportions: Proportions) -> list[Judged]:
@@ -51,6 +54,7 @@ def judge(bench: Bench, images: list[Image.Image], proportions: Proportions) -> 
             proportions.distance(face.landmarks) if i in by_number else None,
             confidence_of(face),
             by_judge.get(i),
+            float(np.asarray(images[i].convert("L").crop(face.box)).mean()) if i in by_number else None,
         )
         for i, face in enumerate(faces)
     ]
@@ -71,6 +75,7 @@ def compare(a: list[Judged], b: list[Judged], name: str, p_below: dict[str, floa
         ("the judge", "judged", (">", 0), found),
         ("MTCNN's confidence", "confidence", (">", 0), "0 where it finds no face"),
         ("distance from drawn proportions", "distance", ("<", 0), found),
+        ("lightness of the face, of 255", "lightness", None, found),
     )
     rows = []
     for what, key, aim, note in measures:
