@@ -21,7 +21,7 @@ PARTS = {
     "sdxl": "SDXL type pipeline, trained from the U-Net of `sd15/`; it shares the VAE and the text encoder of `sd15/`",
     "reward": "BLIP reward model, pretrained on drawn faces and worse copies, in place of ImageReward",
     "scorer": "the same after stage 2 on inpainted pairs, in place of Face Score",
-    "guided": "LoRA of `sd15` after stage 4: guidance on inpainted pairs",
+    "guided": "LoRA of `sd15` after stage 4: guidance on inpainted pairs, and the gradient of `scorer`",
     "restorer": "portrait prior of stage 5 and ControlNet of stage 6",
     "judge": "ConvNeXt that orders faces, for measuring only: no other model is trained with it",
     "features": "vision transformer that predicts tags and landmarks, in place of DINO, Inception and LPIPS",
