@@ -37,8 +37,9 @@ FOOTER = """
 Losses are means over the last 50 steps; hours are by the clock, some beside other work. A run with several rows was
 continued from the weights that the row before had shipped; `make tiny` trains it in one run, with as many steps as the
 rows have together. The second run of `vae` trained the decoder only: the latents, and all models trained on them, did
-not change. `sd15_fine` was continued with the plain loss, which brought little and is no longer done. The last run of
-`sdxl` started over from the last `sd15`; the pairs that `reward` was trained on come from an earlier `sd15` and `vae`.
+not change. `guided` starts from the base in every row; the last one ships. `sd15_fine` was continued with the plain
+loss, which brought little and is no longer done. The last run of `sdxl` started over from the last `sd15`; the pairs
+that `reward` was trained on come from an earlier `sd15` and `vae`.
 
 - Data: {data}, from the training seeds in `faceprior/procedural/`; every run has the seed 0, the judge's 1
 - Machine: {machines}
