@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from faceprior import tiny
@@ -334,8 +333,8 @@ def save_tuned(config: Config, output: Path, tuner: GuidanceTuner) -> list[str]:
     return lines
 
 
-def load_shipped(config: Config, device: torch.device) -> DiffusionPipeline | None:
-    """Load the tiny base with the LoRA that ships, tuned for longer than a trial is; None for any other base."""
+def load_shipped(config: Config, device: torch.device):
+    """Return a pipeline of the tiny base with the LoRA that ships; None for any other base, and without samples."""
     folder = tiny.tiny_folder() / "guided"
     if config.base != tiny.NAME or config.vae or not config.num_samples or tiny.info(folder) is None:
         return None

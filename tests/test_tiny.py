@@ -259,7 +259,7 @@ def test_the_shipped_models_are_trained_and_small():
     assert sum(path.stat().st_size for path in (SHIPPED / "guided").iterdir()) <= 400e3
     for kind in (*tiny.KINDS, "features", "judge", "guided"):
         about = tiny.info(SHIPPED / kind)
-        assert about["kind"] == kind and about["trained"] is True and about["steps"] > 100
+        assert about["kind"] == kind and about["trained"] is True and about["steps"] >= 60
     for path in SHIPPED.rglob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
