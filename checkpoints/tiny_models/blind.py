@@ -35,7 +35,7 @@ KEYS = {"A": SIDES[0], "B": SIDES[1], "=": SAME}
 class Config:
     work: str = "data/tiny"  # folder that make_tiny works in
     output: str = "results/tiny"  # folder of the figures
-    rater: str = "model"  # name of the one who looks, which decides the sides
+    rater: str = "model"  # name of who looks, which decides the sides; model: a vision language model
     answers: str = ""  # the answers in the order of the sheets, each A, B or =; empty: the sheets are written
     num_pairs: int = 60  # number of pairs of samples, the first ones, [1, 3000]
     device: str = "auto"  # device: auto, cpu, cuda or cuda:N

@@ -132,10 +132,11 @@ def preferred(bench: Bench) -> Estimate:
         raise MetricUnavailable(f"no answers in {folder}: {command}")
     if json.loads((folder / WEIGHTS).read_text()) != blind_weights(bench):
         raise MetricUnavailable(f"the answers in {folder} are about other weights: {command}")
-    answers = [answer for own in read_preferences(folder).values() for answer in own]
+    by_rater = read_preferences(folder)
+    answers = [answer for own in by_rater.values() for answer in own]
     decided = [answer.preferred == answer.first for answer in answers if answer.preferred != SAME]
     same = len(answers) - len(decided)
-    return fraction_estimate(decided, f"one rater, a vision language model: of {len(answers)} pairs {same} the same")
+    return fraction_estimate(decided, f"answers of {', '.join(by_rater)}: of {len(answers)} pairs {same} the same")
 
 
 def blind_weights(bench: Bench) -> dict[str, str | None]:
