@@ -17,8 +17,9 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -275,35 +276,40 @@ class Validation:
         if "validation_score" in values:
             self.run.validated(values["validation_score"])
 
-    def judge(self, num_samples: int = 16) -> Verdict:
+    def judge(self, num_samples: int = 16, shipped: DiffusionPipeline | None = None) -> Verdict:
         """Draw images before and after the tuning, of the weights as they are now, and compare their Face Scores.
 
         They are `samples/*_before.png` and `*_after.png` below the run's output, with a row per pair in
         `samples.jsonl`. Call it in one process.
+
+        shipped: another tuned pipeline, which draws the same prompts and noise as `*_shipped.png`, to look at: the
+        verdict is not of it.
         """
-        files = [[f"samples/{seed:03d}_{side}.png" for side in ("before", "after")] for seed in range(num_samples)]
-        sides = []
-        for sampling in (self.tuner.untuned, self.tuner.sampling) if num_samples else ():
+        drawing = {"before": self.tuner.untuned, "after": self.tuner.sampling}
+        if shipped is not None:
+            drawing["shipped"] = partial(nullcontext, shipped)
+        images, scores = {}, {}
+        for side, sampling in drawing.items() if num_samples else ():
             with sampling() as pipeline:
-                sides.append([self._image(pipeline, index, index) for index in range(num_samples)])
+                images[side] = [self._image(pipeline, index, index) for index in range(num_samples)]
         with self._scoring():
-            scores = [[self._score(image) for image in images] for images in sides] or [[], []]
+            for side, own in images.items():
+                scores[side] = [self._score(image) for image in own]
 
         if self.run.output is not None:
             shutil.rmtree(self.run.output / "samples", ignore_errors=True)  # an earlier end may have drawn more
             rows = []
-            for seed, names in enumerate(files):
-                for name, images in zip(names, sides, strict=True):
-                    save_image(images[seed], self.run.output / name)
-                row = {"prompt": self._prompt(seed), "seed": seed, **dict(zip(("before", "after"), names, strict=True))}
-                rows.append(
-                    row | {f"score_{side}": own[seed] for side, own in zip(("before", "after"), scores, strict=True)}
-                )
+            for seed in range(num_samples):
+                files = {side: f"samples/{seed:03d}_{side}.png" for side in images}
+                for side, name in files.items():
+                    save_image(images[side][seed], self.run.output / name)
+                own = {f"score_{side}": scores[side][seed] for side in images}
+                rows.append({"prompt": self._prompt(seed), "seed": seed, **files, **own})
             rewrite_rows(self.run.output / SAMPLES, rows)
         if self.scorer is None or not num_samples:
             no_scorer = f"no `scorer` ({SCORER_ID} is the published one, stages/02_train_scorer.py trains one)"
             return Verdict(reason=no_scorer if self.scorer is None else "`num_samples` is 0")
-        return Verdict.of_scores(*scores)
+        return Verdict.of_scores(scores["before"], scores["after"])
 
     # ---- parts
 

@@ -8,8 +8,8 @@ Stage 4: tune a Stable Diffusion checkpoint with the guidance loss on face pairs
 
 Reads   data/pairs/ (stage 1)
 Writes  checkpoints/guided/: a diffusers pipeline, or with --train lora a LoRA file; with --extract_lora lora/, and
-        with --single_file guided.safetensors; samples/ before and after at the same seeds, samples.jsonl; validation/
-        and validation.jsonl; metrics.jsonl, config.yaml, done.json
+        with --single_file guided.safetensors; samples/ before and after at the same seeds (of the tiny base by the
+        shipped LoRA too) and samples.jsonl; validation/, validation.jsonl; metrics.jsonl, config.yaml, done.json
 
 The last line says whether the faces of the samples are better than without the tuning, not better, or too few to tell.
 A run that --patience ended is trained further by the same command with a larger --patience, or with more --steps.
@@ -39,7 +39,7 @@ from faceprior.diffusion import (
 )
 from faceprior.dino import dino_distance
 from faceprior.features import FeatureNetwork
-from faceprior.guidance import GuidanceTuner
+from faceprior.guidance import GuidanceTuner, load_tuned
 from faceprior.lora import LORA_FORMATS, require_lora_format
 from faceprior.losses import guidance_loss
 from faceprior.memory import SAMPLES, Rehearsal
@@ -254,7 +254,7 @@ def main(config: Config) -> None:
         run.use_final_weights()
         saved = save_tuned(config, output, tuner)
         tiny.copy_info(config.base, output)
-        verdict = validation.judge(config.num_samples)
+        verdict = validation.judge(config.num_samples, load_shipped(config, accelerator.device))
         run.finish(trained_parameters=sum(p.numel() for p in trained), pairs=len(pairs), verdict=verdict.to_dict())
         print_problems(problems, "pair")
         drawn = f"; samples before and after in {output / 'samples'}" if config.num_samples else ""
@@ -334,6 +334,14 @@ def save_tuned(config: Config, output: Path, tuner: GuidanceTuner) -> list[str]:
     for old in {*files, output / SINGLE_FILE} - written:
         old.unlink(missing_ok=True)
     return lines
+
+
+def load_shipped(config: Config, device: torch.device):
+    """Return a pipeline of the tiny base with the LoRA that ships; None for any other base, and without samples."""
+    folder = tiny.tiny_folder() / "guided"
+    if config.base != tiny.NAME or config.vae or not config.num_samples or tiny.info(folder) is None:
+        return None
+    return load_tuned(folder, tiny.resolve(config.base, "sd15")).to(device)
 
 
 def load_features(name: str, weights: bool = True) -> FeatureNetwork:

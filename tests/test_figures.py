@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import stats
 
 from checkpoints.tiny_models import bench as bench_module
-from checkpoints.tiny_models import figures
+from checkpoints.tiny_models import blind, figures
 from checkpoints.tiny_models import figures_bases as bases
 from checkpoints.tiny_models import figures_ladders as ladders
 from checkpoints.tiny_models import figures_restorer as restorer
@@ -36,7 +36,7 @@ from checkpoints.tiny_models.table import (
 from faceprior import tiny
 from faceprior.config import make_config
 from faceprior.features import FeatureNetwork
-from faceprior.images import save_image
+from faceprior.images import load_image, save_image
 from faceprior.metrics import MetricUnavailable
 from faceprior.models import quiet_libraries
 from faceprior.procedural import TEST_SEEDS, draw_portrait
@@ -242,13 +242,40 @@ def test_pairs_of_values_on_both_sides():
 
 
 def test_differences_are_tuned_minus_other():
-    tuned = [tuning.Judged(score, 1.0, 0.9, 2 * score) for score in (3.0, 4.0, 5.5)]
-    base = [tuning.Judged(score, 3.0, 0.8, 2 * score) for score in (1.0, 2.0, 3.0)]
-    score, judged, confidence, distance = tuning.compare(tuned, base, "tuned - base", 0.01)
-    assert score["value"] == pytest.approx(6.5 / 3) and score["met"] is True and score["aim"] == "> 0, p < 0.01"
+    tuned = [tuning.Judged(score, 1.0, 0.9, 2 * score, 120.0) for score in (3.0, 4.0, 5.5)]
+    base = [tuning.Judged(score, 3.0, 0.8, 2 * score, 100.0) for score in (1.0, 2.0, 3.0)]
+    score, judged, confidence, distance, lightness = tuning.compare(
+        tuned, base, "tuned - base", {"score": 0.02, "judged": 0.01}
+    )
+    assert score["value"] == pytest.approx(6.5 / 3) and score["met"] is True and score["aim"] == "> 0, p < 0.02"
     assert judged["value"] == pytest.approx(13 / 3) and judged["aim"] == "> 0, p < 0.01"
     assert confidence["value"] == pytest.approx(0.1) and confidence["met"] is True
     assert distance["value"] == -2 and distance["met"] is True
+    assert lightness["value"] == 20 and lightness["met"] is None
+
+
+def test_a_blind_look_hides_the_sides_and_its_tally_is_the_figure(settings, tmp_path, monkeypatch):
+    """Four of six are decided, for the left, the left, the right and the left image: the sides are the rater's."""
+    monkeypatch.setattr(blind.tiny, "tiny_folder", lambda: tmp_path / "tiny")
+    bench = Bench(figures.Config(**settings))
+    with pytest.raises(MetricUnavailable, match="blind` shows what to look at"):
+        tuning.preferred(bench)
+    comparing = blind.make_comparing(bench, "someone", 6)
+    (sheet,) = blind.write_sheets(comparing, tmp_path / "sheets")
+    images, name = comparing.comparison.images, comparing.questions[0].id
+    left, right = (load_image(images[method][name]) for method in comparing.shown(0))
+    shown = np.asarray(load_image(sheet))
+    for place, image in ((4, left), (264, right)):
+        enlarged = Image.fromarray(np.asarray(image)).resize((256, 256), Image.BICUBIC)
+        np.testing.assert_array_equal(shown[18:274, place : place + 256], np.asarray(enlarged))
+    with pytest.raises(ValueError, match="has to be 6 letters"):
+        blind.write_answers(bench, comparing, "AB=")
+    blind.write_answers(bench, comparing, "AA= B=A")
+    sides = [comparing.shown(number)[letter == "B"] for number, letter in ((0, "A"), (1, "A"), (3, "B"), (5, "A"))]
+    (row,) = tuning.measure_blind(bench)
+    assert (row["value"], row["n"]) == (sides.count("tuned") / 4, 4) and "of 6 pairs 2 the same" in row["note"]
+    (tmp_path / "tiny/blind/weights.json").write_text("{}")
+    assert "about other weights" in tuning.measure_blind(bench)[0]["note"]
 
 
 class MadeBench(SimpleNamespace):
@@ -325,6 +352,7 @@ def models(tiny_models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for kind in ("sd15", "sdxl", "scorer"):
         (folder / kind).symlink_to(tiny_models / kind)
+    (folder / "guided").symlink_to(tiny_models / "sd15")
     tiny.write(folder / "restorer", "restorer")
     tags = {
         "hair_color": ("black", "brown"), "glasses": ("none", "round"), "beard": ("none", "full beard"),
@@ -388,6 +416,7 @@ def test_the_table_from_end_to_end(settings, models, tmp_path, monkeypatch, caps
     assert list(saved["groups"]) == list(figures.make_pieces())
     cells = {name: group["cells"] for name, group in saved["groups"].items()}
     measured = ("vae", "samples_sd15", "prompts_sdxl", "damage", "sharpness", "ladders", "ranking", "tuning")
+    assert cells["blind"][0]["value"] is None  # a look at other weights says nothing of these
     for name in (*measured, "ablations_all"):
         assert all(row["value"] is not None for row in cells[name]), (name, cells[name])
     assert cells["samples_sd15"][0]["value"] == 1 and cells["samples_sd15"][0]["n"] == 6
@@ -398,7 +427,7 @@ def test_the_table_from_end_to_end(settings, models, tmp_path, monkeypatch, caps
     assert [row["n"] for row in by_bin] == [0, 0, 0, 2, 2] and "not measured" in by_bin[0]["note"]
     psnr, *_, fid, gain, rest = cells["restorer"]
     assert psnr["n"] == gain["n"] == 4 and fid["value"] > 0 and gain["aim"] == rest["aim"] == "> 0, p < 0.01"
-    assert [row["value"] for row in cells["ablations_all"][:4]] == [0, 0, 0, 0]
+    assert [row["value"] for row in cells["ablations_all"][:5]] == [0] * 5
     assert not any(row["met"] for row in cells["ablations_all"])
     assert "--objective denoising` trains it" in cells["ablations_denoising"][0]["note"]
     time_aware, constant, difference, missing = cells["facial_loss"]

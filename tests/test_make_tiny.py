@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from safetensors import safe_open
 
 from checkpoints.tiny_models import bases, reward
 from checkpoints.tiny_models import ladders as ladders_module
@@ -18,6 +19,7 @@ from checkpoints.tiny_models.judge import FaceJudge, train_judge
 from checkpoints.tiny_models.ladders import RUNGS, People, alike, make_ladders
 from checkpoints.tiny_models.readme import note_duration, write_readme
 from checkpoints.tiny_models.reward import SEEN, STEEPNESS, WAYS, DrawnFaces, make_ladder, train_reward
+from checkpoints.tiny_models.stages import GUIDANCE, save_lora_in_half, ship
 from checkpoints.tiny_models.vae import (
     PIPELINES,
     DrawingsAndFaces,
@@ -27,7 +29,9 @@ from checkpoints.tiny_models.vae import (
     train_vae,
 )
 from faceprior import tiny
+from faceprior.guidance import GuidanceTuner, load_tuned
 from faceprior.images import save_image
+from faceprior.lora import LORA_FILE, adapters_of
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
 from faceprior.scorer import FaceScorer
@@ -324,3 +328,24 @@ def test_the_reward_model_is_pretrained(vae, ladders, config, home, monkeypatch)
             assert len(boxes) == RUNGS, way
             assert all(0 <= box[0] < box[2] <= 128 and 0 <= box[1] < box[3] <= 128 for box in boxes), way
             assert all((rung != images[0]).any() for rung in images[1:]), way
+
+
+def test_a_tuned_lora_ships_in_half_precision(tiny_models, home, work):
+    """With its metadata, for stock diffusers; the layers of the recipe reach the convolutions too."""
+    options = {key: GUIDANCE[key] for key in ("train", "rank", "alpha", "lora_targets")}
+    tuner = GuidanceTuner.from_pretrained(str(tiny_models / "sd15"), **options)
+    with torch.no_grad():
+        for parameter in tuner.trainable_parameters():
+            parameter.add_(0.1)
+    tuner.save_lora(work / "guided")
+    for _ in range(2):  # the second time it is there already
+        ship(work / "guided", lambda folder: save_lora_in_half(work / "guided", folder), 3)
+    assert tiny.info(home / "guided") == {"kind": "guided", "seed": 0, "trained": True, "steps": 3}
+    whole, half = (safe_open(folder / "guided" / LORA_FILE, "pt") for folder in (work, home))
+    assert half.metadata() == whole.metadata()
+    names = set(half.keys())
+    assert names == set(whole.keys()) and any(".resnets.0.conv1.lora_A" in name for name in names)
+    for name in names:
+        assert torch.equal(half.get_tensor(name), whole.get_tensor(name).half())
+    pipeline = load_tuned(home / "guided", str(tiny_models / "sd15"))
+    assert len(adapters_of(pipeline.unet)) == len(names) // 2

@@ -250,7 +250,7 @@ def test_sliders_are_range_inputs_over_two_images(root):
     inputs = page.all("input")
     assert [(i["type"], i["min"], i["max"], i["aria-label"]) for i in inputs] == [
         ("range", "0", "100", "Score: bad face: 0.5 to good face: 2.0"),
-        ("range", "0", "100", "Tune: untuned to tuned"),
+        ("range", "0", "100", "Tune: untuned to this run"),
         ("range", "0", "100", "Restore: degraded to restored"),
         ("range", "0", "100", "sample 1: degraded to restored"),
         ("range", "0", "100", "astronaut.png: original to restored"),
@@ -295,9 +295,26 @@ def test_the_opening_shows_the_middle_of_what_was_scored(root):
         make_samples(folder, "before", "after", score_before=0.0, score_after=after)
     (root / "checkpoints/scorer/scores.jsonl").unlink()
     score, tune, restore = opening.describe(Run(root))
-    assert (tune.names, "of 3 samples the middle one" in tune.about) == (("untuned: 0.0", "tuned: 2.0"), True)
-    assert score.before is None and restore.after.uri
+    assert (tune.names, "of 3 samples the middle one" in tune.about) == (("untuned: 0.0", "this run: 2.0"), True)
+    assert tune.shipped is None and score.before is None and restore.after.uri
     assert tune.origin == "By 40 steps of this run, on the tiny weights that ship with faceprior, untrained."
+
+
+def test_the_opening_shows_what_the_shipped_weights_draw_beside_this_run(root):
+    """Three images of one prompt and noise, each with its origin and its score; the samples below show it too."""
+    folder = root / "checkpoints/guided"
+    (folder / "samples.jsonl").unlink()
+    scores = {"score_before": 0.0, "score_after": 1.0, "score_shipped": 3.0}
+    make_samples(folder, "before", "after", "shipped", **scores)
+    _, tune, _ = opening.describe(Run(root))
+    assert (*tune.names, tune.shipped_name) == ("untuned: 0.0", "this run: 1.0", "shipped weights: 3.0")
+    shown = [decoded(image.uri) for image in (tune.before, tune.after, tune.shipped)]
+    for image, side in zip(shown, ("before", "after", "shipped"), strict=True):
+        np.testing.assert_array_equal(image, np.asarray(load_image(folder / f"samples/000_{side}.png")))
+    page = read(root)
+    names = [image["alt"] for image in page.all("img")]
+    assert names.count("shipped weights") == 1 and names.count("seed None, shipped weights") == 1
+    assert "shipped weights: 3.0" in page.text
 
 
 def test_where_a_comparison_of_published_rows_and_of_rejected_portraits_may_mislead_the_report_says_so(root):

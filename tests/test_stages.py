@@ -31,6 +31,7 @@ from faceprior.config import parse_config
 from faceprior.detect import area_bin, box_mask
 from faceprior.inpaint import Candidate, strength_of
 from faceprior.jsonl import append_row, read_rows
+from faceprior.lora import adapters_of
 from faceprior.pairs import FacePair, gather_pairs
 from faceprior.procedural import draw_folder, draw_portrait
 
@@ -549,6 +550,14 @@ def test_tuned_models_load_with_stock_diffusers_and_draw_the_sample(chain, name)
     ).images[0]
     difference = np.abs(np.asarray(image, int) - np.asarray(Image.open(folder / sample["after"]), int))
     assert difference.max() <= 1
+
+
+def test_the_shipped_lora_draws_beside_a_run_on_the_tiny_base_only(tiny_models):
+    """Of another base, of the same one with another VAE, and without samples there is none."""
+    stage, device = load_stage(GUIDANCE), torch.device("cpu")
+    assert adapters_of(stage.load_shipped(stage.Config(), device).unet)
+    for change in ({"base": str(tiny_models / "sd15")}, {"vae": "a_vae"}, {"num_samples": 0}):
+        assert stage.load_shipped(stage.Config(**change), device) is None
 
 
 def test_guidance_changed_the_self_attention_only(chain, tiny_models):

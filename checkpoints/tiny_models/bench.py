@@ -32,7 +32,7 @@ from faceprior.models import load_part, resolve_device
 from faceprior.procedural import TEST_SEEDS, Drawing, draw_portrait
 from faceprior.scorer import FaceScorer
 
-SHIPPED = ("sd15", "sdxl", "scorer", "restorer", "features", "judge")  # the other models are in the work folder
+SHIPPED = ("sd15", "sdxl", "scorer", "guided", "restorer", "features", "judge")  # others: in the work folder
 SAMPLED_BY = ("scheduler_config.json", "restorer_config.json")  # the settings of a model that its images depend on
 BATCH = 16
 MAKE_TINY = "python -m checkpoints.tiny_models.make_tiny"

@@ -26,7 +26,7 @@ from checkpoints.tiny_models.figures_bases import BASES, measure_prompts, measur
 from checkpoints.tiny_models.figures_ladders import measure_judges, measure_ladders
 from checkpoints.tiny_models.figures_restorer import measure_facial_loss, measure_restorer
 from checkpoints.tiny_models.figures_scorer import measure_damage, measure_pairs, measure_ranking, measure_sharpness
-from checkpoints.tiny_models.figures_tuning import measure_ablation, measure_tuning
+from checkpoints.tiny_models.figures_tuning import measure_ablation, measure_blind, measure_tuning
 from checkpoints.tiny_models.readme import machine
 from checkpoints.tiny_models.table import make_row, markdown
 from faceprior.config import run_stage
@@ -104,6 +104,7 @@ def make_pieces() -> dict[str, Piece]:
             "Samples in the scorer's order", measure_ranking, SAMPLING, ("sd15", "scorer", "features", "judge")
         ),
         "tuning": Piece("Guidance tuning", measure_tuning, JUDGING, ("sd15", "scorer", "guided", "judge")),
+        "blind": Piece("Guidance tuning in a blind look", measure_blind, (), ("sd15", "guided")),
         "ablations_all": Piece(
             "Guidance tuning against all timesteps",
             partial(measure_ablation, name="guided_all"),

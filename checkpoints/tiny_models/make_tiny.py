@@ -77,7 +77,7 @@ class Config:
     base_learning_rate: float = 1e-3  # learning rate of AdamW at its peak for both bases, (0, 1)
     num_pairs: int = 600  # number of portraits for pairs, and a quarter as many scenes, [1, inf)
     scorer_steps: int = 200  # training steps of stage 2, [1, inf)
-    guidance_steps: int = 400  # training steps of stage 4, [1, inf)
+    guidance_steps: int = 60  # training steps of stage 4, 4 pairs and 4 rewarded images each, [1, inf)
     num_portraits: int = 300  # number of portraits drawn for stage 3, [1, inf)
     prior_steps: int = 150  # training steps of stage 5, [1, inf)
     num_faces: int = 1200  # number of aligned faces drawn for stage 6, [1, 8000]

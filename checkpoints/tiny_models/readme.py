@@ -21,9 +21,11 @@ PARTS = {
     "sdxl": "SDXL type pipeline, trained from the U-Net of `sd15/`; it shares the VAE and the text encoder of `sd15/`",
     "reward": "BLIP reward model, pretrained on drawn faces and worse copies, in place of ImageReward",
     "scorer": "the same after stage 2 on inpainted pairs, in place of Face Score",
+    "guided": "LoRA of `sd15` after stage 4: guidance on inpainted pairs, and the gradient of `scorer`",
     "restorer": "portrait prior of stage 5 and ControlNet of stage 6",
     "judge": "ConvNeXt that orders faces, for measuring only: no other model is trained with it",
     "features": "vision transformer that predicts tags and landmarks, in place of DINO, Inception and LPIPS",
+    "blind": "no model: what was preferred in a blind look at samples of `sd15` and `guided`",
 }
 HEADER = """# The tiny models
 
@@ -35,10 +37,11 @@ FOOTER = """
 Losses are means over the last 50 steps; hours are by the clock, some beside other work. A run with several rows was
 continued from the weights that the row before had shipped; `make tiny` trains it in one run, with as many steps as the
 rows have together. The second run of `vae` trained the decoder only: the latents, and all models trained on them, did
-not change. `sd15_fine` was continued with the plain loss, which brought little and is no longer done. The last run of
-`sdxl` started over from the last `sd15`; the pairs that `reward` was trained on come from an earlier `sd15` and `vae`.
-The means of runs that rows of `reward` name, a to d, were made by hand. The row after them is the first run that kept a
-moving average of its own weights, which is what ships, as of the bases; `make tiny` does that from the start.
+not change. `guided` starts from the base in every row; the last one ships. `sd15_fine` was continued with the plain
+loss, which brought little and is no longer done. The last run of `sdxl` started over from the last `sd15`; the pairs
+that `reward` was trained on come from an earlier `sd15` and `vae`. The means of runs that rows of `reward` name, a to
+d, were made by hand. The row after them is the first run that kept a moving average of its own weights, which is what
+ships, as of the bases; `make tiny` does that from the start. `guided` was trained with the scorer before the last.
 
 - Data: {data}, from the training seeds in `faceprior/procedural/`; every run has the seed 0, the judge's 1
 - Machine: {machines}

@@ -5,7 +5,7 @@ scores, and the first one where there are no scores.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from faceprior.html import EmbeddedImage, Lost
@@ -14,11 +14,15 @@ from faceprior.report.run import NUMBER, STAGES, Run, number
 from faceprior.report.summary import format_number
 
 SIDE = 512  # pixels, of an image
+SHIPPED = "shipped weights"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job of the product. before, after: None until the stage has made them; about: which images they are."""
+    """A job of the product. before, after: None until the stage has made them; about: which images they are.
+
+    shipped: the same by the weights that ship, where the stage has made it, and shipped_name, its caption.
+    """
 
     title: str
     section: str  # key of its section
@@ -29,6 +33,8 @@ class Job:
     names: tuple[str, str] = ("before", "after")
     about: str = ""
     origin: str = ""
+    shipped: EmbeddedImage | None = None
+    shipped_name: str = ""
 
 
 def describe(run: Run) -> list[Job | Lost]:
@@ -67,13 +73,18 @@ def _tune(run: Run) -> Job:
     text, command = "A generator learns to step away from spoiled faces.", "stages/04_guidance_tune.py"
     if not rows:
         return Job("Tune", "guidance", text, command)
-    names, about, row = ("untuned", "tuned"), "The same prompt and noise: the first sample.", rows[0]
+    names, about, row = ("untuned", "this run"), "The same prompt and noise: the first sample.", rows[0]
     if scored:
         row, count = _middle(scored, lambda row: _scores(row)[1] - _scores(row)[0])
         names = tuple(f"{name}: {score:.1f}" for name, score in zip(names, _scores(row), strict=True))
         about = f"The same prompt and noise: of {count} samples the middle one by the gain of its Face Score."
     before, after = (run.image(folder, row[side], f"{side} tuning", SIDE) for side in ("before", "after"))
-    return Job("Tune", "guidance", text, command, before, after, names, about, _origin(run, folder))
+    job = Job("Tune", "guidance", text, command, before, after, names, about, _origin(run, folder))
+    if not isinstance(row.get("shipped"), str):
+        return job
+    score = number(row, "score_shipped")
+    name = SHIPPED if score is None else f"{SHIPPED}: {score:.1f}"
+    return replace(job, shipped=run.image(folder, row["shipped"], SHIPPED, SIDE), shipped_name=name)
 
 
 def _restore(run: Run) -> Job:

@@ -1,4 +1,7 @@
-"""A tuned generator (stages 4 and 5): its loss, its validations, the verdict, and samples before and after."""
+"""A tuned generator (stages 4 and 5): its loss, its validations, the verdict, and samples before and after.
+
+Of the tiny base there are the samples of the weights that ship, too.
+"""
 
 from typing import Any
 
@@ -85,6 +88,8 @@ def _sample(run: Run, folder: str, row: dict) -> dict[str, Any]:
     if (change := _mean_change(run, folder, row)) is not None:
         facts["mean change"] = f"{change:.1f} of 255"
     images = {side: run.image(folder, row[side], f"seed {seed}, {side} tuning", 384) for side in ("before", "after")}
+    if isinstance(row.get("shipped"), str):
+        images["shipped weights"] = run.image(folder, row["shipped"], f"seed {seed}, shipped weights", 384)
     return {"images": images, "prompt": run.plain(row.get("prompt") or "", 300), "facts": facts}
 
 
