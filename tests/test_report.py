@@ -296,7 +296,7 @@ def test_the_opening_shows_the_middle_of_what_was_scored(root):
     (root / "checkpoints/scorer/scores.jsonl").unlink()
     score, tune, restore = opening.describe(Run(root))
     assert (tune.names, "of 3 samples the middle one" in tune.about) == (("untuned: 0.0", "this run: 2.0"), True)
-    assert tune.shipped is None and score.before is None and restore.after.uri
+    assert tune.third is None and score.before is None and restore.after.uri
     assert tune.origin == "By 40 steps of this run, on the tiny weights that ship with faceprior, untrained."
 
 
@@ -307,14 +307,34 @@ def test_the_opening_shows_what_the_shipped_weights_draw_beside_this_run(root):
     scores = {"score_before": 0.0, "score_after": 1.0, "score_shipped": 3.0}
     make_samples(folder, "before", "after", "shipped", **scores)
     _, tune, _ = opening.describe(Run(root))
-    assert (*tune.names, tune.shipped_name) == ("untuned: 0.0", "this run: 1.0", "shipped weights: 3.0")
-    shown = [decoded(image.uri) for image in (tune.before, tune.after, tune.shipped)]
-    for image, side in zip(shown, ("before", "after", "shipped"), strict=True):
+    assert (*tune.names, tune.third_name) == ("untuned: 0.0", "shipped weights: 3.0", "this run: 1.0")
+    assert tune.origin.startswith("Right: by the LoRA that ships. Below: by 40 steps of this run")
+    shown = [decoded(image.uri) for image in (tune.before, tune.after, tune.third)]
+    for image, side in zip(shown, ("before", "shipped", "after"), strict=True):
         np.testing.assert_array_equal(image, np.asarray(load_image(folder / f"samples/000_{side}.png")))
     page = read(root)
     names = [image["alt"] for image in page.all("img")]
     assert names.count("shipped weights") == 1 and names.count("seed None, shipped weights") == 1
     assert "shipped weights: 3.0" in page.text
+
+
+def test_the_opening_shows_an_evaluated_face_rather_than_one_of_the_training(root):
+    """Gains of 4, 1 and 2: the last face; b lacks the input, and e is of an earlier evaluation."""
+    folder = root / "results"
+    (folder / "rows.jsonl").unlink()
+    objects(folder / "results.json", {"items": {"restoration": ["a", "b", "c", "d"]}})
+    before, after = {"a": 0.0, "c": 1.0, "d": 0.5, "e": 0.0}, {"a": 4.0, "b": 9.0, "c": 2.0, "d": 2.5, "e": 9.0}
+    for method, scores in (("input", before), ("ours", after)):
+        for place, (item, score) in enumerate(scores.items()):
+            file = f"restoration/images/{method}/{item}.png"
+            picture(folder / file, seed=place)
+            row = {"protocol": "restoration", "method": method, "id": item, "image": file, "face_score": score}
+            rows(folder / "rows.jsonl", row)
+    *_, restore = opening.describe(Run(root))
+    assert (restore.names, restore.section) == (("degraded: 0.5", "restored: 2.5"), "evaluation")
+    assert "of 3 faces the middle one" in restore.about and restore.origin == "By ours."
+    shown = np.asarray(load_image(folder / "restoration/images/ours/d.png"))
+    np.testing.assert_array_equal(decoded(restore.after.uri), shown)
 
 
 def test_where_a_comparison_of_published_rows_and_of_rejected_portraits_may_mislead_the_report_says_so(root):

@@ -69,7 +69,7 @@ def describe(run: Run, folder: str = FOLDER, ends: int = FEW) -> dict[str, Any]:
     results = run.read(file)
     found = _whole_rows(run, file, results.get("rows"))
     known = {"rows": found, "published": run.attempt(file, _published, run, results), "notes": _notes(run, results)}
-    images = _images(run, folder, results.get("items"))
+    images = images_by_method(run, folder)
     parts = [
         run.attempt(f"{file}: {table.protocol}", _part, run, folder, table, found, images, ends)
         for table in tables_of(
@@ -144,8 +144,9 @@ def _notes(run: Run, results: Mapping[str, Any]) -> dict[str, list[str]]:
 Images = dict[tuple[str, str], dict[str, dict[str, Any]]]  # (protocol, method) -> item -> row
 
 
-def _images(run: Run, folder: str, items: Any) -> Images:
-    """Return the rows with an image. items: protocol -> ids that count; rows of others are of earlier runs."""
+def images_by_method(run: Run, folder: str = FOLDER) -> Images:
+    """Return the rows with an image, without those that only earlier runs were given."""
+    items = run.read(f"{folder}/results.json").get("items")
     given = {key: set(ids) for key, ids in items.items() if isinstance(ids, list)} if isinstance(items, dict) else {}
     found: Images = {}
     for row in run.rows(f"{folder}/rows.jsonl", dict.fromkeys(("protocol", "method", "id", "image"), str)):

@@ -1,15 +1,16 @@
-"""The opening: what each of the three jobs did in this run, before and after, at a glance.
+"""The opening: what each of the three jobs did, before and after, at a glance.
 
-Nothing is chosen by its looks: of the held-out pairs and of the samples it is the middle one by the difference of its
-scores, and the first one where there are no scores.
+Nothing is chosen by its looks: of the held-out pairs, the samples and the evaluated faces it is the middle one by the
+difference of its scores, and the first one where there are no scores.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from faceprior.evaluation.methods import INPUT, REFERENCE
 from faceprior.html import EmbeddedImage, Lost
-from faceprior.report import pairs, restoration
+from faceprior.report import evaluation, pairs, restoration
 from faceprior.report.run import NUMBER, STAGES, Run, number
 from faceprior.report.summary import format_number
 
@@ -21,7 +22,7 @@ SHIPPED = "shipped weights"
 class Job:
     """A job of the product. before, after: None until the stage has made them; about: which images they are.
 
-    shipped: the same by the weights that ship, where the stage has made it, and shipped_name, its caption.
+    third: the same by this run, where `after` is by the weights that ship, and third_name, its caption.
     """
 
     title: str
@@ -33,8 +34,8 @@ class Job:
     names: tuple[str, str] = ("before", "after")
     about: str = ""
     origin: str = ""
-    shipped: EmbeddedImage | None = None
-    shipped_name: str = ""
+    third: EmbeddedImage | None = None
+    third_name: str = ""
 
 
 def describe(run: Run) -> list[Job | Lost]:
@@ -67,39 +68,81 @@ def _score(run: Run) -> Job:
 
 
 def _tune(run: Run) -> Job:
+    """Where the weights that ship have drawn, too, they are what is shown: this run may be a short trial."""
     folder = STAGES["04_guidance_tune"]
     rows = run.rows(f"{folder}/samples.jsonl", {"before": str, "after": str})
-    scored = [row for row in rows if None not in _scores(row)]
     text, command = "A generator learns to step away from spoiled faces.", "stages/04_guidance_tune.py"
     if not rows:
         return Job("Tune", "guidance", text, command)
-    names, about, row = ("untuned", "this run"), "The same prompt and noise: the first sample.", rows[0]
-    if scored:
-        row, count = _middle(scored, lambda row: _scores(row)[1] - _scores(row)[0])
-        names = tuple(f"{name}: {score:.1f}" for name, score in zip(names, _scores(row), strict=True))
-        about = f"The same prompt and noise: of {count} samples the middle one by the gain of its Face Score."
-    before, after = (run.image(folder, row[side], f"{side} tuning", SIDE) for side in ("before", "after"))
-    job = Job("Tune", "guidance", text, command, before, after, names, about, _origin(run, folder))
-    if not isinstance(row.get("shipped"), str):
-        return job
-    score = number(row, "score_shipped")
-    name = SHIPPED if score is None else f"{SHIPPED}: {score:.1f}"
-    return replace(job, shipped=run.image(folder, row["shipped"], SHIPPED, SIDE), shipped_name=name)
+    sides = {"before": "untuned", "after": "this run"}
+    if all(isinstance(row.get("shipped"), str) for row in rows):
+        sides = {"before": "untuned", "shipped": SHIPPED, "after": "this run"}
+    ends = list(sides)[:2]
+    row, which = _chosen(rows, [f"score_{side}" for side in ends], "sample")
+    alts = {"before": "before tuning", "after": "after tuning", "shipped": SHIPPED}
+    before, after, *third = (run.image(folder, row[side], alts[side], SIDE) for side in sides)
+    names = [_name(text, number(row, f"score_{side}")) for side, text in sides.items()]
+    origin = _origin(run, folder)
+    if third:
+        origin = f"Right: by the LoRA that ships. Below: {origin[0].lower()}{origin[1:]}"
+    about = f"The same prompt and noise: {which}."
+    return Job(
+        "Tune", "guidance", text, command, before, after, (names[0], names[1]), about, origin, *third, *names[2:]
+    )
 
 
 def _restore(run: Run) -> Job:
-    rows = run.rows(f"{restoration.FOLDER}/samples.jsonl", dict.fromkeys(restoration.KINDS, str))
+    """Faces of the evaluation where there are any: the restorer may have been trained on those of its own samples."""
     text, command = "Faces are found, cleaned and pasted back.", "faceprior restore photo.jpg -o restored"
+    names, folder = ("degraded", "restored"), restoration.FOLDER
+    method, rows = _evaluated(run)
+    if rows:
+        row, which = _chosen(rows, [f"score_{name}" for name in names], "face")
+        before, after = (run.image(evaluation.FOLDER, row[name], f"{name} face", SIDE) for name in names)
+        origin = _origin(run, folder) if row["source"] == folder else f"By {run.plain(method)}."
+        names = tuple(_name(name, row[f"score_{name}"]) for name in names)
+        return Job("Restore", "evaluation", text, command, before, after, names, f"Of the evaluation: {which}.", origin)
+    rows = run.rows(f"{folder}/samples.jsonl", dict.fromkeys(restoration.KINDS, str))
     if not rows:
         return Job("Restore", "restoration", text, command)
-    names = ("degraded", "restored")
-    before, after = (run.image(restoration.FOLDER, rows[0][name], f"{name} face", SIDE) for name in names)
+    before, after = (run.image(folder, rows[0][name], f"{name} face", SIDE) for name in names)
     about = "A face of the training set, degraded anew: the first sample."
-    return Job("Restore", "restoration", text, command, before, after, names, about, _origin(run, restoration.FOLDER))
+    return Job("Restore", "restoration", text, command, before, after, names, about, _origin(run, folder))
 
 
-def _scores(row: dict) -> list[float | None]:
-    return [number(row, f"score_{side}") for side in ("before", "after")]
+def _evaluated(run: Run) -> tuple[str, list[dict]]:
+    """Return the first evaluated method that restores, and a row of images and scores for each of its faces."""
+    found = {
+        method: rows
+        for (protocol, method), rows in evaluation.images_by_method(run).items()
+        if protocol == "restoration"
+    }
+    method = next((name for name in found if name not in (INPUT, REFERENCE)), "")
+    return method, [
+        {
+            "degraded": found[INPUT][item]["image"],
+            "restored": row["image"],
+            "score_degraded": number(found[INPUT][item], "face_score"),
+            "score_restored": number(row, "face_score"),
+            "source": row.get("source"),
+        }
+        for item, row in found.get(method, {}).items()
+        if item in found.get(INPUT, {})
+    ]
+
+
+def _chosen(rows: list[dict], scores: list[str], what: str) -> tuple[dict, str]:
+    """Return the row in the middle by the gain from one score to the other, and which of the rows that is."""
+    scored = [row for row in rows if None not in [number(row, key) for key in scores]]
+    chosen = _middle(scored, lambda row: number(row, scores[1]) - number(row, scores[0]))
+    if chosen is None:
+        return rows[0], f"the first {what}"
+    row, count = chosen
+    return row, f"of {count} {what}s the middle one by the gain of its Face Score"
+
+
+def _name(text: str, score: float | None) -> str:
+    return text if score is None else f"{text}: {score:.1f}"
 
 
 def _middle(rows: list[dict], key: Callable[[dict], float]) -> tuple[dict, int] | None:
