@@ -33,10 +33,8 @@ text file, one per line, and give it as `--review FILE`, which goes before revie
 they are.
 """
 
-import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,8 +42,22 @@ from typing import Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
+from faceprior.annotation import (
+    VLM_SETTINGS,
+    add_tags,
+    annotate,
+    ask_model,
+    caption_settings,
+    count_tags,
+    forget_answers,
+    join_tags,
+    measure_tags,
+    read_answers,
+    recaptioned,
+    write_caption,
+)
 from faceprior.balance import measure_balance
-from faceprior.captioner import PROMPT, Captioner, clean_answer, find_captioner
+from faceprior.captioner import PROMPT, find_captioner
 from faceprior.config import (
     DONE_FILE,
     METRICS_FILE,
@@ -61,8 +73,7 @@ from faceprior.gates import LIMITS, NO_DUPLICATE, Measured, find_faults, measure
 from faceprior.human_eval.review import read_review
 from faceprior.images import load_image, save_image
 from faceprior.jsonl import MANIFEST, KeyedRows, rewrite_rows, sort_rows
-from faceprior.models import quiet_libraries, resolve_device, weight_dtype
-from faceprior.photography import head_turn, measured_tags
+from faceprior.photography import head_turn
 from faceprior.photos import UNREADABLE, Photograph, Problems, find_photographs, safe_name
 from faceprior.portraits import Portrait
 from faceprior.procedural import Spoil, draw_folder
@@ -81,11 +92,10 @@ from faceprior.sorting import (
     save_thumbnail,
     words_of,
 )
-from faceprior.tags import Tags, combine_tags
+from faceprior.tags import Tags
 
 BALANCE = "balance.json"
 SEARCHED_FACE = 20  # pixels; smaller faces in the background of a photograph do not count as further ones
-TOGETHER = 100  # portraits whose new tags are stored at once: a killed run loses no more
 Sources = tuple[Literal["sidecar", "vlm", "measured"], ...]
 
 
@@ -121,9 +131,7 @@ class Config:
     max_blocks: float = 1.5  # maximum step across 8 x 8 borders over other steps; above: JPEG blocks, [1, inf)
     min_laplacian: float = 4.3  # minimum standard deviation of the Laplacian in grey levels; below: blurred, [0, inf)
     min_detail: float = 0.1  # minimum energy of the crop's finest octave over the one below; below: enlarged, [0, inf)
-    min_texture: float = (
-        0.65  # minimum detail of the cheeks' smoothest fifth in grey levels; below: over-smooth, [0, inf)
-    )
+    min_texture: float = 0.65  # minimum grey levels of detail in the smoothest cheek; below: over-smooth, [0, inf)
     min_highlights: float = 100.0  # minimum 95th percentile of the face in grey levels; below: too dark, [0, 255]
     max_blown: float = 0.02  # maximum fraction of the face that is white in two channels; above: too bright, [0, 1]
     max_hash_distance: int = 4  # maximum number of different bits of 64 of a near-duplicate; -1: off, [-1, 64]
@@ -145,9 +153,8 @@ class Config:
     overwrite: bool = False  # new start in an output folder that holds a run, which is deleted
 
     # other limits are applied to the stored numbers; by `min_confidence` the main face is chosen
-    CAPTIONS = ("captioners", "vlm", "vlm_prompt", "vlm_tokens", "quantization", "mixed_precision")
     FREE = frozenset(
-        {"review", "batch_size", "export_retouch", "import_retouch", *CAPTIONS, *LIMITS}
+        {"review", "batch_size", "export_retouch", "import_retouch", "captioners", *VLM_SETTINGS, *LIMITS}
         - {"min_confidence", "min_beside"}
     )
     RENAMED = {"min_sharpness": "min_laplacian", "captions": "captioners"}
@@ -266,20 +273,6 @@ def require_rows(output: Path, accepted: KeyedRows) -> None:
             )
 
 
-def recaptioned(config: Config, output: Path) -> bool:
-    """Tell whether the run that is complete in the output folder captioned by other settings."""
-    done = output / DONE_FILE
-    return done.is_file() and json.loads(done.read_text()).get("captions") != caption_settings(config)
-
-
-def caption_settings(config: Config) -> list[object]:
-    """Return what the captions depend on, as JSON has it."""
-    return [
-        list(config.captioners),
-        *(getattr(config, key) for key in config.CAPTIONS[1:] if "vlm" in config.captioners),
-    ]
-
-
 def find_review(config: Config) -> dict[str, str] | None:
     """Return the portraits that a person rejected, id -> reason; None without a review."""
     own = Path(config.output) / REVIEW_FILE
@@ -301,8 +294,7 @@ def forget_replaced(
             else:
                 replaced.append(identity)
     if replaced:
-        for answers in (output / ANSWERS).glob("*.jsonl"):
-            KeyedRows(answers).remove(replaced)
+        forget_answers(output, replaced)
         accepted.remove(replaced)
         rejected.remove(replaced)
     return problems
@@ -371,104 +363,6 @@ def load_quality_model(config: Config) -> Callable[[Image.Image, Measured], floa
 
     score = portrait_metric(config.quality_model, config.device, config.detector).load()
     return lambda photograph, measured: score(photograph, "", measured.face)
-
-
-# ---- Captions: every source's tags stand in the row, and are joined in the order of `captioners`
-
-ANSWERS = "answers"  # folder of the vision-language models' answers, as they gave them
-SOURCES = ("sidecar", "vlm", "measured")
-
-
-def measure_tags(crop: Image.Image, turn: float) -> dict[str, list[str]]:
-    return Tags(photographic=tuple(measured_tags(crop, turn))).to_row()
-
-
-def count_tags(tags: Tags) -> int:
-    return len(tags.semantic + tags.photographic)
-
-
-def add_tags(config: Config, output: Path, rows: KeyedRows, sources: Iterable[Photograph]) -> Problems:
-    """Add what captioners say that no earlier run asked, about the portraits among the rows; return what is unreadable.
-
-    Read are only the files with captions and the portraits; the photographs are not.
-    """
-    photographs, problems, done = {safe_name(source.name): source for source in sources}, [], {}
-    wanted = set(config.captioners) - {"vlm"}
-    waiting = [row for row in rows.values() if "image" in row and wanted - row["tags"].keys()]
-    for row in tqdm(waiting, desc="tagging", unit="portrait", disable=not waiting):
-        identity, tags, quality = row["id"], dict(row["tags"]), dict(row["quality"])
-        if "sidecar" in wanted - tags.keys():
-            try:
-                if identity not in photographs:
-                    raise FileNotFoundError("no longer among the photographs: no caption is read beside it")
-                written = photographs[identity].tags() or Tags()
-                tags["sidecar"] = written.to_row()
-                quality["beside"] = count_tags(written)
-            except UNREADABLE as error:  # tried again by the next run
-                problems.append((row["photograph"], str(error)))
-                quality["beside"] = 0
-        if "measured" in wanted - tags.keys():
-            tags["measured"] = measure_tags(load_image(output / row["image"]), row["turn"])
-        done[identity] = {**row, "tags": tags, "quality": quality}
-        if len(done) == TOGETHER:
-            rows.replace(done.values())
-            done = {}
-    if done:
-        rows.replace(done.values())
-    return problems
-
-
-def join_tags(config: Config, found: dict[str, dict[str, list[str]]]) -> Tags:
-    """Join the tags of the sources; those of the first ones count where they contradict each other."""
-    tags = combine_tags(Tags.from_row(found[name]) for name in config.captioners if name in found)
-    return tags if tags.semantic else Tags(("portrait photo",), tags.photographic)
-
-
-def write_caption(image: Path, tags: Tags) -> None:
-    with atomic_write(image.with_suffix(".txt"), "w") as file:
-        file.write(tags.prompt() + "\n")
-
-
-def read_answers(config: Config, output: Path) -> KeyedRows:
-    """Return the answers by id of the vision-language model: each model and question has a file of its own."""
-    question = json.dumps([getattr(config, key) for key in config.CAPTIONS[1:]])
-    name = re.sub(r"\W+", "_", Path(config.vlm).name)[-50:]
-    return KeyedRows(output / ANSWERS / f"{name}_{hashlib.sha256(question.encode()).hexdigest()[:8]}.jsonl")
-
-
-def ask_model(config: Config, output: Path, accepted: KeyedRows) -> KeyedRows:
-    """Ask the vision-language model about the portraits that it has not seen; return its answers by id."""
-    answers = read_answers(config, output)
-    waiting = [row for identity, row in accepted.items() if identity not in answers]
-    if waiting:
-        quiet_libraries()
-        captioner = Captioner.from_pretrained(config.vlm, weight_dtype(config.mixed_precision), config.quantization)
-        captioner.to(resolve_device(config.device))
-    for start in tqdm(range(0, len(waiting), config.batch_size), desc="captioning", unit="batch", disable=not waiting):
-        rows = waiting[start : start + config.batch_size]
-        images = [load_image(output / row["image"]) for row in rows]
-        texts = captioner.answer(images, config.vlm_prompt, config.vlm_tokens)
-        for row, text in zip(rows, texts, strict=True):
-            answers.add({"id": row["id"], "answer": text})
-    return answers
-
-
-def annotate(config: Config, output: Path, accepted: KeyedRows, answers: dict[str, dict]) -> Problems:
-    """Join the tags of all sources in the rows and beside the images; return whose answers hold no tags."""
-    problems = []
-    for identity, row in accepted.items():
-        if identity in answers:
-            tags = clean_answer(answers[identity]["answer"])
-            row["tags"]["vlm"] = tags.to_row()
-            if not tags.prompt():
-                problems.append((identity, f"no tags in the model's answer {answers[identity]['answer'][:80]!r}"))
-        tags = join_tags(config, row["tags"])
-        if tags.prompt() != row["caption"]:
-            write_caption(output / row["image"], tags)
-        found = {name: row["tags"][name] for name in SOURCES if name in row["tags"]}
-        accepted[identity] = {**row, **tags.to_row(), "caption": tags.prompt(), "tags": found}
-    rewrite_rows(output / MANIFEST, accepted.values())
-    return problems
 
 
 def import_retouched(config: Config, output: Path, accepted: KeyedRows) -> Problems:

@@ -18,7 +18,7 @@ FLOORS = {
     3: "bases cache lora gates pairs portraits features facial blip convert tables reward_tuning validation identity "
     "prompts video",
     4: "captioner clean_faces dino inpaint scorer guidance restoration_reward restorer retouch sorting",
-    5: "scorer_checks tiny",
+    5: "annotation scorer_checks tiny",
     6: "evaluation",
     7: "cli human_eval report",
     8: "confidence",

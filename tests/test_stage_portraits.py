@@ -10,7 +10,7 @@ from conftest import load_stage
 from PIL import Image
 from tiny_vlm import save_tiny_vlm
 
-from faceprior import sorting
+from faceprior import annotation, sorting
 from faceprior.config import parse_config
 from faceprior.jsonl import read_rows
 from faceprior.metrics import MetricUnavailable
@@ -294,7 +294,7 @@ def vlm(tmp_path_factory) -> str:
 
 def with_answers(stage, monkeypatch, *answers) -> list:
     """Let the model of random weights answer as it does, and then say something; returns the sizes of its batches."""
-    asked, answer = [], stage.Captioner.answer
+    asked, answer = [], annotation.Captioner.answer
 
     def speak(self, images, *args):
         texts = answer(self, images, *args)
@@ -302,7 +302,7 @@ def with_answers(stage, monkeypatch, *answers) -> list:
         asked.append(len(images))
         return [answers[(sum(asked) - len(images) + i) % len(answers)] for i in range(len(images))]
 
-    monkeypatch.setattr(stage.Captioner, "answer", speak)
+    monkeypatch.setattr(annotation.Captioner, "answer", speak)
     return asked
 
 
@@ -362,7 +362,7 @@ def test_a_killed_run_asks_no_portrait_twice(stage, photos, vlm, monkeypatch):
     assert asked == [1, 1]
     assert sorted(row["semantic"] for row in rows) == [["old man"], ["young woman"]]
     files = contents(Path("out"))
-    monkeypatch.setattr(stage, "Captioner", None)  # would fail if it was loaded
+    monkeypatch.setattr(annotation, "Captioner", None)  # would fail if it was loaded
     assert curate(stage, **options)["manifest"] == rows and contents(Path("out")) == files
 
 
@@ -414,10 +414,10 @@ def test_other_captioners_leave_what_they_would_have_from_the_beginning(stage, p
 def test_other_captioners_after_a_kill(stage, photos, no_second_look, monkeypatch):
     whole = curate(stage, output="whole", captioners=("sidecar", "measured"))
     curate(stage, captioners=("sidecar",))
-    monkeypatch.setattr(stage, "TOGETHER", 1)
+    monkeypatch.setattr(annotation, "TOGETHER", 1)
     no_second_look()
     with monkeypatch.context() as patch:
-        measure, seen = stage.measure_tags, []
+        measure, seen = annotation.measure_tags, []
 
         def killed(*args):
             seen.append(args)
@@ -425,7 +425,7 @@ def test_other_captioners_after_a_kill(stage, photos, no_second_look, monkeypatc
                 raise KeyboardInterrupt
             return measure(*args)
 
-        patch.setattr(stage, "measure_tags", killed)
+        patch.setattr(annotation, "measure_tags", killed)
         with pytest.raises(KeyboardInterrupt):
             curate(stage, captioners=("sidecar", "measured"))
         assert curate(stage, captioners=("sidecar", "measured")) == whole
@@ -442,7 +442,7 @@ def test_answers_are_kept_for_each_model_and_question(stage, photos, vlm, no_sec
     other = curate(stage, **options, vlm_prompt="the light?")["manifest"]
     assert "hard light" in other[0]["photographic"] and asked == [2, 2]
     curate(stage, captioners=("measured",))
-    monkeypatch.setattr(stage, "Captioner", None)  # would fail if it was loaded
+    monkeypatch.setattr(annotation, "Captioner", None)  # would fail if it was loaded
     assert curate(stage, **options)["manifest"] == first
     assert curate(stage, **options, vlm_prompt="the light?")["manifest"] == other
 
