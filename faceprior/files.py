@@ -277,6 +277,7 @@ def size_text(size: float) -> str:
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 _BLOCKS, _BLOCK = 512, 4096  # of a file that are hashed, and their bytes
+_LORA = "pytorch_lora_weights.safetensors"
 
 
 def content_mark(path: str | Path) -> str:
@@ -284,11 +285,16 @@ def content_mark(path: str | Path) -> str:
 
     Cheap enough for every start: of each file the size and 512 evenly spaced blocks of 4 KiB are hashed, of one below
     2 MiB all. They hit every tensor above a 512th of the file, so that no training misses them. A copy has the same
-    mark, whenever it was written; what a stage keeps in `resume/` does not count. Empty where there is nothing.
+    mark, whenever it was written. Of a pipeline's folder its parts count, of a LoRA's the file that diffusers loads:
+    not what lies beside them, such as the same in another format. Empty where there is nothing.
     """
     path, digest = Path(path).expanduser(), hashlib.sha256()
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix.lower() in WEIGHTS)
     files = [file for file in files if file.is_file() and "resume" not in file.relative_to(path).parts]
+    if (path / "model_index.json").is_file():
+        files = [file for file in files if (file.parent / "config.json").is_file() and file.parent != path]
+    elif path / _LORA in files:
+        files = [path / _LORA]
     for file in files:
         size, name = file.stat().st_size, file.relative_to(path).as_posix()
         is_small = size <= _BLOCKS * _BLOCK

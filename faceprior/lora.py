@@ -121,6 +121,15 @@ def adapters_of(denoiser: nn.Module) -> list[LoraLayer]:
     return [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
 
 
+def describe_lora(denoiser: nn.Module) -> str:
+    """Return what the trained LoRA of a network is, in words by which another one is known; empty without one."""
+    config = getattr(denoiser, "peft_config", {}).get("default")
+    if config is None:
+        return ""
+    variants = [name for name in ("use_rslora", "use_dora") if getattr(config, name)]
+    return ", ".join([f"{len(adapters_of(denoiser))} layers, rank {config.r}, alpha {config.lora_alpha:g}", *variants])
+
+
 def _part(pipeline: DiffusionPipeline) -> str:
     return "unet" if hasattr(pipeline, "unet") else "transformer"
 

@@ -382,6 +382,8 @@ def test_a_name_with_other_weights_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match="has rows of ours, but .*/model holds other weights now: give it ano"):
         file.require_sources("restoration", marked([ours], "sd15"))
     file.require_sources("restoration", marked([lora], "sd15"))
+    shutil.rmtree(tmp_path / "model")
+    file.require_sources("restoration", marked([ours], "sd15"))  # gone: nothing says that it was another
 
 
 def test_what_measured_is_known_by_its_weights(tmp_path):
@@ -395,6 +397,14 @@ def test_what_measured_is_known_by_its_weights(tmp_path):
     (tmp_path / "scorer/x.safetensors").write_bytes(b"2")
     with pytest.raises(FileExistsError, match="has face_score by .*scorer .*, but scorer is .*scorer .* now"):
         require_weights(tmp_path, describe_weights(f"{tmp_path}/scorer", {}, "mtcnn"))
+    shutil.rmtree(tmp_path / "scorer")
+    gone = describe_weights(f"{tmp_path}/scorer", {}, "mtcnn")
+    require_weights(tmp_path, gone)
+    save_weights(tmp_path, gone)
+    assert json.loads((tmp_path / "weights.json").read_text())["scorer"] == first["scorer"]
+    (tmp_path / "weights.json").write_text("[]")
+    with pytest.raises(ValueError, match="weights.json is damaged"):
+        require_weights(tmp_path, gone)
 
 
 def test_a_batch_that_fails_is_made_one_by_one():

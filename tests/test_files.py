@@ -224,3 +224,17 @@ def test_the_mark_of_contents_is_that_of_a_copy_and_of_no_other_file(tmp_path):
     (folder / "unet/x.safetensors").rename(folder / "unet/y.safetensors")
     assert all(content_mark(path) != mark for path, mark in before.items())
     assert content_mark(tmp_path / "none") == ""
+
+
+def test_the_mark_of_a_model_is_of_what_is_loaded(tmp_path):
+    """Another format beside a pipeline, and beside a LoRA, is no other model."""
+    touch(tmp_path, "model_index.json", "unet/config.json", "lora/old.json")
+    for name in ("unet/x.safetensors", "lora/pytorch_lora_weights.safetensors"):
+        (tmp_path / name).write_bytes(b"1")
+    before = content_mark(tmp_path), content_mark(tmp_path / "lora")
+    for name in ("whole.safetensors", "lora/kohya.safetensors"):
+        (tmp_path / name).write_bytes(b"2")
+    assert (content_mark(tmp_path), content_mark(tmp_path / "lora")) == before
+    for name in ("unet/x.safetensors", "lora/pytorch_lora_weights.safetensors"):
+        (tmp_path / name).write_bytes(b"3")
+    assert not {content_mark(tmp_path), content_mark(tmp_path / "lora")} & {*before}

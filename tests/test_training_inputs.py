@@ -9,7 +9,7 @@ import torch
 from test_training_output import Config, open_at
 from training_runs import metrics, same_weights, train, train_until
 
-from faceprior.config import finish, saved_settings
+from faceprior.config import finish, is_complete, saved_settings
 from faceprior.training import describe_samples, describe_weights, make_accelerator, open_run
 from faceprior.training.inputs import require_same_inputs
 
@@ -102,3 +102,24 @@ def test_a_finished_run_is_not_taken_for_one_on_other_data(tmp_path):
         open_run(Config(**{**vars(config), "learning_rate": 0.1}), accelerator, {"pairs": "8 samples"})
     assert saved_settings(config)["learning_rate"] == config.learning_rate
     open_run(Config(**{**vars(config), "overwrite": True}), accelerator, {"pairs": "8 samples"})
+
+
+def test_a_finished_run_that_is_refused_stays_finished(tmp_path):
+    """More steps on another base: the checkpoint says so late, when settings and `done.json` are already aside."""
+    config, accelerator = Config(output=str(tmp_path / "run"), accumulation=1), make_accelerator("cpu")
+    constant = {"schedule": "constant"}
+    open_run(config, accelerator)
+    run, _ = train(tmp_path / "run", config.steps, inputs={"base": "1"}, **constant)
+    run.finish()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    longer = Config(**{**vars(config), "steps": config.steps + 2})
+    open_run(longer, accelerator)
+    assert not is_complete(tmp_path / "run")
+    with pytest.raises(FileExistsError, match="base: 1 then, 2 now"):
+        train(tmp_path / "run", longer.steps, inputs={"base": "2"}, **constant)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+    open_run(longer, accelerator)
+    run, _ = train(tmp_path / "run", longer.steps, inputs={"base": "1"}, **constant)
+    run.finish()
+    assert is_complete(tmp_path / "run") and saved_settings(config)["steps"] == longer.steps
+    assert not [*(tmp_path / "run").glob("former*")]

@@ -44,6 +44,7 @@ class Config:
 def main(config: Config) -> None:
     from checkpoints.tiny_models import figures
 
+    require_answers(config.answers, config.num_pairs)
     bench = Bench(figures.Config(work=config.work, output=config.output, device=config.device))
     comparing = make_comparing(bench, config.rater, config.num_pairs)
     if config.answers:
@@ -88,19 +89,23 @@ def question_tile(comparing: Comparing, number: int) -> np.ndarray:
     return np.asarray(tile)
 
 
+def require_answers(text: str, count: int) -> None:
+    """Raise ValueError for another number of answers than of questions, and for another letter; empty is none yet."""
+    letters = "".join(text.split())
+    if letters and (len(letters) != count or not set(letters) <= KEYS.keys()):
+        raise ValueError(
+            f"`answers` has to be {count} letters, each A, B or =, but is {letters!r} ({len(letters)} letters)"
+        )
+
+
 def write_answers(bench: Bench, comparing: Comparing, text: str) -> None:
     """Write a rater's answers, all of them at once, and the digest of the weights that they are of.
 
-    Raises ValueError for another number of answers than of questions, and for another letter.
+    Raises ValueError as `require_answers`.
     """
-    letters = "".join(text.split())
-    if len(letters) != len(comparing.questions) or not set(letters) <= KEYS.keys():
-        raise ValueError(
-            f"`answers` has to be {len(comparing.questions)} letters, each A, B or =, but is {letters!r} "
-            f"({len(letters)} letters)"
-        )
+    require_answers(text, len(comparing.questions))
     comparing.path.unlink(missing_ok=True)
-    for number, letter in enumerate(letters):
+    for number, letter in enumerate("".join(text.split())):
         comparing.answer(number, KEYS[letter])
     with atomic_write(comparing.comparison.folder / WEIGHTS, "w") as file:
         json.dump(blind_weights(bench), file)

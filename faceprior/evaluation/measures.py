@@ -104,11 +104,14 @@ def read_weights(texts: Sequence[str]) -> dict[str, str]:
 
 
 def describe_weights(scorer: str, weights: Mapping[str, str], detector: str) -> dict[str, str]:
-    """Return what the measures of a run are taken with, in words with the mark of each; see `rows.require_weights`."""
+    """Return what the measures of a run are taken with, in words with the mark of each; see `rows.require_weights`.
+
+    Empty for the scorer and the paths of `weights` where there is nothing; a hub id stands as it is.
+    """
     found = dict.fromkeys(WEIGHTS, "those of the cache") | {"detector": resolve_detector(detector).name}
     for name, path in {**weights, "scorer": scorer}.items():
         mark = content_mark(tiny.resolve(path, "scorer")) if path else ""
-        found[name] = f"{path} ({mark})" if mark else path
+        found[name] = f"{path} ({mark})" if mark else "" if looks_like_path(path) else path
     return found
 
 
@@ -370,7 +373,9 @@ def _scorer(name: str, device: str) -> Any:
     if not name:
         raise MetricUnavailable("`scorer` is empty: give a folder or hub id of a scorer, or tiny")
     if looks_like_path(name) and not Path(name).exists():
-        raise MetricUnavailable(f"no scorer in {name}: `python stages/02_train_scorer.py` makes one")
+        raise MetricUnavailable(
+            f"no scorer in {name}: `python stages/02_train_scorer.py` makes one; `--scorer tiny` takes the small one"
+        )
     return FaceScorer.from_pretrained(tiny.resolve(name, "scorer")).to(device).eval()
 
 

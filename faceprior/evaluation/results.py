@@ -122,7 +122,11 @@ def weights_notes(measuring: Measuring, weights: Mapping[str, str]) -> list[str]
     taken = {key for row in measuring.rows.of_protocol(measuring.protocol) for key in row} - measuring.reasons.keys()
     titles = {measure.key: measure.title for measure in measuring.measures} | {"faces": "faces"}
     keys = {name: WEIGHTED.get(name, name) for name in weights}
-    return [f"{titles[key]} by {weights[name]}" for name, key in keys.items() if key in taken & titles.keys()]
+    return [
+        f"{titles[key]} by {weights[name]}"
+        for name, key in keys.items()
+        if key in taken & titles.keys() and weights[name]
+    ]
 
 
 def described(methods: Sequence[Method], protocol: str) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ class EvaluationRows:
                 if row.get("source", method.text) != method.text:
                     changed = f"{method.name} = {row['source']}, which is {method.text} now"
                     raise FileExistsError(f"{self.path} has rows of {changed}: {way_out}")
-                if row.get("weights", method.weights) != method.weights:
+                if method.weights and row.get("weights", method.weights) != method.weights:
                     raise FileExistsError(
                         f"{self.path} has rows of {method.name}, but {method.source} holds other weights now: {way_out}"
                     )
@@ -102,12 +102,11 @@ def require_weights(output: Path, weights: Mapping[str, str]) -> None:
     weights: name of WEIGHTED -> what it is, see `save_weights`. The files are only read: another process may be writing
     them.
     """
-    path, saved = output / ROWS_FILE, output / WEIGHTS_FILE
-    former = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
+    path, former = output / ROWS_FILE, _saved_weights(output)
     taken = {key for row in read_rows(path)[0] for key in row} if path.is_file() else set()
     for name, now in weights.items():
         key = WEIGHTED.get(name, name)
-        if key in taken and former.get(name, now) != now:
+        if key in taken and now and former.get(name, now) != now:
             raise FileExistsError(
                 f"{path} has {key} by {former[name]}, but {name} is {now} now: give another `output`, or `--overwrite`"
                 " to start over"
@@ -115,6 +114,18 @@ def require_weights(output: Path, weights: Mapping[str, str]) -> None:
 
 
 def save_weights(output: Path, weights: Mapping[str, str]) -> None:
-    """Keep what the measures are taken with, for `require_weights` of the next run."""
+    """Keep what the measures are taken with, for `require_weights` of the next run; of what is gone, what it was."""
+    former = _saved_weights(output)
     with atomic_write(output / WEIGHTS_FILE, "w") as file:
-        json.dump(weights, file, indent=1)
+        json.dump({name: now or former.get(name, "") for name, now in weights.items()}, file, indent=1)
+
+
+def _saved_weights(output: Path) -> dict[str, str]:
+    path = output / WEIGHTS_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or give another `output`") from None
+    return found

@@ -9,6 +9,7 @@ from typing import Literal
 from faceprior.config import advise_on_memory
 from faceprior.diffusion import report_long_prompts, require_side
 from faceprior.guidance.objectives import Objectives, losses_of
+from faceprior.lora import describe_lora
 from faceprior.models import precision_of, quantization_of
 from faceprior.pairs import PairDataset, gather_pairs, prompts_by_size
 from faceprior.training import TrainingRun, describe_samples, make_accelerator, make_optimizer
@@ -82,6 +83,7 @@ class GuidanceTuner(Objectives):
         inputs = {"pairs": describe_samples(pairs), "base": self.describe_base(), "objective": objective}
         inputs |= {"learning_rate": learning_rate, "seed": seed, "resolution": resolution, "train": self.train}
         inputs |= {name: getattr(self, name) for name in ("t_end", "prompt_drop", "dpo_beta")}
+        inputs["lora"] = describe_lora(self.denoiser)
         cache = cache or None  # as in stage 4, whose empty text is no cache
         mixed_precision = mixed_precision or precision_of(self.denoiser.dtype)
         accelerator = make_accelerator(device, mixed_precision, accumulation)

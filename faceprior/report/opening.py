@@ -111,13 +111,18 @@ def _restore(run: Run) -> Job:
 
 
 def _evaluated(run: Run) -> tuple[str, list[dict]]:
-    """Return the first evaluated method that restores, and a row of images and scores for each of its faces."""
+    """Return the first evaluated model that restores, and a row of images and scores for each of its faces.
+
+    Folders of finished images count only where no model restored: they may be another program's.
+    """
     found = {
         method: rows
         for (protocol, method), rows in evaluation.images_by_method(run).items()
         if protocol == "restoration"
     }
-    method = next((name for name in found if name not in (INPUT, REFERENCE)), "")
+    others = [name for name in found if name not in (INPUT, REFERENCE)]
+    models = [name for name in others if any("seconds" in row for row in found[name].values())]
+    method = next(iter(models or others), "")
     return method, [
         {
             "degraded": found[INPUT][item]["image"],

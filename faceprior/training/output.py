@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from faceprior.config import DONE_FILE, is_complete, open_output, require_same_settings, saved_settings
+from faceprior.config import CONFIG_FILE, DONE_FILE, is_complete, open_output, require_same_settings, saved_settings
 from faceprior.files import hold_folder
 from faceprior.training.checkpoint import RESUME_FOLDER, checkpoint_state, read_json
 from faceprior.training.inputs import require_same_inputs
+
+FORMER = "former."  # begin of the names under which a finished run's end lies until it is known that the run goes on
 
 
 def open_run(config: Any, accelerator: Accelerator, inputs: dict[str, Any] | None = None) -> Path:
@@ -70,8 +73,23 @@ def open_run(config: Any, accelerator: Accelerator, inputs: dict[str, Any] | Non
     require_same_inputs(output, progress.get("inputs", {}), inputs or {})
     if finished and (goes_on or samples_again):
         hold_folder(output, config)
-        (output / DONE_FILE).unlink()  # before the new settings are saved, which nothing is made with yet
+        # before the new settings are saved, which nothing is made with yet
+        shutil.copyfile(output / CONFIG_FILE, output / f"{FORMER}{CONFIG_FILE}")
+        os.replace(output / DONE_FILE, output / f"{FORMER}{DONE_FILE}")
     return open_output(config, free)
+
+
+def put_back(output: Path) -> None:
+    """Make a finished run as it was before `open_run` opened it again: what it began with is something else now."""
+    if (output / f"{FORMER}{DONE_FILE}").is_file():
+        for name in (CONFIG_FILE, DONE_FILE):
+            os.replace(output / f"{FORMER}{name}", output / name)
+
+
+def keep_open(output: Path) -> None:
+    """Forget that the run was finished: it goes on."""
+    for name in (DONE_FILE, CONFIG_FILE):
+        (output / f"{FORMER}{name}").unlink(missing_ok=True)
 
 
 def other_samples(output: Path, samples: int, parts: tuple[int, int, int]) -> str:

@@ -33,7 +33,7 @@ from faceprior.training.checkpoint import (
 )
 from faceprior.training.inputs import require_same_inputs
 from faceprior.training.optimizer import learning_rate_factor, restore_optimizer
-from faceprior.training.output import other_samples
+from faceprior.training.output import keep_open, other_samples, put_back
 from faceprior.training.samples import SampleStream, collate, move, positions, sample_generators
 from faceprior.training.weights import TrainedWeights
 
@@ -326,7 +326,14 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def _take(self, checkpoint: Checkpoint) -> None:
-        require_same_inputs(self.output, checkpoint.state.get("inputs", {}), self.inputs)
+        try:
+            require_same_inputs(self.output, checkpoint.state.get("inputs", {}), self.inputs)
+        except FileExistsError:
+            if self.accelerator.is_main_process:
+                put_back(self.output)
+            raise
+        if self.accelerator.is_main_process:
+            keep_open(self.output)
         self._weights.load(checkpoint)
         state, best = checkpoint.state, checkpoint.weights.get("best", {})
         for name, optimizer in self.optimizers.items():
