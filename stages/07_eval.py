@@ -44,6 +44,7 @@ from faceprior.evaluation.results import (
     method_notes,
     protocol_rows,
     result_row,
+    set_notes,
     weights_notes,
     write_results,
 )
@@ -210,6 +211,7 @@ def main(config: Config) -> None:
         results["notes"][protocol] = [
             *about,
             *method_notes(measuring, chosen, wanted),
+            *set_notes(measuring, chosen),
             *weights_notes(measuring, weights),
             *(time_note(device, config.batch_size) for measure in measuring.taken() if measure.key == "seconds"),
         ]

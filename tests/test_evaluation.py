@@ -40,7 +40,7 @@ from faceprior.evaluation.measures import (
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import marked, match_by_stem, parse_methods, stems_of
 from faceprior.evaluation.restoration import restorers_of
-from faceprior.evaluation.results import result_row, weights_notes
+from faceprior.evaluation.results import result_row, set_notes, weights_notes
 from faceprior.evaluation.rows import EvaluationRows, require_weights, save_weights
 from faceprior.evaluation.tables import csv_text, latex, latex_rows, markdown, published_rows, tables_of
 from faceprior.jsonl import read_rows
@@ -484,6 +484,21 @@ def test_a_table_says_what_measured(tmp_path):
     measuring = Measuring("generation", measures_of("generation"), MeasureSettings(), file, tmp_path)
     notes = weights_notes(measuring, {"clip": "x", "scorer": "tiny (1f2e)", "detector": "mtcnn"})
     assert notes == ["Face Score by tiny (1f2e)", "faces by mtcnn"]
+
+
+def test_numbers_of_sets_of_other_images_do_not_compare(tmp_path):
+    measuring = Measuring(
+        "generation", measures_of("generation"), MeasureSettings(), EvaluationRows(tmp_path / "r.jsonl"), tmp_path
+    )
+    key, title = next((measure.key, measure.title) for measure in measuring.taken() if measure.of == "set")
+    methods = parse_methods(["a=x", "b=y"], [], "generators")
+    for name, images in (("a", "pq"), ("b", "pqr")):
+        measuring.sets["generation", name, key] = {"influence": dict.fromkeys(images, 0.0)}
+    assert set_notes(measuring, methods) == [
+        f"{title} is not of the same images (a 2, b 3): its numbers do not compare"
+    ]
+    measuring.sets["generation", "b", key]["influence"].pop("r")
+    assert set_notes(measuring, methods) == []
 
 
 # --- the stage on results of other programs ---

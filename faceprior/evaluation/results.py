@@ -117,6 +117,18 @@ def method_notes(measuring: Measuring, methods: Sequence[Method], wanted: Collec
     return notes
 
 
+def set_notes(measuring: Measuring, methods: Sequence[Method]) -> list[str]:
+    """Say which numbers of whole sets, as the FID, are of other images for one method than for another."""
+    notes = []
+    for measure in measuring.taken():
+        keys = {method.name: (measuring.protocol, method.name, measure.key) for method in methods}
+        found = {name: measuring.sets[key]["influence"] for name, key in keys.items() if key in measuring.sets}
+        if len({frozenset(influence) for influence in found.values()}) > 1:
+            sizes = ", ".join(f"{name} {len(influence)}" for name, influence in found.items())
+            notes.append(f"{measure.title} is not of the same images ({sizes}): its numbers do not compare")
+    return notes
+
+
 def weights_notes(measuring: Measuring, weights: Mapping[str, str]) -> list[str]:
     """Say by which weights, and which detector, the numbers of the table were measured."""
     taken = {key for row in measuring.rows.of_protocol(measuring.protocol) for key in row} - measuring.reasons.keys()
