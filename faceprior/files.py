@@ -276,7 +276,6 @@ def size_text(size: float) -> str:
 # ---- contents
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
-_BLOCKS, _BLOCK = 512, 4096  # of a file that are hashed, and their bytes
 _LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -296,14 +295,24 @@ def content_mark(path: str | Path) -> str:
     elif path / _LORA in files:
         files = [path / _LORA]
     for file in files:
-        size, name = file.stat().st_size, file.relative_to(path).as_posix()
-        is_small = size <= _BLOCKS * _BLOCK
-        digest.update(f"{name} {size}".encode(errors="surrogateescape"))
-        with open(file, "rb") as opened:
-            for number in range(1 if is_small else _BLOCKS):
-                opened.seek((size - _BLOCK) * number // (_BLOCKS - 1) if number else 0)
-                digest.update(opened.read(-1 if is_small else _BLOCK))
+        digest.update(f"{file.relative_to(path).as_posix()} {sparse_hash(file)}".encode(errors="surrogateescape"))
     return digest.hexdigest()[:8] if files else ""
+
+
+def sparse_hash(
+    path: str | Path, blocks: int = 512, length: int = 4096, start: int = 0, size: int | None = None
+) -> str:
+    """Return the hash of a file's size and of evenly spaced `blocks` of `length` bytes, of all where that is less.
+
+    start, size: of the part of the file that counts; None: to its end.
+    """
+    size = os.stat(path).st_size - start if size is None else size
+    is_small, digest = size <= blocks * length, hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for number in range(1 if is_small else blocks):
+            file.seek(start + ((size - length) * number // (blocks - 1) if number else 0))
+            digest.update(file.read(size if is_small else length))
+    return digest.hexdigest()
 
 
 def stamp(path: str | Path) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from faceprior.files import IMAGE_SUFFIXES, SIDECARS, common_folder, find_images, natural_key, utf8_text
+from faceprior.files import IMAGE_SUFFIXES, SIDECARS, common_folder, find_images, natural_key, sparse_hash, utf8_text
 from faceprior.images import ImageError, count_frames, decode_image, load_image
 from faceprior.tags import GROUPS, Tags, sort_tags, split_tags
 
@@ -28,7 +28,6 @@ MEMBER_SUFFIXES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 CAPTION_SUFFIXES = ("txt", "json")  # the first one that exists counts
 
 Problems = list[tuple[str, str]]
-_BLOCK = 1 << 16  # bytes that `Photograph.fingerprint` reads at three places
 
 
 class CaptionError(ValueError):
@@ -80,17 +79,11 @@ class Photograph:
         They are those of its size and of three blocks, from start, middle and end: a folder of photographs is compared
         without reading all of it. Compressed images differ everywhere behind a change.
         """
+        part = {} if self.image is None else {"start": self.image.offset, "size": self.image.size}
         try:
-            size = self.path.stat().st_size if self.image is None else self.image.size
-            start = 0 if self.image is None else self.image.offset
-            digest = hashlib.sha256(str(size).encode())
-            with open(self.path, "rb") as file:
-                for place in (0, (size - _BLOCK) // 2, size - _BLOCK):
-                    file.seek(start + max(place, 0))
-                    digest.update(file.read(min(_BLOCK, size)))
+            return sparse_hash(self.path, 3, 2**16, **part)[:16]
         except OSError:
             return ""
-        return digest.hexdigest()[:16]
 
     def is_readable(self) -> bool:
         """Whether image and caption can be read."""

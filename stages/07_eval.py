@@ -35,7 +35,7 @@ from faceprior.evaluation import generation, restoration
 from faceprior.evaluation.figures import HOW, not_measured
 from faceprior.evaluation.items import FaceSet, Prompt, degraded_faces, faces_of_test_set, prompts_of, test_set_folders
 from faceprior.evaluation.making import time_note
-from faceprior.evaluation.measures import Measure, MeasureSettings, describe_weights, measures_of, read_weights
+from faceprior.evaluation.measures import Measure, MeasureSettings, measures_of, named_weights, read_weights
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import Method
 from faceprior.evaluation.results import (
@@ -144,7 +144,7 @@ def main(config: Config) -> None:
     device, dtype = resolve_device(config.device), weight_dtype(config.mixed_precision)
     published = published_rows(config.published)
     measures = {protocol: measures_of(protocol, config.measures) for protocol in PROTOCOLS}
-    weights = describe_weights(config.scorer, read_weights(config.weights), config.detector)
+    weights = named_weights(config.scorer, read_weights(config.weights), config.detector)
     if config.benchmark:
         read_rankings(read_benchmark(config.benchmark))  # raises before hours of measuring
     methods = choose_methods(config)

@@ -33,9 +33,9 @@ from faceprior.evaluation.measures import (
     Measure,
     MeasureSettings,
     SetValue,
-    describe_weights,
     find_measure,
     measures_of,
+    named_weights,
 )
 from faceprior.evaluation.measuring import Measuring
 from faceprior.evaluation.methods import marked, match_by_stem, parse_methods, stems_of
@@ -389,16 +389,16 @@ def test_a_name_with_other_weights_is_refused(tmp_path):
 def test_what_measured_is_known_by_its_weights(tmp_path):
     (tmp_path / "scorer").mkdir()
     (tmp_path / "scorer/x.safetensors").write_bytes(b"1")
-    first = describe_weights(f"{tmp_path}/scorer", {"clip": "no/clip"}, "mtcnn")
+    first = named_weights(f"{tmp_path}/scorer", {"clip": "no/clip"}, "mtcnn")
     assert first["clip"] == "no/clip" and first["hps"] == "those of the cache" and first["detector"] == "mtcnn"
     EvaluationRows(tmp_path / "rows.jsonl").add("generation", "base", "a", face_score=1.0)
     save_weights(tmp_path, first)
     require_weights(tmp_path, first)
     (tmp_path / "scorer/x.safetensors").write_bytes(b"2")
     with pytest.raises(FileExistsError, match="has face_score by .*scorer .*, but scorer is .*scorer .* now"):
-        require_weights(tmp_path, describe_weights(f"{tmp_path}/scorer", {}, "mtcnn"))
+        require_weights(tmp_path, named_weights(f"{tmp_path}/scorer", {}, "mtcnn"))
     shutil.rmtree(tmp_path / "scorer")
-    gone = describe_weights(f"{tmp_path}/scorer", {}, "mtcnn")
+    gone = named_weights(f"{tmp_path}/scorer", {}, "mtcnn")
     require_weights(tmp_path, gone)
     save_weights(tmp_path, gone)
     assert json.loads((tmp_path / "weights.json").read_text())["scorer"] == first["scorer"]

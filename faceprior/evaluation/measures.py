@@ -103,7 +103,7 @@ def read_weights(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def describe_weights(scorer: str, weights: Mapping[str, str], detector: str) -> dict[str, str]:
+def named_weights(scorer: str, weights: Mapping[str, str], detector: str) -> dict[str, str]:
     """Return what the measures of a run are taken with, in words with the mark of each; see `rows.require_weights`.
 
     Empty for the scorer and the paths of `weights` where there is nothing; a hub id stands as it is.

@@ -48,7 +48,8 @@ class Measuring:
         self.min_confidence, self.min_face_size = min_confidence, min_face_size
         self.reasons: dict[str, str] = {}
         self.failed: Problems = []
-        self.sets = {(row["protocol"], row["method"], row["key"]): row for row in resume_rows(output / SETS_FILE)}
+        known = [row for row in resume_rows(output / SETS_FILE) if "influence" in row]  # former versions had none
+        self.sets = {(row["protocol"], row["method"], row["key"]): row for row in known}
         self._reference = rows.of(protocol, REFERENCE)
         self._open = lru_cache(maxsize=4)(lambda file: load_image(output / file))  # joined: an absolute path stays
 
