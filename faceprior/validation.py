@@ -155,6 +155,15 @@ class Verdict:
             return "too few"
         return "better" if self.low > 0 else "not better" if self.high < WORTH else "too few"
 
+    @property
+    def enough(self) -> str:
+        """How many paired images would tell, in words: at least MIN_IMAGES, and more where the interval is too wide."""
+        if self.low is None or self.n == 0:
+            return f"at least {MIN_IMAGES} with a face are needed"
+        half, margin = self.high - self.difference, max(self.difference, WORTH - self.difference)
+        needed = max(MIN_IMAGES, math.floor(self.n * (half / margin) ** 2) + 1)  # an interval narrows by the root of n
+        return f"about {needed} with a face would tell, if they are like these"
+
     def __str__(self) -> str:
         if self.reason:
             return f"not judged: {self.reason}"
@@ -168,7 +177,7 @@ class Verdict:
         if self.outcome == "not better":
             return f"not better ({change}, {interval}, n = {self.n} paired images){faces}"
         known = ", ".join(filter(None, (f"n = {self.n}", change, interval)))
-        return f"too few images to tell ({known}){faces}; a larger `num_samples` draws more"
+        return f"too few images to tell ({known}){faces}; a larger `num_samples` draws more: {self.enough}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -30,7 +30,7 @@ from checkpoints.tiny_models.vae import (
 )
 from faceprior import tiny
 from faceprior.guidance import GuidanceTuner, load_tuned
-from faceprior.images import save_image
+from faceprior.images import save_image, to_pil, to_pixel_values
 from faceprior.lora import LORA_FILE, adapters_of
 from faceprior.models import quiet_libraries
 from faceprior.procedural import draw_portrait
@@ -319,8 +319,10 @@ def test_the_reward_model_is_pretrained(vae, ladders, config, home, monkeypatch)
     train_reward(config, work)  # complete: nothing is done again
     assert len((work / "reward/metrics.jsonl").read_text().splitlines()) == 2
     faces = DrawnFaces(work, "train", vae, work / "reward_pairs", People(work, "sd15"))
-    good, bad = faces[3]["pair"]()
+    good, bad, again = faces[3]["pair"]
     assert (good.image == image).all() and (bad.image == image[::-1]).all() and good.box == [30, 30, 90, 100]
+    reconstructed = vae.decode(vae.encode(to_pixel_values(image)).latent_dist.mode()).sample.detach()
+    assert np.abs(np.asarray(to_pil(reconstructed)[0], int) - again.image).max() <= 1 and again.box == good.box
     for way in WAYS:
         for seed in range(6):
             images, boxes, kind = make_ladder(faces[seed], np.random.default_rng(seed), way)

@@ -162,9 +162,13 @@ def test_the_words_of_a_verdict():
     assert str(verdict_of(0.5, 0.4)) == "better by 0.5 (95% interval 0.1 to 0.9, n = 16 paired images)"
     text = "not better (difference -0.5, 95% interval -0.9 to -0.1, n = 16 paired images)"
     assert str(verdict_of(-0.5, 0.4)) == text
-    more = "; a larger `num_samples` draws more"
+    more = "; a larger `num_samples` draws more: at least 8 with a face are needed"
     few = "too few images to tell (n = 4, difference 0.5, 95% interval 0.25 to 0.75)"
-    assert str(verdict_of(0.5, 0.25, 4)) == few + more
+    more_of_them = "; a larger `num_samples` draws more: about {} with a face would tell, if they are like these"
+    assert str(verdict_of(0.5, 0.25, 4)) == few + more_of_them.format(8)
+    wide = "too few images to tell (n = 16, difference 0.3, 95% interval -0.3 to 0.9)"
+    assert str(verdict_of(0.3, 0.6)) == wide + more_of_them.format(65)  # half as wide: 4 times as many
+    assert str(verdict_of(-0.1, 0.6)).endswith(more_of_them.format(65))  # 0.3 below the smallest gain that counts
     assert str(Verdict.of_scores([1.0], [3.0])) == "too few images to tell (n = 1, difference 2)" + more
     none = Verdict.of_scores([None, None], [None, 2.0])
     faces = "; 0 of 2 images had a face before, 1 after"

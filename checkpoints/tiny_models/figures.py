@@ -48,12 +48,12 @@ class Config:
     num_samples: int = 192  # number of samples of every base and tuned model, [1, 3000]
     sample_steps: int = 50  # sampling steps of DDPM, the bases' own sampler, [1, 1000]
     guidance_scale: float = 2.5  # classifier-free guidance scale; 7.5, as for large models, is too much here, [1, 30]
-    pair_portraits: int = 56  # number of portraits for unseen pairs, the last bin of Table 8, [0, 3000]
-    pair_scenes: int = 60  # number of scenes for the other three bins, [0, 2000]
+    pair_portraits: int = 112  # number of portraits for unseen pairs, the last bin of Table 8, [0, 3000]
+    pair_scenes: int = 150  # number of scenes for the other three bins, [0, 2000]
     pair_steps: int = 50  # inpainting steps, of which the last int(strength x steps) are run, [17, 1000]
     num_damaged: int = 48  # number of faces that are spoiled in twelve ways, [1, 3000]
-    num_climbers: int = 48  # number of people who are taken through the base at growing strength, [4, 1000]
-    num_faces: int = 96  # number of faces that are blurred, degraded and restored, [1, 2000]
+    num_climbers: int = 96  # number of people who are taken through the base at growing strength, [4, 1000]
+    num_faces: int = 192  # number of faces that are blurred, degraded and restored, [1, 2000]
     restore_steps: int = 0  # sampling steps of the restorer; 0: its own number, [0, 1000]
     train_ablations: bool = True  # train the models that the tuned one and the restorer are compared with
     untrained: bool = False  # measure untrained models too, to try the measuring out

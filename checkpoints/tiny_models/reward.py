@@ -2,13 +2,12 @@
 
 A ladder is a face and three worse copies of it: spoiled, inpainted by stage 1, taken through the base at growing
 strength, or degraded; or four people, each taken through the base at more strength than the one before. Where a broken
-face is at stake, all rungs went through the same autoencoder or none did, the better and the worse face stand there
-with and without the same mild blur, and all rungs get the same blur, resampling and JPEG: so sharpness cannot tell a
-broken face, though a blurred face is worse than a sharp one. None of this is in the paper.
+face is at stake, all rungs went through the same autoencoder or none did, or the better one twice, the better and the
+worse face stand there with and without the same mild blur, and all rungs get the same blur, resampling and JPEG: so
+sharpness cannot tell a broken face, though a blurred face is worse than a sharp one. None of this is in the paper.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +35,9 @@ from checkpoints.tiny_models.ladders import (
     strength_ladder,
     with_blurred,
 )
-from checkpoints.tiny_models.vae import pixel_batches
 from faceprior import tiny
 from faceprior.detect import face_square
-from faceprior.images import as_array, load_image, to_pil
+from faceprior.images import as_array, load_image, to_pil, to_pixel_values
 from faceprior.pairs import gather_pairs
 from faceprior.scorer import FaceScorer
 from faceprior.training import TrainingRun, make_accelerator, make_optimizer
@@ -63,19 +61,16 @@ SEEN = {**{name: damage for name, damage in DAMAGES.items() if name not in UNSEE
 class DrawnFaces(Dataset):
     """Drawn portraits: {"images": [drawn, once more through the VAE], "landmarks", "box", "pair", "person", "people"}.
 
-    "pair" is a function that reads both sides of a pair of stage 1, "person" one of the "people" on the ladders of the
+    "pair" holds the sides of a pair of stage 1, see `pair_views`, "person" is one of the "people" on the ladders of the
     base; all show others than the portrait, and are None without `pairs` and without `people`.
     """
 
     def __init__(
         self, work: Path, split: str, vae: AutoencoderKL, pairs: Path | None = None, people: People | None = None
     ):
-        self.pairs, self.people = gather_pairs(pairs)[0] if pairs else [], people
         drawings = Drawings(work, split)
-        path = work / f"round_trip_{split}.npz"
-        if not path.is_file():
-            save_arrays(path, images=round_trip(vae, drawings))
-        self.images = (drawings.images, np.load(path)["images"])
+        self.images = (drawings.images, round_trip(vae, drawings.images[:DRAWN], work / f"round_trip_{split}.npz"))
+        self.pairs, self.people = pair_views(vae, pairs, work / "round_trip_pairs.npz") if pairs else [], people
         self.faces = [record["faces"][0] for record in drawings.records]
         kinds = [record["kind"] for record in drawings.records[:DRAWN]]
         self.portraits = [i for i, kind in enumerate(kinds) if kind == "portrait"]
@@ -92,28 +87,36 @@ class DrawnFaces(Dataset):
             "images": images,
             "landmarks": landmarks,
             "box": face["box"],
-            "pair": partial(self._pair, index) if self.pairs else None,
+            "pair": self.pairs[index % len(self.pairs)] if self.pairs else None,
             "person": self.people[index % len(self.people)] if self.people else None,
             "people": self.people,
         }
 
-    def _pair(self, index: int) -> tuple[View, View]:
-        pair = self.pairs[index % len(self.pairs)]
+
+def pair_views(vae: AutoencoderKL, folder: Path, kept: Path) -> list[tuple[View, View, View]]:
+    """Return the squares around the faces of stage 1's pairs: good, bad, and good once more through the autoencoder."""
+    views = []
+    for pair in gather_pairs(folder)[0]:
         good, bad = (load_image(path) for path in (pair.good, pair.bad))
-        square = face_square(good.size, pair.box, tiny.RESOLUTION)
-        corner = np.array([*square[:2], *square[:2]])
-        box = (pair.box - corner).tolist()
-        return View(as_array(good.crop(square)), box), View(as_array(bad.crop(square)), box)
+        x0, y0, x1, y1 = face_square(good.size, pair.box, tiny.RESOLUTION)
+        scale = tiny.RESOLUTION / (x1 - x0)
+        box = ((np.array(pair.box) - (x0, y0, x0, y0)) * scale).tolist()
+        sides = (side.crop((x0, y0, x1, y1)).resize((tiny.RESOLUTION,) * 2) for side in (good, bad))
+        views.append([View(as_array(side), box) for side in sides])
+    again = round_trip(vae, np.stack([good.image for good, _ in views]), kept)
+    return [(good, bad, View(image, good.box)) for (good, bad), image in zip(views, again, strict=True)]
 
 
 @torch.no_grad()
-def round_trip(vae: AutoencoderKL, drawings: Drawings) -> np.ndarray:
-    """Return the first drawings as the autoencoder reconstructs them, (N, R, R, 3) uint8."""
-    images, count = [], min(DRAWN, len(drawings))
-    for pixels in tqdm(pixel_batches(drawings, count), desc="round trip", total=-(-count // 32)):
-        decoded = vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample
-        images += [np.asarray(image) for image in to_pil(decoded.cpu())]
-    return np.stack(images)
+def round_trip(vae: AutoencoderKL, images: np.ndarray, kept: Path) -> np.ndarray:
+    """Return images (N, R, R, 3) uint8 as the autoencoder reconstructs them; they are kept in a file."""
+    if not kept.is_file():
+        decoded = []
+        for batch in tqdm(np.array_split(images, -(-len(images) // 32)), desc="round trip", unit="batch"):
+            pixels = to_pixel_values(list(batch)).to(vae.device)
+            decoded += to_pil(vae.decode(vae.encode(pixels).latent_dist.mode()).sample.cpu())
+        save_arrays(kept, images=np.stack([np.asarray(image) for image in decoded]))
+    return np.load(kept)["images"]
 
 
 class FaceLadder:
@@ -154,7 +157,8 @@ def make_ladder(sample: dict, rng: np.random.Generator, way: str | None = None) 
         images, box = alike(mixed_ladder(person, rng), framed(person.portrait, rng), rng)
         kind = "blurred"
     elif way == "inpainted" and sample["pair"]:
-        good, bad = sample["pair"]()
+        good, bad, again = sample["pair"]
+        good = (good, again)[rng.integers(2)]
         images, box = alike(with_blurred(good, bad, rng), jitter(good.box, good.image.shape[1], rng), rng)
         kind = "blurred"
     else:
