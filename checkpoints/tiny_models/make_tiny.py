@@ -65,8 +65,8 @@ class Config:
     vae_learning_rate: float = 1.5e-3  # learning rate of AdamW at its peak for the autoencoder, (0, 1)
     feature_steps: int = 5000  # training steps of the feature network, batch 32, [1, inf)
     feature_learning_rate: float = 1e-3  # learning rate of AdamW at its peak for the feature network, (0, 1)
-    num_ladder_people: int = 256  # number of people that each base's ladders show, [1, 2000]
-    judge_steps: int = 2000  # training steps of the judge, 12 ladders each, [1, inf)
+    num_ladder_people: int = 512  # number of people that each base's ladders show, [1, 2000]
+    judge_steps: int = 8000  # training steps of the judge, 12 ladders each, [1, inf)
     judge_learning_rate: float = 1e-3  # learning rate of AdamW at its peak for the judge, (0, 1)
     num_reward_portraits: int = 1200  # number of drawings that are inpainted for the reward model, [1, 4000]
     num_reward_scenes: int = 200  # number of scenes, with smaller faces, that are inpainted for it, [0, 1000]

@@ -36,12 +36,13 @@ hub, and are no substitute for the published models. `make figures` measures the
 FOOTER = """
 Losses are means over the last 50 steps; hours are by the clock, some beside other work. A run with several rows was
 continued from the weights that the row before had shipped; `make tiny` trains it in one run, with as many steps as the
-rows have together. The second run of `vae` trained the decoder only: the latents, and all models trained on them, did
-not change. `guided` starts from the base in every row; the last one ships. `sd15_fine` was continued with the plain
-loss, which brought little and is no longer done. The last run of `sdxl` started over from the last `sd15`; the pairs
-that `reward` was trained on come from an earlier `sd15` and `vae`. The means of runs that rows of `reward` name, a to
-d, were made by hand. The row after them is the first run that kept a moving average of its own weights, which is what
-ships, as of the bases; `make tiny` does that from the start. `guided` was trained with the scorer before the last.
+rows have together, `reward` with fewer. The second run of `vae` trained the decoder only: the latents, and all models
+trained on them, did not change. `guided` starts from the base in every row; the last one ships. `sd15_fine` was
+continued with the plain loss, which brought little and is no longer done. The last run of `sdxl` started over from the
+last `sd15`, and the last one of `judge` from nothing. The pairs that `reward` was trained on until its last run come
+from an earlier `sd15` and `vae`. The means of runs that rows of `reward` name, a to d, were made by hand. The rows
+after them kept a moving average of their own weights, which is what ships, as of the bases; `make tiny` does that from
+the start. `guided` was trained with an earlier scorer than the one that ships.
 
 - Data: {data}, from the training seeds in `faceprior/procedural/`; every run has the seed 0, the judge's 1
 - Machine: {machines}
