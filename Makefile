@@ -6,8 +6,8 @@ export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test test-browser matrix check tiny figures plan clean
 
-# Beside a busy program one thread is ready several times sooner than two, which wait for one another; alone it takes a
-# quarter longer (tests/benchmarks/beside.py)
+# Beside a busy program one thread is ready several times sooner than two, which wait for one another; alone it takes
+# little longer, for these models are small (tests/benchmarks/beside.py)
 demo: export OMP_NUM_THREADS ?= 1
 demo: .venv/ready
 	$(BIN)/python examples/demo.py

@@ -6,13 +6,13 @@ How much longer a stage takes beside a busy program, by the number of its thread
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from faceprior.procedural import draw_folder
@@ -43,36 +43,41 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         draw_folder(Path(folder, "faces"), range(8), 128)
         for name, variables in WAYS.items():
-            alone = seconds(Path(folder), options.steps, variables)
+            alone = seconds(Path(folder), options, variables)
             with busy_threads(options.busy):
-                beside = seconds(Path(folder), options.steps, variables)
-            print(f"{name:24}  {alone:9.1f}  {beside:9.1f}  {beside / alone:5.2f}x", flush=True)
+                beside = seconds(Path(folder), options, variables)
+            stopped = "  at least: stopped" if beside >= options.limit else ""
+            print(f"{name:24}  {alone:9.1f}  {beside:9.1f}  {beside / alone:5.2f}x{stopped}", flush=True)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--busy", type=int, default=1, help="busy threads, each a process of its own")
     parser.add_argument("--steps", type=int, default=20, help="of the training")
+    parser.add_argument("--limit", type=float, default=120, help="seconds after which a run is stopped")
     return parser.parse_args()
 
 
-def seconds(folder: Path, steps: int, variables: dict[str, str]) -> float:
-    """Train anew, with those variables and none of the caller's, and return the time by the clock."""
+def seconds(folder: Path, options: argparse.Namespace, variables: dict[str, str]) -> float:
+    """Train anew, with those variables and none of the caller's, and return the time by the clock, or the limit."""
     known = {name for way in WAYS.values() for name in way}
     environment = {name: value for name, value in os.environ.items() if name not in known} | variables
     words = ["--images", folder / "faces", "--prior", "tiny", "--output", folder / "out", "--overwrite"]
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, STAGE, *map(str, words), "--steps", str(steps)],
-        env=environment,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    return time.perf_counter() - start
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [sys.executable, STAGE, *map(str, words), "--steps", str(options.steps)],
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=options.limit,
+        )
+        return time.perf_counter() - start
+    return options.limit
 
 
-@contextmanager
+@contextlib.contextmanager
 def busy_threads(count: int) -> Iterator[None]:
     """Keep `count` cores busy, in a session of their own, as another program is."""
     processes = [subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True) for _ in range(count)]
