@@ -323,6 +323,9 @@ def test_the_reward_model_is_pretrained(vae, ladders, config, home, monkeypatch)
     assert (good.image == image).all() and (bad.image == image[::-1]).all() and good.box == [30, 30, 90, 100]
     reconstructed = vae.decode(vae.encode(to_pixel_values(image)).latent_dist.mode()).sample.detach()
     assert np.abs(np.asarray(to_pil(reconstructed)[0], int) - again.image).max() <= 1 and again.box == good.box
+    rows = [{**pair, "id": name} for name in ("a", "b")]  # one more: the kept reconstructions are too few
+    (work / "reward_pairs/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(DrawnFaces(work, "train", vae, work / "reward_pairs").pairs) == 2
     for way in WAYS:
         for seed in range(6):
             images, boxes, kind = make_ladder(faces[seed], np.random.default_rng(seed), way)

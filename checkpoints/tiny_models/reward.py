@@ -103,14 +103,14 @@ def pair_views(vae: AutoencoderKL, folder: Path, kept: Path) -> list[tuple[View,
         box = ((np.array(pair.box) - (x0, y0, x0, y0)) * scale).tolist()
         sides = (side.crop((x0, y0, x1, y1)).resize((tiny.RESOLUTION,) * 2) for side in (good, bad))
         views.append([View(as_array(side), box) for side in sides])
-    again = round_trip(vae, np.stack([good.image for good, _ in views]), kept)
+    again = round_trip(vae, np.stack([good.image for good, _ in views]), kept) if views else []
     return [(good, bad, View(image, good.box)) for (good, bad), image in zip(views, again, strict=True)]
 
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, images: np.ndarray, kept: Path) -> np.ndarray:
-    """Return images (N, R, R, 3) uint8 as the autoencoder reconstructs them; they are kept in a file."""
-    if not kept.is_file():
+    """Return images (N, R, R, 3) uint8 as the autoencoder reconstructs them; kept in a file while N stays the same."""
+    if not kept.is_file() or len(np.load(kept)["images"]) != len(images):
         decoded = []
         for batch in tqdm(np.array_split(images, -(-len(images) // 32)), desc="round trip", unit="batch"):
             pixels = to_pixel_values(list(batch)).to(vae.device)
